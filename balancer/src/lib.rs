@@ -1,0 +1,1 @@
+//! Dynamic memory over one host.

@@ -1,0 +1,284 @@
+//! What an administrator sets for one VM, in the words of Hyper-V's Dynamic Memory.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, PAGE_SIZE, ParseBytesError};
+
+/// The smallest memory a VM may be given; stock kernels don't boot in less.
+pub const SMALLEST: Bytes = Bytes::mib(64);
+
+/// Spare memory on top of the guest's use where nobody says otherwise (Hyper-V's default).
+pub const DEFAULT_BUFFER_PERCENT: u32 = 20;
+
+/// The share of a VM where nobody says otherwise.
+pub const DEFAULT_WEIGHT: u32 = 100;
+
+/// The memory settings of one VM.
+///
+/// Always valid: made by [`Limits::new`] or by reading a text or JSON, which check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked", into = "Unchecked")]
+pub struct Limits {
+    startup: Bytes,
+    min: Bytes,
+    max: Bytes,
+    buffer_percent: u32,
+    weight: u32,
+}
+
+/// The same fields as they arrive, before anyone looked at them.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unchecked {
+    startup: Bytes,
+    min: Bytes,
+    max: Bytes,
+    #[serde(default = "default_buffer")]
+    buffer_percent: u32,
+    #[serde(default = "default_weight")]
+    weight: u32,
+}
+
+const fn default_buffer() -> u32 {
+    DEFAULT_BUFFER_PERCENT
+}
+
+const fn default_weight() -> u32 {
+    DEFAULT_WEIGHT
+}
+
+/// Why settings can't be a VM's limits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LimitsError {
+    /// min <= startup <= max does not hold.
+    #[error("min {min} <= startup {startup} <= max {max} must hold")]
+    Order {
+        /// As given.
+        min: Bytes,
+        /// As given.
+        startup: Bytes,
+        /// As given.
+        max: Bytes,
+    },
+    /// Less than any kernel boots in.
+    #[error("{0} is less than the {SMALLEST} a kernel needs")]
+    TooSmall(Bytes),
+    /// Not a whole number of 4 KiB pages.
+    #[error("{} bytes ({name}) is not a multiple of 4 KiB", .bytes.0)]
+    Unaligned {
+        /// Which setting.
+        name: &'static str,
+        /// As given.
+        bytes: Bytes,
+    },
+    /// Out of 0 to 1000.
+    #[error("buffer={0}% is out of range: 0% to 1000%")]
+    Buffer(u32),
+    /// Out of 1 to 10,000.
+    #[error("weight={0} is out of range: 1 to 10000 (100 is usual)")]
+    Weight(u32),
+    /// A number that is none.
+    #[error("`{value}` is not a number for {name}")]
+    NotANumber {
+        /// Which setting.
+        name: &'static str,
+        /// As given.
+        value: String,
+    },
+    /// A size that is none.
+    #[error(transparent)]
+    Size(#[from] ParseBytesError),
+    /// A setting that does not exist.
+    #[error("`{0}` is not a memory setting: use SIZE[,min=SIZE][,max=SIZE][,buffer=PERCENT%][,weight=N]")]
+    Unknown(String),
+    /// The same setting twice.
+    #[error("{0} is given twice")]
+    Twice(String),
+}
+
+impl Limits {
+    /// Checked limits of a VM that starts with `startup`.
+    ///
+    /// # Errors
+    /// [`LimitsError`] says which rule the settings break.
+    pub fn new(
+        startup: Bytes,
+        min: Bytes,
+        max: Bytes,
+        buffer_percent: u32,
+        weight: u32,
+    ) -> Result<Self, LimitsError> {
+        if !(min <= startup && startup <= max) {
+            return Err(LimitsError::Order { min, startup, max });
+        }
+        if min < SMALLEST {
+            return Err(LimitsError::TooSmall(min));
+        }
+        for (name, bytes) in [("startup", startup), ("min", min), ("max", max)] {
+            if !bytes.0.is_multiple_of(PAGE_SIZE) {
+                return Err(LimitsError::Unaligned { name, bytes });
+            }
+        }
+        if buffer_percent > 1000 {
+            return Err(LimitsError::Buffer(buffer_percent));
+        }
+        if !(1..=10_000).contains(&weight) {
+            return Err(LimitsError::Weight(weight));
+        }
+        Ok(Self { startup, min, max, buffer_percent, weight })
+    }
+
+    /// A VM whose memory nobody moves.
+    ///
+    /// # Errors
+    /// As [`Limits::new`].
+    pub fn fixed(size: Bytes) -> Result<Self, LimitsError> {
+        Self::new(size, size, size, DEFAULT_BUFFER_PERCENT, DEFAULT_WEIGHT)
+    }
+
+    /// What the guest has when it starts.
+    pub const fn startup(&self) -> Bytes {
+        self.startup
+    }
+
+    /// What it is never shrunk below.
+    pub const fn min(&self) -> Bytes {
+        self.min
+    }
+
+    /// What it is never grown above: the size of its memory map.
+    pub const fn max(&self) -> Bytes {
+        self.max
+    }
+
+    /// Spare memory kept on top of what the guest uses, in percent of that use.
+    pub const fn buffer_percent(&self) -> u32 {
+        self.buffer_percent
+    }
+
+    /// This VM's share when memory is short, relative to the others'.
+    pub const fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// Whether a balancer may move this VM's memory.
+    pub fn is_dynamic(&self) -> bool {
+        self.min != self.max
+    }
+
+    /// `bytes`, moved into `min..=max` and to a whole page.
+    pub fn clamp(&self, bytes: Bytes) -> Bytes {
+        bytes.page_floor().clamp(self.min, self.max)
+    }
+}
+
+impl TryFrom<Unchecked> for Limits {
+    type Error = LimitsError;
+    fn try_from(raw: Unchecked) -> Result<Self, LimitsError> {
+        Self::new(raw.startup, raw.min, raw.max, raw.buffer_percent, raw.weight)
+    }
+}
+
+impl From<Limits> for Unchecked {
+    fn from(limits: Limits) -> Self {
+        let Limits { startup, min, max, buffer_percent, weight } = limits;
+        Self { startup, min, max, buffer_percent, weight }
+    }
+}
+
+/// Reads what `--memory` takes: `256M,min=128M,max=1G,buffer=20%,weight=100`.
+///
+/// A size alone is static memory; a missing `min` or `max` is the startup size.
+impl FromStr for Limits {
+    type Err = LimitsError;
+
+    fn from_str(text: &str) -> Result<Self, LimitsError> {
+        let mut parts = text.split(',');
+        let startup: Bytes = parts.next().unwrap_or_default().parse()?;
+        let (mut min, mut max, mut buffer, mut weight) = (None, None, None, None);
+        for part in parts {
+            let (key, value) = part.split_once('=').ok_or_else(|| LimitsError::Unknown(part.to_owned()))?;
+            let twice = match key {
+                "min" => min.replace(value.parse::<Bytes>()?).is_some(),
+                "max" => max.replace(value.parse::<Bytes>()?).is_some(),
+                "buffer" => {
+                    buffer.replace(number("buffer", value.strip_suffix('%').unwrap_or(value))?).is_some()
+                }
+                "weight" => weight.replace(number("weight", value)?).is_some(),
+                _ => return Err(LimitsError::Unknown(key.to_owned())),
+            };
+            if twice {
+                return Err(LimitsError::Twice(key.to_owned()));
+            }
+        }
+        Self::new(
+            startup,
+            min.unwrap_or(startup),
+            max.unwrap_or(startup),
+            buffer.unwrap_or(DEFAULT_BUFFER_PERCENT),
+            weight.unwrap_or(DEFAULT_WEIGHT),
+        )
+    }
+}
+
+fn number(name: &'static str, value: &str) -> Result<u32, LimitsError> {
+    value.parse().map_err(|_| LimitsError::NotANumber { name, value: value.to_owned() })
+}
+
+/// As [`FromStr`] reads it, sizes in whole KiB.
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let size = |b: Bytes| format!("{}K", b.0 / 1024);
+        write!(
+            f,
+            "{},min={},max={},buffer={}%,weight={}",
+            size(self.startup),
+            size(self.min),
+            size(self.max),
+            self.buffer_percent,
+            self.weight
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_alone_is_static() {
+        let limits: Limits = "256M".parse().unwrap();
+        assert!(!limits.is_dynamic());
+        assert_eq!(limits.max(), Bytes::mib(256));
+    }
+
+    #[test]
+    fn all_settings_are_read_and_printed() {
+        let limits: Limits = "256M,min=128M,max=1G,buffer=30%,weight=250".parse().unwrap();
+        assert_eq!(limits, Limits::new(Bytes::mib(256), Bytes::mib(128), Bytes::gib(1), 30, 250).unwrap());
+        assert_eq!(limits.to_string().parse::<Limits>().unwrap(), limits);
+        let json = serde_json::to_string(&limits).unwrap();
+        assert_eq!(serde_json::from_str::<Limits>(&json).unwrap(), limits);
+    }
+
+    #[test]
+    fn settings_that_contradict_are_refused_with_a_reason() {
+        for text in [
+            "256M,min=512M",
+            "256M,max=128M",
+            "32M",
+            "256M,weight=0",
+            "256M,buffer=x",
+            "256M,min=128M,min=64M",
+            "256M,maxx=1G",
+            "256M,max",
+            "100000001",
+        ] {
+            assert!(text.parse::<Limits>().is_err(), "{text}");
+        }
+        assert!(serde_json::from_str::<Limits>(r#"{"startup":1,"min":2,"max":3}"#).is_err());
+    }
+}

@@ -1,0 +1,114 @@
+//! The memory of one VM as its API tells it: the words between a VM and whoever balances it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits::Limits;
+use crate::report::Report;
+use crate::units::Bytes;
+
+/// `GET /memory`: everything about one VM's memory at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// What the administrator set.
+    pub limits: Limits,
+    /// What the guest was last asked to have.
+    pub target: Bytes,
+    /// What the guest has: its memory map less the balloon, as its driver says.
+    pub actual: Bytes,
+    /// Guest memory that the host really holds (resident pages of the mapping).
+    pub host_rss: Bytes,
+    /// How the guest's balloon driver is doing.
+    pub driver: DriverState,
+    /// The guest's last report, if it ever sent one.
+    pub report: Option<AgedReport>,
+    /// What the balloon has counted since the VM started.
+    pub counters: BalloonCounters,
+}
+
+/// A report and how long ago it came.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgedReport {
+    /// Milliseconds since the guest handed it over.
+    pub age_ms: u64,
+    /// What it says.
+    pub statistics: Report,
+}
+
+/// How far a guest's balloon driver can be relied on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverState {
+    /// No driver has set the device up: no target can be reached.
+    Absent,
+    /// Set up, and answers statistics requests (or offers no statistics).
+    Active,
+    /// Set up, but a statistics request has gone unanswered for too long.
+    Silent,
+    /// It broke the protocol; the device asked for a reset and waits.
+    Broken,
+}
+
+/// What the balloon device has counted since the VM started; monotonic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BalloonCounters {
+    /// Pages taken from the guest, in bytes.
+    pub inflated: Bytes,
+    /// Pages given back to the guest, in bytes.
+    pub deflated: Bytes,
+    /// Free pages reported by the guest, in bytes.
+    pub reported: Bytes,
+    /// Memory given back to the host, in bytes.
+    pub discarded: Bytes,
+    /// Ranges those discards were merged into.
+    pub discard_ranges: u64,
+    /// System calls they took.
+    pub discard_calls: u64,
+    /// Discards the host refused.
+    pub discard_failures: u64,
+    /// Malformed descriptor chains handed back to the guest.
+    pub malformed: u64,
+    /// Requests for statistics sent to the guest.
+    pub statistics_requests: u64,
+    /// Reports received.
+    pub reports: u64,
+}
+
+/// `PUT /memory/target`: what the guest should have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetRequest {
+    /// Wanted memory; must lie in the limits.
+    pub target: Bytes,
+}
+
+/// Where a VM stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Set up, its vCPUs have not run yet.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still; its memory stays.
+    Paused,
+    /// It has ended; the process is about to.
+    Stopped,
+}
+
+/// `GET /vm`: what this VM is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its name, which is also its socket's.
+    pub name: String,
+    /// The process that is it.
+    pub pid: u32,
+    /// Where it stands.
+    pub state: VmState,
+    /// Its vCPUs.
+    pub cpus: u8,
+    /// Milliseconds since it started.
+    pub uptime_ms: u64,
+    /// ballast's version.
+    pub version: String,
+}

@@ -1,0 +1,3 @@
+//! What a guest sees beside memory and CPUs. Nothing here knows KVM.
+
+pub mod virtio;

@@ -1,0 +1,67 @@
+//! What makes a virtio device, whatever transport carries it.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+
+/// How a device asks for the guest's attention; the transport implements it.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers stand in a queue (virtio 1.2, section 2.3).
+    fn used_buffers(&self);
+    /// The configuration space has changed (section 2.3).
+    fn config_changed(&self);
+    /// The guest broke the protocol: DEVICE_NEEDS_RESET, section 2.1.2.
+    fn needs_reset(&self);
+}
+
+/// What a device works on from DRIVER_OK until it is reset.
+pub struct Active {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// The queues as the driver set them up; one that it did not enable is not `ready`.
+    pub queues: Vec<Queue>,
+    /// The way back to the guest.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// The features that both sides agreed on.
+    pub features: u64,
+}
+
+/// A virtio device. Its methods are called with the transport's lock held:
+/// queue and own events on the device's event loop, the rest on a vCPU's thread.
+pub trait VirtioDevice: Send {
+    /// The device's number (virtio 1.2, section 5).
+    fn device_id(&self) -> u32;
+
+    /// The feature bits of this device type; the transport adds its own.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue, in the order of the specification.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads the configuration space; bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space; what the driver may not write stays as it is.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver has set DRIVER_OK.
+    fn activate(&mut self, active: &mut Active);
+
+    /// The driver, or the transport after a broken protocol, lets go of the device.
+    fn reset(&mut self);
+
+    /// The driver has put buffers into queue `index`.
+    fn queue_event(&mut self, index: usize, active: &mut Active);
+
+    /// File descriptors of the device's own that its event loop shall watch
+    /// for reading (timers, requests from outside); fixed for its life.
+    fn own_events(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+
+    /// One of [`own_events`](Self::own_events), by its place there, is readable.
+    /// `active` is `None` while no driver has set the device up.
+    fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
+}

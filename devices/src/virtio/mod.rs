@@ -1,0 +1,3 @@
+//! virtio 1.2: what a device is ([`device`]) and how a guest reaches it.
+
+pub mod device;
