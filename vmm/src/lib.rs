@@ -1,1 +1,5 @@
 //! One virtual machine in one process.
+
+pub mod config;
+pub mod control;
+pub mod exit;

@@ -1,0 +1,216 @@
+//! What a user asks for when a VM is made.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use balloon::limits::Limits;
+
+/// The most vCPUs a VM may have: well below the 255 that xAPIC identifiers can name.
+pub const MOST_CPUS: u8 = 64;
+
+/// Everything that makes one VM. Each part has been checked on its own.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The VM's name, and its socket's.
+    pub name: Name,
+    /// A bzImage, or an uncompressed ELF with a PVH note.
+    pub kernel: PathBuf,
+    /// The initial RAM file system.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, as the user wrote it; [`DEFAULT_CMDLINE`] is a good start.
+    pub cmdline: String,
+    /// Memory at start, and how far it may move.
+    pub limits: Limits,
+    /// vCPUs.
+    pub cpus: Cpus,
+    /// Where the first serial port goes.
+    pub console: Console,
+    /// What the guest's memory is made of.
+    pub memory: MemoryOptions,
+    /// How the balloon behaves.
+    pub balloon: BalloonOptions,
+    /// Where the API listens; `None` is a VM without an API.
+    pub socket: Option<PathBuf>,
+}
+
+/// A command line for a guest whose console is the serial port and whose reboot
+/// and panic end the process: `reboot=k` would look for a keyboard controller
+/// that is not there, `panic=-1` reboots at once.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// Why a part of a configuration can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Not `^[a-z0-9][a-z0-9-]{0,62}$`.
+    #[error("`{0}` is not a VM name: use 1 to 63 of a-z, 0-9 and `-`, not `-` first")]
+    Name(String),
+    /// Not 1 to [`MOST_CPUS`].
+    #[error("`{0}` is not a number of vCPUs: use 1 to {MOST_CPUS}")]
+    Cpus(String),
+    /// Not a console.
+    #[error("`{0}` is not a console: use stdio, file:PATH, socket:PATH or none")]
+    Console(String),
+    /// Not a size of huge pages that is known.
+    #[error("`{0}` is not a size of huge pages: use 2M")]
+    HugePages(String),
+}
+
+/// A VM's name: `^[a-z0-9][a-z0-9-]{0,62}$`, safe in a file name and a label.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(String);
+
+impl Name {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for Name {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let fits = (1..=63).contains(&text.len())
+            && !text.starts_with('-')
+            && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        if fits { Ok(Self(text.to_owned())) } else { Err(ConfigError::Name(text.to_owned())) }
+    }
+}
+
+/// A number of vCPUs, 1 to [`MOST_CPUS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpus(u8);
+
+impl Cpus {
+    /// One vCPU.
+    pub const ONE: Self = Self(1);
+
+    /// The number.
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl FromStr for Cpus {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.parse() {
+            Ok(count @ 1..=MOST_CPUS) => Ok(Self(count)),
+            _ => Err(ConfigError::Cpus(text.to_owned())),
+        }
+    }
+}
+
+/// Where the guest's first serial port goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// Standard input and output, a terminal or pipes.
+    Stdio,
+    /// Output into a file, made anew; no input.
+    File(PathBuf),
+    /// A Unix socket that the VM listens on; one client at a time, both ways.
+    Socket(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl FromStr for Console {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "none" => Ok(Self::None),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(ConfigError::Console(text.to_owned())),
+        }
+    }
+}
+
+/// What the guest's memory is made of on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryOptions {
+    /// The kind of mapping.
+    pub backing: Backing,
+    /// Ask the host for transparent huge pages (`MADV_HUGEPAGE`).
+    pub thp: bool,
+    /// Touch every page before the guest starts.
+    pub prefault: bool,
+}
+
+/// The kind of mapping that guest memory is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory.
+    #[default]
+    Anonymous,
+    /// A memfd, mapped shared: another process could map it too.
+    Memfd,
+    /// Reserved huge pages of 2 MiB (hugetlbfs).
+    HugePages2M,
+}
+
+impl Backing {
+    /// Reads what `--hugepages` takes: `2M`.
+    ///
+    /// # Errors
+    /// [`ConfigError::HugePages`] for any other text.
+    pub fn huge_pages(text: &str) -> Result<Self, ConfigError> {
+        match text.to_ascii_lowercase().as_str() {
+            "2m" | "2mib" => Ok(Self::HugePages2M),
+            _ => Err(ConfigError::HugePages(text.to_owned())),
+        }
+    }
+}
+
+/// How the balloon behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonOptions {
+    /// Offer VIRTIO_BALLOON_F_DEFLATE_ON_OOM: a guest that runs out of memory takes pages back.
+    pub deflate_on_oom: bool,
+    /// Offer VIRTIO_BALLOON_F_PAGE_REPORTING: a guest hands over free pages without being asked.
+    pub reporting: bool,
+    /// How often the guest is asked for statistics; zero asks never.
+    pub statistics_interval: Duration,
+}
+
+impl Default for BalloonOptions {
+    fn default() -> Self {
+        Self { deflate_on_oom: true, reporting: true, statistics_interval: Duration::from_secs(1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_into_file_names() {
+        for good in ["a", "web-1", "0", &"x".repeat(63)] {
+            assert_eq!(good.parse::<Name>().map(|n| n.to_string()).as_deref(), Ok(good));
+        }
+        for bad in ["", "-a", "A", "a.b", "../x", "a/b", &"x".repeat(64)] {
+            assert!(bad.parse::<Name>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn consoles_and_cpus_are_read() {
+        assert_eq!("file:/tmp/x:y".parse(), Ok(Console::File("/tmp/x:y".into())));
+        assert_eq!("none".parse(), Ok(Console::None));
+        for bad in ["", "file:", "file", "tty:x"] {
+            assert!(bad.parse::<Console>().is_err(), "{bad}");
+        }
+        assert_eq!("4".parse::<Cpus>().map(Cpus::get), Ok(4));
+        for bad in ["0", "65", "-1", "two"] {
+            assert!(bad.parse::<Cpus>().is_err(), "{bad}");
+        }
+    }
+}
