@@ -6,5 +6,6 @@
 
 pub mod limits;
 pub mod report;
+pub mod runtime;
 pub mod status;
 pub mod units;
