@@ -1,0 +1,261 @@
+//! VMs that misbehave in ways in which a real one can't be made to.
+//!
+//! Each is a socket that speaks just enough HTTP/1.1 to be talked to. What a
+//! sound VM does is tested with real ones, in the lab.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use balloon::limits::Limits;
+use balloon::report::Report;
+use balloon::status::{
+    AgedReport, BalloonCounters, DriverState, MemoryStatus, TargetRequest, VmState, VmStatus,
+};
+use balloon::units::Bytes;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+
+/// How a fake answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// As a sound VM.
+    Sound,
+    /// Takes the request and hangs up in the middle of the answer.
+    DiesMidAnswer,
+    /// Bytes that are not HTTP.
+    Garbage,
+    /// HTTP, but the body is not JSON.
+    NotJson,
+    /// JSON of another shape.
+    WrongJson,
+    /// Limits that contradict each other.
+    WrongLimits,
+    /// Never a byte.
+    Silent,
+    /// A body that never ends.
+    EndlessBody,
+    /// A head that never ends.
+    EndlessHead,
+    /// Every answer takes this many milliseconds.
+    Slow(u64),
+    /// Closes the connection behind every answer without a word about it.
+    OneAnswerAConnection,
+    /// 409 to each PUT.
+    RefusesTargets,
+}
+
+/// What a fake is, and what it has seen.
+pub struct State {
+    pub manner: Manner,
+    pub memory: MemoryStatus,
+    /// What the guest uses; reports follow from it.
+    pub used: Bytes,
+    /// Whether the guest moves to its target at once, or never.
+    pub follows: bool,
+    /// Whether it reports; the last report ages otherwise.
+    pub report_age: Option<Duration>,
+    pub requests: u64,
+    pub connections: u64,
+    /// Every target it was asked for.
+    pub targets: Vec<Bytes>,
+}
+
+/// A fake VM; gone when dropped.
+pub struct FakeVm {
+    pub state: Arc<Mutex<State>>,
+    socket: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl FakeVm {
+    /// Listens at `directory/name.sock` with these limits, using `used`.
+    pub fn start(directory: &Path, name: &str, limits: &str, used: Bytes) -> Self {
+        let limits: Limits = limits.parse().unwrap();
+        let memory = MemoryStatus {
+            limits,
+            target: limits.startup(),
+            actual: limits.startup(),
+            host_rss: limits.startup(),
+            driver: DriverState::Active,
+            report: None,
+            counters: BalloonCounters::default(),
+        };
+        let state = Arc::new(Mutex::new(State {
+            manner: Manner::Sound,
+            memory,
+            used,
+            follows: true,
+            report_age: Some(Duration::from_millis(100)),
+            requests: 0,
+            connections: 0,
+            targets: Vec::new(),
+        }));
+        let socket = directory.join(format!("{name}.sock"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let shared = Arc::clone(&state);
+        let vm_name = name.to_owned();
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                shared.lock().unwrap().connections += 1;
+                tokio::spawn(serve(stream, Arc::clone(&shared), vm_name.clone()));
+            }
+        });
+        Self { state, socket, task }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.state().manner = Manner::DiesMidAnswer;
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl State {
+    /// Sets limits, target and actual as if the VM had just started so.
+    pub fn place(&mut self, target: Bytes, actual: Bytes) {
+        self.memory.target = target;
+        self.memory.actual = actual;
+    }
+
+    fn memory(&mut self) -> MemoryStatus {
+        self.memory.report = self.report_age.map(|age| AgedReport {
+            age_ms: age.as_millis() as u64,
+            statistics: Report {
+                total: Some(self.memory.actual),
+                available: Some(self.memory.actual.saturating_sub(self.used)),
+                free: Some(self.memory.actual.saturating_sub(self.used)),
+                ..Report::default()
+            },
+        });
+        self.memory.clone()
+    }
+}
+
+async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) {
+    while let Some((head, body)) = read_request(&mut stream).await {
+        let manner = {
+            let mut state = shared.lock().unwrap();
+            state.requests += 1;
+            state.manner
+        };
+        if let Manner::Slow(milliseconds) = manner {
+            tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+        }
+        match manner {
+            Manner::Silent => std::future::pending::<()>().await,
+            Manner::Garbage => {
+                let _ = stream.write_all(b"\x00\xffnot http at all\r\n\r\n").await;
+                return;
+            }
+            Manner::DiesMidAnswer => {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n{\"limits\":").await;
+                return;
+            }
+            Manner::EndlessBody => {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n").await;
+                while stream.write_all(&[b' '; 65536]).await.is_ok() {}
+                return;
+            }
+            Manner::EndlessHead => {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n").await;
+                while stream.write_all(b"X-More: and more\r\n").await.is_ok() {}
+                return;
+            }
+            _ => {}
+        }
+        let answer = answer(&shared, manner, &name, &head, &body);
+        if stream.write_all(&answer).await.is_err() || manner == Manner::OneAnswerAConnection {
+            return;
+        }
+    }
+}
+
+async fn read_request(stream: &mut UnixStream) -> Option<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    let head = loop {
+        if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+            break end + 4;
+        }
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let text = String::from_utf8_lossy(&bytes[..head]).to_ascii_lowercase();
+    let length: usize = text
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length:"))
+        .map_or(0, |value| value.trim().parse().unwrap());
+    while bytes.len() < head + length {
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    }
+    Some((text, bytes[head..head + length].to_vec()))
+}
+
+fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &[u8]) -> Vec<u8> {
+    let mut state = shared.lock().unwrap();
+    let line = head.lines().next().unwrap_or_default();
+    let text = match manner {
+        Manner::NotJson => return http(200, "<html>hello</html>"),
+        Manner::WrongJson => return http(200, r#"{"surprise":[1,2,3]}"#),
+        Manner::WrongLimits => {
+            let mut json = serde_json::to_value(state.memory()).unwrap();
+            json["limits"]["min"] = u64::MAX.into();
+            return http(200, &json.to_string());
+        }
+        _ => line,
+    };
+    if text.starts_with("get /vm ") {
+        let status = VmStatus {
+            name: name.to_owned(),
+            pid: 1,
+            state: VmState::Running,
+            cpus: 1,
+            uptime_ms: 1,
+            version: "0".to_owned(),
+        };
+        return http(200, &serde_json::to_string(&status).unwrap());
+    }
+    if text.starts_with("get /memory ") {
+        return http(200, &serde_json::to_string(&state.memory()).unwrap());
+    }
+    if text.starts_with("put /memory/target ") {
+        if manner == Manner::RefusesTargets {
+            return http(409, "{\"error\":\"no balloon driver\\u001b[2J runs in the guest\"}");
+        }
+        let TargetRequest { target } = serde_json::from_slice(body).unwrap();
+        state.targets.push(target);
+        state.memory.target = target;
+        if state.follows {
+            state.memory.actual = target;
+        }
+        return http(204, "");
+    }
+    if text.starts_with("put /memory/limits ") {
+        state.memory.limits = serde_json::from_slice(body).unwrap();
+        return http(204, "");
+    }
+    if text.starts_with("post /vm/") {
+        return http(204, "");
+    }
+    http(404, r#"{"error":"no such thing"}"#)
+}
+
+fn http(status: u16, body: &str) -> Vec<u8> {
+    let length = if status == 204 { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    format!("HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n{length}\r\n{body}").into_bytes()
+}
