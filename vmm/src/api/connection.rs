@@ -1,0 +1,175 @@
+//! One client: reading a request, or writing a response, never both.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::http::{self, Parsed, Request, Response};
+
+/// How long a client may say nothing between two requests.
+pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long one request may take to arrive, or one response to be fetched.
+pub const TRANSFER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a client that was turned away may go on sending.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+
+/// Steps of one client before the others have their turn.
+const MOST_STEPS: usize = 16;
+
+const CHUNK: usize = 4 << 10;
+
+/// What is to happen with a connection next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Nothing until its socket is ready or its time is over.
+    Wait,
+    /// It has more to do at once, after the others.
+    Again,
+    /// It has ended.
+    Close,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Waiting for a request, or for the rest of one.
+    Reading,
+    /// Sending a response.
+    Writing { response: Vec<u8>, sent: usize, keep_alive: bool },
+    /// The last response is out. Closing while the client still sends would make
+    /// its next write fail before it could read that response.
+    Draining,
+}
+
+/// One client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    input: Vec<u8>,
+    state: State,
+    deadline: Instant,
+}
+
+impl Connection {
+    /// A client that has just come.
+    ///
+    /// # Errors
+    /// When the socket can't be made non-blocking.
+    pub fn new(stream: UnixStream, now: Instant) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, input: Vec::new(), state: State::Reading, deadline: now + IDLE_LIMIT })
+    }
+
+    /// The socket, to be watched.
+    pub fn fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
+    /// What the socket is to be watched for.
+    pub const fn interest(&self) -> EventSet {
+        match self.state {
+            State::Reading | State::Draining => EventSet::IN,
+            State::Writing { .. } => EventSet::OUT,
+        }
+    }
+
+    /// When the client's patience with us, and ours with it, ends.
+    pub const fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether it stands between two requests, so that closing it loses nothing.
+    pub const fn is_idle(&self) -> bool {
+        matches!(self.state, State::Reading) && self.input.is_empty()
+    }
+
+    /// Goes on as far as the socket allows, a bounded number of steps.
+    pub fn advance(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) -> Next {
+        for _ in 0..MOST_STEPS {
+            let step = match &self.state {
+                State::Reading => self.read(now, answer),
+                State::Writing { .. } => self.write(now),
+                State::Draining => self.drain(),
+            };
+            match step {
+                Ok(Next::Again) => {}
+                Ok(next) => return next,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Next::Wait,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The client is gone; there is nobody left to tell.
+                Err(_) => return Next::Close,
+            }
+        }
+        Next::Again
+    }
+
+    /// Sends what is left of a response; for the moment when the server ends.
+    pub fn finish(mut self) {
+        if let State::Writing { response, sent, .. } = &self.state {
+            let left = response.get(*sent..).unwrap_or_default();
+            let sending = self.stream.set_nonblocking(false).and_then(|()| {
+                self.stream.set_write_timeout(Some(Duration::from_millis(100)))?;
+                self.stream.write_all(left)
+            });
+            // A client that does not fetch its answer now goes without.
+            let _ = sending;
+        }
+    }
+
+    fn read(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) -> io::Result<Next> {
+        let (response, keep_alive, taken) = match http::parse(&self.input) {
+            Parsed::Complete { request, length, keep_alive } => (answer(request), keep_alive, length),
+            Parsed::Malformed(response) => (response, false, self.input.len()),
+            Parsed::Incomplete => return self.receive(now),
+        };
+        self.input.drain(..taken);
+        self.input.shrink_to(CHUNK);
+        self.state = State::Writing { response: response.encode(keep_alive), sent: 0, keep_alive };
+        self.deadline = now + TRANSFER_LIMIT;
+        Ok(Next::Again)
+    }
+
+    fn receive(&mut self, now: Instant) -> io::Result<Next> {
+        let mut chunk = [0; CHUNK];
+        let count = self.stream.read(&mut chunk)?;
+        if count == 0 {
+            return Ok(Next::Close);
+        }
+        if self.input.is_empty() {
+            self.deadline = now + TRANSFER_LIMIT;
+        }
+        self.input.extend(chunk.iter().take(count));
+        Ok(Next::Again)
+    }
+
+    fn write(&mut self, now: Instant) -> io::Result<Next> {
+        let State::Writing { response, sent, keep_alive } = &mut self.state else {
+            return Ok(Next::Again);
+        };
+        while let Some(left) = response.get(*sent..).filter(|left| !left.is_empty()) {
+            match self.stream.write(left)? {
+                0 => return Ok(Next::Close),
+                count => *sent += count,
+            }
+        }
+        if *keep_alive {
+            let limit = if self.input.is_empty() { IDLE_LIMIT } else { TRANSFER_LIMIT };
+            (self.state, self.deadline) = (State::Reading, now + limit);
+        } else {
+            self.stream.shutdown(Shutdown::Write)?;
+            self.input = Vec::new();
+            (self.state, self.deadline) = (State::Draining, now + DRAIN_LIMIT);
+        }
+        Ok(Next::Again)
+    }
+
+    fn drain(&mut self) -> io::Result<Next> {
+        let count = self.stream.read(&mut [0; CHUNK])?;
+        Ok(if count == 0 { Next::Close } else { Next::Again })
+    }
+}

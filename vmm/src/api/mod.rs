@@ -1,0 +1,21 @@
+//! The VM's API: HTTP/1.1 and JSON over a Unix socket, described in `resources/openapi.yaml`.
+//!
+//! One thread serves at most [`MOST_CONNECTIONS`] clients and sleeps while
+//! nobody asks. There is no runtime behind it: what a client can make this
+//! process hold is bounded by the buffers of those few connections.
+//!
+//! [`http`] turns bytes into requests and responses into bytes, [`routes`]
+//! turns a request into a response; both are pure. `connection` is one
+//! client's state, `socket` the way in, and [`Server`] turns the wheel.
+
+mod connection;
+#[cfg(test)]
+mod document;
+pub mod http;
+pub mod metrics;
+pub mod routes;
+mod server;
+mod socket;
+
+pub use server::{MOST_CONNECTIONS, Server};
+pub use socket::BindError;

@@ -1,0 +1,79 @@
+//! What each path and method does: a pure function from a request to a response.
+
+use balloon::limits::Limits;
+use balloon::status::TargetRequest;
+use serde::de::DeserializeOwned;
+
+use super::http::{Request, Response, Status};
+use super::metrics;
+use crate::control::{Control, ControlError};
+
+/// One thing the API does.
+pub struct Route {
+    /// The method it takes.
+    pub method: &'static str,
+    /// Its path, whole.
+    pub path: &'static str,
+    act: fn(&Control, &[u8]) -> Response,
+}
+
+/// Everything the API does; `resources/openapi.yaml` says the same to the world.
+pub const ROUTES: [Route; 9] = [
+    Route { method: "GET", path: "/vm", act: |control, _| Response::json(&control.status()) },
+    Route { method: "POST", path: "/vm/pause", act: |control, _| answer(control.pause()) },
+    Route { method: "POST", path: "/vm/resume", act: |control, _| answer(control.resume()) },
+    Route { method: "POST", path: "/vm/power-button", act: |control, _| answer(control.power_button()) },
+    Route { method: "POST", path: "/vm/shutdown", act: |control, _| answer(control.shutdown()) },
+    Route { method: "GET", path: "/memory", act: |control, _| Response::json(&control.memory()) },
+    Route {
+        method: "PUT",
+        path: "/memory/target",
+        act: |control, body| put(body, |wanted: TargetRequest| control.set_target(wanted.target)),
+    },
+    Route {
+        method: "PUT",
+        path: "/memory/limits",
+        act: |control, body| put(body, |limits: Limits| control.set_limits(limits)),
+    },
+    Route {
+        method: "GET",
+        path: "/metrics",
+        act: |control, _| metrics::response(control.status(), control.memory()),
+    },
+];
+
+/// Carries out one request.
+pub fn route(request: Request<'_>, control: &Control) -> Response {
+    let here = || ROUTES.iter().filter(|route| route.path == request.path);
+    if let Some(route) = here().find(|route| route.method == request.method) {
+        return (route.act)(control, request.body);
+    }
+    let methods: Vec<&str> = here().map(|route| route.method).collect();
+    if methods.is_empty() {
+        return Response::error(Status::NotFound, &format!("there is no {}", request.path));
+    }
+    let allow = methods.join(", ");
+    let sentence = format!("{} takes {allow}, not {}", request.path, request.method);
+    Response { allow: Some(allow), ..Response::error(Status::MethodNotAllowed, &sentence) }
+}
+
+fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), ControlError>) -> Response {
+    match serde_json::from_slice(body) {
+        Ok(value) => answer(act(value)),
+        Err(error) => {
+            Response::error(Status::BadRequest, &format!("the body is not what belongs here: {error}"))
+        }
+    }
+}
+
+fn answer(result: Result<(), ControlError>) -> Response {
+    let Err(error) = result else {
+        return Response::done();
+    };
+    let status = match &error {
+        ControlError::Host(_) => Status::InternalError,
+        error if error.is_conflict() => Status::Conflict,
+        _ => Status::BadRequest,
+    };
+    Response::error(status, &error.to_string())
+}

@@ -1,0 +1,265 @@
+//! The server on a real socket, with the control of a real VM that has not been started.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use balloon::status::{MemoryStatus, VmState, VmStatus};
+use balloon::units::Bytes;
+use serde_json::Value;
+
+use super::super::connection::TRANSFER_LIMIT;
+use super::super::http::LONGEST_BODY;
+use super::*;
+
+struct Running {
+    path: PathBuf,
+    stop: EventFd,
+    thread: Option<JoinHandle<io::Result<()>>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Running {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.sock");
+        let server = Server::bind(&path).unwrap();
+        let stop = server.stopper().unwrap();
+        let control = Arc::new(super::super::document::control());
+        let thread = Some(thread::spawn(move || server.run(&control)));
+        Self { path, stop, thread, _directory: directory }
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        // A bound on a broken server, not a wait: every answer is at hand at once.
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.write(1).unwrap();
+        self.thread.take().unwrap().join().unwrap().unwrap();
+        assert!(!self.path.exists(), "the socket outlived the server");
+    }
+}
+
+/// Reads one response: status, head, body.
+fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("the server closed in the middle of a response");
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).unwrap();
+    (status, head, body)
+}
+
+fn ask(stream: &mut UnixStream, request: &str) -> (u16, String, Vec<u8>) {
+    stream.write_all(request.as_bytes()).unwrap();
+    receive(stream)
+}
+
+fn put(path: &str, body: &str) -> String {
+    format!("PUT {path} HTTP/1.1\r\nHost: vm\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+fn sentence(body: &[u8]) -> String {
+    let value: Value = serde_json::from_slice(body).unwrap();
+    value["error"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn one_connection_carries_many_requests() {
+    let server = Running::start();
+    let mut client = server.connect();
+    for _ in 0..3 {
+        let (status, head, body) = ask(&mut client, "GET /vm HTTP/1.1\r\nHost: vm\r\n\r\n");
+        assert_eq!(status, 200, "{head}");
+        let vm: VmStatus = serde_json::from_slice(&body).unwrap();
+        assert_eq!((vm.name.as_str(), vm.cpus, vm.state), ("test", 2, VmState::Created));
+        assert_eq!(vm.pid, std::process::id());
+    }
+    let (status, _, body) = ask(&mut client, "GET /memory HTTP/1.1\r\n\r\n");
+    assert_eq!(status, 200);
+    let memory: MemoryStatus = serde_json::from_slice(&body).unwrap();
+    assert_eq!(memory.limits.max(), Bytes::gib(1));
+}
+
+#[test]
+fn limits_are_changed_within_the_mapping() {
+    let server = Running::start();
+    let mut client = server.connect();
+    let limits = r#"{"startup":268435456,"min":134217728,"max":536870912,"weight":7}"#;
+    assert_eq!(ask(&mut client, &put("/memory/limits", limits)).0, 204);
+    let (_, _, body) = ask(&mut client, "GET /memory HTTP/1.1\r\n\r\n");
+    let memory: MemoryStatus = serde_json::from_slice(&body).unwrap();
+    assert_eq!((memory.limits.max(), memory.limits.weight()), (Bytes::mib(512), 7));
+
+    let beyond = r#"{"startup":268435456,"min":134217728,"max":1073745920}"#;
+    let (status, _, body) = ask(&mut client, &put("/memory/limits", beyond));
+    assert_eq!(status, 400);
+    assert!(sentence(&body).contains("larger max"), "{}", sentence(&body));
+}
+
+#[test]
+fn refusals_say_why() {
+    let server = Running::start();
+    let mut client = server.connect();
+    // No guest runs, so there is no driver that could follow: a conflict, not a mistake.
+    let (status, _, body) = ask(&mut client, &put("/memory/target", r#"{"target":268435456}"#));
+    assert_eq!(status, 409, "{}", sentence(&body));
+    assert_eq!(ask(&mut client, &put("/memory/target", r#"{"target":4096}"#)).0, 400);
+    assert_eq!(ask(&mut client, "POST /vm/resume HTTP/1.1\r\n\r\n").0, 409);
+    for body in ["", "{", "[]", "{\"target\":-1}", "{\"target\":1,\"x\":2}", "{\"target\":\"1G\"}", "\u{0}"] {
+        let (status, _, answer) = ask(&mut client, &put("/memory/target", body));
+        assert_eq!(status, 400, "{body}");
+        assert!(!sentence(&answer).is_empty());
+    }
+    let (status, head, body) = ask(&mut client, "DELETE /vm HTTP/1.1\r\n\r\n");
+    assert_eq!(status, 405);
+    assert!(head.contains("\r\nAllow: GET\r\n"), "{head}");
+    assert!(sentence(&body).contains("/vm takes GET"));
+    assert_eq!(ask(&mut client, "GET /nothing HTTP/1.1\r\n\r\n").0, 404);
+}
+
+#[test]
+fn requests_may_be_sent_ahead_and_are_answered_in_order() {
+    let server = Running::start();
+    let mut client = server.connect();
+    let ahead =
+        "GET /vm HTTP/1.1\r\n\r\nGET /nothing HTTP/1.1\r\n\r\nGET /memory HTTP/1.1\r\n\r\n".repeat(50);
+    client.write_all(ahead.as_bytes()).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    for _ in 0..50 {
+        let statuses = [receive(&mut client).0, receive(&mut client).0, receive(&mut client).0];
+        assert_eq!(statuses, [200, 404, 200]);
+    }
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn what_can_not_be_read_is_answered_once_and_the_connection_ends() {
+    let server = Running::start();
+    let huge = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(20_000));
+    for (request, expected) in [
+        ("hello\r\n\r\n", 400),
+        (huge.as_str(), 431),
+        ("PUT /memory/target HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n{", 413),
+        ("PUT /memory/target HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        ("PUT /memory/target HTTP/1.1\r\n\r\n", 411),
+        ("\u{16}\u{3}\u{1}", 400),
+    ] {
+        let mut client = server.connect();
+        let (status, head, body) = ask(&mut client, request);
+        assert_eq!(status, expected, "{request:.40}");
+        assert!(head.contains("Connection: close"), "{head}");
+        assert!(!sentence(&body).is_empty());
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "closed after {request:.40}");
+    }
+}
+
+#[test]
+fn a_client_that_sends_on_still_gets_its_refusal() {
+    let server = Running::start();
+    let mut client = server.connect();
+    client.write_all(b"PUT /memory/target HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n").unwrap();
+    for _ in 0..64 {
+        client.write_all(&[b'x'; 8192]).unwrap();
+    }
+    assert_eq!(receive(&mut client).0, 413);
+}
+
+#[test]
+fn the_largest_body_is_taken_in_small_pieces() {
+    let server = Running::start();
+    let mut client = server.connect();
+    let request = put("/memory/target", &" ".repeat(LONGEST_BODY));
+    for piece in request.as_bytes().chunks(1000) {
+        client.write_all(piece).unwrap();
+    }
+    assert_eq!(receive(&mut client).0, 400);
+    assert_eq!(ask(&mut client, "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+}
+
+#[test]
+fn slow_and_idle_clients_stand_in_nobodys_way() {
+    let server = Running::start();
+    // Each holds a place with half a request, but for one that is idle.
+    let slow: Vec<UnixStream> = (1..MOST_CONNECTIONS)
+        .map(|_| {
+            let mut client = server.connect();
+            client.write_all(b"GET /vm HT").unwrap();
+            client
+        })
+        .collect();
+    let mut idle = server.connect();
+    assert_eq!(ask(&mut idle, "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+    let mut other = server.connect();
+    assert_eq!(ask(&mut other, "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+    // The idle one had to go.
+    assert_eq!(idle.read(&mut [0]).unwrap(), 0);
+    drop(slow);
+}
+
+#[test]
+fn a_client_that_never_ends_its_request_loses_its_place() {
+    let server = Running::start();
+    let mut slow: Vec<UnixStream> = (0..MOST_CONNECTIONS)
+        .map(|_| {
+            let mut client = server.connect();
+            client.write_all(b"GET /vm HT").unwrap();
+            client
+        })
+        .collect();
+    // All places are taken by requests that never end; this one waits for the first to time out.
+    let mut patient = server.connect();
+    patient.set_read_timeout(Some(TRANSFER_LIMIT * 3)).unwrap();
+    let begun = Instant::now();
+    assert_eq!(ask(&mut patient, "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+    assert!(begun.elapsed() >= TRANSFER_LIMIT / 2, "nobody had to wait: are the places counted?");
+    assert_eq!(slow.first_mut().unwrap().read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_client_that_never_reads_does_not_stop_the_others() {
+    let server = Running::start();
+    let deaf = server.connect();
+    deaf.set_nonblocking(true).unwrap();
+    let requests = "GET /metrics HTTP/1.1\r\n\r\n".repeat(1000);
+    // Sends until neither side takes any more.
+    while (&deaf).write(requests.as_bytes()).is_ok() {}
+    for _ in 0..10 {
+        assert_eq!(ask(&mut server.connect(), "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+    }
+}
+
+#[test]
+fn metrics_are_text_that_names_the_vm() {
+    let server = Running::start();
+    let mut client = server.connect();
+    let (status, head, body) = ask(&mut client, "GET /metrics HTTP/1.1\r\n\r\n");
+    let text = String::from_utf8(body).unwrap();
+    assert_eq!(status, 200);
+    assert!(head.contains("Content-Type: application/openmetrics-text; version=1.0.0"), "{head}");
+    for line in [
+        "# TYPE ballast_memory_max_bytes gauge",
+        "ballast_memory_max_bytes{vm=\"test\"} 1073741824.0",
+        "ballast_balloon_inflated_bytes_total{vm=\"test\"} 0",
+        "ballast_vm_state{vm=\"test\",state=\"created\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+}

@@ -1,0 +1,152 @@
+//! The socket that a VM is spoken to through: made private, never stolen, taken away at the end.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Clients that wait for the server to take them on.
+const BACKLOG: i32 = 16;
+
+/// Why a VM can't be spoken to at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Another VM listens there.
+    #[error("a VM already listens at {}: choose another --name, or stop that VM first", .0.display())]
+    InUse(PathBuf),
+    /// A file that nobody made for this.
+    #[error("{} is there and is not a socket: move it away, or choose another --name", .0.display())]
+    NotASocket(PathBuf),
+    /// The kernel refused.
+    #[error("cannot listen at {}: {source}", .path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A socket's file, removed when its owner goes. To be dropped before the listener:
+/// while that lives, no other file can have the same identity.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // By now somebody may have put another socket there; that one must stay.
+        if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    let io = |source| BindError::Io { path: path.to_owned(), source };
+    let errno = |errno: Errno| io(errno.into());
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // While one process looks whether the socket is dead and replaces it, no other may do the same.
+    let lock =
+        rustix::fs::open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(errno)?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(errno)?;
+
+    let address = SocketAddrUnix::new(path).map_err(errno)?;
+    make_way(path, &address)?;
+    let socket = stream_socket().map_err(errno)?;
+    // The file gets the mode that the socket has when it is bound: private from its first moment.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(errno)?;
+    rustix::net::bind(&socket, &address).map_err(errno)?;
+    let metadata = fs::symlink_metadata(path).map_err(io)?;
+    let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
+    rustix::net::listen(&socket, BACKLOG).map_err(errno)?;
+    Ok((UnixListener::from(socket), file))
+}
+
+/// Removes what a dead VM left at `path`.
+fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
+    let io = |source| BindError::Io { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    let probe = stream_socket().map_err(|errno| io(errno.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path).map_err(io),
+        // A full backlog is a living server too.
+        Ok(()) | Err(Errno::AGAIN) => Err(BindError::InUse(path.to_owned())),
+        Err(errno) => Err(io(errno.into())),
+    }
+}
+
+fn stream_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_socket_is_private_and_goes_with_its_owner() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.sock");
+        let (listener, file) = listen(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        drop(file);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_living_socket_is_not_stolen_and_a_dead_one_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.sock");
+        let (listener, file) = listen(&path).unwrap();
+        assert!(matches!(listen(&path), Err(BindError::InUse(_))));
+        drop(listener);
+        let (_second, second_file) = listen(&path).unwrap();
+        drop(second_file);
+        assert!(!path.exists());
+        drop(file);
+    }
+
+    #[test]
+    fn a_socket_that_took_ones_place_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.sock");
+        let (_listener, file) = listen(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _second = listen(&path).unwrap();
+        drop(file);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn other_files_are_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm.sock");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(listen(&path), Err(BindError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        let missing = directory.path().join("missing/vm.sock");
+        assert!(listen(&missing).unwrap_err().to_string().contains("missing/vm.sock"));
+    }
+}
