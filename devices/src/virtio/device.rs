@@ -28,6 +28,17 @@ pub struct Active {
     pub features: u64,
 }
 
+/// What is left after a device has worked on a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Progress {
+    /// The queue is empty; the driver's next notification says when to look again.
+    Done,
+    /// The budget of one event is spent with buffers left: the transport comes
+    /// back to this queue after the other events that wait.
+    More,
+}
+
 /// A virtio device. Its methods are called with the transport's lock held:
 /// queue and own events on the device's event loop, the rest on a vCPU's thread.
 pub trait VirtioDevice: Send {
@@ -49,11 +60,14 @@ pub trait VirtioDevice: Send {
     /// The driver has set DRIVER_OK.
     fn activate(&mut self, active: &mut Active);
 
-    /// The driver, or the transport after a broken protocol, lets go of the device.
+    /// The driver lets go of the device. After [`Interrupt::needs_reset`] no
+    /// event of a queue reaches the device until this is called.
     fn reset(&mut self);
 
     /// The driver has put buffers into queue `index`.
-    fn queue_event(&mut self, index: usize, active: &mut Active);
+    ///
+    /// Bounded work only: what does not fit in one event is left for the next ([`Progress::More`]).
+    fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress;
 
     /// File descriptors of the device's own that its event loop shall watch
     /// for reading (timers, requests from outside); fixed for its life.
@@ -62,6 +76,7 @@ pub trait VirtioDevice: Send {
     }
 
     /// One of [`own_events`](Self::own_events), by its place there, is readable.
-    /// `active` is `None` while no driver has set the device up.
+    /// `active` is `None` while no driver has set the device up, or after
+    /// [`Interrupt::needs_reset`]. The device reads the descriptor empty.
     fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
 }

@@ -1,3 +1,7 @@
-//! virtio 1.2: what a device is ([`device`]) and how a guest reaches it.
+//! virtio 1.2: what a device is ([`device`]), how it works on its queues
+//! ([`queue`]), and how a guest reaches it ([`mmio`]).
 
 pub mod device;
+pub mod mmio;
+pub mod queue;
+pub mod rng;

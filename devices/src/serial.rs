@@ -1,0 +1,142 @@
+//! The serial port: a 16550 (on vm-superio) whose line ends at a terminal, a file or a socket.
+//!
+//! Output is written where the guest writes it, on the thread of its vCPU: a
+//! reader that stalls holds that vCPU, as hardware flow control would hold a
+//! sender; other vCPUs and devices go on. Output that fails is dropped and
+//! counted, so a closed terminal never stops a guest.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_device::MutDevicePio;
+use vm_device::bus::{PioAddress, PioAddressOffset};
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial as Uart, Trigger};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Ports that the device takes.
+pub const PORTS: u16 = 8;
+
+/// Bytes of input that wait for the guest beside the 64 in the port's own queue.
+pub const BACKLOG: usize = 4096;
+
+struct Edge(EventFd);
+
+impl Trigger for Edge {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        // The one failure is a full counter, which is an interrupt already pending.
+        let _ = self.0.write(1);
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Lost(AtomicU64);
+
+impl SerialEvents for Lost {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn in_buffer_empty(&self) {}
+}
+
+/// A serial port.
+pub struct Serial {
+    uart: Uart<Edge, Arc<Lost>, Box<dyn Write + Send>>,
+    backlog: VecDeque<u8>,
+    lost: Arc<Lost>,
+    room: EventFd,
+    /// Someone was told that there is no room, and waits for [`Serial::room_event`].
+    refused: bool,
+}
+
+impl Serial {
+    /// A port whose interrupt line is `irq` (edge-triggered) and whose output goes to `output`.
+    ///
+    /// # Errors
+    /// No eventfd can be had.
+    pub fn new(irq: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
+        let lost = Arc::new(Lost::default());
+        Ok(Self {
+            uart: Uart::with_events(Edge(irq), lost.clone(), output),
+            backlog: VecDeque::new(),
+            lost,
+            room: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            refused: false,
+        })
+    }
+
+    /// Takes input for the guest and returns how many bytes there was room for.
+    /// The rest is the caller's to keep until [`room_event`](Self::room_event) is readable.
+    pub fn enqueue(&mut self, input: &[u8]) -> usize {
+        let room = BACKLOG - self.backlog.len().min(BACKLOG);
+        let (taken, rest) = input.split_at(input.len().min(room));
+        self.backlog.extend(taken);
+        self.refused |= !rest.is_empty();
+        self.refill();
+        taken.len()
+    }
+
+    /// Becomes readable when the guest has read all input after
+    /// [`enqueue`](Self::enqueue) had to leave some behind.
+    pub fn room_event(&self) -> &EventFd {
+        &self.room
+    }
+
+    /// Bytes of output that could not be written.
+    pub fn lost_output(&self) -> u64 {
+        self.lost.0.load(Ordering::Relaxed)
+    }
+
+    /// Moves waiting input to the port, as far as its queue goes.
+    fn refill(&mut self) {
+        while self.uart.fifo_capacity() > 0 {
+            let (front, _) = self.backlog.as_slices();
+            if front.is_empty() {
+                break;
+            }
+            let Some(piece) = front.get(..front.len().min(self.uart.fifo_capacity())) else { break };
+            // Zero in loopback mode, in which the line is cut off.
+            match self.uart.enqueue_raw_bytes(piece) {
+                Ok(0) => break,
+                Ok(count) => drop(self.backlog.drain(..count.min(self.backlog.len()))),
+                Err(_) => break,
+            }
+        }
+        if self.refused && self.backlog.is_empty() {
+            self.refused = false;
+            let _ = self.room.write(1);
+        }
+    }
+}
+
+impl MutDevicePio for Serial {
+    /// Anything but a byte is no access to a 16550, and reads as an empty bus.
+    fn pio_read(&mut self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        match (u8::try_from(offset), data) {
+            (Ok(register), [byte]) => {
+                *byte = self.uart.read(register);
+                self.refill();
+            }
+            (_, data) => data.fill(0xff),
+        }
+    }
+
+    fn pio_write(&mut self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+        if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
+            // The one failure is output that could not be written, which is counted.
+            let _ = self.uart.write(register, *byte);
+            self.refill();
+        }
+    }
+}

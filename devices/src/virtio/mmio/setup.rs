@@ -1,0 +1,74 @@
+//! A queue as the driver describes it, register by register, until it is ready.
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+/// Which half of a 64-bit register an access means.
+#[derive(Clone, Copy)]
+pub(super) enum Half {
+    Low,
+    High,
+}
+
+impl Half {
+    /// `register` with this half replaced.
+    pub(super) fn put(self, register: &mut u64, value: u32) {
+        *register = match self {
+            Self::Low => *register & !u64::from(u32::MAX) | u64::from(value),
+            Self::High => *register & u64::from(u32::MAX) | u64::from(value) << 32,
+        };
+    }
+}
+
+/// The registers of one queue (virtio 1.2, section 4.2.2) before DRIVER_OK.
+pub(super) struct QueueSetup {
+    pub(super) max_size: u16,
+    pub(super) size: u32,
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+    /// Built and checked once the driver has said that it is ready.
+    ready: Option<Queue>,
+}
+
+impl QueueSetup {
+    pub(super) fn new(max_size: u16) -> Self {
+        Self { max_size, size: u32::from(max_size), descriptors: 0, available: 0, used: 0, ready: None }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.is_some()
+    }
+
+    pub(super) fn disable(&mut self) {
+        self.ready = None;
+    }
+
+    /// QueueReady = 1. Returns whether size, alignment and addresses make a queue inside guest memory.
+    pub(super) fn enable(&mut self, memory: &GuestMemoryMmap) -> bool {
+        self.ready = self.build(memory);
+        self.ready.is_some()
+    }
+
+    fn build(&self, memory: &GuestMemoryMmap) -> Option<Queue> {
+        // virtio-queue takes an available ring at 0 for one that was never set,
+        // and its setters keep the old value where the new one is bad.
+        if self.available == 0 {
+            return None;
+        }
+        let mut queue = Queue::new(self.max_size).ok()?;
+        queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
+        queue.try_set_desc_table_address(GuestAddress(self.descriptors)).ok()?;
+        queue.try_set_avail_ring_address(GuestAddress(self.available)).ok()?;
+        queue.try_set_used_ring_address(GuestAddress(self.used)).ok()?;
+        queue.set_ready(true);
+        queue.is_valid(memory).then_some(queue)
+    }
+
+    /// The queue for the device; one that was never enabled is not `ready`.
+    pub(super) fn take(&mut self, event_idx: bool) -> Queue {
+        let mut queue = self.ready.take().unwrap_or_default();
+        queue.set_event_idx(event_idx);
+        queue
+    }
+}

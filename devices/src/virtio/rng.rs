@@ -1,0 +1,118 @@
+//! The entropy device (virtio 1.2, section 5.4).
+
+use std::io;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::device::{Active, Progress, VirtioDevice};
+use super::queue::{Budget, Buffer, Chain, Faults, Verdict, serve};
+
+/// Bytes that one request gets at most; the driver sees from the used length
+/// that it got less than it asked for, and asks again.
+pub const MOST_BYTES: usize = 64 << 10;
+
+/// How much randomness is made at a time, on the stack.
+const PIECE: usize = 4096;
+
+const QUEUE_SIZES: [u16; 1] = [64];
+
+const BUDGET: Budget = Budget { chains: 64, bytes: 4 * MOST_BYTES as u64 };
+
+/// Gives the guest the host's randomness (`getrandom(2)`).
+#[derive(Default)]
+pub struct Rng {
+    faults: Faults,
+}
+
+impl Rng {
+    /// A device that no driver has found yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Malformed chains handed back since the device was made.
+    pub fn malformed(&self) -> u64 {
+        self.faults.total()
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, _active: &mut Active) {}
+
+    fn reset(&mut self) {
+        self.faults.forgive();
+    }
+
+    fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
+        serve(active, index, &mut self.faults, BUDGET, answer)
+    }
+}
+
+/// Fills a request. Buffers for reading have no place in one (section 5.4.6.1).
+fn answer(memory: &GuestMemoryMmap, chain: &Chain) -> Verdict {
+    if !chain.readable().is_empty() {
+        return Verdict::Malformed;
+    }
+    let mut written = 0;
+    for buffer in chain.writable() {
+        let wanted = usize::try_from(buffer.len).unwrap_or(usize::MAX).min(MOST_BYTES - written);
+        let count = fill(memory, *buffer, wanted);
+        written += count;
+        if count < wanted || written == MOST_BYTES {
+            break;
+        }
+    }
+    // Bounded by MOST_BYTES.
+    Verdict::Used(written as u32)
+}
+
+/// Fills the first `wanted` bytes of a buffer; returns how many it could.
+fn fill(memory: &GuestMemoryMmap, buffer: Buffer, wanted: usize) -> usize {
+    let mut piece = [0; PIECE];
+    let mut done = 0;
+    while done < wanted {
+        let Some(piece) = piece.get_mut(..PIECE.min(wanted - done)) else { break };
+        let address = GuestAddress(buffer.address.0.saturating_add(done as u64));
+        if random(piece).is_err() || memory.write_slice(piece, address).is_err() {
+            break;
+        }
+        done += piece.len();
+    }
+    done
+}
+
+/// Waits only where the host itself has no entropy yet, early in its boot.
+fn random(out: &mut [u8]) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        // SAFETY: getrandom writes at most rest.len() bytes to rest, which is ours for the call.
+        let count = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(count) {
+            Ok(count) => done += count,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
