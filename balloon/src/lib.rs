@@ -4,8 +4,18 @@
 //! [`report`], [`status`]) and, behind the `device` feature, the devices that
 //! move memory between the guest and the host.
 
+#[cfg(feature = "device")]
+pub mod device;
+#[cfg(feature = "device")]
+pub mod discard;
 pub mod limits;
+#[cfg(feature = "device")]
+pub mod ranges;
 pub mod report;
+#[cfg(feature = "device")]
+mod reporting;
 pub mod runtime;
+#[cfg(feature = "device")]
+mod statistics;
 pub mod status;
 pub mod units;

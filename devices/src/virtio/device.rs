@@ -37,6 +37,9 @@ pub enum Progress {
     /// The budget of one event is spent with buffers left: the transport comes
     /// back to this queue after the other events that wait.
     More,
+    /// The driver has broken the protocol: the transport asks for a reset, as
+    /// [`Interrupt::needs_reset`] does, and no event of a queue comes until then.
+    Broken,
 }
 
 /// A virtio device. Its methods are called with the transport's lock held:

@@ -186,9 +186,8 @@ impl From<Error> for Broken {
 
 /// Hands the chains of queue `index` to `work`, one after the other, as far as
 /// `budget` goes, gives each back as `work` says and notifies the driver where
-/// it wants that. Asks for a reset where the driver has broken the protocol:
-/// an available index past the ring's size, or more than [`MOST_MALFORMED`]
-/// malformed chains.
+/// it wants that. [`Progress::Broken`] is an available index past the ring's
+/// size, or more than [`MOST_MALFORMED`] malformed chains.
 pub fn serve(
     active: &mut Active,
     index: usize,
@@ -207,10 +206,7 @@ pub fn serve(
     if notify {
         active.interrupt.used_buffers();
     }
-    worked.unwrap_or_else(|Broken| {
-        active.interrupt.needs_reset();
-        Progress::Done
-    })
+    worked.unwrap_or(Progress::Broken)
 }
 
 fn drain(

@@ -334,8 +334,10 @@ impl Mmio {
         if self.line.is_broken() || !active.queues.get(index).is_some_and(Queue::ready) {
             return;
         }
-        if self.device.queue_event(index, active) == Progress::More && !self.line.is_broken() {
-            let _ = notifier.write(1);
+        match self.device.queue_event(index, active) {
+            Progress::Done => {}
+            Progress::More => drop(notifier.write(1)),
+            Progress::Broken => self.line.needs_reset(),
         }
     }
 

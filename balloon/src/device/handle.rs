@@ -1,0 +1,139 @@
+//! The host's side of the balloon: what the API asks of it, from any thread.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::report::Report;
+use crate::status::{AgedReport, BalloonCounters, DriverState};
+use crate::units::{Bytes, Pages};
+
+/// How long a request for statistics may go unanswered until the driver counts as silent.
+pub const SILENT_AFTER: Duration = Duration::from_secs(5);
+
+/// Why a target can't be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// Nobody is there to reach it.
+    #[error(
+        "the guest has no working balloon driver: wait until it has booted, or load virtio_balloon in it"
+    )]
+    NoDriver,
+    /// More than the guest's memory map, or nothing at all.
+    #[error("target {target} must be more than nothing and at most the guest's memory map of {map}")]
+    OutOfMap {
+        /// As asked.
+        target: Bytes,
+        /// All guest RAM.
+        map: Bytes,
+    },
+}
+
+/// What the device knows of its driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Driver {
+    Absent,
+    Active {
+        /// Since when statistics are owed; `None` while none are.
+        owes_statistics: Option<Instant>,
+    },
+    Broken,
+}
+
+/// What the device and its handles share; held for moments only.
+pub(crate) struct State {
+    pub(crate) target: Bytes,
+    pub(crate) actual: Pages,
+    pub(crate) driver: Driver,
+    pub(crate) report: Option<(Instant, Report)>,
+    pub(crate) counters: BalloonCounters,
+}
+
+pub(crate) struct Shared {
+    pub(crate) map: Bytes,
+    /// Tells the device that the target has changed.
+    pub(crate) wake: EventFd,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    pub(crate) fn new(map: Bytes, target: Bytes) -> io::Result<Self> {
+        let state = State {
+            target,
+            actual: Pages(0),
+            driver: Driver::Absent,
+            report: None,
+            counters: BalloonCounters::default(),
+        };
+        Ok(Self { map, wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, state: Mutex::new(state) })
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks the balloon for things, from any thread.
+#[derive(Clone)]
+pub struct Handle(pub(super) Arc<Shared>);
+
+impl Handle {
+    /// Asks the guest to have `target` of its memory map; how far it gets shows in [`actual`](Self::actual).
+    ///
+    /// # Errors
+    /// There is no driver, or `target` is nothing or more than the map.
+    pub fn set_target(&self, target: Bytes) -> Result<(), TargetError> {
+        let map = self.0.map;
+        if target == Bytes::ZERO || target > map {
+            return Err(TargetError::OutOfMap { target, map });
+        }
+        {
+            let mut state = self.0.state();
+            if let Driver::Absent | Driver::Broken = state.driver {
+                return Err(TargetError::NoDriver);
+            }
+            state.target = target;
+        }
+        // The one failure is a full counter, which is a wake-up already pending.
+        let _ = self.0.wake.write(1);
+        Ok(())
+    }
+
+    /// What the guest was last asked to have.
+    pub fn target(&self) -> Bytes {
+        self.0.state().target
+    }
+
+    /// What the guest has, as its driver says: the map less the balloon.
+    pub fn actual(&self) -> Bytes {
+        self.0.map.saturating_sub(self.0.state().actual.bytes())
+    }
+
+    /// How the driver is doing.
+    pub fn driver(&self) -> DriverState {
+        match self.0.state().driver {
+            Driver::Absent => DriverState::Absent,
+            Driver::Broken => DriverState::Broken,
+            Driver::Active { owes_statistics: Some(since) } if since.elapsed() > SILENT_AFTER => {
+                DriverState::Silent
+            }
+            Driver::Active { .. } => DriverState::Active,
+        }
+    }
+
+    /// The guest's last report, if it ever sent one.
+    pub fn report(&self) -> Option<AgedReport> {
+        let state = self.0.state();
+        let (came, statistics) = state.report.as_ref()?;
+        let age_ms = u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Some(AgedReport { age_ms, statistics: statistics.clone() })
+    }
+
+    /// What the balloon has counted since it was made.
+    pub fn counters(&self) -> BalloonCounters {
+        self.0.state().counters
+    }
+}

@@ -1,0 +1,102 @@
+//! The statistics queue (virtio 1.2, section 5.5.6.3): the driver leaves one
+//! buffer with the device, which gives it back to ask for fresh values.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::virtio::device::Active;
+use devices::virtio::queue::{Chain, Head, Verdict, give_back};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::device::{Driver, Shared};
+use crate::report::Report;
+
+/// One statistic in the buffer: a tag of 2 bytes and a value of 8, packed (section 5.5.6.3.1).
+const ENTRY: usize = 10;
+
+/// Statistics read from one buffer; Linux 6.12 sends 16, the rest is ignored.
+const MOST_ENTRIES: usize = 256;
+
+/// Asks for statistics at an interval and keeps the buffer between the questions.
+pub(crate) struct Statistics {
+    shared: Arc<Shared>,
+    interval: Duration,
+    timer: TimerFd,
+    held: Option<Head>,
+}
+
+impl Statistics {
+    pub(crate) fn new(shared: Arc<Shared>, interval: Duration) -> io::Result<Self> {
+        let timer = TimerFd::new()?;
+        // A reset may disarm it between its expiry and the read of it, which must not wait then.
+        // SAFETY: fcntl on a descriptor that we own, with no pointer.
+        if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { shared, interval, timer, held: None })
+    }
+
+    pub(crate) fn timer(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    pub(crate) fn start(&mut self) {
+        if let Err(error) = self.timer.reset(self.interval, Some(self.interval)) {
+            tracing::warn!("no statistics from the guest: its timer can't be set: {error}");
+        }
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.held = None;
+        // Disarming fails only for a bad descriptor.
+        let _ = self.timer.clear();
+    }
+
+    /// The driver's buffer, with its answer.
+    pub(crate) fn take(&mut self, memory: &GuestMemoryMmap, chain: &Chain) -> Verdict {
+        if !chain.writable().is_empty() || self.held.is_some() {
+            return Verdict::Malformed;
+        }
+        self.held = Some(chain.head());
+        let mut state = self.shared.state();
+        state.report = Some((Instant::now(), read(memory, chain)));
+        state.counters.reports += 1;
+        if let Driver::Active { owes_statistics } = &mut state.driver {
+            *owes_statistics = None;
+        }
+        Verdict::Kept
+    }
+
+    /// Asks for fresh values, where the driver has answered the last question.
+    pub(crate) fn tick(&mut self, queue: usize, active: Option<&mut Active>) {
+        // Not expired after all where a reset has disarmed it.
+        let _ = self.timer.wait();
+        let Some(active) = active else { return };
+        let Some(head) = self.held.take() else { return };
+        {
+            let mut state = self.shared.state();
+            state.counters.statistics_requests += 1;
+            if let Driver::Active { owes_statistics } = &mut state.driver {
+                *owes_statistics = Some(Instant::now());
+            }
+        }
+        give_back(active, queue, head, 0);
+    }
+}
+
+fn read(memory: &GuestMemoryMmap, chain: &Chain) -> Report {
+    let mut bytes = [0; ENTRY * MOST_ENTRIES];
+    let count = chain.reader(memory).read(&mut bytes);
+    let mut report = Report::default();
+    for entry in bytes.get(..count).unwrap_or_default().chunks_exact(ENTRY) {
+        if let Some((tag, value)) = entry.split_first_chunk::<2>()
+            && let Ok(value) = <[u8; 8]>::try_from(value)
+        {
+            report.set(u16::from_le_bytes(*tag), u64::from_le_bytes(value));
+        }
+    }
+    report
+}
