@@ -1,2 +1,100 @@
-//! The `ballast` command.
-fn main() {}
+//! The `ballast` command: arguments in; tables, JSON and sentences out.
+//!
+//! One module a subcommand. What a subcommand does is done by the crates below;
+//! here it is only asked for and shown.
+
+mod client;
+mod completions;
+mod duration;
+mod failure;
+mod logging;
+mod memory;
+mod output;
+mod pause;
+mod ps;
+mod resume;
+mod stop;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+#[derive(Parser)]
+#[command(
+    name = "ballast",
+    version,
+    about = "Virtual machines whose memory follows their need",
+    long_about = "Virtual machines whose memory follows their need.\n\n\
+                  `ballast run` is one VM in one process. `ballast balancer` is one daemon a host: it moves \
+                  memory between the VMs that it finds. The other commands look at VMs and steer them.",
+    after_help = "Exit codes: 0 done, 1 failed, 2 not understood, 3 this host can't run guests; \
+                  `ballast run` has more, see `ballast run --help`.",
+    after_long_help = EXAMPLES,
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(flatten)]
+    logging: logging::Options,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ballast check
+  ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --memory 256M,min=128M,max=1G
+  ballast ps
+  ballast memory web --target 300M
+  ballast balancer --host-reserve 512M
+
+Environment:
+  BALLAST_RUNTIME_DIR  where the sockets of VMs are (else $XDG_RUNTIME_DIR/ballast, or
+                       /run/ballast for root)
+  BALLAST_LOG          what is logged on standard error, such as `debug` or `vmm=trace`
+
+Exit codes:
+  0 done   1 failed   2 the command line was not understood   3 this host can't run guests
+  `ballast run` has more: see `ballast run --help`.";
+
+#[derive(Subcommand)]
+enum Command {
+    Ps(ps::Args),
+    Memory(memory::Args),
+    Stop(stop::Args),
+    Pause(pause::Args),
+    Resume(resume::Args),
+    Completions(completions::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::usage(&error),
+    };
+    cli.logging.start();
+    let result: Result<(), Failure> = match cli.command {
+        Command::Ps(args) => ps::run(&args),
+        Command::Memory(args) => memory::run(&args),
+        Command::Stop(args) => stop::run(&args),
+        Command::Pause(args) => pause::run(&args),
+        Command::Resume(args) => resume::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.tell(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        super::Cli::command().debug_assert();
+    }
+}

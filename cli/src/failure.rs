@@ -1,0 +1,75 @@
+//! How the command ends when it did not do what it was asked.
+
+use std::io;
+use std::process::ExitCode;
+
+use balloon::runtime::RuntimeError;
+use vmm::exit::{FAILED, USAGE};
+
+use crate::client;
+
+/// An exit code with its sentence.
+#[derive(Debug)]
+pub struct Failure {
+    code: u8,
+    sentence: Option<String>,
+}
+
+impl Failure {
+    /// ballast or what it spoke to failed.
+    pub fn new(sentence: impl ToString) -> Self {
+        Self { code: FAILED, sentence: Some(sentence.to_string()) }
+    }
+
+    /// The arguments can be read, but don't make sense.
+    pub fn usage(sentence: impl ToString) -> Self {
+        Self { code: USAGE, sentence: Some(sentence.to_string()) }
+    }
+
+    /// Says it on standard error.
+    pub fn tell(self) -> ExitCode {
+        if let Some(sentence) = self.sentence {
+            eprintln!("ballast: {sentence}");
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+/// Standard output can't be written. A reader that has seen enough is no failure.
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return Self { code: 0, sentence: None };
+        }
+        Self::new(format!("cannot write to standard output: {error}"))
+    }
+}
+
+impl From<RuntimeError> for Failure {
+    fn from(error: RuntimeError) -> Self {
+        match error {
+            RuntimeError::Name(_) => Self::usage(error),
+            error => Self::new(error),
+        }
+    }
+}
+
+impl From<client::Error> for Failure {
+    fn from(error: client::Error) -> Self {
+        Self::new(error)
+    }
+}
+
+/// What clap has to say: help and version on standard output, mistakes on standard error.
+pub fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    match text.strip_prefix("error: ") {
+        Some(sentence) => eprint!("ballast: {sentence}"),
+        // No subcommand at all: clap shows the help.
+        None => eprint!("{text}"),
+    }
+    ExitCode::from(USAGE)
+}

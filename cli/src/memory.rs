@@ -1,0 +1,116 @@
+//! `ballast memory`.
+
+use std::fmt::Write;
+
+use balloon::limits::Limits;
+use balloon::report::Report;
+use balloon::status::{DriverState, MemoryStatus};
+use balloon::units::Bytes;
+
+use crate::client;
+use crate::failure::Failure;
+use crate::output;
+
+/// Show a VM's memory, or change its target or limits
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  ballast memory web
+  ballast memory web --target 300M
+  ballast memory web --limits 256M,min=128M,max=512M,buffer=30%,weight=200
+
+A target stands until somebody sets another; a balancer that runs will do so soon. The guest
+needs time to follow: look at `actual`. max can't exceed what the VM was started with.")]
+pub struct Args {
+    /// The VM, as `ballast ps` names it
+    name: String,
+    /// Ask the guest to have this much memory
+    #[arg(long, value_name = "SIZE")]
+    target: Option<Bytes>,
+    /// Set new limits, written as for `ballast run --memory`
+    #[arg(long, value_name = "SPEC")]
+    limits: Option<Limits>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let mut vm = client::named(&args.name)?;
+    let memory = client::block_on(async {
+        // The limits first: the target may lie outside the old ones.
+        if let Some(limits) = args.limits {
+            vm.set_limits(limits).await?;
+        }
+        if let Some(target) = args.target {
+            vm.set_target(target).await?;
+        }
+        Ok(vm.memory().await?)
+    })?;
+    if args.json { output::json(&memory) } else { output::text(&describe(&memory)) }
+}
+
+/// How a driver's state reads in a line.
+pub const fn driver(state: DriverState) -> &'static str {
+    match state {
+        DriverState::Absent => "absent",
+        DriverState::Active => "active",
+        DriverState::Silent => "silent",
+        DriverState::Broken => "broken",
+    }
+}
+
+fn describe(memory: &MemoryStatus) -> String {
+    let limits = &memory.limits;
+    let mut lines: Vec<(&str, String)> = vec![
+        ("startup", limits.startup().to_string()),
+        ("min", limits.min().to_string()),
+        ("max", limits.max().to_string()),
+        ("buffer", format!("{}%", limits.buffer_percent())),
+        ("weight", limits.weight().to_string()),
+        ("target", memory.target.to_string()),
+        ("actual", memory.actual.to_string()),
+        ("host rss", memory.host_rss.to_string()),
+        ("driver", driver(memory.driver).to_owned()),
+    ];
+    if let Some(report) = &memory.report {
+        lines.push(("report age", format!("{:.1} s", report.age_ms as f64 / 1000.0)));
+        lines.extend(figures(&report.statistics));
+    } else {
+        lines.push(("report", "none yet".to_owned()));
+    }
+    let counters = &memory.counters;
+    lines.extend([
+        ("inflated", counters.inflated.to_string()),
+        ("deflated", counters.deflated.to_string()),
+        ("reported free", counters.reported.to_string()),
+        ("given to host", counters.discarded.to_string()),
+    ]);
+    let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    lines.iter().fold(String::new(), |mut text, (name, value)| {
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{name:<width$}  {value}");
+        text
+    })
+}
+
+fn figures(report: &Report) -> Vec<(&'static str, String)> {
+    let sizes = [
+        ("guest used", report.used()),
+        ("guest total", report.total),
+        ("guest available", report.available),
+        ("guest free", report.free),
+        ("guest caches", report.disk_caches),
+        ("swapped in", report.swap_in),
+        ("swapped out", report.swap_out),
+    ];
+    let counts = [
+        ("major faults", report.major_faults),
+        ("minor faults", report.minor_faults),
+        ("oom kills", report.oom_kills),
+        ("allocation stalls", report.allocation_stalls),
+    ];
+    let sizes = sizes.into_iter().filter_map(|(name, size)| Some((name, size?.to_string())));
+    let counts = counts.into_iter().filter_map(|(name, count)| Some((name, count?.to_string())));
+    sizes.chain(counts).collect()
+}

@@ -1,0 +1,156 @@
+//! `ballast ps`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use balancer::driver::ballast::{Client, Error};
+use balloon::limits::Limits;
+use balloon::runtime;
+use balloon::status::{MemoryStatus, VmState, VmStatus};
+use balloon::units::Bytes;
+use serde::Serialize;
+use tokio::task::JoinSet;
+
+use crate::client;
+use crate::failure::Failure;
+use crate::{memory, output, table};
+
+/// How long a VM may take to say how it is.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// List the VMs of this user with their memory
+#[derive(clap::Args)]
+#[command(after_help = "\
+Columns: LIMITS is min to max; TARGET what the guest was asked to have, ACTUAL what it has; USED
+what it can't give up without pain, as it says itself; HOST what the host really holds of it;
+REPORT how long ago the guest last spoke; DRIVER how its balloon driver does.")]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: String,
+    socket: PathBuf,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+/// What came of asking.
+#[derive(Serialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+enum Answer {
+    /// It said how it is.
+    Full { vm: VmStatus, memory: MemoryStatus },
+    /// Its process is gone; its socket is still there.
+    Dead,
+    /// Its process is there and says nothing.
+    NotAnswering { error: String },
+    /// It said something else.
+    Failed { error: String },
+}
+
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let directory = runtime::directory()?;
+    let mut rows = client::block_on(async {
+        let mut asked = JoinSet::new();
+        for (name, socket) in runtime::sockets(&directory)? {
+            asked.spawn(ask(name, socket));
+        }
+        Ok(asked.join_all().await)
+    })?;
+    // One that ended while we asked took its socket with it.
+    rows.retain(|row| !matches!(row.answer, Answer::Dead) || row.socket.exists());
+    rows.sort_by(|a, b| a.name.cmp(&b.name));
+    for row in &rows {
+        match &row.answer {
+            Answer::Full { .. } => {}
+            Answer::Dead => eprintln!(
+                "ballast: the process of {} is gone without a trace but its socket {}: remove that, or start \
+                 a VM of that name",
+                row.name,
+                row.socket.display()
+            ),
+            Answer::NotAnswering { error } | Answer::Failed { error } => eprintln!("ballast: {error}"),
+        }
+    }
+    if args.json {
+        return output::json(&rows);
+    }
+    if rows.is_empty() {
+        eprintln!("ballast: no VMs in {}", directory.display());
+        return Ok(());
+    }
+    let head = ["NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "REPORT", "DRIVER"];
+    let cells: Vec<_> = rows.iter().map(cells).collect();
+    output::text(&table::render(head, &cells))
+}
+
+async fn ask(name: String, socket: PathBuf) -> Row {
+    let mut vm = Client::new(&socket).with_timeout(PATIENCE);
+    let asking = async { Ok((vm.status().await?, vm.memory().await?)) };
+    // Two answers in time, not each in time: nobody waits for longer than this for the table.
+    let answer = match tokio::time::timeout(PATIENCE, asking).await {
+        Ok(Ok((vm, memory))) => Answer::Full { vm, memory },
+        Ok(Err(Error::NoSuchVm { .. })) => Answer::Dead,
+        Ok(Err(error @ Error::NotAnswering { .. })) => Answer::NotAnswering { error: error.to_string() },
+        Ok(Err(error)) => Answer::Failed { error: error.to_string() },
+        Err(_) => Answer::NotAnswering {
+            error: format!(
+                "{name} did not answer within {PATIENCE:?}: its process hangs or this host is overloaded"
+            ),
+        },
+    };
+    Row { name, socket, answer }
+}
+
+fn cells(row: &Row) -> [String; 10] {
+    let (vm, memory) = match &row.answer {
+        Answer::Full { vm, memory } => (vm, memory),
+        Answer::Dead => return without_answer(&row.name, "dead"),
+        Answer::NotAnswering { .. } => return without_answer(&row.name, "not answering"),
+        Answer::Failed { .. } => return without_answer(&row.name, "unreadable"),
+    };
+    let used = memory.report.as_ref().and_then(|report| report.statistics.used());
+    let age = memory.report.as_ref().map(|report| format!("{:.1} s", report.age_ms as f64 / 1000.0));
+    let none = || "-".to_owned();
+    [
+        row.name.clone(),
+        state(vm.state).to_owned(),
+        vm.cpus.to_string(),
+        limits(&memory.limits),
+        memory.target.to_string(),
+        memory.actual.to_string(),
+        used.map_or_else(none, |used: Bytes| used.to_string()),
+        memory.host_rss.to_string(),
+        age.unwrap_or_else(none),
+        memory::driver(memory.driver).to_owned(),
+    ]
+}
+
+fn without_answer(name: &str, state: &str) -> [String; 10] {
+    std::array::from_fn(|column| match column {
+        0 => name.to_owned(),
+        1 => state.to_owned(),
+        _ => "-".to_owned(),
+    })
+}
+
+fn limits(limits: &Limits) -> String {
+    if limits.is_dynamic() {
+        format!("{} - {}", limits.min(), limits.max())
+    } else {
+        format!("{} static", limits.max())
+    }
+}
+
+const fn state(state: VmState) -> &'static str {
+    match state {
+        VmState::Created => "created",
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Stopped => "stopped",
+    }
+}
