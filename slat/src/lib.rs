@@ -6,5 +6,7 @@
 //! crate is a [`figure::Figure`]: it says whether it is exact, real time, a
 //! direction only, or not available.
 
+pub mod counters;
 pub mod figure;
+pub mod payload;
 pub mod walk;

@@ -1,0 +1,691 @@
+//! The micro-VM: a few pages of memory, tables, one payload, no devices but a doorbell.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use balloon::units::Bytes;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::code::{self, Label, Params};
+use super::memory::{Backing, Mapping};
+use super::native::chain;
+use super::tables::{self, Tables};
+use super::{Payload, Place, Setup};
+use crate::counters::{self, Counters, Counts};
+use crate::walk::PageSize;
+
+const GDT: GuestAddress = GuestAddress(0x1000);
+const IDT: GuestAddress = GuestAddress(0x2000);
+const PARAMS: u64 = 0x3000;
+const PARAMS_SIZE: u64 = 0x100;
+const ROOTS: GuestAddress = GuestAddress(0x4000);
+const CODE: u64 = 0x8000;
+const STACKS: u64 = 0x1_0000;
+const STACK_SIZE: u64 = 0x1000;
+const TABLES: GuestAddress = GuestAddress(0x10_0000);
+/// Guest physical address of the data: aligned for every page size.
+pub const DATA: u64 = 1 << 30;
+/// Virtual addresses that page-table payloads map and unmap: a table a vCPU.
+const WINDOW: u64 = 1 << 39;
+/// Virtual address of the data, in a slot of the root table of its own.
+pub const DATA_ADDRESS: u64 = 1 << 40;
+const WINDOW_SIZE: u64 = 2 << 20;
+const CHURN_PAGES: u64 = 64;
+/// From a page of the window to the other frame that churn gives it.
+const OTHER_FRAME: u64 = 1 << 20;
+
+/// Most vCPUs and roots a micro-VM has room for.
+pub const MOST_VCPUS: u64 = 16;
+/// Most CR3 values.
+pub const MOST_ROOTS: u64 = 512;
+
+/// Why a payload gave no measurement.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The setup asks for something that can't be.
+    #[error("this payload can't be set up so: {0}")]
+    Setup(String),
+    /// Memory could not be had.
+    #[error("no {backing} memory for the guest ({size}): {source}{advice}", backing = backing.name(), advice = advice(*backing))]
+    Memory {
+        /// The backing asked for.
+        backing: Backing,
+        /// How much.
+        size: Bytes,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// KVM refused something.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// What was asked of it.
+        what: &'static str,
+        /// Its answer.
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory could not be written.
+    #[error("guest memory could not be set up: {0}")]
+    GuestMemory(String),
+    /// Statistics could not be read.
+    #[error(transparent)]
+    Counters(#[from] counters::Error),
+    /// Nothing came back in time.
+    #[error("the payload did not finish within {} s and was stopped", .0.as_secs_f64())]
+    Hung(Duration),
+    /// The user asked to stop.
+    #[error("stopped before it finished")]
+    Interrupted,
+    /// The guest died.
+    #[error("the guest died of a triple fault")]
+    TripleFault,
+    /// The host emulates guest code and can't do this instruction.
+    #[error(
+        "this host emulates ring 0 and its emulator can't run the payload (offset {offset:#x}, bytes {bytes})"
+    )]
+    Emulator {
+        /// Bytes from the start of the payloads' code.
+        offset: u64,
+        /// The instruction's first bytes.
+        bytes: String,
+    },
+    /// The guest left for a reason that no payload has.
+    #[error("the guest left unexpectedly: {0}")]
+    Unexpected(String),
+    /// A vCPU's thread died.
+    #[error("a vCPU's thread ended without a word")]
+    Thread,
+}
+
+const fn advice(backing: Backing) -> &'static str {
+    match backing {
+        Backing::Small | Backing::Transparent => "",
+        Backing::Hugetlb2M => "; set some aside with `sysctl vm.nr_hugepages=N`",
+        Backing::Hugetlb1G => "; set some aside with `hugepagesz=1G hugepages=N` at boot",
+    }
+}
+
+fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Failure {
+    move |source| Failure::Kvm { what, source }
+}
+
+fn memory_error(error: impl std::fmt::Display) -> Failure {
+    Failure::GuestMemory(error.to_string())
+}
+
+impl From<tables::Error> for Failure {
+    fn from(error: tables::Error) -> Self {
+        memory_error(error)
+    }
+}
+
+/// One measured round of all vCPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Round {
+    /// Host clock from the first vCPU's start to the last one's end.
+    pub elapsed: Duration,
+    /// Guest time-stamp counter ticks of the slowest vCPU, where they were taken.
+    pub ticks: Option<u64>,
+    /// The vCPUs' statistics of this round, added up.
+    pub vcpus: Counts,
+    /// The virtual machine's statistics at the end of the round.
+    pub vm: Counts,
+}
+
+/// A virtual machine with a payload in it, ready to run.
+pub struct Machine {
+    // Before the memory: the machine must be gone when its memory is unmapped.
+    vcpus: Vec<VcpuFd>,
+    vm: VmFd,
+    memory: GuestMemoryMmap,
+    setup: Setup,
+    root: GuestAddress,
+    mappings: Vec<Mapping>,
+}
+
+/// How many table pages a setup can need, but for those over the low memory.
+fn table_count(setup: &Setup, data: u64) -> u64 {
+    let spaces = if setup.payload == Payload::Spaces { setup.roots } else { 1 };
+    let last = if setup.guest_page == PageSize::Size4K { data.div_ceil(2 << 20) } else { 0 };
+    spaces * (last + data.div_ceil(1 << 30) + 2) + setup.roots + setup.vcpus + 16
+}
+
+fn region(mapping: &Mapping, at: u64) -> Result<GuestRegionMmap<()>, Failure> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: the mapping lives in the same Machine and is dropped after the region.
+    let region = unsafe { MmapRegion::build_raw(mapping.start(), mapping.size(), prot, flags) };
+    GuestRegionMmap::new(region.map_err(memory_error)?, GuestAddress(at))
+        .ok_or_else(|| memory_error("a region wraps around"))
+}
+
+impl Machine {
+    /// Builds the machine: memory, tables, code, vCPUs.
+    ///
+    /// # Errors
+    /// Where the setup is impossible, or memory or KVM refuse.
+    pub fn new(kvm_fd: &Kvm, setup: &Setup) -> Result<Self, Failure> {
+        check(setup)?;
+        let data = setup.data.0.saturating_mul(setup.vcpus);
+        let tables = table_count(setup, data);
+        // The low memory needs tables too: one for 2 MiB of it, and it grows by them.
+        let low = (TABLES.0 + (tables + tables.div_ceil(256) + 16) * 4096).next_multiple_of(2 << 20);
+        let map = |size, backing| {
+            Mapping::new(size, backing).map_err(|source| Failure::Memory { backing, size, source })
+        };
+        let mappings = vec![map(Bytes(low), Backing::Small)?, map(Bytes(data), setup.backing)?];
+        let populate = |mapping: &Mapping, backing| {
+            let size = Bytes(mapping.size() as u64);
+            mapping.populate().map_err(|source| Failure::Memory { backing, size, source })
+        };
+        populate(&mappings[0], Backing::Small)?;
+        if setup.present {
+            populate(&mappings[1], setup.backing)?;
+        }
+        let regions = vec![region(&mappings[0], 0)?, region(&mappings[1], DATA)?];
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(memory_error)?;
+        let vm = kvm_fd.create_vm().map_err(kvm("create a virtual machine"))?;
+        for (slot, (mapping, at)) in mappings.iter().zip([0, DATA]).enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: at,
+                memory_size: mapping.size() as u64,
+                userspace_addr: mapping.start() as u64,
+                flags: 0,
+            };
+            // SAFETY: the mapping outlives the machine: fields are dropped in order.
+            unsafe { vm.set_user_memory_region(region) }.map_err(kvm("take the guest's memory"))?;
+        }
+        // Old Intel hosts put three pages of their own there; others don't care.
+        let _ = vm.set_tss_address(0xfffb_d000);
+        let mut machine =
+            Self { vcpus: Vec::new(), vm, memory, setup: setup.clone(), root: GuestAddress(0), mappings };
+        machine.lay_out(low, data)?;
+        machine.vcpus = (0..setup.vcpus).map(|i| machine.vcpu(kvm_fd, i)).collect::<Result<_, _>>()?;
+        Ok(machine)
+    }
+
+    fn write(&self, value: u64, at: u64) -> Result<(), Failure> {
+        self.memory.write_obj(value, GuestAddress(at)).map_err(memory_error)
+    }
+
+    fn lay_out(&mut self, low: u64, data: u64) -> Result<(), Failure> {
+        self.memory.write_slice(code::bytes(), GuestAddress(CODE)).map_err(memory_error)?;
+        // Null, code and data of ring 0, code and data of ring 3: flat, 64-bit (SDM volume 3, 3.4.5).
+        let descriptors: [u64; 5] =
+            [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00af_fb00_0000_ffff, 0x00cf_f300_0000_ffff];
+        for (i, descriptor) in (0..).zip(descriptors) {
+            self.write(descriptor, GDT.0 + i * 8)?;
+        }
+        // One gate: vector 14, interrupt gate, ring 0 (SDM volume 3, 6.14.1).
+        let handler = CODE + Label::PageFault.offset();
+        self.write((handler & 0xffff) | 0x8 << 16 | 0x8e00 << 32 | (handler >> 16) << 48, IDT.0 + 14 * 16)?;
+        let setup = &self.setup;
+        let mut tables = Tables::new(&self.memory, TABLES, (low - TABLES.0) / 4096);
+        let root = tables.table()?;
+        tables.map(root, 0, 0, low, PageSize::Size4K)?;
+        tables.map(root, DATA_ADDRESS, DATA, data, setup.guest_page)?;
+        for vcpu in 0..setup.vcpus {
+            window(&self.memory, &mut tables, root, setup, vcpu)?;
+        }
+        for i in 0..setup.roots {
+            let copy = if i == 0 { root } else { tables.table()? };
+            let slot = |address: u64| (address >> 39 & 0x1ff) * 8;
+            for address in [0, WINDOW, DATA_ADDRESS] {
+                let entry: u64 =
+                    self.memory.read_obj(GuestAddress(root.0 + slot(address))).map_err(memory_error)?;
+                self.write(entry, copy.0 + slot(address))?;
+            }
+            if setup.payload == Payload::Spaces && i > 0 {
+                self.write(0, copy.0 + slot(DATA_ADDRESS))?;
+                tables.map(copy, DATA_ADDRESS, DATA, data, setup.guest_page)?;
+            }
+            self.write(copy.0, ROOTS.0 + i * 8)?;
+        }
+        self.root = root;
+        if setup.payload == Payload::Chase {
+            chain(data / 4096, DATA_ADDRESS, |offset, link| self.write(link, DATA + offset))?;
+        }
+        (0..setup.vcpus).try_for_each(|vcpu| self.parameters(vcpu))
+    }
+
+    fn parameters(&self, vcpu: u64) -> Result<(), Failure> {
+        let setup = &self.setup;
+        let params = Params::default();
+        let own = vcpu * setup.data.0;
+        let window = WINDOW + vcpu * WINDOW_SIZE;
+        let entry = |level| Tables::new(&self.memory, TABLES, 0).entry(self.root, window, level);
+        let pages = if setup.payload == Payload::Churn { CHURN_PAGES } else { setup.links() };
+        Params::set(&params.op, CODE + setup.payload.label().offset());
+        Params::set(&params.warm, setup.warm());
+        Params::set(&params.count, setup.operations);
+        Params::set(&params.base, DATA_ADDRESS + own);
+        Params::set(&params.pages, pages);
+        Params::set(&params.stride, PageSize::Size4K.bytes());
+        Params::set(&params.window, window);
+        Params::set(&params.value, (DATA + own) | tables::LEAF);
+        Params::set(&params.other, (DATA + own + OTHER_FRAME) | tables::LEAF);
+        if setup.payload == Payload::MmapBatch {
+            // The window's table hangs in no entry yet: the payload puts it there.
+            let pde = entry(2)?.0;
+            let value: u64 = self.memory.read_obj(GuestAddress(pde)).map_err(memory_error)?;
+            Params::set(&params.pde, pde);
+            Params::set(&params.pde_value, value);
+            Params::set(&params.pte, value & !0xfff);
+            self.write(0, pde)?;
+        } else {
+            Params::set(&params.pte, entry(1)?.0);
+        }
+        Params::set(&params.roots, ROOTS.0);
+        Params::set(&params.root_count, setup.roots);
+        // Ring 0 may be emulated, by an emulator that has neither lfence nor a clock worth reading.
+        Params::set(&params.flags, if setup.place == Place::Ring3 { code::TAKE_TSC } else { 0 });
+        Params::set(&params.cursor, DATA_ADDRESS);
+        // SAFETY: Params is plain integers without padding.
+        let bytes =
+            unsafe { std::slice::from_raw_parts((&raw const params).cast::<u8>(), size_of::<Params>()) };
+        let at = GuestAddress(PARAMS + vcpu * PARAMS_SIZE);
+        self.memory.write_slice(bytes, at).map_err(memory_error)
+    }
+
+    fn vcpu(&self, kvm_fd: &Kvm, id: u64) -> Result<VcpuFd, Failure> {
+        let vcpu = self.vm.create_vcpu(id).map_err(kvm("create a vCPU"))?;
+        let cpuid = kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("list CPUID"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("set CPUID"))?;
+        let ring = if self.setup.place == Place::Ring3 { 3 } else { 0 };
+        let mut sregs = vcpu.get_sregs().map_err(kvm("read registers"))?;
+        let code = kvm_segment {
+            limit: u32::MAX,
+            selector: if ring == 0 { 0x8 } else { 0x1b },
+            type_: 0xb,
+            present: 1,
+            dpl: ring,
+            s: 1,
+            l: 1,
+            g: 1,
+            ..Default::default()
+        };
+        let data =
+            kvm_segment { selector: if ring == 0 { 0x10 } else { 0x23 }, type_: 3, l: 0, db: 1, ..code };
+        sregs.cs = code;
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        sregs.gdt.base = GDT.0;
+        sregs.gdt.limit = 5 * 8 - 1;
+        sregs.idt.base = IDT.0;
+        sregs.idt.limit = 15 * 16 - 1;
+        sregs.cr3 = self.root.0;
+        sregs.cr4 = 0x20; // PAE
+        sregs.cr0 = 0x8001_0033; // PG WP NE ET MP PE
+        sregs.efer = 0x500; // LMA LME
+        vcpu.set_sregs(&sregs).map_err(kvm("set registers"))?;
+        let regs = kvm_regs {
+            rip: CODE,
+            rsp: STACKS + (id + 1) * STACK_SIZE,
+            rdi: PARAMS + id * PARAMS_SIZE,
+            // IOPL 3, so that ring 3 reaches the doorbell; bit 1 is always set.
+            rflags: 0x3002,
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs).map_err(kvm("set registers"))?;
+        Ok(vcpu)
+    }
+
+    /// Guest memory, for tests and for walks.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The guest's CR3.
+    pub fn root(&self) -> GuestAddress {
+        self.root
+    }
+
+    /// KVM's own translation of a guest virtual address; `None` where it is not mapped.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn translate(&self, address: u64) -> Result<Option<u64>, Failure> {
+        let vcpu = self.vcpus.first().ok_or(Failure::Thread)?;
+        let answer = vcpu.translate_gva(address).map_err(kvm("translate an address"))?;
+        Ok((answer.valid != 0).then_some(answer.physical_address))
+    }
+
+    /// Runs warm-up and `rounds` measured rounds; gives up after `limit` or when `stop` is set.
+    ///
+    /// # Errors
+    /// Where the payload hangs, dies, or can't be run by this host.
+    pub fn run(mut self, rounds: usize, limit: Duration, stop: &AtomicBool) -> Result<Vec<Round>, Failure> {
+        install_kick()?;
+        let shared = Arc::new(Shared::new(self.vcpus.len()));
+        let (send, receive) = channel();
+        let mut machine_counters = Some(Counters::open(&self.vm)?);
+        let mut threads = Vec::new();
+        for (id, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
+            let vcpu = Vcpu {
+                counters: Counters::open(&fd)?,
+                machine: machine_counters.take(),
+                fd,
+                shared: Arc::clone(&shared),
+                memory: self.memory.clone(),
+                params: PARAMS + id as u64 * PARAMS_SIZE,
+                ticks: self.setup.place == Place::Ring3,
+                report: send.clone(),
+            };
+            threads.push(std::thread::spawn(move || vcpu.run(rounds)));
+        }
+        drop(send);
+        let result = collect(&receive, rounds, threads.len(), limit, stop);
+        shared.stop.store(true, Ordering::SeqCst);
+        end(threads, &shared);
+        result
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").field("setup", &self.setup).field("mappings", &self.mappings).finish()
+    }
+}
+
+fn check(setup: &Setup) -> Result<(), Failure> {
+    let wrong = |text: String| Err(Failure::Setup(text));
+    if setup.place == Place::Native {
+        return wrong("native code needs no machine".into());
+    }
+    if setup.place == Place::Ring3 && setup.payload.needs_ring_0() {
+        return wrong(format!("{} uses instructions of ring 0", setup.payload));
+    }
+    if !(1..=MOST_VCPUS).contains(&setup.vcpus) {
+        return wrong(format!("{} vCPUs; 1 to {MOST_VCPUS} are possible", setup.vcpus));
+    }
+    if !(1..=MOST_ROOTS).contains(&setup.roots) {
+        return wrong(format!("{} roots; 1 to {MOST_ROOTS} are possible", setup.roots));
+    }
+    if setup.operations == 0 {
+        return wrong("no operations".into());
+    }
+    if setup.data < Bytes::mib(2) || !setup.data.0.is_multiple_of(2 << 20) {
+        return wrong(format!("{} of data; it must be a multiple of 2 MiB", setup.data));
+    }
+    if setup.data > Bytes::gib(64) {
+        return wrong(format!("{} of data; 64 GiB are the most", setup.data));
+    }
+    Ok(())
+}
+
+/// The tables over one vCPU's window, as its payload wants to find them.
+fn window(
+    memory: &GuestMemoryMmap,
+    tables: &mut Tables<'_>,
+    root: GuestAddress,
+    setup: &Setup,
+    vcpu: u64,
+) -> Result<(), Failure> {
+    let address = WINDOW + vcpu * WINDOW_SIZE;
+    let entry = tables.entry(root, address, 1)?;
+    if matches!(setup.payload, Payload::DemandFault | Payload::MmapBatch) {
+        return Ok(());
+    }
+    for page in 0..CHURN_PAGES {
+        let frame = DATA + vcpu * setup.data.0 + page * 4096;
+        let at = GuestAddress(entry.0 + page * 8);
+        memory.write_obj(frame | tables::LEAF, at).map_err(memory_error)?;
+    }
+    Ok(())
+}
+
+/// A signal that only interrupts `KVM_RUN`.
+fn install_kick() -> Result<(), Failure> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing)
+        .map_err(|e| Failure::Unexpected(format!("no handler for the watchdog's signal: {e}")))
+}
+
+type Report = Result<(usize, Round), Failure>;
+
+/// Waits for every vCPU's rounds and puts them together.
+fn collect(
+    receive: &Receiver<Report>,
+    rounds: usize,
+    vcpus: usize,
+    limit: Duration,
+    stop: &AtomicBool,
+) -> Result<Vec<Round>, Failure> {
+    let deadline = Instant::now() + limit;
+    let mut all = vec![Round::default(); rounds];
+    let mut missing = rounds * vcpus;
+    while missing > 0 {
+        if stop.load(Ordering::SeqCst) {
+            return Err(Failure::Interrupted);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Failure::Hung(limit));
+        }
+        let (number, part) = match receive.recv_timeout(left.min(Duration::from_millis(100))) {
+            Ok(report) => report?,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Thread),
+        };
+        let Some(whole) = all.get_mut(number) else { return Err(Failure::Thread) };
+        whole.elapsed = whole.elapsed.max(part.elapsed);
+        whole.ticks = whole.ticks.max(part.ticks);
+        whole.vcpus.add(&part.vcpus);
+        whole.vm.add(&part.vm);
+        missing -= 1;
+    }
+    Ok(all)
+}
+
+/// Ends the vCPUs' threads, which may be inside the guest.
+fn end(threads: Vec<JoinHandle<()>>, shared: &Shared) {
+    for thread in threads {
+        shared.gate.notify_all();
+        // A signal that comes just before KVM_RUN is lost: send it until the thread is gone.
+        while !thread.is_finished() {
+            let _ = thread.kill(SIGRTMIN());
+            shared.gate.notify_all();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = thread.join();
+    }
+}
+
+/// What the vCPUs of one machine share: a gate at which a round begins together.
+struct Shared {
+    stop: AtomicBool,
+    vcpus: usize,
+    /// vCPUs at the gate, and how often it has opened.
+    waiting: Mutex<(usize, u64)>,
+    gate: Condvar,
+}
+
+impl Shared {
+    fn new(vcpus: usize) -> Self {
+        Self { stop: AtomicBool::new(false), vcpus, waiting: Mutex::new((0, 0)), gate: Condvar::new() }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Waits for all vCPUs; false where the run was stopped meanwhile.
+    fn pass(&self) -> bool {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.0 += 1;
+        if waiting.0 == self.vcpus {
+            *waiting = (0, waiting.1 + 1);
+            self.gate.notify_all();
+            return !self.stopped();
+        }
+        let opened = waiting.1;
+        while waiting.1 == opened && !self.stopped() {
+            waiting = self.gate.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        !self.stopped()
+    }
+}
+
+/// One vCPU on its thread.
+struct Vcpu {
+    fd: VcpuFd,
+    counters: Counters,
+    /// The machine's counters: one of its vCPUs reads them.
+    machine: Option<Counters>,
+    shared: Arc<Shared>,
+    memory: GuestMemoryMmap,
+    params: u64,
+    ticks: bool,
+    report: Sender<Report>,
+}
+
+impl Vcpu {
+    fn run(mut self, rounds: usize) {
+        for number in 0..rounds {
+            match self.round() {
+                Ok(Some(round)) => {
+                    let _ = self.report.send(Ok((number, round)));
+                }
+                Ok(None) => return,
+                Err(failure) => {
+                    let _ = self.report.send(Err(failure));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// To the start doorbell, through the gate, and to the end doorbell; `None` where it was stopped.
+    fn round(&mut self) -> Result<Option<Round>, Failure> {
+        if !self.until(code::BEGIN)? || !self.shared.pass() {
+            return Ok(None);
+        }
+        let before = self.counters.read()?;
+        let start = Instant::now();
+        if !self.until(code::END)? {
+            return Ok(None);
+        }
+        let elapsed = start.elapsed();
+        let vcpus = self.counters.read()?.since(&before);
+        let vm = self.machine.as_ref().map_or(Ok(Counts::default()), Counters::read)?;
+        let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
+        let ticks = self.memory.read_obj(at).map_err(memory_error)?;
+        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm }))
+    }
+
+    /// Runs the guest until it rings `phase`; false where it was stopped.
+    fn until(&mut self, phase: u8) -> Result<bool, Failure> {
+        loop {
+            if self.shared.stopped() {
+                return Ok(false);
+            }
+            let other = match self.fd.run() {
+                Ok(VcpuExit::IoOut(code::DOORBELL, [rung])) if *rung == phase => return Ok(true),
+                Ok(VcpuExit::Intr) => continue,
+                Ok(VcpuExit::Shutdown) => return Err(Failure::TripleFault),
+                Ok(VcpuExit::InternalError) => return Err(self.emulator()),
+                Ok(other) => format!("{other:?}"),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
+                Err(source) => return Err(Failure::Kvm { what: "run the guest", source }),
+            };
+            return Err(Failure::Unexpected(other));
+        }
+    }
+
+    fn emulator(&self) -> Failure {
+        let Ok(regs) = self.fd.get_regs() else {
+            return Failure::Unexpected("an internal error of KVM".into());
+        };
+        let mut bytes = [0; 8];
+        let _ = self.memory.read_slice(&mut bytes, GuestAddress(regs.rip));
+        let bytes = bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
+        Failure::Emulator { offset: regs.rip.wrapping_sub(CODE), bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::walk::Depth;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+    static GO_ON: AtomicBool = AtomicBool::new(false);
+
+    fn kvm_fd() -> Option<Kvm> {
+        Kvm::new().inspect_err(|e| eprintln!("not run: no usable /dev/kvm ({e})")).ok()
+    }
+
+    #[test]
+    fn every_payload_runs_or_says_why_not() {
+        let Some(kvm) = kvm_fd() else { return };
+        for payload in Payload::ALL {
+            let setup = Setup { operations: 1024, ..Setup::usual(payload) };
+            let result = Machine::new(&kvm, &setup).and_then(|m| m.run(1, LIMIT, &GO_ON));
+            match result {
+                Ok(rounds) => {
+                    let round = &rounds[0];
+                    println!(
+                        "{payload}: {:?} ticks {:?} exits {:?}",
+                        round.elapsed,
+                        round.ticks,
+                        round.vcpus.exits()
+                    );
+                    println!("   {:?}", round.vcpus.0.iter().filter(|(_, v)| **v > 0).collect::<Vec<_>>());
+                    assert!(round.vcpus.get("exits").is_some_and(|n| n > 0));
+                }
+                Err(Failure::Emulator { offset, bytes }) => {
+                    println!("{payload}: emulator {offset:#x} {bytes}")
+                }
+                Err(other) => panic!("{payload}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_watchdog_ends_a_payload_that_hangs() {
+        let Some(kvm) = kvm_fd() else { return };
+        for place in [Place::Ring3, Place::Ring0] {
+            let setup = Setup::usual(Payload::Hang).at(place);
+            let begin = Instant::now();
+            let machine = Machine::new(&kvm, &setup).expect("a machine");
+            let result = machine.run(1, Duration::from_millis(300), &GO_ON);
+            assert!(matches!(result, Err(Failure::Hung(_))), "{result:?}");
+            assert!(begin.elapsed() < Duration::from_secs(10));
+        }
+    }
+
+    #[test]
+    fn our_walk_and_kvms_agree() {
+        let Some(kvm) = kvm_fd() else { return };
+        for guest_page in [PageSize::Size4K, PageSize::Size2M] {
+            let setup = Setup { guest_page, ..Setup::usual(Payload::Churn) };
+            let machine = Machine::new(&kvm, &setup).expect("a machine");
+            for address in [0, CODE, WINDOW + 0x3123, DATA_ADDRESS + 0x12_3456, WINDOW + (1 << 30), 1 << 46] {
+                let ours = tables::translate(machine.memory(), machine.root().0, Depth::Four, address);
+                let theirs = machine.translate(address).expect("KVM_TRANSLATE");
+                assert_eq!(ours.as_ref().ok().map(|t| t.physical), theirs, "{address:#x}: {ours:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_setups_are_refused() {
+        let usual = Setup::usual(Payload::Churn);
+        for setup in [
+            usual.clone().at(Place::Native),
+            usual.clone().at(Place::Ring3),
+            Setup { vcpus: 0, ..usual.clone() },
+            Setup { roots: 1 << 40, ..usual.clone() },
+            Setup { data: Bytes(u64::MAX), ..usual.clone() },
+            Setup { operations: 0, ..usual.clone() },
+        ] {
+            assert!(matches!(check(&setup), Err(Failure::Setup(_))), "{setup:?}");
+        }
+        assert!(check(&usual).is_ok());
+    }
+}

@@ -1,0 +1,237 @@
+//! Freestanding payloads: what they do, where they run, and how one is set up.
+
+pub mod code;
+pub mod machine;
+pub mod memory;
+pub mod native;
+pub mod tables;
+
+use std::fmt;
+
+use balloon::units::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::walk::PageSize;
+use code::Label;
+use memory::Backing;
+
+/// One kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Payload {
+    /// `cpuid`: the price of leaving the guest and coming back.
+    ExitPrice,
+    /// Write a page-table entry, `invlpg`, touch.
+    PteWrite,
+    /// `invlpg` alone.
+    Invlpg,
+    /// Write entries of 64 pages in turn, `invlpg`, touch.
+    Churn,
+    /// Fault, map, unmap, `invlpg`.
+    DemandFault,
+    /// 512 pages: new table, fault in each, clear all, take the table out, flush.
+    MmapBatch,
+    /// `mov cr3` over a number of roots.
+    Cr3Reload,
+    /// First store to each page.
+    ColdTouch,
+    /// Stores to pages touched before.
+    WarmTouch,
+    /// Dependent loads, one a page, in random order.
+    Chase,
+    /// Every page of the data through each of many address spaces.
+    Spaces,
+    /// Never ends. Only to test the watchdog.
+    Hang,
+}
+
+impl Payload {
+    /// Every payload that measures something.
+    pub const ALL: [Self; 11] = [
+        Self::ExitPrice,
+        Self::Cr3Reload,
+        Self::Invlpg,
+        Self::PteWrite,
+        Self::Churn,
+        Self::DemandFault,
+        Self::MmapBatch,
+        Self::ColdTouch,
+        Self::WarmTouch,
+        Self::Chase,
+        Self::Spaces,
+    ];
+
+    /// The name on the command line and in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ExitPrice => "exit-price",
+            Self::PteWrite => "pte-write",
+            Self::Invlpg => "invlpg",
+            Self::Churn => "churn",
+            Self::DemandFault => "demand-fault",
+            Self::MmapBatch => "mmap-batch",
+            Self::Cr3Reload => "cr3-reload",
+            Self::ColdTouch => "cold-touch",
+            Self::WarmTouch => "warm-touch",
+            Self::Chase => "chase",
+            Self::Spaces => "spaces",
+            Self::Hang => "hang",
+        }
+    }
+
+    /// Where its code begins.
+    pub const fn label(self) -> Label {
+        match self {
+            Self::ExitPrice => Label::Cpuid,
+            Self::PteWrite => Label::PteWrite,
+            Self::Invlpg => Label::Invlpg,
+            Self::Churn => Label::Churn,
+            Self::DemandFault => Label::DemandFault,
+            Self::MmapBatch => Label::MmapBatch,
+            Self::Cr3Reload => Label::Cr3,
+            Self::ColdTouch | Self::WarmTouch => Label::Touch,
+            Self::Chase => Label::Chase,
+            Self::Spaces => Label::Spaces,
+            Self::Hang => Label::Hang,
+        }
+    }
+
+    /// Whether its instructions belong to ring 0.
+    pub const fn needs_ring_0(self) -> bool {
+        !matches!(self, Self::ExitPrice | Self::ColdTouch | Self::WarmTouch | Self::Chase | Self::Hang)
+    }
+
+    /// Whether the same code can run in this process.
+    pub const fn runs_natively(self) -> bool {
+        matches!(self, Self::ExitPrice | Self::ColdTouch | Self::WarmTouch | Self::Chase)
+    }
+
+    /// Whether its first time is the one that counts: no warm-up, and a new machine each round.
+    pub const fn once(self) -> bool {
+        matches!(self, Self::ColdTouch | Self::Spaces)
+    }
+}
+
+impl fmt::Display for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Privilege of the guest's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// In a guest's ring 0, as a kernel.
+    Ring0,
+    /// In a guest's ring 3, as a program.
+    Ring3,
+    /// In this process, without a guest.
+    Native,
+}
+
+impl Place {
+    /// The name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ring0 => "ring 0",
+            Self::Ring3 => "ring 3",
+            Self::Native => "native",
+        }
+    }
+}
+
+/// One payload with everything that can be varied.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Setup {
+    /// The work.
+    pub payload: Payload,
+    /// Where it runs.
+    pub place: Place,
+    /// Page size of the guest's own tables over the data.
+    pub guest_page: PageSize,
+    /// What the host backs the data with.
+    pub backing: Backing,
+    /// Whether the host's pages are there before the guest touches them.
+    pub present: bool,
+    /// Size of the data.
+    pub data: Bytes,
+    /// CR3 values or address spaces.
+    pub roots: u64,
+    /// vCPUs that run the payload at once.
+    pub vcpus: u64,
+    /// Operations a round and vCPU.
+    pub operations: u64,
+}
+
+impl Setup {
+    /// The payload as it is measured where nothing is varied.
+    pub fn usual(payload: Payload) -> Self {
+        let (data, roots, operations) = match payload {
+            Payload::ExitPrice | Payload::Invlpg | Payload::PteWrite | Payload::DemandFault => (2, 1, 2048),
+            Payload::Churn => (2, 1, 4096),
+            Payload::MmapBatch => (4, 1, 2048),
+            Payload::Cr3Reload => (2, 2, 2048),
+            Payload::ColdTouch => (16, 1, 4096),
+            Payload::WarmTouch => (16, 1, 16384),
+            Payload::Chase => (16, 1, 16384),
+            Payload::Spaces => (32, 16, 16 * 8192),
+            Payload::Hang => (2, 1, 1),
+        };
+        Self {
+            payload,
+            place: if payload.needs_ring_0() { Place::Ring0 } else { Place::Ring3 },
+            guest_page: PageSize::Size4K,
+            backing: Backing::Small,
+            present: true,
+            data: Bytes::mib(data),
+            roots,
+            vcpus: 1,
+            operations,
+        }
+    }
+
+    /// The same, elsewhere.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = place;
+        self
+    }
+
+    /// Operations before the first measurement.
+    pub fn warm(&self) -> u64 {
+        match self.payload {
+            payload if payload.once() => 0,
+            // One lap over all the data at least.
+            Payload::WarmTouch | Payload::Chase => self.links().max(self.operations / 4),
+            _ => (self.operations / 4).max(512),
+        }
+    }
+
+    /// Pages of the data, by 4 KiB: touches and links of the chain go one a page.
+    pub fn links(&self) -> u64 {
+        self.data.pages().0.max(1)
+    }
+
+    /// In words, for tables.
+    pub fn describe(&self) -> String {
+        let mut text = format!("{}, {}", self.payload, self.place.name());
+        if matches!(self.payload, Payload::ColdTouch | Payload::WarmTouch | Payload::Chase) {
+            text += &format!(", {}", self.data);
+            if self.place != Place::Native {
+                text += &format!(", guest {}", self.guest_page);
+            }
+            text += &format!(", host {}", self.backing.name());
+            if !self.present {
+                text += ", absent";
+            }
+        }
+        if matches!(self.payload, Payload::Cr3Reload | Payload::Spaces) {
+            text += &format!(", {} roots", self.roots);
+        }
+        if self.vcpus > 1 {
+            text += &format!(", {} vCPUs", self.vcpus);
+        }
+        text
+    }
+}
