@@ -43,7 +43,7 @@ struct Row {
 #[serde(tag = "answer", rename_all = "kebab-case")]
 enum Answer {
     /// It said how it is.
-    Full { vm: VmStatus, memory: MemoryStatus },
+    Full { vm: VmStatus, memory: Box<MemoryStatus> },
     /// Its process is gone; its socket is still there.
     Dead,
     /// Its process is there and says nothing.
@@ -93,7 +93,7 @@ async fn ask(name: String, socket: PathBuf) -> Row {
     let asking = async { Ok((vm.status().await?, vm.memory().await?)) };
     // Two answers in time, not each in time: nobody waits for longer than this for the table.
     let answer = match tokio::time::timeout(PATIENCE, asking).await {
-        Ok(Ok((vm, memory))) => Answer::Full { vm, memory },
+        Ok(Ok((vm, memory))) => Answer::Full { vm, memory: Box::new(memory) },
         Ok(Err(Error::NoSuchVm { .. })) => Answer::Dead,
         Ok(Err(error @ Error::NotAnswering { .. })) => Answer::NotAnswering { error: error.to_string() },
         Ok(Err(error)) => Answer::Failed { error: error.to_string() },
