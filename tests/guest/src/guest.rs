@@ -1,0 +1,182 @@
+//! A guest: does what its kernel's command line says.
+//!
+//! ```text
+//! ballast.load=STEP,STEP...   what the guest's memory does (see `load`)
+//! ballast.repeat=N            does the steps N times (default 1)
+//! ballast.console             afterwards takes steps from the console, one a line;
+//!                             answers `DONE step` or `ERROR reason`
+//! ballast.end=END             then: poweroff (default), reboot, panic or hang
+//! ```
+//! With the kernel's own `reboot=t` a reboot is a triple fault.
+//! It prints `READY` when its modules are loaded, and before it ends
+//! `SUMMARY oom_kills=N`, the processes that died for lack of memory.
+//! The power button ends it with a power-off at any time.
+//!
+//! The load runs in a process of its own: the kernel can kill that one when
+//! memory runs out, and the summary then tells.
+
+use std::fs::{self, File};
+use std::io::{BufRead, Read};
+use std::process::Command;
+use std::thread;
+
+use crate::load::{Load, Step};
+use crate::modules;
+use crate::system::{End, end};
+
+/// The event of a power button that goes down (`linux/input-event-codes.h`).
+const KEY_POWER: u16 = 116;
+const EV_KEY: u16 = 1;
+/// `struct input_event` on x86-64: a time of 16 bytes, type, code, value.
+const INPUT_EVENT: usize = 24;
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Orders {
+    load: String,
+    repeat: u32,
+    console: bool,
+    end: End,
+}
+
+impl Orders {
+    fn parse(cmdline: &str) -> Result<Self, String> {
+        let mut orders = Self { load: String::new(), repeat: 1, console: false, end: End::PowerOff };
+        for word in cmdline.split_whitespace() {
+            let Some(order) = word.strip_prefix("ballast.") else { continue };
+            match order.split_once('=') {
+                Some(("load", steps)) => {
+                    Step::parse_all(steps)?;
+                    orders.load = steps.to_owned();
+                }
+                Some(("repeat", count)) => {
+                    orders.repeat =
+                        count.parse().map_err(|_| format!("`{count}` is no number of repeats"))?;
+                }
+                Some(("end", name)) => orders.end = end_named(name)?,
+                None if order == "console" => orders.console = true,
+                _ => return Err(format!("`{word}` is no order: use load=, repeat=, console or end=")),
+            }
+        }
+        Ok(orders)
+    }
+}
+
+fn end_named(name: &str) -> Result<End, String> {
+    match name {
+        "poweroff" => Ok(End::PowerOff),
+        "reboot" => Ok(End::Reboot),
+        "panic" => Ok(End::Panic),
+        "hang" => Ok(End::Hang),
+        _ => Err(format!("`{name}` is no end: use poweroff, reboot, panic or hang")),
+    }
+}
+
+/// Process 1 of a guest.
+pub fn main() -> ! {
+    modules::load_listed();
+    thread::spawn(watch_power_buttons);
+    let orders = match Orders::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default()) {
+        Ok(orders) => orders,
+        Err(error) => {
+            println!("ERROR {error}");
+            end(End::PowerOff)
+        }
+    };
+    println!("READY");
+    if !orders.load.is_empty() || orders.console {
+        let console = if orders.console { "console" } else { "" };
+        let worker = Command::new("/init").args([&orders.load, &orders.repeat.to_string(), console]).status();
+        match worker {
+            Ok(status) if status.success() => {}
+            Ok(status) => println!("LOAD FAILED {status}"),
+            Err(error) => println!("LOAD FAILED {error}"),
+        }
+    }
+    println!("SUMMARY oom_kills={}", oom_kills());
+    end(orders.end)
+}
+
+/// The process that holds the guest's memory: `/init STEPS REPEAT console|""`.
+pub fn worker() -> i32 {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [steps, repeat, console] = arguments.as_slice() else {
+        eprintln!("guest-init is the first process of the lab's machines. It does nothing elsewhere.");
+        return 2;
+    };
+    let mut load = Load::default();
+    for _ in 0..repeat.parse().unwrap_or(1) {
+        if let Err(error) =
+            Step::parse_all(steps).and_then(|steps| steps.iter().try_for_each(|s| load.run(s)))
+        {
+            println!("ERROR {error}");
+            return 1;
+        }
+    }
+    if console == "console" {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            let line = line.trim();
+            if line == "end" {
+                break;
+            }
+            match line.parse().and_then(|step| load.run(&step)) {
+                Ok(()) => println!("DONE {line}"),
+                Err(error) => println!("ERROR {error}"),
+            }
+        }
+    }
+    0
+}
+
+/// Processes killed for lack of memory since the guest booted, as `/proc/vmstat` says.
+fn oom_kills() -> u64 {
+    fs::read_to_string("/proc/vmstat")
+        .unwrap_or_default()
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok())
+        .unwrap_or(0)
+}
+
+fn watch_power_buttons() {
+    let Ok(devices) = fs::read_dir("/dev/input") else { return };
+    for device in devices.flatten() {
+        if let Ok(events) = File::open(device.path()) {
+            thread::spawn(move || watch(events));
+        }
+    }
+}
+
+fn watch(mut events: File) {
+    let mut event = [0; INPUT_EVENT];
+    while events.read_exact(&mut event).is_ok() {
+        let field = |at: usize| u16::from_ne_bytes([event[at], event[at + 1]]);
+        let pressed = event[20] != 0;
+        if field(16) == EV_KEY && field(18) == KEY_POWER && pressed {
+            println!("POWER BUTTON");
+            end(End::PowerOff);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_read_among_the_kernels_own_words() {
+        let orders =
+            Orders::parse("console=ttyS0 ballast.load=grow:64M:2s,hold:1s ballast.end=panic quiet\n");
+        let expected =
+            Orders { load: "grow:64M:2s,hold:1s".to_owned(), repeat: 1, console: false, end: End::Panic };
+        assert_eq!(orders, Ok(expected));
+    }
+
+    #[test]
+    fn wrong_orders_are_refused_with_a_reason() {
+        for cmdline in
+            ["ballast.load=jump", "ballast.repeat=x", "ballast.end=never", "ballast.x=1", "ballast.x"]
+        {
+            assert!(Orders::parse(cmdline).is_err(), "{cmdline}");
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The emulated host: QEMU's software emulation of a processor with SVM.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{IsTerminal, Read, Write as _};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use balloon::units::Bytes;
+use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::thread::sched_setaffinity;
+
+use crate::archive::{self, Archive};
+use crate::artifacts::{self, BALLAST_INSIDE};
+use crate::cores::Cores;
+use crate::kernels::Kernel;
+use crate::packages;
+
+/// Set for programs in an emulated host, to the paging that its KVM uses.
+pub const INSIDE: &str = "BALLAST_LAB";
+
+/// The modules of an emulated host, `kvm-amd` aside, which takes a parameter.
+const HOST_MODULES: &[&str] = &["virtio_pci", "virtio_console", "kvm-amd"];
+/// Variables of this machine that programs inside see too.
+const PASSED_ON: &[&str] = &["RUST_LOG", "RUST_BACKTRACE", "PROPTEST_CASES", "NO_COLOR"];
+/// The emulated processor, without what the emulation lacks (it would warn of each).
+const PROCESSOR: &str = "EPYC,+svm,+npt,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,\
+                         -nrip-save,-xsavec";
+/// How often a running emulator is looked after.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// An emulated host: how it is made, and what is put into it.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    /// Whether KVM uses nested paging (`npt=1`) or shadow paging (`npt=0`).
+    pub nested_paging: bool,
+    /// Emulated processors; each keeps a real one busy.
+    pub cpus: usize,
+    /// The emulated host's memory.
+    pub memory: Bytes,
+    /// Counts instructions as time and draws no randomness: two runs are the same to the bit.
+    pub deterministic: bool,
+    /// Kernels whose images guests inside will need, below `/guest/SERIES`.
+    pub guests: Vec<Kernel>,
+    /// Whether `ballast` lies in `/bin`.
+    pub ballast: bool,
+    /// Files of this machine, and where they lie inside.
+    pub files: Vec<(PathBuf, String)>,
+    /// Paths inside that are brought back: files, or directories with all below them.
+    pub bring: Vec<PathBuf>,
+    /// Variables for the program.
+    pub environment: Vec<(String, String)>,
+    /// Where the program's output and input go.
+    pub terminal: Terminal,
+    /// When to give up.
+    pub limit: Duration,
+}
+
+/// Where a program's output and input go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Terminal {
+    /// Output is printed as a test prints, so that a passing test stays quiet; no input.
+    Printed,
+    /// Output goes straight to this process's standard output; no input.
+    Output,
+    /// A terminal, both ways; Ctrl-C reaches the program.
+    Interactive,
+}
+
+/// How a program in an emulated host ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Its exit code, 128 and the number of the signal that killed it, or 127 where it did not start.
+    pub code: i32,
+    /// What it left.
+    pub results: Results,
+}
+
+/// Files that were brought back.
+#[derive(Debug)]
+pub struct Results(Vec<(String, Vec<u8>)>);
+
+impl Results {
+    /// The contents of a file, by its path inside.
+    pub fn get(&self, path: &str) -> Option<&[u8]> {
+        self.0.iter().find(|(name, _)| name == path).map(|(_, contents)| contents.as_slice())
+    }
+
+    /// Writes all files below `directory`, at the paths they had inside.
+    ///
+    /// # Errors
+    /// Where one can't be written.
+    pub fn write_below(&self, directory: &Path) -> Result<()> {
+        for (name, contents) in &self.0 {
+            // Names come out of the emulated host: none may lead out of the directory.
+            let relative: PathBuf = Path::new(name)
+                .components()
+                .filter(|c| matches!(c, std::path::Component::Normal(_)))
+                .collect();
+            let path = directory.join(relative);
+            fs::create_dir_all(path.parent().unwrap_or(directory))?;
+            fs::write(&path, contents).with_context(|| format!("{} can't be written", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Default for Emulator {
+    fn default() -> Self {
+        Self {
+            nested_paging: true,
+            cpus: 1,
+            memory: Bytes::gib(2),
+            deterministic: false,
+            guests: Vec::new(),
+            ballast: true,
+            files: Vec::new(),
+            bring: Vec::new(),
+            environment: Vec::new(),
+            terminal: Terminal::Printed,
+            limit: Duration::from_secs(300),
+        }
+    }
+}
+
+impl Emulator {
+    /// Boots the host and runs a program in it: a file of this machine, which is
+    /// copied, or else a path inside. It must be static: there are no libraries.
+    ///
+    /// # Errors
+    /// Where the host could not be made or did not come to an end in time. A
+    /// program that fails is an [`Outcome`], not an error.
+    pub fn run(&self, program: &Path, arguments: &[&str]) -> Result<Outcome> {
+        ensure!(!(self.deterministic && self.cpus > 1), "a deterministic host has one CPU");
+        let directory = tempfile::Builder::new().prefix("ballast-lab-").tempdir()?;
+        let initrd = directory.path().join("initrd");
+        fs::write(&initrd, self.initrd(program, arguments)?)?;
+        let command = self.command(&initrd, directory.path())?;
+        let cores = Cores::take(self.cpus)?;
+        let program = program.display();
+        let waiting_for = format!("{program} {} in the emulated host", arguments.join(" "));
+        let ended = thread::scope(|scope| {
+            // The emulator dies with the thread that started it, and inherits its processors.
+            scope
+                .spawn(|| self.emulate(command, &cores))
+                .join()
+                .expect("the emulator's thread does not panic")
+        })?;
+        let log = fs::read(directory.path().join("kernel.log")).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let mut files = archive::read(&fs::read(directory.path().join("results")).unwrap_or_default());
+        let code = files.pop_if(|(name, _)| name == "exit-code");
+        let Some(code) = code.and_then(|(_, code)| String::from_utf8(code).ok()?.parse().ok()) else {
+            let Some(status) = ended else {
+                bail!("gave up after {:?} waiting for {waiting_for}; its kernel said:\n{log}", self.limit);
+            };
+            bail!(
+                "the emulated host ended ({status}) without an outcome of {program}; its kernel said:\n{log}"
+            );
+        };
+        if self.terminal == Terminal::Printed {
+            print!("{log}");
+        }
+        Ok(Outcome { code, results: Results(files) })
+    }
+
+    fn initrd(&self, program: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
+        let mut archive = Archive::with_init(&fs::read(artifacts::guest_init()?)?)?;
+        let mut job = String::new();
+        for module in Kernel::V6_1.modules(HOST_MODULES)? {
+            let path = format!("/lib/modules/{}.ko", module.name);
+            archive.contents(&path, 0o644, &module.contents)?;
+            let parameters = match module.name.as_str() {
+                "kvm_amd" => format!(" npt={}", u8::from(self.nested_paging)),
+                _ => String::new(),
+            };
+            writeln!(job, "module {path}{parameters}")?;
+        }
+        add_busybox(&mut archive)?;
+        if self.ballast {
+            archive.file(BALLAST_INSIDE, &artifacts::ballast())?;
+        }
+        for kernel in &self.guests {
+            let (here, inside) = (kernel.images()?, kernel.images_inside());
+            archive.file(&inside.bzimage.to_string_lossy(), &here.bzimage)?;
+            archive.file(&inside.initrd.to_string_lossy(), &here.initrd)?;
+            if let (Some(here), Some(inside)) = (here.elf, inside.elf) {
+                archive.file(&inside.to_string_lossy(), &here)?;
+            }
+        }
+        for (source, path) in &self.files {
+            archive.file(path, source)?;
+        }
+        let program = match program.file_name() {
+            Some(name) if program.is_file() => {
+                let path = format!("/lab/{}", name.to_string_lossy());
+                archive.file(&path, program)?;
+                path
+            }
+            _ => program.to_string_lossy().into_owned(),
+        };
+        self.describe(&mut job, &program, arguments)?;
+        archive.contents("/lab/job", 0o644, job.as_bytes())?;
+        archive.finish()
+    }
+
+    fn describe(&self, job: &mut String, program: &str, arguments: &[&str]) -> Result<()> {
+        let paging = if self.nested_paging { "nested" } else { "shadow" };
+        let fixed = [("PATH", "/bin"), ("HOME", "/tmp"), ("TERM", "xterm"), (INSIDE, paging)];
+        let passed_on = PASSED_ON.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
+        let variables = fixed.into_iter().map(|(name, value)| (name, value.to_owned())).chain(passed_on);
+        for (name, value) in variables {
+            writeln!(job, "env {name}={value}")?;
+        }
+        for (name, value) in &self.environment {
+            writeln!(job, "env {name}={value}")?;
+        }
+        for argument in [program].iter().chain(arguments) {
+            ensure!(
+                !argument.contains('\n'),
+                "an argument with a line break does not fit into a job: {argument:?}"
+            );
+            writeln!(job, "argument {argument}")?;
+        }
+        for path in &self.bring {
+            writeln!(job, "bring {}", path.display())?;
+        }
+        if self.terminal == Terminal::Interactive {
+            writeln!(job, "terminal")?;
+        }
+        Ok(())
+    }
+
+    fn command(&self, initrd: &Path, directory: &Path) -> Result<Command> {
+        let mut append = "console=ttyS0 reboot=t panic=1 quiet tsc=reliable".to_owned();
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args(["-M", "q35", "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"]);
+        qemu.args(["-no-reboot", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory.0 >> 20)]);
+        if self.deterministic {
+            qemu.args([
+                "-cpu",
+                &format!("{PROCESSOR},-rdrand"),
+                "-icount",
+                "shift=0,sleep=off",
+                "-seed",
+                "1",
+            ]);
+            qemu.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
+            append.push_str(" nokaslr norandmaps random.trust_cpu=off");
+        } else {
+            qemu.args(["-cpu", PROCESSOR]);
+        }
+        let signal = if self.terminal == Terminal::Interactive { "off" } else { "on" };
+        let place = directory.display();
+        qemu.args(["-serial", &format!("file:{place}/kernel.log")]);
+        qemu.args(["-chardev", &format!("stdio,id=program,signal={signal}")]);
+        qemu.args(["-chardev", &format!("file,id=results,path={place}/results")]);
+        // Without ioeventfd the emulated CPU itself does the I/O: that is deterministic, and no slower here.
+        qemu.args(["-device", "virtio-serial-pci,ioeventfd=off"]);
+        qemu.args(["-device", "virtconsole,chardev=program"]);
+        qemu.args(["-device", "virtserialport,chardev=results,name=results"]);
+        qemu.arg("-kernel").arg(Kernel::V6_1.bzimage()?).arg("-initrd").arg(initrd);
+        qemu.args(["-append", &append]);
+        match self.terminal {
+            Terminal::Printed => qemu.stdin(Stdio::null()).stdout(Stdio::piped()),
+            Terminal::Output => qemu.stdin(Stdio::null()),
+            Terminal::Interactive => qemu.stdin(Stdio::inherit()),
+        };
+        Ok(qemu)
+    }
+
+    /// Runs the emulator to its end; `None` where it had to be killed at the limit.
+    fn emulate(&self, mut command: Command, cores: &Cores) -> Result<Option<ExitStatus>> {
+        sched_setaffinity(None, &cores.set())?;
+        let die_with_us = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+        // SAFETY: prctl is an async-signal-safe system call; nothing is allocated.
+        unsafe { command.pre_exec(die_with_us) };
+        let mut child = command.spawn().context(
+            "qemu-system-x86_64 can't be run: install it with `sudo apt-get install qemu-system-x86`",
+        )?;
+        let printer = child.stdout.take().map(|output| thread::spawn(|| print_all(output)));
+        let ended = wait(&mut child, self.limit)?;
+        if let Some(printer) = printer {
+            let _ = printer.join();
+        }
+        Ok(ended)
+    }
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if start.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn print_all(mut output: impl Read) {
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = output.read(&mut buffer) {
+        print!("{}", String::from_utf8_lossy(&buffer[..length]));
+        let _ = std::io::stdout().flush();
+    }
+}
+
+/// A static shell with the usual commands, for people who look around.
+fn add_busybox(archive: &mut Archive) -> Result<()> {
+    let busybox = packages::unpacked("busybox-static")?.join("bin/busybox");
+    archive.file("/bin/busybox", &busybox)?;
+    let list = Command::new(&busybox).arg("--list").output().context("busybox can't be run")?;
+    for applet in String::from_utf8(list.stdout)?.lines().filter(|name| *name != "busybox") {
+        archive.link(&format!("/bin/{applet}"), "busybox")?;
+    }
+    Ok(())
+}
+
+/// Whether a person sits before this process.
+pub fn at_a_terminal() -> bool {
+    std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
+}
+
+/// Opens for reading and writing what only a host with KVM has.
+pub(crate) fn kvm_device() -> std::io::Result<File> {
+    File::options().read(true).write(true).open("/dev/kvm")
+}

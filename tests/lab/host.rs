@@ -1,0 +1,113 @@
+//! What a test asks for: a host whose KVM can boot stock kernels.
+
+use std::env;
+use std::time::Duration;
+
+use balloon::units::Bytes;
+
+use crate::artifacts;
+use crate::emulator::{Emulator, INSIDE, kvm_device};
+use crate::kernels::{GuestImages, Kernel};
+
+/// A wait gives up after this many times what it usually takes.
+const PATIENCE: u32 = 10;
+
+/// Whether this process runs in an emulated host.
+pub fn inside() -> bool {
+    env::var_os(INSIDE).is_some()
+}
+
+/// A host for one test.
+#[derive(Clone, Debug)]
+pub struct Host {
+    emulator: Emulator,
+    usual: Duration,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { emulator: Emulator::default(), usual: Duration::from_secs(60) }
+    }
+}
+
+impl Host {
+    /// One CPU, 2 GiB, nested paging.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether KVM uses nested paging (`true`) or shadow paging. A real host uses what it has.
+    pub fn nested_paging(mut self, on: bool) -> Self {
+        self.emulator.nested_paging = on;
+        self
+    }
+
+    /// Emulated processors.
+    pub fn cpus(mut self, count: usize) -> Self {
+        self.emulator.cpus = count;
+        self
+    }
+
+    /// Memory of the emulated host.
+    pub fn memory(mut self, memory: Bytes) -> Self {
+        self.emulator.memory = memory;
+        self
+    }
+
+    /// A kernel that guests of the test boot.
+    pub fn guest(mut self, kernel: Kernel) -> Self {
+        self.emulator.guests.push(kernel);
+        self
+    }
+
+    /// How long the test usually takes in an emulated host. It gives up after ten times that.
+    pub fn usually(mut self, time: Duration) -> Self {
+        self.usual = time;
+        self
+    }
+
+    /// Runs the body of a test on such a host. To be called directly in the test's
+    /// function: the emulated host finds the test by the closure's name.
+    ///
+    /// # Panics
+    /// Where the body does, or where the host can't be made.
+    pub fn run<F: FnOnce()>(mut self, body: F) {
+        if inside() || kvm_boots_stock_kernels() {
+            return body();
+        }
+        let name = test_name::<F>();
+        self.emulator.limit = self.usual * PATIENCE;
+        let program = env::current_exe().expect("a test knows its own file");
+        match self.emulator.run(&program, &["--exact", &name, "--nocapture", "--test-threads=1"]) {
+            Ok(outcome) => {
+                assert_eq!(outcome.code, 0, "{name} failed in the emulated host; see its output above")
+            }
+            Err(error) => panic!("{name}: {error:#}"),
+        }
+    }
+}
+
+/// `boots::powers_off::{{closure}}` is the test `powers_off` of the program `boots`.
+fn test_name<F>() -> String {
+    let path = std::any::type_name::<F>().trim_end_matches("::{{closure}}");
+    path.split_once("::").map_or(path, |(_, name)| name).to_owned()
+}
+
+impl Kernel {
+    /// The images to boot on the host where this runs.
+    ///
+    /// # Panics
+    /// Where they can't be fetched or made.
+    pub fn guest_images(self) -> GuestImages {
+        if inside() { self.images_inside() } else { self.images().expect("a guest's images can be made") }
+    }
+}
+
+/// Whether this machine's own KVM runs stock kernels, as `ballast check` finds.
+fn kvm_boots_stock_kernels() -> bool {
+    if env::var_os("BALLAST_LAB_EMULATE").is_some() || kvm_device().is_err() {
+        return false;
+    }
+    let check = std::process::Command::new(artifacts::ballast()).arg("check").output();
+    check.is_ok_and(|output| output.status.success())
+}

@@ -1,0 +1,115 @@
+//! Debian packages: fetched without root, installed nowhere, verified by hash at every use.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::cache;
+
+/// What to say where the archive's index is missing.
+const UPDATE: &str = "run `sudo apt-get update` first (`make` does)";
+
+/// The contents of `package`, as a directory. Fetched where no version of it is in the cache.
+///
+/// # Errors
+/// Where it can't be fetched, or its hash is not the one that Debian signed.
+pub fn unpacked(package: &str) -> Result<PathBuf> {
+    let _lock = cache::lock(&format!("package-{package}"))?;
+    let directory = cache::directory("packages")?.join(package);
+    let deb = directory.join("package.deb");
+    let recorded = directory.join("sha256");
+    if !recorded.exists() {
+        fetch(package, &directory)?;
+    }
+    let expected = fs::read_to_string(&recorded)?;
+    if hash(&deb)? != expected.trim() {
+        bail!("{} has changed since it was fetched: remove {}", deb.display(), directory.display());
+    }
+    let root = directory.join("root");
+    if !root.exists() {
+        let partial = directory.join("partial");
+        run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&partial))?;
+        fs::rename(&partial, &root)?;
+    }
+    Ok(root)
+}
+
+/// The newest package whose name starts and ends so, in the cache or else in the archive.
+///
+/// # Errors
+/// Where there is none.
+pub fn newest(prefix: &str, suffix: &str) -> Result<String> {
+    let fits = |name: &&str| name.starts_with(prefix) && name.ends_with(suffix);
+    let cached: Vec<String> = fs::read_dir(cache::directory("packages")?)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    if let Some(name) = latest(cached.iter().map(String::as_str).filter(fits)) {
+        return Ok(name.to_owned());
+    }
+    let names = run(Command::new("apt-cache").args(["pkgnames", prefix]))?;
+    latest(names.lines().filter(fits))
+        .map(str::to_owned)
+        .with_context(|| format!("Debian's archive has no package {prefix}*{suffix}: {UPDATE}"))
+}
+
+/// The last in the order of the numbers in the names.
+fn latest<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let numbers = |name: &str| -> Vec<u64> {
+        name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+    };
+    names.max_by_key(|name| numbers(name))
+}
+
+fn fetch(package: &str, directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    let download = tempfile::tempdir_in(directory)?;
+    let shown = run(Command::new("apt-cache").args(["show", "--no-all-versions", package]))
+        .with_context(|| format!("Debian's archive does not know {package}: {UPDATE}"))?;
+    let field = |name: &str| {
+        shown
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+            .with_context(|| format!("`apt-cache show {package}` names no {name}: {UPDATE}"))
+    };
+    let (version, expected) = (field("Version")?, field("SHA256")?);
+    eprintln!("lab: fetching {package} {version}");
+    run(Command::new("apt-get")
+        .args(["download", "-q=2", &format!("{package}={version}")])
+        .current_dir(&download))?;
+    let deb = fs::read_dir(&download)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt-get download left no package of {package}"))?;
+    let actual = hash(&deb)?;
+    ensure!(actual == expected, "{package} has SHA-256 {actual}, but Debian signed {expected}");
+    fs::rename(deb, directory.join("package.deb"))?;
+    cache::write_whole(&directory.join("sha256"), expected.as_bytes())
+}
+
+fn hash(path: &Path) -> Result<String> {
+    let contents = fs::read(path).with_context(|| format!("{} can't be read", path.display()))?;
+    Ok(Sha256::digest(contents).iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("{name} can't be run: is this Debian?"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{name} failed ({}): {}", output.status, errors.trim());
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::latest;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let names = ["linux-image-6.1.0-9-cloud", "linux-image-6.1.0-56-cloud", "linux-image-6.1.0-10-cloud"];
+        assert_eq!(latest(names.into_iter()), Some("linux-image-6.1.0-56-cloud"));
+        assert_eq!(latest([].into_iter()), None);
+    }
+}
