@@ -1,5 +1,6 @@
 //! Dynamic memory over one host.
 //!
-//! [`driver`] is how VMs are asked and told.
+//! [`policy`] decides, [`driver`] asks VMs and tells them.
 
 pub mod driver;
+pub mod policy;

@@ -161,7 +161,8 @@ async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) 
                 return;
             }
             Manner::DiesMidAnswer => {
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n{\"limits\":").await;
+                let _ =
+                    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n{\"limits\":").await;
                 return;
             }
             Manner::EndlessBody => {

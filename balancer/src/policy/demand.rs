@@ -1,0 +1,181 @@
+//! What a guest needs, concluded from what it says.
+
+use std::time::Duration;
+
+use balloon::limits::Limits;
+use balloon::units::Bytes;
+
+/// Short memory of use: a dip of a second or two is no reason to take anything.
+pub const FAST: Duration = Duration::from_secs(5);
+
+/// Long memory of use, honoured only where nobody is short: 88 % of published
+/// bursts are over within two minutes, so what was used a minute ago is often
+/// used again.
+pub const SLOW: Duration = Duration::from_secs(60);
+
+/// How far use must fall below what is held before the demand follows it down.
+/// Steady use that varies by 1 % either way must not move anything.
+pub const FALL_PERCENT: u64 = 4;
+
+/// How many moments of `actual` are kept, to know what it was when a report was made.
+const MOMENTS: usize = 8;
+
+/// What is remembered of one guest's use.
+#[derive(Clone, Debug, Default)]
+pub struct Demand {
+    /// The last values of `actual` and when they were seen; a ring.
+    moments: [(Duration, Bytes); MOMENTS],
+    seen: usize,
+    used: Option<Bytes>,
+    fast: f64,
+    slow: f64,
+    last: Duration,
+    held: Bytes,
+}
+
+impl Demand {
+    /// Takes in that the guest has `actual` now.
+    pub fn has(&mut self, now: Duration, actual: Bytes) {
+        self.moments[self.seen % MOMENTS] = (now, actual);
+        self.seen += 1;
+    }
+
+    /// Takes in a report: at `reported`, the guest could spare `available`.
+    ///
+    /// `hold` false lets the demand follow each wobble; see [`super::Guards`].
+    pub fn report(&mut self, now: Duration, reported: Duration, available: Bytes, hold: bool) {
+        let used = self.actual_at(reported).saturating_sub(available);
+        let value = used.0 as f64;
+        let fall = |tau: Duration| (-now.saturating_sub(self.last).as_secs_f64() / tau.as_secs_f64()).exp();
+        if self.used.is_none() {
+            (self.fast, self.slow) = (value, value);
+        } else {
+            let (fast, slow) = (fall(FAST), fall(SLOW));
+            self.fast = value + (self.fast - value) * fast;
+            self.slow = value + (self.slow - value) * slow;
+        }
+        self.last = now;
+        self.used = Some(used);
+        let need = used.max(Bytes(self.fast as u64));
+        if need > self.held || need < self.held.percent(100 - FALL_PERCENT) || !hold {
+            self.held = need;
+        }
+    }
+
+    /// What the guest used when it last reported; `None` if it never did.
+    pub fn used(&self) -> Option<Bytes> {
+        self.used
+    }
+
+    /// What it must have: recent use and its buffer, within its limits.
+    pub fn need(&self, limits: &Limits) -> Bytes {
+        buffered(self.held, limits)
+    }
+
+    /// What it should have where nobody is short: use over the last minute and its buffer.
+    pub fn comfort(&self, limits: &Limits) -> Bytes {
+        buffered(self.held.max(Bytes(self.slow as u64)), limits)
+    }
+
+    /// What the guest had at `then`, on a line between the moments around it.
+    ///
+    /// A report is up to a statistics interval old, and while memory moves the
+    /// guest has another amount by now. Use is the difference of the two at the
+    /// same moment, or a guest that just gave up memory seems to use less.
+    fn actual_at(&self, then: Duration) -> Bytes {
+        let mut later: Option<(Duration, Bytes)> = None;
+        for back in 1..=self.seen.min(MOMENTS) {
+            let (when, actual) = self.moments[(self.seen - back) % MOMENTS];
+            if when <= then {
+                return later.map_or(actual, |(after, had)| between((when, actual), (after, had), then));
+            }
+            later = Some((when, actual));
+        }
+        later.map_or(Bytes::ZERO, |(_, actual)| actual)
+    }
+}
+
+fn between(a: (Duration, Bytes), b: (Duration, Bytes), then: Duration) -> Bytes {
+    let span = b.0.saturating_sub(a.0).as_secs_f64();
+    if span == 0.0 {
+        return b.1;
+    }
+    let part = then.saturating_sub(a.0).as_secs_f64() / span;
+    Bytes((a.1.0 as f64 + (b.1.0 as f64 - a.1.0 as f64) * part) as u64)
+}
+
+fn buffered(used: Bytes, limits: &Limits) -> Bytes {
+    limits.clamp(used.percent(100 + u64::from(limits.buffer_percent())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        "256M,min=128M,max=1G".parse().unwrap()
+    }
+
+    fn at(second: u64) -> Duration {
+        Duration::from_secs(second)
+    }
+
+    #[test]
+    fn demand_is_use_and_buffer_within_the_limits() {
+        let mut demand = Demand::default();
+        demand.has(at(1), Bytes::mib(500));
+        demand.report(at(1), at(1), Bytes::mib(200), true);
+        assert_eq!(demand.used(), Some(Bytes::mib(300)));
+        assert_eq!(demand.need(&limits()), Bytes::mib(360));
+        demand.report(at(2), at(2), Bytes::ZERO, true);
+        demand.has(at(3), Bytes::gib(4));
+        demand.report(at(3), at(3), Bytes::ZERO, true);
+        assert_eq!(demand.need(&limits()), Bytes::gib(1));
+    }
+
+    #[test]
+    fn a_guest_that_just_gave_memory_up_does_not_seem_to_use_less() {
+        let mut demand = Demand::default();
+        demand.has(at(10), Bytes::mib(800));
+        demand.report(at(10), at(10), Bytes::mib(400), true);
+        // 200 MiB went between 10 s and 11 s; the report is of 10.5 s, when half was gone.
+        demand.has(at(11), Bytes::mib(600));
+        demand.report(at(11), Duration::from_millis(10_500), Bytes::mib(300), true);
+        assert_eq!(demand.used(), Some(Bytes::mib(400)));
+    }
+
+    #[test]
+    fn demand_rises_at_once_and_falls_later_in_comfort_than_in_need() {
+        let mut demand = Demand::default();
+        for second in 0..20 {
+            demand.has(at(second), Bytes::gib(1));
+            demand.report(at(second), at(second), Bytes::mib(424), true);
+        }
+        for second in 20..40 {
+            demand.has(at(second), Bytes::gib(1));
+            demand.report(at(second), at(second), Bytes::mib(824), true);
+        }
+        assert!(demand.need(&limits()) < Bytes::mib(270), "{}", demand.need(&limits()));
+        assert!(demand.comfort(&limits()) > Bytes::mib(500), "{}", demand.comfort(&limits()));
+    }
+
+    #[test]
+    fn wobble_of_one_percent_does_not_move_a_held_demand_but_a_free_one() {
+        let run = |hold: bool| {
+            let mut demand = Demand::default();
+            let mut falls = 0;
+            let mut before = Bytes::ZERO;
+            for second in 0..200 {
+                let wobble = [0, 5, 10, 3, 7][second as usize % 5];
+                demand.has(at(second), Bytes::gib(1));
+                demand.report(at(second), at(second), Bytes::mib(424 + wobble), hold);
+                let need = demand.need(&limits());
+                falls += usize::from(need < before);
+                before = need;
+            }
+            falls
+        };
+        assert_eq!(run(true), 0);
+        assert!(run(false) > 0, "without the hold the same wobble moves it");
+    }
+}

@@ -1,0 +1,167 @@
+//! What keeps the law from doing harm: charges, floors, and guests that don't follow.
+
+use std::time::Duration;
+
+use balloon::status::DriverState;
+use balloon::units::Bytes;
+use serde::Serialize;
+
+use super::{Said, host_state::HostState};
+
+/// A guest that gave up less than [`PROGRESS`] in this time is stuck (Xen's squeezed: 5 s).
+pub const STUCK_AFTER: Duration = Duration::from_secs(5);
+
+/// Less than this in [`STUCK_AFTER`] is no progress. Far below what the slowest
+/// balloon at work does (some 30 MiB/s under software emulation).
+pub const PROGRESS: Bytes = Bytes::mib(4);
+
+/// How long a stuck guest is left alone the first time; doubled each time after.
+pub const FIRST_REST: Duration = Duration::from_secs(60);
+
+/// The longest that a stuck guest is left alone.
+pub const LONGEST_REST: Duration = Duration::from_secs(3600);
+
+/// How far `actual` may lie above the target and still count as there. A guest
+/// counts in 4 KiB pages and fills its balloon in batches of 256 of them.
+pub const THERE: Bytes = Bytes::mib(1);
+
+/// How long after its start a guest may take to bring its balloon to the first
+/// target. Until then it is charged what the host really holds for it, since it
+/// has not touched the rest yet.
+pub const BOOT: Duration = Duration::from_secs(120);
+
+/// No shrink to refill the pool this long after a grow.
+pub const REST_AFTER_GROW: Duration = Duration::from_secs(30);
+
+/// How often memory is taken to refill the pool while the host is in NORMAL (Xen's selfballoon: 5 s).
+pub const UNHURRIED: Duration = Duration::from_secs(5);
+
+/// The part of the gap that is taken each time then (Xen's selfballoon: 1/8).
+pub const UNHURRIED_PART: u64 = 8;
+
+/// How long EMERGENCY must last before guests lose memory that they use.
+pub const EMERGENCY_DWELL: Duration = Duration::from_secs(10);
+
+/// How a VM stands with the balancer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// Answers, reports, and follows its target.
+    #[default]
+    Following,
+    /// Its limits leave nothing to move.
+    Static,
+    /// Starting: its balloon has not reached the first target yet.
+    Booting,
+    /// No balloon driver runs in the guest: nothing can be moved.
+    NoDriver,
+    /// Its API does not answer, or answers nonsense.
+    NotAnswering,
+    /// Its guest has not reported for too long: held, never shrunk.
+    Stale,
+    /// It did not give up what it was asked for: not asked again for a while.
+    Stuck,
+}
+
+impl Standing {
+    /// Whether a target set now can be reached.
+    pub(super) fn is_movable(self) -> bool {
+        matches!(self, Self::Following | Self::Booting | Self::Stale | Self::Stuck)
+    }
+}
+
+/// Watches whether a guest gives up what it was asked for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Watch {
+    /// Since when an inflate is under way, and what the guest had then.
+    since: Option<(Duration, Bytes)>,
+    /// Not asked before then.
+    until: Duration,
+    rest: Duration,
+    /// Its balloon has been at its target once since it was first seen.
+    settled: bool,
+}
+
+impl Watch {
+    /// Takes in what the guest has; true at the moment when it is found stuck.
+    pub fn look(&mut self, now: Duration, said: &Said) -> bool {
+        if said.driver == DriverState::Absent {
+            // Nobody is there to follow; the balloon begins anew when someone is.
+            (self.since, self.settled) = (None, false);
+            return false;
+        }
+        let pending = said.actual.saturating_sub(said.target);
+        if pending <= THERE {
+            self.settled = true;
+            if self.since.take().is_some() {
+                // It reached a target by giving up memory: trust it again.
+                self.rest = Duration::ZERO;
+            }
+            return false;
+        }
+        let Some((since, had)) = self.since else {
+            self.since = Some((now, said.actual));
+            return false;
+        };
+        if had.saturating_sub(said.actual) >= PROGRESS {
+            self.since = Some((now, said.actual));
+            return false;
+        }
+        if now.saturating_sub(since) < STUCK_AFTER {
+            return false;
+        }
+        self.rest = (self.rest * 2).clamp(FIRST_REST, LONGEST_REST);
+        self.until = now + self.rest;
+        self.since = None;
+        true
+    }
+
+    /// Forgets the inflate under way: the target was just raised to what the guest has.
+    pub fn let_go(&mut self) {
+        self.since = None;
+    }
+
+    pub fn is_resting(&self, now: Duration) -> bool {
+        now < self.until
+    }
+
+    pub fn is_settled(&self) -> bool {
+        self.settled
+    }
+}
+
+/// What a VM is charged: what it may hold on the host without anyone asking again.
+pub fn charge(standing: Standing, said: &Said) -> Bytes {
+    let full = said.limits.max().max(said.actual);
+    let held = said.host_rss.min(full);
+    match standing {
+        Standing::NoDriver | Standing::Static => full,
+        Standing::Booting => said.target.max(held),
+        Standing::Following | Standing::Stale | Standing::Stuck | Standing::NotAnswering => {
+            said.target.max(said.actual).max(held)
+        }
+    }
+}
+
+/// Spare memory that a guest of this size is left on top of its use.
+///
+/// Some times the kernel's high watermark, so that taking memory does not by
+/// itself start reclaim in the guest.
+pub fn headroom(size: Bytes) -> Bytes {
+    Bytes::mib(16).max(Bytes(size.0 / 32))
+}
+
+/// What a guest that uses `used` of `size` is not shrunk below in this state.
+pub fn floor(state: HostState, dwelt: bool, used: Bytes, size: Bytes) -> Bytes {
+    match state {
+        HostState::Normal | HostState::Soft => used.saturating_add(headroom(size)),
+        HostState::Emergency if dwelt => Bytes::ZERO,
+        HostState::Hard | HostState::Emergency => used,
+    }
+}
+
+/// The most that one guest is asked to give up at a time, less what it still owes.
+pub fn step(said: &Said) -> Bytes {
+    let most = Bytes::mib(128).max(Bytes(said.target.0 / 8));
+    most.saturating_sub(said.actual.saturating_sub(said.target))
+}
