@@ -8,5 +8,7 @@
 
 pub mod counters;
 pub mod figure;
+pub mod host;
 pub mod payload;
+pub mod probe;
 pub mod walk;
