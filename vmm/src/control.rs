@@ -1,13 +1,18 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use balloon::device::{Handle, TargetError};
 use balloon::limits::Limits;
 use balloon::status::{BalloonCounters, DriverState, MemoryStatus, VmState, VmStatus};
 use balloon::units::Bytes;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Cpus, Name};
+use crate::exit::Exit;
+use crate::memory::Ram;
+use crate::vcpu::Crew;
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -63,6 +68,18 @@ const fn word(state: VmState) -> &'static str {
     }
 }
 
+/// What a control needs of a VM that has been set up.
+pub struct Parts {
+    /// Its vCPUs.
+    pub crew: Arc<Crew>,
+    /// Its memory.
+    pub ram: Arc<Ram>,
+    /// Its balloon.
+    pub balloon: Handle,
+    /// The interrupt line of the power button.
+    pub power: EventFd,
+}
+
 /// One VM, as seen by whoever steers it. Shared by the API, signals and the machine.
 pub struct Control {
     name: Name,
@@ -71,10 +88,11 @@ pub struct Control {
     started: Instant,
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
+    parts: OnceLock<Parts>,
 }
 
 impl Control {
-    /// The control of a VM that has been made and does not run yet.
+    /// The control of a VM that has not been set up yet.
     pub fn new(name: Name, cpus: Cpus, limits: Limits) -> Self {
         Self {
             name,
@@ -83,7 +101,27 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
+            parts: OnceLock::new(),
         }
+    }
+
+    /// Hands over what the VM is made of. Only the first call counts.
+    pub fn attach(&self, parts: Parts) {
+        let _ = self.parts.set(parts);
+    }
+
+    /// Lets the vCPUs run for the first time.
+    pub fn start(&self) {
+        let mut state = lock(&self.state);
+        if let (VmState::Created, Some(parts)) = (*state, self.parts.get()) {
+            parts.crew.run();
+            *state = VmState::Running;
+        }
+    }
+
+    /// Takes note that the VM has ended.
+    pub fn ended(&self) {
+        *lock(&self.state) = VmState::Stopped;
     }
 
     /// What this VM is and where it stands.
@@ -101,14 +139,30 @@ impl Control {
     /// Everything about this VM's memory now.
     pub fn memory(&self) -> MemoryStatus {
         let limits = *lock(&self.limits);
+        let Some(parts) = self.parts.get() else {
+            return MemoryStatus {
+                limits,
+                target: limits.startup(),
+                actual: self.map,
+                host_rss: Bytes::ZERO,
+                driver: DriverState::Absent,
+                report: None,
+                counters: BalloonCounters::default(),
+            };
+        };
+        let host_rss = parts.ram.resident().unwrap_or_else(|error| {
+            tracing::warn!("resident guest memory can't be counted: {error}");
+            Bytes::ZERO
+        });
+        let balloon = &parts.balloon;
         MemoryStatus {
             limits,
-            target: limits.startup(),
-            actual: self.map,
-            host_rss: Bytes::ZERO,
-            driver: DriverState::Absent,
-            report: None,
-            counters: BalloonCounters::default(),
+            target: balloon.target(),
+            actual: balloon.actual(),
+            host_rss,
+            driver: balloon.driver(),
+            report: balloon.report(),
+            counters: balloon.counters(),
         }
     }
 
@@ -117,12 +171,17 @@ impl Control {
     /// # Errors
     /// [`ControlError::OutsideLimits`], and [`ControlError::NoDriver`] where nothing would follow.
     pub fn set_target(&self, target: Bytes) -> Result<(), ControlError> {
-        let limits = *lock(&self.limits);
+        // Held until the target is set, so that it can't slip past new limits.
+        let limits = lock(&self.limits);
         let (min, max) = (limits.min(), limits.max());
         if !(min..=max).contains(&target) {
             return Err(ControlError::OutsideLimits { target, min, max });
         }
-        Err(ControlError::NoDriver)
+        let parts = self.parts("have a target")?;
+        parts.balloon.set_target(target.page_floor()).map_err(|error| match error {
+            TargetError::NoDriver => ControlError::NoDriver,
+            TargetError::OutOfMap { .. } => ControlError::OutsideLimits { target, min, max },
+        })
     }
 
     /// Sets new limits; a target outside them moves to the nearest that is inside.
@@ -133,7 +192,16 @@ impl Control {
         if limits.max() > self.map {
             return Err(ControlError::BeyondMap { max: limits.max(), map: self.map });
         }
-        *lock(&self.limits) = limits;
+        let mut current = lock(&self.limits);
+        *current = limits;
+        if let Some(parts) = self.parts.get() {
+            let target = parts.balloon.target();
+            let inside = limits.clamp(target);
+            if inside != target {
+                // Without a driver nobody follows any target; the next one set will be inside.
+                let _ = parts.balloon.set_target(inside);
+            }
+        }
         Ok(())
     }
 
@@ -142,7 +210,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM runs.
     pub fn pause(&self) -> Result<(), ControlError> {
-        self.refuse("be paused")
+        self.change(VmState::Running, VmState::Paused, "be paused", |parts| parts.crew.hold())
     }
 
     /// Lets paused vCPUs run on.
@@ -150,7 +218,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM is paused.
     pub fn resume(&self) -> Result<(), ControlError> {
-        self.refuse("be resumed")
+        self.change(VmState::Paused, VmState::Running, "be resumed", |parts| parts.crew.run())
     }
 
     /// Presses the power button: a guest that listens shuts down in its own time.
@@ -158,19 +226,45 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM runs.
     pub fn power_button(&self) -> Result<(), ControlError> {
-        self.refuse("take a press of the power button")
+        self.change(VmState::Running, VmState::Running, "take a press of the power button", |parts| {
+            // The one failure is a full counter: a press that is pending already.
+            let _ = parts.power.write(1);
+        })
     }
 
     /// Ends the VM at once, whatever the guest does.
     ///
     /// # Errors
-    /// [`ControlError::State`] when it has ended already.
+    /// [`ControlError::State`] when it has ended already, or was never set up.
     pub fn shutdown(&self) -> Result<(), ControlError> {
-        self.refuse("be shut down")
+        let parts = self.parts("be shut down")?;
+        if parts.crew.has_ended() {
+            return Err(ControlError::State { state: VmState::Stopped, action: "be shut down" });
+        }
+        parts.crew.end(Exit::Stopped);
+        Ok(())
     }
 
-    fn refuse(&self, action: &'static str) -> Result<(), ControlError> {
-        Err(ControlError::State { state: *lock(&self.state), action })
+    fn change(
+        &self,
+        from: VmState,
+        to: VmState,
+        action: &'static str,
+        act: impl FnOnce(&Parts),
+    ) -> Result<(), ControlError> {
+        let mut state = lock(&self.state);
+        match self.parts.get() {
+            Some(parts) if *state == from => {
+                act(parts);
+                *state = to;
+                Ok(())
+            }
+            _ => Err(ControlError::State { state: *state, action }),
+        }
+    }
+
+    fn parts(&self, action: &'static str) -> Result<&Parts, ControlError> {
+        self.parts.get().ok_or_else(|| ControlError::State { state: *lock(&self.state), action })
     }
 }
 

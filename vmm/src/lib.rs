@@ -1,8 +1,18 @@
 //! One virtual machine in one process.
 
+pub mod api;
 pub mod boot;
+pub mod bus;
 pub mod config;
+pub mod console;
 pub mod control;
 pub mod cpuid;
+mod events;
 pub mod exit;
+pub mod host;
+pub mod machine;
 pub mod memory;
+mod signals;
+mod terminal;
+pub mod vcpu;
+pub mod wiring;

@@ -1,10 +1,148 @@
-//! Holds `resources/openapi.yaml` against the server.
+//! Holds `resources/openapi.yaml` against the server, both ways: what is
+//! described is served, and what is served is described.
 
-use crate::control::Control;
+use std::collections::BTreeSet;
+
 use balloon::limits::Limits;
+use balloon::report::Report;
+use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus, VmState};
+use balloon::units::Bytes;
+use serde_json::{Value, json};
+
+use super::http::{Request, Response};
+use super::routes::{ROUTES, route};
+use crate::control::Control;
 
 /// The control of a VM that is not started; it needs no KVM.
 pub fn control() -> Control {
     let limits: Limits = "256M,min=128M,max=1G".parse().unwrap();
     Control::new("test".parse().unwrap(), "2".parse().unwrap(), limits)
+}
+
+fn document() -> Value {
+    serde_saphyr::from_str(include_str!("../../../resources/openapi.yaml")).unwrap()
+}
+
+/// A schema of the document, with everything that it refers to.
+fn check(document: &Value, schema: &Value, instance: &Value) {
+    let mut whole = schema.clone();
+    whole["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    whole["components"] = document["components"].clone();
+    let validator = jsonschema::validator_for(&whole).unwrap();
+    let errors: Vec<String> =
+        validator.iter_errors(instance).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(errors.is_empty(), "{errors:#?}\nin {instance:#}");
+}
+
+fn named<'a>(document: &'a Value, schema: &str) -> &'a Value {
+    let schema = &document["components"]["schemas"][schema];
+    assert!(schema.is_object());
+    schema
+}
+
+/// The response that the document describes for a status, references followed.
+fn described<'a>(document: &'a Value, method: &str, path: &str, status: u16) -> &'a Value {
+    let responses = &document["paths"][path][method.to_lowercase()]["responses"];
+    let response = &responses[status.to_string()];
+    assert!(response.is_object(), "{method} {path} answered {status}, which the document does not know");
+    match response["$ref"].as_str() {
+        Some(reference) => document.pointer(reference.strip_prefix('#').unwrap()).unwrap(),
+        None => response,
+    }
+}
+
+/// Asks the server, and holds its answer against the document.
+fn ask(document: &Value, control: &Control, method: &str, path: &str, body: &str) -> Response {
+    let answer = route(Request { method, path, body: body.as_bytes() }, control);
+    let response = described(document, method, path, answer.status.code());
+    match answer.content_type {
+        None => assert!(response["content"].is_null(), "{method} {path} has no body"),
+        Some(content_type) => {
+            let schema = &response["content"][content_type]["schema"];
+            assert!(schema.is_object(), "{method} {path} answered {content_type}");
+            let text = str::from_utf8(&answer.body).unwrap();
+            let instance = serde_json::from_str(text).unwrap_or_else(|_| json!(text));
+            check(document, schema, &instance);
+        }
+    }
+    answer
+}
+
+#[test]
+fn what_is_described_is_served_and_the_other_way_round() {
+    let document = document();
+    let methods = ["get", "put", "post", "delete", "patch", "head", "options", "trace"];
+    let mut described = BTreeSet::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for method in item.as_object().unwrap().keys().filter(|key| methods.contains(&key.as_str())) {
+            described.insert((method.to_uppercase(), path.clone()));
+        }
+    }
+    let served: BTreeSet<(String, String)> =
+        ROUTES.iter().map(|route| (route.method.to_owned(), route.path.to_owned())).collect();
+    assert_eq!(served, described);
+    assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn every_answer_is_as_described() {
+    let document = document();
+    let control = control();
+    let mut statuses = BTreeSet::new();
+    for served in &ROUTES {
+        for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#] {
+            statuses.insert(ask(&document, &control, served.method, served.path, body).status.code());
+        }
+    }
+    let limits = r#"{"startup":134217728,"min":134217728,"max":268435456,"buffer_percent":5,"weight":1}"#;
+    statuses.insert(ask(&document, &control, "PUT", "/memory/limits", limits).status.code());
+    assert_eq!(statuses, BTreeSet::from([200, 204, 400, 409]));
+}
+
+#[test]
+fn paths_and_methods_that_are_not_served_get_the_error_that_is_described() {
+    let document = document();
+    for (method, path) in [("GET", "/"), ("POST", "/vm"), ("GET", "/memory/target"), ("get", "/vm")] {
+        let answer = route(Request { method, path, body: b"" }, &control());
+        assert!([404, 405].contains(&answer.status.code()), "{method} {path}");
+        check(&document, named(&document, "Error"), &serde_json::from_slice(&answer.body).unwrap());
+    }
+}
+
+#[test]
+fn a_full_answer_is_as_described() {
+    let document = document();
+    let mut statistics = Report::default();
+    for tag in 0..20 {
+        statistics.set(tag, u64::MAX);
+    }
+    for driver in [DriverState::Absent, DriverState::Active, DriverState::Silent, DriverState::Broken] {
+        let status = MemoryStatus {
+            limits: Limits::fixed(Bytes::gib(1)).unwrap(),
+            target: Bytes::gib(1),
+            actual: Bytes(u64::MAX),
+            host_rss: Bytes::ZERO,
+            driver,
+            report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),
+            counters: BalloonCounters::default(),
+        };
+        check(&document, named(&document, "MemoryStatus"), &serde_json::to_value(status).unwrap());
+    }
+    for state in [VmState::Created, VmState::Running, VmState::Paused, VmState::Stopped] {
+        let mut vm = serde_json::to_value(control().status()).unwrap();
+        vm["state"] = serde_json::to_value(state).unwrap();
+        check(&document, named(&document, "VmStatus"), &vm);
+    }
+}
+
+#[test]
+fn the_check_itself_finds_what_is_wrong() {
+    let document = document();
+    let mut whole = named(&document, "TargetRequest").clone();
+    whole["components"] = document["components"].clone();
+    let validator = jsonschema::validator_for(&whole).unwrap();
+    assert!(validator.is_valid(&json!({"target": 4096})));
+    for wrong in [json!({}), json!({"target": "1G"}), json!({"target": -1}), json!({"target": 1, "x": 1})] {
+        assert!(!validator.is_valid(&wrong), "{wrong}");
+    }
 }

@@ -1,0 +1,134 @@
+//! Where things stand in the guest's physical address space and on its interrupt lines.
+//!
+//! Below 1 MiB only what booting needs; RAM from there to the hole under 4 GiB;
+//! what doesn't fit goes on above 4 GiB.
+
+use std::ops::Range;
+
+use balloon::units::Bytes;
+use vm_memory::GuestAddress;
+
+/// The descriptor table that the first vCPU starts with.
+pub const GDT: GuestAddress = GuestAddress(0x500);
+/// PVH's start info, with its memory map and module list behind it.
+pub const PVH_START_INFO: GuestAddress = GuestAddress(0x6000);
+/// Linux's boot parameters, the "zero page" (Documentation/arch/x86/zero-page.rst).
+pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+/// Six pages of page tables that map the first 4 GiB one to one.
+pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
+/// The kernel's command line, up to [`CMDLINE_CAPACITY`].
+pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+/// The longest command line: what Linux on x86 takes (COMMAND_LINE_SIZE), with its final zero.
+pub const CMDLINE_CAPACITY: usize = 2048;
+/// End of the memory below 1 MiB that the guest may use.
+pub const LOW_END: GuestAddress = GuestAddress(0x9_fc00);
+/// The ACPI tables, root pointer first: in the area that a BIOS would fill, where even
+/// a kernel that is not told about them looks (ACPI 6.5, section 5.2.5.1).
+pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
+/// Where RAM proper begins, and kernels are loaded.
+pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
+
+/// The hole in RAM for devices, up to 4 GiB.
+pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
+/// The windows of the virtio-mmio devices, one behind another.
+pub const VIRTIO: GuestAddress = GuestAddress(0xd000_0000);
+/// Bytes in one such window.
+pub const VIRTIO_WINDOW: u64 = 0x1000;
+/// KVM's in-kernel IOAPIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APICs (SDM volume 3, section 11.4.1).
+pub const LAPIC: u32 = 0xfee0_0000;
+/// A page that KVM on Intel needs for real mode (KVM_SET_IDENTITY_MAP_ADDR).
+pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages that KVM on Intel needs (KVM_SET_TSS_ADDR).
+pub const TSS: u64 = 0xfffb_d000;
+
+/// The first serial port.
+pub const COM1: u16 = 0x3f8;
+/// Its interrupt, as ever since the PC/AT.
+pub const COM1_IRQ: u32 = 4;
+/// The generic event device's interrupt: above the 16 that the old PIC knows.
+pub const GED_IRQ: u32 = 16;
+/// The first virtio device's interrupt; the rest follow, up to the IOAPIC's 24 pins.
+pub const VIRTIO_IRQ: u32 = 17;
+/// How many virtio devices find an interrupt.
+pub const VIRTIO_DEVICES: usize = 7;
+
+/// pvpanic's port, as QEMU places it (docs/specs/pvpanic).
+pub const PVPANIC: u16 = 0x505;
+/// ACPI sleep control register (ACPI 6.5, section 4.8.3.7).
+pub const SLEEP_CONTROL: u16 = 0x600;
+/// ACPI sleep status register.
+pub const SLEEP_STATUS: u16 = 0x601;
+/// ACPI reset register (section 4.8.3.6).
+pub const RESET: u16 = 0x602;
+/// What the reset register takes.
+pub const RESET_VALUE: u8 = 1;
+/// The keyboard controller's command port: nothing is there but its reset line.
+pub const KEYBOARD_COMMAND: u16 = 0x64;
+
+/// The RAM of a guest with `size` bytes: one region, or two around the hole.
+pub fn ram(size: Bytes) -> Vec<(GuestAddress, Bytes)> {
+    let low = Bytes(size.0.min(HOLE.start));
+    let high = size.saturating_sub(low);
+    let mut regions = vec![(GuestAddress(0), low)];
+    if high > Bytes::ZERO {
+        regions.push((GuestAddress(HOLE.end), high));
+    }
+    regions
+}
+
+/// One range of the guest's memory map, and whether it is RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapEntry {
+    /// Where it starts.
+    pub start: GuestAddress,
+    /// How long it is.
+    pub size: Bytes,
+    /// RAM; else reserved.
+    pub usable: bool,
+}
+
+/// The memory map that the guest is told (e820, or PVH's).
+pub fn memory_map(size: Bytes) -> Vec<MapEntry> {
+    let mut map = vec![
+        MapEntry { start: GuestAddress(0), size: Bytes(LOW_END.0), usable: true },
+        MapEntry { start: ACPI, size: Bytes(HIGH_MEMORY.0 - ACPI.0), usable: false },
+    ];
+    for (start, size) in ram(size) {
+        let begin = start.0.max(HIGH_MEMORY.0);
+        let end = start.0.saturating_add(size.0);
+        map.push(MapEntry {
+            start: GuestAddress(begin),
+            size: Bytes(end.saturating_sub(begin)),
+            usable: true,
+        });
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_map_covers_ram_and_leaves_the_hole(mib in 64u64..1 << 20) {
+            let size = Bytes::mib(mib);
+            let regions = ram(size);
+            prop_assert_eq!(regions.iter().map(|(_, size)| *size).sum::<Bytes>(), size);
+            let map = memory_map(size);
+            for entry in &map {
+                let end = entry.start.0 + entry.size.0;
+                prop_assert!(end <= HOLE.start || entry.start.0 >= HOLE.end);
+                if entry.usable {
+                    prop_assert!(regions.iter().any(|(start, size)| start.0 <= entry.start.0 && end <= start.0 + size.0));
+                }
+            }
+            for pair in map.windows(2) {
+                prop_assert!(pair[0].start.0 + pair[0].size.0 <= pair[1].start.0);
+            }
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! The guest's first serial port on a terminal, pipes, a file or a socket.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::serial::Serial;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config;
+use crate::exit::Exit;
+use crate::terminal::RawTerminal;
+use crate::vcpu::Crew;
+
+/// Bytes of input read at a time.
+const CHUNK: usize = 1024;
+
+/// Why there is no console.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// The file can't be made.
+    #[error("can't write the console to {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket can't be made.
+    #[error("can't listen for the console at {}: {source} (if it is left from an earlier run, remove it)", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Standard input or output can't be used.
+    #[error("can't use standard input and output for the console: {0}")]
+    Stdio(io::Error),
+}
+
+/// The serial port and what its line ends at.
+pub struct Console {
+    /// The port, for the bus.
+    pub port: Arc<Mutex<Serial>>,
+    /// Whoever brings input, for the event loop.
+    pub input: Option<Arc<Mutex<Input>>>,
+    /// Given back to the user when this goes.
+    _terminal: Option<RawTerminal>,
+    _socket: Option<SocketFile>,
+}
+
+impl Console {
+    /// Opens what `config` names. `irq` is the port's interrupt line.
+    ///
+    /// # Errors
+    /// [`ConsoleError`] names the file.
+    pub fn open(config: &config::Console, irq: EventFd, crew: &Arc<Crew>) -> Result<Self, ConsoleError> {
+        let client = Arc::new(Mutex::new(None));
+        let mut socket = None;
+        let mut terminal = None;
+        let (output, source): (Box<dyn Write + Send>, _) = match config {
+            config::Console::Stdio => {
+                terminal = RawTerminal::enter().map_err(ConsoleError::Stdio)?;
+                let output = duplicate(&io::stdout()).map_err(ConsoleError::Stdio)?;
+                let input = duplicate(&io::stdin()).map_err(ConsoleError::Stdio)?;
+                (Box::new(output), Some(Source::Stdin { input, escape: Escape::Plain }))
+            }
+            config::Console::File(path) => {
+                let file =
+                    File::create(path).map_err(|source| ConsoleError::File { path: path.clone(), source })?;
+                (Box::new(file), None)
+            }
+            config::Console::Socket(path) => {
+                let listener =
+                    listen(path).map_err(|source| ConsoleError::Socket { path: path.clone(), source })?;
+                socket = Some(SocketFile(path.clone()));
+                (Box::new(ClientOutput(Arc::clone(&client))), Some(Source::Socket { listener, client }))
+            }
+            config::Console::None => (Box::new(io::sink()), None),
+        };
+        let port = Arc::new(Mutex::new(Serial::new(irq, output).map_err(ConsoleError::Stdio)?));
+        let input = source.map(|source| {
+            let port = Arc::clone(&port);
+            Arc::new(Mutex::new(Input {
+                source,
+                port,
+                crew: Arc::clone(crew),
+                left: Vec::new(),
+                muted: false,
+            }))
+        });
+        Ok(Self { port, input, _terminal: terminal, _socket: socket })
+    }
+}
+
+fn duplicate(stream: &impl AsFd) -> io::Result<File> {
+    Ok(File::from(stream.as_fd().try_clone_to_owned()?))
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Removed at the end.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+type Client = Arc<Mutex<Option<UnixStream>>>;
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Output to whoever is connected; while nobody is, or the client does not read, it is lost.
+struct ClientOutput(Client);
+
+impl Write for ClientOutput {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match lock(&self.0).as_mut() {
+            Some(stream) => stream.write(data),
+            None => Ok(data.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+enum Source {
+    Stdin { input: File, escape: Escape },
+    Socket { listener: UnixListener, client: Client },
+}
+
+/// Brings input to the port, as far as the guest takes it.
+pub struct Input {
+    source: Source,
+    port: Arc<Mutex<Serial>>,
+    crew: Arc<Crew>,
+    /// Input that the port had no room for; at most one chunk.
+    left: Vec<u8>,
+    /// The source is not watched until there is room again.
+    muted: bool,
+}
+
+impl Input {
+    fn source_fd(&self) -> Option<i32> {
+        match &self.source {
+            Source::Stdin { input, .. } => Some(input.as_raw_fd()),
+            Source::Socket { client, .. } => lock(client).as_ref().map(AsRawFd::as_raw_fd),
+        }
+    }
+
+    fn watch(&mut self, ops: &mut EventOps) {
+        let Some(fd) = self.source_fd() else { return };
+        if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+            // A regular file or /dev/null can't be watched: it never makes anyone wait,
+            // and the guest gets no input from it.
+            tracing::debug!("the console has no input: {error}");
+        }
+    }
+
+    fn unwatch(&mut self, ops: &mut EventOps) {
+        if let Some(fd) = self.source_fd() {
+            let _ = ops.remove(Events::empty_raw(fd));
+        }
+    }
+
+    /// The source has something, or has ended.
+    fn read(&mut self, ops: &mut EventOps) {
+        let mut chunk = [0; CHUNK];
+        let result = match &mut self.source {
+            Source::Stdin { input, .. } => input.read(&mut chunk),
+            Source::Socket { client, .. } => match lock(client).as_mut() {
+                Some(stream) => stream.read(&mut chunk),
+                None => return,
+            },
+        };
+        match result {
+            Ok(count @ 1..) => {
+                let bytes = chunk.get(..count).unwrap_or_default();
+                self.left = match &mut self.source {
+                    Source::Stdin { escape, .. } => escape.filter(bytes, &self.crew),
+                    Source::Socket { .. } => bytes.to_vec(),
+                };
+                self.deliver(ops);
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            // The end of the input, or of a client.
+            Ok(_) | Err(_) => {
+                self.unwatch(ops);
+                if let Source::Socket { client, .. } = &self.source {
+                    *lock(client) = None;
+                }
+            }
+        }
+    }
+
+    /// Hands over what is left; stops watching while the port has no room.
+    fn deliver(&mut self, ops: &mut EventOps) {
+        let taken = lock(&self.port).enqueue(&self.left);
+        self.left.drain(..taken.min(self.left.len()));
+        match (self.left.is_empty(), self.muted) {
+            (true, true) => {
+                self.muted = false;
+                self.watch(ops);
+            }
+            (false, false) => {
+                self.muted = true;
+                self.unwatch(ops);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes a client, or turns it away while there is one.
+    fn accept(&mut self, ops: &mut EventOps) {
+        let Source::Socket { listener, client } = &self.source else { return };
+        let Ok((stream, _)) = listener.accept() else { return };
+        {
+            let mut client = lock(client);
+            if client.is_some() || stream.set_nonblocking(true).is_err() {
+                return;
+            }
+            *client = Some(stream);
+        }
+        if !self.muted {
+            self.watch(ops);
+        }
+    }
+}
+
+impl MutEventSubscriber for Input {
+    fn init(&mut self, ops: &mut EventOps) {
+        let room = Events::new(lock(&self.port).room_event(), EventSet::IN);
+        if let Err(error) = ops.add(room) {
+            tracing::warn!("the console's input can't be held back: {error}");
+        }
+        match &self.source {
+            Source::Socket { listener, .. } => {
+                if let Err(error) = ops.add(Events::new(listener, EventSet::IN)) {
+                    tracing::warn!("the console's socket can't be watched: {error}");
+                }
+            }
+            Source::Stdin { .. } => self.watch(ops),
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        let is_room = {
+            let port = lock(&self.port);
+            let room = port.room_event();
+            let is_room = room.as_raw_fd() == fd;
+            if is_room {
+                let _ = room.read();
+            }
+            is_room
+        };
+        let is_listener =
+            matches!(&self.source, Source::Socket { listener, .. } if listener.as_raw_fd() == fd);
+        if is_room {
+            self.deliver(ops);
+        } else if is_listener {
+            self.accept(ops);
+        } else {
+            self.read(ops);
+        }
+    }
+}
+
+/// Ctrl-A, which starts a command to ballast instead of the guest.
+const CTRL_A: u8 = 0x01;
+
+/// Where standard input stands between the guest and ballast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Escape {
+    Plain,
+    AfterCtrlA,
+}
+
+impl Escape {
+    /// What of `input` goes to the guest: Ctrl-A x ends the VM, Ctrl-A Ctrl-A is one Ctrl-A,
+    /// anything else after Ctrl-A is dropped with it.
+    fn filter(&mut self, input: &[u8], crew: &Crew) -> Vec<u8> {
+        let mut through = Vec::with_capacity(input.len());
+        for &byte in input {
+            *self = match (*self, byte) {
+                (Self::Plain, CTRL_A) => Self::AfterCtrlA,
+                (Self::Plain, byte) => {
+                    through.push(byte);
+                    Self::Plain
+                }
+                (Self::AfterCtrlA, b'x' | b'X') => {
+                    crew.end(Exit::ConsoleQuit);
+                    Self::Plain
+                }
+                (Self::AfterCtrlA, CTRL_A) => {
+                    through.push(CTRL_A);
+                    Self::Plain
+                }
+                (Self::AfterCtrlA, _) => Self::Plain,
+            };
+        }
+        through
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ctrl_a_is_for_ballast() {
+        let crew = Crew::new(1).expect("a crew");
+        let mut escape = Escape::Plain;
+        assert_eq!(escape.filter(b"a\x01\x01b\x01c", &crew), b"a\x01b");
+        assert_eq!(escape.filter(b"d\x01", &crew), b"d");
+        assert!(!crew.has_ended());
+        assert_eq!(escape.filter(b"x", &crew), b"");
+        assert_eq!(crew.wait_for_end(), Exit::ConsoleQuit);
+    }
+}

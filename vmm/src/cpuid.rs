@@ -1,0 +1,229 @@
+//! What the guest's processor claims to be: the host's, as far as KVM can give it, less
+//! what a guest here should not use.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use crate::config::Cpus;
+
+/// A register of CPUID's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Register {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+use Register::{Eax, Ebx, Ecx, Edx};
+
+/// One change to what KVM supports.
+struct Rule {
+    leaf: u32,
+    register: Register,
+    /// Bits that the guest does not see.
+    clear: u32,
+    /// Bits that it always sees.
+    set: u32,
+    /// Why; for readers of this table.
+    #[allow(dead_code)]
+    reason: &'static str,
+}
+
+const ALL: u32 = u32::MAX;
+
+/// Every bit in which a guest's CPUID differs from KVM's offer, beside topology.
+const RULES: &[Rule] = &[
+    Rule {
+        leaf: 0x1,
+        register: Ecx,
+        clear: 1 << 3,
+        set: 0,
+        reason: "MONITOR/MWAIT would exit on every idle",
+    },
+    Rule { leaf: 0x1, register: Ecx, clear: 1 << 5, set: 0, reason: "VMX: nested guests are not supported" },
+    Rule { leaf: 0x1, register: Ecx, clear: 1 << 15, set: 0, reason: "PDCM: there is no PMU to ask about" },
+    Rule {
+        leaf: 0x1,
+        register: Ecx,
+        clear: 0,
+        set: 1 << 24,
+        reason: "TSC deadline: the in-kernel APIC has it, and there is no PIT",
+    },
+    Rule { leaf: 0x1, register: Ecx, clear: 0, set: 1 << 31, reason: "a hypervisor is present" },
+    Rule {
+        leaf: 0x6,
+        register: Eax,
+        clear: ALL,
+        set: 1 << 2,
+        reason: "no thermal sensors; the APIC timer always runs",
+    },
+    Rule { leaf: 0x6, register: Ebx, clear: ALL, set: 0, reason: "no thermal sensors" },
+    Rule { leaf: 0x6, register: Ecx, clear: ALL, set: 0, reason: "no APERF/MPERF: their MSRs would exit" },
+    Rule {
+        leaf: 0xa,
+        register: Eax,
+        clear: ALL,
+        set: 0,
+        reason: "no PMU: its counters would show the host's work",
+    },
+    Rule { leaf: 0xa, register: Ebx, clear: ALL, set: 0, reason: "no PMU" },
+    Rule { leaf: 0xa, register: Ecx, clear: ALL, set: 0, reason: "no PMU" },
+    Rule { leaf: 0xa, register: Edx, clear: ALL, set: 0, reason: "no PMU" },
+    Rule { leaf: 0x7, register: Ebx, clear: 1 << 2, set: 0, reason: "SGX needs memory of its own" },
+    Rule { leaf: 0x7, register: Ecx, clear: 1 << 30, set: 0, reason: "SGX launch control" },
+    Rule { leaf: 0x12, register: Eax, clear: ALL, set: 0, reason: "SGX" },
+    Rule { leaf: 0x12, register: Ebx, clear: ALL, set: 0, reason: "SGX" },
+    Rule {
+        leaf: 0x8000_0001,
+        register: Ecx,
+        clear: 1 << 2,
+        set: 0,
+        reason: "SVM: nested guests are not supported",
+    },
+    Rule {
+        leaf: 0x8000_0001,
+        register: Ecx,
+        clear: 1 << 23 | 1 << 24 | 1 << 28,
+        set: 0,
+        reason: "no PMU (AMD's extended counters)",
+    },
+    Rule { leaf: 0x8000_000a, register: Eax, clear: ALL, set: 0, reason: "SVM" },
+    Rule { leaf: 0x8000_000a, register: Ebx, clear: ALL, set: 0, reason: "SVM" },
+    Rule { leaf: 0x8000_000a, register: Edx, clear: ALL, set: 0, reason: "SVM" },
+    Rule {
+        leaf: 0x8000_001f,
+        register: Eax,
+        clear: ALL,
+        set: 0,
+        reason: "SEV: guest memory here is not encrypted",
+    },
+    Rule { leaf: 0x8000_0022, register: Eax, clear: ALL, set: 0, reason: "no PMU (AMD version 2)" },
+];
+
+/// The CPUID of vCPU `index` among `cpus`, made from what KVM supports.
+pub fn of_vcpu(supported: &CpuId, index: u8, cpus: Cpus) -> CpuId {
+    let mut cpuid = supported.clone();
+    // Extended topology is written anew below: KVM offers it with a host's numbers, or not at all.
+    cpuid.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
+    for entry in cpuid.as_mut_slice() {
+        apply_rules(entry);
+        apply_topology(entry, index, cpus);
+    }
+    let highest = cpuid.as_slice().iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    if highest >= 0xb {
+        for entry in extended_topology(index, cpus) {
+            // A list that is full already (256 entries) has no need of it: leaf 1 says the same.
+            let _ = cpuid.push(entry);
+        }
+    }
+    cpuid
+}
+
+fn apply_rules(entry: &mut kvm_cpuid_entry2) {
+    // Sub-leaves of 7 above the first have other meanings.
+    if entry.index != 0 {
+        return;
+    }
+    for rule in RULES.iter().filter(|rule| rule.leaf == entry.function) {
+        let register = match rule.register {
+            Eax => &mut entry.eax,
+            Ebx => &mut entry.ebx,
+            Ecx => &mut entry.ecx,
+            Edx => &mut entry.edx,
+        };
+        *register = *register & !rule.clear | rule.set;
+    }
+}
+
+/// Bits that an APIC identifier of `cpus` vCPUs takes.
+const fn identifier_bits(cpus: Cpus) -> u32 {
+    (cpus.get() as u32).next_power_of_two().trailing_zeros()
+}
+
+/// One socket, one thread a core (SDM volume 2, CPUID; APM volume 3, appendix E).
+fn apply_topology(entry: &mut kvm_cpuid_entry2, index: u8, cpus: Cpus) {
+    let (id, count) = (u32::from(index), u32::from(cpus.get()));
+    match entry.function {
+        0x1 => {
+            entry.ebx = entry.ebx & 0xffff | count << 16 | id << 24;
+            // HTT: the count in EBX is valid.
+            let several = u32::from(count > 1) << 28;
+            entry.edx = entry.edx & !(1 << 28) | several;
+        }
+        0x4 if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 0x7;
+            let sharing = if level >= 3 { count - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharing << 14 | (count - 1).min(0x3f) << 26;
+        }
+        0x8000_0001 => {
+            // CmpLegacy: several cores, no threads.
+            let several = u32::from(count > 1) << 1;
+            entry.ecx = entry.ecx & !(1 << 1) | several;
+        }
+        0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (count - 1) | identifier_bits(cpus) << 12,
+        0x8000_001d if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 0x7;
+            let sharing = if level >= 3 { count - 1 } else { 0 };
+            entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
+        }
+        0x8000_001e => {
+            entry.eax = id;
+            entry.ebx = id;
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// Leaf 0xb: threads in a core, cores in the package (SDM volume 2, CPUID, leaf 0BH).
+fn extended_topology(index: u8, cpus: Cpus) -> [kvm_cpuid_entry2; 3] {
+    const THREADS: u32 = 1 << 8;
+    const CORES: u32 = 2 << 8;
+    let level = |sub: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
+        function: 0xb,
+        index: sub,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: count,
+        ecx: sub | kind,
+        edx: index.into(),
+        ..Default::default()
+    };
+    [level(0, 0, 1, THREADS), level(1, identifier_bits(cpus), cpus.get().into(), CORES), level(2, 0, 0, 0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, eax: ALL, ebx: ALL, ecx: ALL, edx: ALL, ..Default::default() }
+    }
+
+    #[test]
+    fn each_vcpu_has_an_identifier_of_its_own() {
+        let offered =
+            CpuId::from_entries(&[entry(0), entry(1), entry(0xb), entry(0x8000_001e)]).expect("fits");
+        let cpus: Cpus = "4".parse().expect("vCPUs");
+        for index in 0..4 {
+            let cpuid = of_vcpu(&offered, index, cpus);
+            let find = |function: u32, sub: u32| {
+                *cpuid.as_slice().iter().find(|e| e.function == function && e.index == sub).expect("leaf")
+            };
+            assert_eq!(find(1, 0).ebx >> 24, u32::from(index));
+            assert_eq!(find(0xb, 0).edx, u32::from(index));
+            assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx), (2, 4));
+            assert_eq!(find(0x8000_001e, 0).eax, u32::from(index));
+        }
+    }
+
+    #[test]
+    fn the_rules_win_over_the_offer() {
+        let offered = CpuId::from_entries(&[entry(1), entry(0xa), entry(0x8000_0001)]).expect("fits");
+        let cpuid = of_vcpu(&offered, 0, Cpus::ONE);
+        let [one, pmu, extended] = cpuid.as_slice() else { panic!("three leaves") };
+        assert_eq!(one.ecx & (1 << 3 | 1 << 5), 0);
+        assert_eq!(one.ecx >> 31, 1);
+        assert_eq!(pmu.eax, 0);
+        assert_eq!(extended.ecx & 1 << 2, 0);
+    }
+}

@@ -1,0 +1,311 @@
+//! The life of one VM: made whole or not at all, run once, and told how it ended.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use balloon::device::{Balloon, Handle};
+use balloon::discard::{self, Discard};
+use balloon::units::Bytes;
+use devices::virtio::rng::Rng;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use crate::api;
+use crate::boot::kernel::{self, Entry, Files, KernelError};
+use crate::boot::{acpi, layout, registers};
+use crate::bus::{Buses, EndPorts};
+use crate::config::{Backing, Config};
+use crate::console::{Console, ConsoleError};
+use crate::control::{Control, Parts};
+use crate::cpuid;
+use crate::events::{EventLoop, STACK, Subscriber};
+use crate::exit::{self, Exit};
+use crate::host::{self, HostCannot};
+use crate::memory::{MemoryError, Ram};
+use crate::signals::Signals;
+use crate::vcpu::{Crew, Vcpu};
+use crate::wiring::{Wiring, WiringError};
+
+/// Why a VM could not be made or started.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// This host can't run stock guests at all.
+    #[error(transparent)]
+    HostCannot(#[from] HostCannot),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs or command line.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A device.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The API's socket.
+    #[error(transparent)]
+    Api(#[from] api::BindError),
+    /// KVM refused.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// What was asked of it.
+        what: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// Guest memory has no place for a table.
+    #[error("boot data could not be written to guest memory: {0}")]
+    BootData(#[from] vm_memory::GuestMemoryError),
+    /// The host has no threads or descriptors left.
+    #[error("the host refused {what}: {source}")]
+    Host {
+        /// What was asked of it.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl MachineError {
+    /// The process's exit code.
+    pub const fn code(&self) -> u8 {
+        match self {
+            Self::HostCannot(_) => exit::HOST_CANNOT,
+            _ => exit::FAILED,
+        }
+    }
+}
+
+/// `map_err` with what was asked of KVM.
+fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { what, source }
+}
+
+/// `map_err` with what was asked of the host.
+fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::Host { what, source }
+}
+
+/// A VM that is set up whole and has not run yet.
+pub struct Machine {
+    control: Arc<Control>,
+    crew: Arc<Crew>,
+    vcpus: Vec<Vcpu>,
+    buses: Arc<Buses>,
+    // Held until the end: the terminal and the sockets are given back when they go.
+    _console: Console,
+    api: Option<api::Server>,
+    devices: Vec<Subscriber>,
+    balloon: Subscriber,
+    // Closed last: the vCPUs and the memory slots hang on it.
+    _vm: VmFd,
+}
+
+impl Machine {
+    /// Sets up a VM: everything that can fail fails here, before the guest runs.
+    ///
+    /// # Errors
+    /// [`MachineError`] is the sentence for the user.
+    pub fn new(config: Config) -> Result<Self, MachineError> {
+        let kvm_fd = host::open_for_guests()?;
+        let ram = Arc::new(Ram::new(config.limits.max(), config.memory)?);
+        let files =
+            Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
+        let entry = kernel::load(files, ram.guest(), ram.size())?;
+        let api = config.socket.as_deref().map(api::Server::bind).transpose()?;
+
+        let vm = create_vm(&kvm_fd, &ram)?;
+        let crew = Crew::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
+        let mut wiring = Wiring::new(&vm, ram.guest());
+        let power = wiring.interrupt(layout::GED_IRQ)?;
+        let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &crew)?;
+        wiring.serial(Arc::clone(&console.port))?;
+        EndPorts::register(wiring.buses(), &crew).map_err(WiringError::from)?;
+        let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
+        let balloon = wiring.virtio(Box::new(balloon))?;
+        let rng = wiring.virtio(Box::new(Rng::new()))?;
+        let (buses, slots) = wiring.finish();
+        acpi::write(ram.guest(), config.cpus, &slots)?;
+
+        let buses = Arc::new(buses);
+        let vcpus = create_vcpus(&kvm_fd, &vm, &config, &ram, entry)?;
+        let vcpus = (0..)
+            .zip(vcpus)
+            .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), crew: Arc::clone(&crew) })
+            .collect();
+        let control = Arc::new(Control::new(config.name, config.cpus, config.limits));
+        control.attach(Parts { crew: Arc::clone(&crew), ram, balloon: handle, power });
+        let mut devices: Vec<Subscriber> = vec![rng];
+        if let Some(input) = &console.input {
+            devices.push(input.clone());
+        }
+        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, balloon, _vm: vm })
+    }
+
+    /// What can be asked of this VM while it runs.
+    pub fn control(&self) -> Arc<Control> {
+        Arc::clone(&self.control)
+    }
+
+    /// Runs the VM to its end. Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT of the process.
+    ///
+    /// # Errors
+    /// When a thread can't be started; the guest has not run then.
+    pub fn run(mut self) -> Result<Exit, MachineError> {
+        let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
+        self.devices.push(Arc::new(std::sync::Mutex::new(signals)));
+        let devices = EventLoop::start("devices", self.devices).map_err(refused("a thread for devices"))?;
+        let balloon =
+            EventLoop::start("balloon", vec![self.balloon]).map_err(refused("a thread for the balloon"))?;
+        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
+        for vcpu in self.vcpus {
+            Builder::new()
+                .name(format!("vcpu{}", vcpu.index))
+                .stack_size(STACK)
+                .spawn(move || vcpu.run())
+                .map_err(refused("a thread for a vCPU"))?;
+        }
+        self.control.start();
+        let exit = self.crew.wait_for_end();
+        self.control.ended();
+        if let Some(api) = api {
+            api.stop();
+        }
+        devices.stop();
+        balloon.stop();
+        // vCPU threads are not waited for: one may hang in a write to a console that nobody
+        // reads. None can enter the guest again, and what they use stays until the process ends.
+        let counts = self.buses.exits();
+        tracing::debug!(
+            "exits: {} ports ({} unclaimed), {} memory ({} unclaimed)",
+            counts.ports,
+            counts.unclaimed_ports,
+            counts.memory,
+            counts.unclaimed_memory
+        );
+        Ok(exit)
+    }
+}
+
+/// The API's thread, and the way to end it.
+struct ApiThread {
+    stop: vmm_sys_util::eventfd::EventFd,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl ApiThread {
+    fn stop(self) {
+        // The one failure is a full counter, which stops it as well.
+        let _ = self.stop.write(1);
+        if let Ok(Err(error)) = self.thread.join() {
+            tracing::warn!("the API had ended early: {error}");
+        }
+    }
+}
+
+fn serve(server: api::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+    let stop = server.stopper().map_err(refused("an event for the API"))?;
+    let control = Arc::clone(control);
+    let thread = Builder::new()
+        .name("api".to_owned())
+        .stack_size(STACK)
+        .spawn(move || server.run(&control))
+        .map_err(refused("a thread for the API"))?;
+    Ok(ApiThread { stop, thread })
+}
+
+/// A VM with its memory and interrupt controllers.
+fn create_vm(kvm_fd: &Kvm, ram: &Ram) -> Result<VmFd, MachineError> {
+    let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
+    // Both are for Intel without unrestricted guests; elsewhere they do nothing.
+    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(kvm("set the identity map"))?;
+    vm.set_tss_address(layout::TSS as usize).map_err(kvm("set the TSS"))?;
+    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+    for (slot, region) in (0..).zip(ram.regions()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.guest.0,
+            memory_size: region.size.0,
+            userspace_addr: region.host as u64,
+        };
+        // SAFETY: the range is guest RAM, which stays mapped for the life of the process, and
+        // no two regions overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("take the guest's memory"))?;
+    }
+    Ok(vm)
+}
+
+fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
+    let backing = match ram.backing() {
+        Backing::Anonymous => discard::Backing::Anonymous,
+        Backing::Memfd => discard::Backing::SharedMemfd,
+        Backing::HugePages2M => discard::Backing::Hugetlb { shared: true, page: Bytes::mib(2) },
+    };
+    let regions = ram
+        .regions()
+        .iter()
+        .map(|region| discard::Region { guest: region.guest, host: region.host, len: region.size, backing })
+        .collect();
+    // SAFETY: the regions are guest RAM, which stays mapped for the life of the process; what is
+    // in it belongs to the guest, and nothing here relies on it after set-up.
+    let discard = unsafe { Discard::new(regions) };
+    let options = config.balloon;
+    let config = balloon::device::Config {
+        map: ram.size(),
+        target: config.limits.startup(),
+        deflate_on_oom: options.deflate_on_oom,
+        reporting: options.reporting,
+        statistics_interval: options.statistics_interval,
+    };
+    Balloon::new(config, discard)
+}
+
+// SDM volume 4, table 2-2.
+const IA32_MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1 << 0;
+const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs are on, and all memory is write-back where none says otherwise.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+
+fn create_vcpus(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    config: &Config,
+    ram: &Ram,
+    entry: Entry,
+) -> Result<Vec<VcpuFd>, MachineError> {
+    let supported =
+        kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell what CPUID it supports"))?;
+    let mut vcpus = Vec::new();
+    for index in 0..config.cpus.get() {
+        let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
+        let cpuid = cpuid::of_vcpu(&supported, index, config.cpus);
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
+        set_msrs(&vcpu)?;
+        vcpu.set_fpu(&registers::floating_point()).map_err(kvm("set a vCPU's FPU"))?;
+        // The others wait in their local APICs until the first one starts them.
+        if index == 0 {
+            let sregs = vcpu.get_sregs().map_err(kvm("read a vCPU's registers"))?;
+            let sregs = registers::special(entry, sregs, ram.guest())?;
+            vcpu.set_sregs(&sregs).map_err(kvm("set a vCPU's segments"))?;
+            vcpu.set_regs(&registers::general(entry)).map_err(kvm("set a vCPU's registers"))?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn set_msrs(vcpu: &VcpuFd) -> Result<(), MachineError> {
+    for (index, data) in [(IA32_MISC_ENABLE, FAST_STRINGS), (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        // One entry always fits; a processor that lacks the register goes without.
+        if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+            vcpu.set_msrs(&msrs).map_err(kvm("set a vCPU's model-specific registers"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! Guest memory: mapped lazily, of the kind that the user chose, and measured.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::ptr;
+use std::sync::Arc;
+
+use balloon::units::Bytes;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::boot::layout;
+use crate::config::{Backing, MemoryOptions};
+
+/// Mappings start at such an address, so that the host can use huge pages from the first byte on.
+const ALIGNMENT: Bytes = Bytes::mib(2);
+
+/// Why the guest's memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error("the host gives no {size} of address space for guest memory: {source}")]
+    Map {
+        /// As asked.
+        size: Bytes,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host refused the memfd.
+    #[error("the host gives no memfd of {size} for guest memory: {source}")]
+    Memfd {
+        /// As asked.
+        size: Bytes,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not enough huge pages are reserved.
+    #[error(
+        "guest memory needs {needed} huge pages of 2 MiB and {free} are free: \
+         reserve them (as root: echo {needed} > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages)"
+    )]
+    HugePages {
+        /// Pages that the guest needs.
+        needed: u64,
+        /// Pages that are free.
+        free: u64,
+    },
+    /// Huge pages can't be cut.
+    #[error("with huge pages of 2 MiB, max must be a multiple of 2 MiB, and {0} is not")]
+    HugePageSize(Bytes),
+    /// The host has no transparent huge pages.
+    #[error("the host refused transparent huge pages: {0} (is CONFIG_TRANSPARENT_HUGEPAGE missing?)")]
+    Thp(io::Error),
+    /// The host could not fill the mapping.
+    #[error("the host could not provide all {size} at the start (--prefault): {source}")]
+    Prefault {
+        /// As asked.
+        size: Bytes,
+        /// Why.
+        source: io::Error,
+    },
+    /// The pieces don't make a guest memory.
+    #[error("guest memory could not be put together: {0}")]
+    Compose(String),
+}
+
+/// A guest's RAM.
+pub struct Ram {
+    guest: Arc<GuestMemoryMmap>,
+    regions: Vec<Region>,
+    size: Bytes,
+    // Held for its file: what is resident of a shared mapping is what the file holds.
+    file: Option<File>,
+    backing: Backing,
+}
+
+/// One region of RAM, as KVM and the balloon need to know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Where the guest sees it.
+    pub guest: GuestAddress,
+    /// Where this process sees it.
+    pub host: *mut u8,
+    /// How long it is.
+    pub size: Bytes,
+    /// Where it starts in the memfd, if there is one.
+    pub offset: Bytes,
+}
+
+// SAFETY: the pointer is only an address here; the memory it names stays mapped for
+// the life of the process and is shared with the guest in any case.
+unsafe impl Send for Region {}
+// SAFETY: as above; nothing is reached through a shared `Region` without further unsafe code.
+unsafe impl Sync for Region {}
+
+impl Ram {
+    /// Maps `size` bytes of RAM. Nothing is resident until it is touched, unless asked for.
+    ///
+    /// # Errors
+    /// [`MemoryError`] says what the host refused.
+    pub fn new(size: Bytes, options: MemoryOptions) -> Result<Self, MemoryError> {
+        let file = match options.backing {
+            Backing::Anonymous => None,
+            Backing::Memfd => Some(memfd(size, 0)?),
+            Backing::HugePages2M => {
+                check_huge_pages(size)?;
+                Some(memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?)
+            }
+        };
+        let mut regions = Vec::new();
+        let mut offset = Bytes::ZERO;
+        for (guest, size) in layout::ram(size) {
+            let host = map(size, file.as_ref().map(|file| (file.as_raw_fd(), offset)))?;
+            advise(host, size, options)?;
+            regions.push(Region { guest, host, size, offset });
+            offset += size;
+        }
+        let guest = Arc::new(compose(&regions)?);
+        Ok(Self { guest, regions, size, file, backing: options.backing })
+    }
+
+    /// The memory as devices and loaders reach it.
+    pub fn guest(&self) -> &Arc<GuestMemoryMmap> {
+        &self.guest
+    }
+
+    /// Its regions.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// All of it.
+    pub const fn size(&self) -> Bytes {
+        self.size
+    }
+
+    /// What it is made of.
+    pub const fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// The memfd behind it, if there is one.
+    pub fn fd(&self) -> Option<RawFd> {
+        self.file.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// How much of it the host really holds.
+    ///
+    /// A memfd is asked for its blocks: pages that only KVM has touched, or that this
+    /// process has unmapped and not punched out, count as well. Anonymous memory is
+    /// counted by the kernel (`/proc/self/smaps`); mincore(2) would not tell, as it
+    /// reports the page cache.
+    ///
+    /// # Errors
+    /// When the kernel's accounts can't be read.
+    pub fn resident(&self) -> io::Result<Bytes> {
+        match &self.file {
+            // st_blocks counts 512 bytes, whatever the file system's block is (stat(2)).
+            Some(file) => Ok(Bytes(file.metadata()?.blocks().saturating_mul(512))),
+            None => self.resident_by_smaps(BufReader::new(File::open("/proc/self/smaps")?)),
+        }
+    }
+
+    fn resident_by_smaps(&self, smaps: impl BufRead) -> io::Result<Bytes> {
+        let mut inside = false;
+        let mut resident = Bytes::ZERO;
+        for line in smaps.lines() {
+            let line = line?;
+            if let Some(range) = mapping_line(&line) {
+                inside = self.regions.iter().any(|region| {
+                    let start = region.host as u64;
+                    start <= range.start && range.end <= start.saturating_add(region.size.0)
+                });
+            } else if inside && let Some(rest) = line.strip_prefix("Rss:") {
+                let kib = rest.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+                resident = resident.saturating_add(Bytes::kib(kib));
+            }
+        }
+        Ok(resident)
+    }
+}
+
+/// The addresses in the first line of a mapping in smaps, such as `7f00-7f01 rw-p ...`.
+fn mapping_line(line: &str) -> Option<std::ops::Range<u64>> {
+    let (start, rest) = line.split_once('-')?;
+    let (end, _) = rest.split_once(' ')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+}
+
+/// An anonymous file of `size` bytes, with nothing in it yet.
+fn memfd(size: Bytes, flags: libc::c_uint) -> Result<File, MemoryError> {
+    let failed = |source| MemoryError::Memfd { size, source };
+    // SAFETY: the name is a valid C string, and the call touches nothing else.
+    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    // SAFETY: the descriptor is new and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size.0).map_err(failed)?;
+    Ok(file)
+}
+
+/// Refuses what would kill the guest later: a huge page that is not there is a SIGBUS at first touch.
+fn check_huge_pages(size: Bytes) -> Result<(), MemoryError> {
+    if !size.0.is_multiple_of(ALIGNMENT.0) {
+        return Err(MemoryError::HugePageSize(size));
+    }
+    let read = |name| -> u64 {
+        fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    let needed = size.0 / ALIGNMENT.0;
+    // Reserved pages are promised to mappings that have not touched them yet.
+    let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
+    if free < needed { Err(MemoryError::HugePages { needed, free }) } else { Ok(()) }
+}
+
+/// Maps `size` bytes at an aligned address, with inaccessible space left and right of
+/// them: a stray access faults, and the kernel can't merge a neighbour into the mapping.
+fn map(size: Bytes, file: Option<(RawFd, Bytes)>) -> Result<*mut u8, MemoryError> {
+    let failed = |source| MemoryError::Map { size, source };
+    let too_large = || failed(io::Error::from(io::ErrorKind::OutOfMemory));
+    let length = usize::try_from(size.0).map_err(|_| too_large())?;
+    let alignment = ALIGNMENT.0 as usize;
+    let around = length.checked_add(2 * alignment).ok_or_else(too_large)?;
+    // SAFETY: a new mapping, at an address that the kernel chooses.
+    let outer = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            around,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if outer == libc::MAP_FAILED {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    let inner = outer.wrapping_byte_add(alignment - (outer as usize) % alignment);
+    let (flags, fd, offset) = match file {
+        // Huge pages stay reserved for the guest, so that no later touch can fail.
+        Some((fd, offset)) => (libc::MAP_SHARED, fd, offset),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, Bytes::ZERO),
+    };
+    let offset = libc::off_t::try_from(offset.0).map_err(|_| too_large())?;
+    // SAFETY: `inner` lies at most `alignment` into the mapping just made, which has room for
+    // `length` from there on, and which nothing else knows yet.
+    let mapped = unsafe {
+        libc::mmap(inner, length, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_FIXED, fd, offset)
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    Ok(mapped.cast())
+}
+
+/// Tells the host how this memory will be used.
+fn advise(host: *mut u8, size: Bytes, options: MemoryOptions) -> Result<(), MemoryError> {
+    let advise = |advice| {
+        // SAFETY: the range is a mapping of this module's own; none of the advices below
+        // takes contents away.
+        let result = unsafe { libc::madvise(host.cast(), size.0 as usize, advice) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // A guest's memory in a core dump would be large, and not the user's to give away. A kernel
+    // without the advice is no reason to stop.
+    let _ = advise(libc::MADV_DONTDUMP);
+    match (options.thp, options.backing) {
+        (true, Backing::Anonymous | Backing::Memfd) => {
+            advise(libc::MADV_HUGEPAGE).map_err(MemoryError::Thp)?;
+        }
+        _ => {}
+    }
+    if options.prefault {
+        advise(libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault { size, source })?;
+    }
+    Ok(())
+}
+
+/// The regions as vm-memory sees them. It does not own the mappings: they last as long as the process.
+fn compose(regions: &[Region]) -> Result<GuestMemoryMmap, MemoryError> {
+    let failed = |what: &dyn std::fmt::Display| MemoryError::Compose(what.to_string());
+    let mut parts = Vec::new();
+    for region in regions {
+        let builder = MmapRegionBuilder::new(region.size.0 as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_NORESERVE);
+        // SAFETY: the pointer is a mapping of this size, readable and writable, and never unmapped.
+        let builder = unsafe { builder.with_raw_mmap_pointer(region.host) };
+        let mapping = builder.build().map_err(|error| failed(&error))?;
+        let part = GuestRegionMmap::new(mapping, region.guest)
+            .ok_or_else(|| failed(&"a region ends past the address space"))?;
+        parts.push(part);
+    }
+    GuestMemoryMmap::from_regions(parts).map_err(|error| failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes as _;
+
+    /// Touches a few MiB and sees just them become resident.
+    fn follows_touches(options: MemoryOptions) {
+        let ram = Ram::new(Bytes::gib(6), options).expect("lazily mapped");
+        assert_eq!(ram.regions().len(), 2);
+        assert_eq!(ram.resident().expect("accounts"), Bytes::ZERO);
+        let touched = Bytes::mib(8);
+        for page in 0..touched.pages().0 {
+            let address = GuestAddress(layout::HOLE.end + page * 4096);
+            ram.guest().write_obj(1u8, address).expect("RAM");
+        }
+        assert_eq!(ram.resident().expect("accounts"), touched);
+    }
+
+    #[test]
+    fn anonymous_memory_is_counted() {
+        follows_touches(MemoryOptions::default());
+    }
+
+    #[test]
+    fn shared_memory_is_counted() {
+        follows_touches(MemoryOptions { backing: Backing::Memfd, ..Default::default() });
+    }
+
+    #[test]
+    fn prefault_fills_everything() {
+        let size = Bytes::mib(64);
+        let ram = Ram::new(size, MemoryOptions { prefault: true, ..Default::default() }).expect("mapped");
+        assert_eq!(ram.resident().expect("accounts"), size);
+    }
+
+    #[test]
+    fn missing_huge_pages_are_told_with_the_cure() {
+        let options = MemoryOptions { backing: Backing::HugePages2M, ..Default::default() };
+        let error = Ram::new(Bytes::gib(1024), options).err().expect("no host has that").to_string();
+        assert!(error.contains("nr_hugepages"), "{error}");
+        assert!(matches!(Ram::new(Bytes::kib(65 << 10 | 4), options), Err(MemoryError::HugePageSize(_))));
+    }
+}

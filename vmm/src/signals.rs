@@ -1,0 +1,78 @@
+//! SIGTERM and its like: first the power button, then the plug.
+
+use std::io;
+use std::mem::{self, MaybeUninit};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use crate::control::Control;
+
+/// What ends a VM when someone sends it to the process.
+const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// Signals as events of the device loop.
+pub struct Signals {
+    fd: OwnedFd,
+    control: Arc<Control>,
+    asked: bool,
+}
+
+impl Signals {
+    /// Takes the signals away from their default effect. To be called before other threads
+    /// are started: they inherit it.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
+    pub fn take(control: &Arc<Control>) -> io::Result<Self> {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: sigemptyset fills the whole set; the other calls read or change it in place.
+        let fd = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            let mut set = set.assume_init();
+            for signal in ENDING {
+                libc::sigaddset(&mut set, signal);
+            }
+            let error = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+            if error != 0 {
+                return Err(io::Error::from_raw_os_error(error));
+            }
+            libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC)
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and belongs to nobody else.
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, control: Arc::clone(control), asked: false })
+    }
+
+    /// Takes one pending signal, if there is one.
+    fn next(&self) -> bool {
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+        let size = mem::size_of_val(&info);
+        // SAFETY: the buffer has the size given.
+        let read = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
+        usize::try_from(read).is_ok_and(|read| read == size)
+    }
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.fd, EventSet::IN)) {
+            tracing::warn!("signals can't be watched: {error}");
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        while self.next() {
+            if !self.asked && self.control.power_button().is_ok() {
+                self.asked = true;
+                eprintln!("Pressed the guest's power button. A second signal stops the VM at once.");
+            } else {
+                // Only a VM that has ended already refuses.
+                let _ = self.control.shutdown();
+            }
+        }
+    }
+}

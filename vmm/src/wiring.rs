@@ -1,0 +1,108 @@
+//! Puts devices on the bus and connects their queues and interrupts with KVM.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::device::VirtioDevice;
+use devices::virtio::mmio::Mmio;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
+use vm_device::device_manager::{MmioManager, PioManager};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::acpi::VirtioSlot;
+use crate::boot::layout;
+use crate::bus::Buses;
+
+/// Why a device could not be wired up.
+#[derive(Debug, thiserror::Error)]
+pub enum WiringError {
+    /// All interrupts are taken.
+    #[error("there is no interrupt left for one more virtio device (there are {})", layout::VIRTIO_DEVICES)]
+    NoSlot,
+    /// Two devices want the same address.
+    #[error("a device's addresses are taken: {0}")]
+    Bus(#[from] vm_device::bus::Error),
+    /// KVM refused.
+    #[error("KVM refused to connect a device's {what}: {source}")]
+    Kvm {
+        /// What was to be connected.
+        what: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// No eventfd.
+    #[error("a device's events can't be set up: {0}")]
+    Event(#[from] io::Error),
+}
+
+/// Wires up one VM's devices, one after the other.
+pub struct Wiring<'a> {
+    vm: &'a VmFd,
+    memory: &'a Arc<GuestMemoryMmap>,
+    buses: Buses,
+    slots: Vec<VirtioSlot>,
+}
+
+impl<'a> Wiring<'a> {
+    /// A bus without devices.
+    pub fn new(vm: &'a VmFd, memory: &'a Arc<GuestMemoryMmap>) -> Self {
+        Self { vm, memory, buses: Buses::default(), slots: Vec::new() }
+    }
+
+    /// The bus so far, for devices on ports.
+    pub fn buses(&mut self) -> &mut Buses {
+        &mut self.buses
+    }
+
+    /// An interrupt line: each write to it is one edge.
+    ///
+    /// # Errors
+    /// [`WiringError`] says what could not be had.
+    pub fn interrupt(&self, number: u32) -> Result<EventFd, WiringError> {
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        self.vm
+            .register_irqfd(&line, number)
+            .map_err(|source| WiringError::Kvm { what: "interrupt", source })?;
+        Ok(line)
+    }
+
+    /// The first serial port.
+    ///
+    /// # Errors
+    /// [`WiringError`] says what is in the way.
+    pub fn serial(&mut self, port: Arc<Mutex<devices::serial::Serial>>) -> Result<(), WiringError> {
+        let range = PioRange::new(PioAddress(layout::COM1), devices::serial::PORTS)?;
+        self.buses.devices.register_pio(range, port)?;
+        Ok(())
+    }
+
+    /// A virtio device in the next free slot. A notification by its driver goes from KVM
+    /// to the device's event loop, past the vCPU's thread.
+    ///
+    /// # Errors
+    /// [`WiringError`] says what could not be had.
+    pub fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Mmio>>, WiringError> {
+        let slot = VirtioSlot::nth(self.slots.len()).ok_or(WiringError::NoSlot)?;
+        let line = self.interrupt(slot.irq)?;
+        let device = Mmio::new(device, Arc::clone(self.memory), line)?;
+        let notify = IoEventAddress::Mmio(slot.window.0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
+        for (queue, notifier) in (0u32..).zip(device.notifiers()) {
+            self.vm
+                .register_ioevent(notifier, &notify, queue)
+                .map_err(|source| WiringError::Kvm { what: "queue", source })?;
+        }
+        let device = Arc::new(Mutex::new(device));
+        let range = MmioRange::new(MmioAddress(slot.window.0), layout::VIRTIO_WINDOW)?;
+        self.buses.devices.register_mmio(range, device.clone())?;
+        self.slots.push(slot);
+        Ok(device)
+    }
+
+    /// The bus, and where its virtio devices are.
+    pub fn finish(self) -> (Buses, Vec<VirtioSlot>) {
+        (self.buses, self.slots)
+    }
+}
