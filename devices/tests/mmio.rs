@@ -1,0 +1,178 @@
+//! The transport's registers as an honest driver and a confused one use them.
+
+use devices::testing::{BUFFERS, Guest, HIGH, NEEDS_RESET, RUNNING};
+use devices::virtio::rng::Rng;
+use virtio_bindings::virtio_mmio::*;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_WRITE};
+use vm_memory::{Bytes, GuestAddress};
+
+const VERSION_1: u64 = 1 << 32;
+
+fn guest() -> Guest {
+    Guest::new(|_| Box::new(Rng::new()))
+}
+
+#[test]
+fn says_what_it_is() {
+    let guest = guest();
+    assert_eq!(guest.read(VIRTIO_MMIO_MAGIC_VALUE).to_le_bytes(), *b"virt");
+    assert_eq!(guest.read(VIRTIO_MMIO_VERSION), 2);
+    assert_eq!(guest.read(VIRTIO_MMIO_DEVICE_ID), 4);
+    assert_eq!(guest.offered(), VERSION_1 | 1 << 28 | 1 << 29);
+    assert_eq!(guest.read(VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
+}
+
+#[test]
+fn a_driver_without_version_1_gets_no_features_ok() {
+    let guest = guest();
+    for status in [1, 3, 11] {
+        guest.write(VIRTIO_MMIO_STATUS, status);
+    }
+    assert_eq!(guest.status(), 3);
+}
+
+#[test]
+fn a_feature_that_was_not_offered_is_refused() {
+    let guest = guest();
+    guest.write(VIRTIO_MMIO_STATUS, 3);
+    for (select, features) in [(1, 1), (0, 1 << 3)] {
+        guest.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+        guest.write(VIRTIO_MMIO_DRIVER_FEATURES, features);
+    }
+    guest.write(VIRTIO_MMIO_STATUS, 11);
+    assert_eq!(guest.status(), 3);
+    guest.write(VIRTIO_MMIO_DRIVER_FEATURES, 0);
+    guest.write(VIRTIO_MMIO_STATUS, 11);
+    assert_eq!(guest.status(), 11);
+}
+
+#[test]
+fn status_bits_are_never_skipped_nor_cleared_one_by_one() {
+    let mut guest = guest();
+    guest.write(VIRTIO_MMIO_STATUS, 4);
+    assert_eq!(guest.status(), 0);
+    guest.write(VIRTIO_MMIO_STATUS, 7);
+    assert_eq!(guest.status(), 3);
+    guest.start(0);
+    guest.write(VIRTIO_MMIO_STATUS, 11);
+    assert_eq!(guest.status(), RUNNING);
+    guest.write(VIRTIO_MMIO_STATUS, 0x80 | RUNNING);
+    assert_eq!(guest.status(), 0x80 | RUNNING);
+    guest.start(0);
+}
+
+#[test]
+fn a_queue_that_is_not_in_memory_breaks_the_device_until_reset() {
+    type Spoil = fn(&Guest);
+    let spoils: [Spoil; 6] = [
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_NUM, 3),
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_NUM, 1 << 15),
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_DESC_LOW, 8),
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xffff_ffff),
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_USED_LOW, (1 << 20) - 4),
+        |guest| guest.write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0),
+    ];
+    for (number, spoil) in spoils.into_iter().enumerate() {
+        let mut guest = guest();
+        guest.agree(0);
+        guest.set_up(0);
+        guest.write(VIRTIO_MMIO_QUEUE_READY, 0);
+        assert_eq!(guest.read(VIRTIO_MMIO_QUEUE_READY), 0);
+        spoil(&guest);
+        guest.write(VIRTIO_MMIO_QUEUE_READY, 1);
+        assert_eq!(guest.read(VIRTIO_MMIO_QUEUE_READY), 0, "spoil {number}");
+        guest.write(VIRTIO_MMIO_STATUS, RUNNING);
+        assert_eq!(guest.status(), 11 | NEEDS_RESET, "spoil {number}");
+        guest.start(0);
+    }
+}
+
+#[test]
+fn odd_accesses_read_zero_and_write_nothing() {
+    let mut guest = guest();
+    guest.start(0);
+    for (offset, len) in [(0, 1), (0, 8), (1, 4), (0x71, 4), (0xfff, 4), (u64::MAX - 1, 4), (u64::MAX, 8)] {
+        let mut data = vec![0xff; len];
+        guest.raw_read(offset, &mut data);
+        assert_eq!(data, vec![0; len], "{offset:#x}");
+        guest.raw_write(offset, &vec![0; len]);
+        assert_eq!(guest.status(), RUNNING);
+    }
+}
+
+#[test]
+fn interrupts_tell_their_reason_until_acknowledged() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+    guest.send(0, 0);
+    assert_eq!(guest.used(0), [(0, 64)]);
+    assert_eq!(guest.interrupts(), 1);
+    assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    guest.write(VIRTIO_MMIO_INTERRUPT_ACK, u32::MAX);
+    assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn event_idx_holds_interrupts_back_as_the_driver_asks() {
+    for (refused, expected) in [(0, 1), (1 << VIRTIO_RING_F_EVENT_IDX, 4)] {
+        let mut guest = guest();
+        guest.start(refused);
+        // used_event stands behind the available ring: interrupt after the fourth buffer.
+        let used_event = guest.rings(0).available + 4 + 2 * u64::from(guest.size(0));
+        guest.ram.memory.write_obj(3u16.to_le(), GuestAddress(used_event)).unwrap();
+        let mut interrupts = 0;
+        for head in 0..4 {
+            guest.describe(0, head, HIGH, 16, VRING_DESC_F_WRITE, 0);
+            guest.send(0, head);
+            interrupts += guest.interrupts();
+        }
+        assert_eq!(guest.used(0).len(), 4);
+        assert_eq!(interrupts, expected, "refused {refused:#x}");
+    }
+}
+
+#[test]
+fn buffers_from_before_driver_ok_are_served() {
+    let mut guest = guest();
+    guest.agree(0);
+    guest.set_up(0);
+    guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+    guest.send(0, 0);
+    assert_eq!(guest.used(0), []);
+    guest.write(VIRTIO_MMIO_STATUS, RUNNING);
+    guest.run();
+    assert_eq!(guest.used(0), [(0, 64)]);
+}
+
+#[test]
+fn a_stopped_queue_is_left_alone() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.write(VIRTIO_MMIO_QUEUE_SEL, 0);
+    guest.write(VIRTIO_MMIO_QUEUE_READY, 0);
+    assert_eq!(guest.read(VIRTIO_MMIO_QUEUE_READY), 0);
+    guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+    guest.send(0, 0);
+    assert_eq!(guest.used(0), []);
+    assert_eq!(guest.status(), RUNNING);
+}
+
+#[test]
+fn an_available_index_past_the_ring_needs_a_reset_and_says_so() {
+    let mut guest = guest();
+    guest.start(0);
+    let beyond = guest.size(0) + 1;
+    guest.set_available(0, beyond);
+    guest.notify(0);
+    assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
+    assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(guest.interrupts(), 1);
+    // Nothing more happens until the driver resets.
+    guest.notify(0);
+    assert_eq!(guest.interrupts(), 0);
+    guest.start(0);
+    guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+    guest.send(0, 0);
+    assert_eq!(guest.used(0), [(0, 64)]);
+}
