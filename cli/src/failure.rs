@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use balloon::runtime::RuntimeError;
 use vmm::exit::{FAILED, USAGE};
+use vmm::machine::MachineError;
 
 use crate::client;
 
@@ -51,6 +52,12 @@ impl From<RuntimeError> for Failure {
             RuntimeError::Name(_) => Self::usage(error),
             error => Self::new(error),
         }
+    }
+}
+
+impl From<MachineError> for Failure {
+    fn from(error: MachineError) -> Self {
+        Self { code: error.code(), sentence: Some(error.to_string()) }
     }
 }
 

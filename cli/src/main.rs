@@ -13,6 +13,7 @@ mod output;
 mod pause;
 mod ps;
 mod resume;
+mod run;
 mod stop;
 mod table;
 
@@ -61,6 +62,7 @@ Exit codes:
 
 #[derive(Subcommand)]
 enum Command {
+    Run(Box<run::Args>),
     Ps(ps::Args),
     Memory(memory::Args),
     Stop(stop::Args),
@@ -75,18 +77,20 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     cli.logging.start();
-    let result: Result<(), Failure> = match cli.command {
-        Command::Ps(args) => ps::run(&args),
-        Command::Memory(args) => memory::run(&args),
-        Command::Stop(args) => stop::run(&args),
-        Command::Pause(args) => pause::run(&args),
-        Command::Resume(args) => resume::run(&args),
-        Command::Completions(args) => completions::run(&args),
+    let result = match cli.command {
+        Command::Run(args) => run::run(*args),
+        Command::Ps(args) => done(ps::run(&args)),
+        Command::Memory(args) => done(memory::run(&args)),
+        Command::Stop(args) => done(stop::run(&args)),
+        Command::Pause(args) => done(pause::run(&args)),
+        Command::Resume(args) => done(resume::run(&args)),
+        Command::Completions(args) => done(completions::run(&args)),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.tell(),
-    }
+    result.unwrap_or_else(Failure::tell)
+}
+
+fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

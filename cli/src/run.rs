@@ -1,0 +1,134 @@
+//! `ballast run`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use balloon::limits::Limits;
+use balloon::runtime;
+use vmm::config::{
+    Backing, BalloonOptions, Config, ConfigError, Console, Cpus, DEFAULT_CMDLINE, MemoryOptions, Name,
+};
+use vmm::machine::Machine;
+
+use crate::duration;
+use crate::failure::Failure;
+
+/// Run one VM until its guest switches off
+#[derive(clap::Args)]
+#[command(after_help = "\
+The console is on standard output and input; Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends a Ctrl-A.
+All else is on standard error.
+
+Examples:
+  ballast run --kernel vmlinuz --initrd initrd.img --memory 512M
+  ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --cpus 2 \\
+      --memory 256M,min=128M,max=1G,buffer=20%,weight=100 --console file:web.log
+  ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
+
+Exit codes:
+   0  the guest powered off, or somebody stopped it
+   1  ballast failed
+   2  the command line was not understood
+   3  this host's KVM can't run stock kernels: see `ballast check`
+  10  the guest asked for a reboot
+  11  the guest's kernel panicked
+  12  the guest triple-faulted
+  13  KVM could not run the guest on
+  14  Ctrl-A x on the console")]
+pub struct Args {
+    /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, allow_hyphen_values = true)]
+    cmdline: String,
+    /// Memory: SIZE[,min=SIZE][,max=SIZE][,buffer=PERCENT%][,weight=N]
+    ///
+    /// The guest starts with SIZE. Alone it is static memory, which no balancer touches. With min or
+    /// max it is dynamic: a balancer moves it between them, keeps `buffer` percent spare on top of
+    /// what the guest uses, and divides by `weight` when memory is short.
+    #[arg(long, value_name = "SPEC")]
+    memory: Limits,
+    /// vCPUs
+    #[arg(long, value_name = "N", default_value = "1")]
+    cpus: Cpus,
+    /// The VM's name: 1 to 63 of a-z, 0-9 and - [default: vm-PID]
+    #[arg(long)]
+    name: Option<Name>,
+    /// Where the guest's first serial port goes: stdio, file:PATH, socket:PATH or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    console: Console,
+    /// What guest memory is made of: private memory, or a memfd that others could map too
+    #[arg(long, value_name = "KIND", default_value = "anonymous")]
+    memory_backing: MemoryBacking,
+    /// Ask the host for transparent huge pages
+    #[arg(long)]
+    thp: bool,
+    /// Take guest memory from the host's reserved huge pages of this size: 2M
+    #[arg(long, value_name = "SIZE", value_parser = Backing::huge_pages, conflicts_with_all = ["memory_backing", "thp"])]
+    hugepages: Option<Backing>,
+    /// Touch all guest memory before the guest starts
+    #[arg(long)]
+    prefault: bool,
+    /// How often the guest is asked how its memory is; 0 is never
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration::parse)]
+    statistics_interval: Duration,
+    /// Don't let a guest that runs out of memory take pages back from the balloon
+    #[arg(long)]
+    no_deflate_on_oom: bool,
+    /// Don't let the guest hand over free pages by itself
+    #[arg(long)]
+    no_free_page_reporting: bool,
+    /// Don't listen on a socket: nobody can look at this VM or steer it
+    #[arg(long)]
+    no_api: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum MemoryBacking {
+    Anonymous,
+    Memfd,
+}
+
+impl Args {
+    fn config(self) -> Result<Config, Failure> {
+        let backing = self.hugepages.unwrap_or(match self.memory_backing {
+            MemoryBacking::Anonymous => Backing::Anonymous,
+            MemoryBacking::Memfd => Backing::Memfd,
+        });
+        let name = self.name.map_or_else(|| format!("vm-{}", std::process::id()).parse(), Ok);
+        let name = name.map_err(|error: ConfigError| Failure::usage(error))?;
+        let socket = if self.no_api {
+            None
+        } else {
+            Some(runtime::socket_in(&runtime::create_directory()?, name.as_str())?)
+        };
+        Ok(Config {
+            name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            limits: self.memory,
+            cpus: self.cpus,
+            console: self.console,
+            memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
+            balloon: BalloonOptions {
+                deflate_on_oom: !self.no_deflate_on_oom,
+                reporting: !self.no_free_page_reporting,
+                statistics_interval: self.statistics_interval,
+            },
+            socket,
+        })
+    }
+}
+
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let config = args.config()?;
+    let exit = Machine::new(config)?.run()?;
+    eprintln!("ballast: {exit}");
+    Ok(ExitCode::from(exit.code()))
+}
