@@ -296,10 +296,13 @@ impl Mmio {
                 }
             }
             State::FeaturesAgreed => {
+                let others = self.queues.iter().enumerate();
+                let ready = others.filter(|(other, queue)| *other != index && queue.is_ready());
+                let taken: Vec<_> = ready.flat_map(|(_, queue)| queue.areas()).collect();
                 let Some(queue) = self.queues.get_mut(index) else { return };
                 match value {
                     0 => queue.disable(),
-                    _ if queue.enable(&self.memory) => {}
+                    _ if queue.enable(&self.memory, &taken) => {}
                     _ => self.line.needs_reset(),
                 }
             }

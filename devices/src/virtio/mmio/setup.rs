@@ -20,6 +20,19 @@ impl Half {
     }
 }
 
+/// Guest addresses from `start` up to `end`.
+#[derive(Clone, Copy)]
+pub(super) struct Area {
+    start: u64,
+    end: u64,
+}
+
+impl Area {
+    fn overlaps(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+}
+
 /// The registers of one queue (virtio 1.2, section 4.2.2) before DRIVER_OK.
 pub(super) struct QueueSetup {
     pub(super) max_size: u16,
@@ -44,10 +57,26 @@ impl QueueSetup {
         self.ready = None;
     }
 
-    /// QueueReady = 1. Returns whether size, alignment and addresses make a queue inside guest memory.
-    pub(super) fn enable(&mut self, memory: &GuestMemoryMmap) -> bool {
-        self.ready = self.build(memory);
+    /// QueueReady = 1. Returns whether size, alignment and addresses make a
+    /// queue inside guest memory whose parts overlap nothing in `taken`.
+    pub(super) fn enable(&mut self, memory: &GuestMemoryMmap, taken: &[Area]) -> bool {
+        self.ready = self.build(memory).filter(|_| self.is_apart_from(taken));
         self.ready.is_some()
+    }
+
+    /// What the queue's three parts cover (virtio 1.2, section 2.7).
+    pub(super) fn areas(&self) -> [Area; 3] {
+        let size = u64::from(self.size);
+        let area = |start: u64, len: u64| Area { start, end: start.saturating_add(len) };
+        [area(self.descriptors, 16 * size), area(self.available, 6 + 2 * size), area(self.used, 6 + 8 * size)]
+    }
+
+    /// A device that writes one ring into another would feed itself for ever.
+    fn is_apart_from(&self, taken: &[Area]) -> bool {
+        let [descriptors, available, used] = self.areas();
+        let own =
+            !descriptors.overlaps(available) && !descriptors.overlaps(used) && !available.overlaps(used);
+        own && !self.areas().into_iter().any(|area| taken.iter().any(|other| area.overlaps(*other)))
     }
 
     fn build(&self, memory: &GuestMemoryMmap) -> Option<Queue> {

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub mod hostile;
+
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
