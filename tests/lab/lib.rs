@@ -25,8 +25,10 @@ mod host;
 mod kernels;
 mod modules;
 mod packages;
+mod vm;
 
 pub use artifacts::ballast;
 pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside};
 pub use kernels::{GuestImages, Kernel};
+pub use vm::{BOOT, Vm, VmSettings, wait_for};

@@ -8,7 +8,7 @@
 //! ballast.end=END             then: poweroff (default), reboot, panic or hang
 //! ```
 //! With the kernel's own `reboot=t` a reboot is a triple fault.
-//! It prints `READY` when its modules are loaded, and before it ends
+//! It prints `READY linux=VERSION cpus=N memory=N kB` when its modules are loaded, and before it ends
 //! `SUMMARY oom_kills=N`, the processes that died for lack of memory.
 //! The power button ends it with a power-off at any time.
 //!
@@ -83,7 +83,7 @@ pub fn main() -> ! {
             end(End::PowerOff)
         }
     };
-    println!("READY");
+    println!("{}", ready());
     if !orders.load.is_empty() || orders.console {
         let console = if orders.console { "console" } else { "" };
         let worker = Command::new("/init").args([&orders.load, &orders.repeat.to_string(), console]).status();
@@ -95,6 +95,16 @@ pub fn main() -> ! {
     }
     println!("SUMMARY oom_kills={}", oom_kills());
     end(orders.end)
+}
+
+/// The line that says what this guest is.
+fn ready() -> String {
+    let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = text("/proc/cpuinfo").lines().filter(|line| line.starts_with("processor")).count();
+    let memory = text("/proc/meminfo");
+    let memory =
+        memory.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap_or("?").trim().to_owned();
+    format!("READY linux={} cpus={cpus} memory={memory}", text("/proc/sys/kernel/osrelease").trim())
 }
 
 /// The process that holds the guest's memory: `/init STEPS REPEAT console|""`.
