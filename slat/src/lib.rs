@@ -11,4 +11,5 @@ pub mod figure;
 pub mod host;
 pub mod payload;
 pub mod probe;
+pub mod run;
 pub mod walk;

@@ -19,6 +19,7 @@ use super::native::chain;
 use super::tables::{self, Tables};
 use super::{Payload, Place, Setup};
 use crate::counters::{self, Counters, Counts};
+use crate::host::KernelMemory;
 use crate::walk::PageSize;
 
 const GDT: GuestAddress = GuestAddress(0x1000);
@@ -136,6 +137,8 @@ pub struct Round {
     pub vcpus: Counts,
     /// The virtual machine's statistics at the end of the round.
     pub vm: Counts,
+    /// What the host's kernel holds more than before the machine was made, at the end of the round.
+    pub kernel: KernelMemory,
 }
 
 /// A virtual machine with a payload in it, ready to run.
@@ -147,6 +150,7 @@ pub struct Machine {
     setup: Setup,
     root: GuestAddress,
     mappings: Vec<Mapping>,
+    before: KernelMemory,
 }
 
 /// How many table pages a setup can need, but for those over the low memory.
@@ -189,6 +193,7 @@ impl Machine {
         }
         let regions = vec![region(&mappings[0], 0)?, region(&mappings[1], DATA)?];
         let memory = GuestMemoryMmap::from_regions(regions).map_err(memory_error)?;
+        let before = KernelMemory::now();
         let vm = kvm_fd.create_vm().map_err(kvm("create a virtual machine"))?;
         for (slot, (mapping, at)) in mappings.iter().zip([0, DATA]).enumerate() {
             let region = kvm_userspace_memory_region {
@@ -203,8 +208,15 @@ impl Machine {
         }
         // Old Intel hosts put three pages of their own there; others don't care.
         let _ = vm.set_tss_address(0xfffb_d000);
-        let mut machine =
-            Self { vcpus: Vec::new(), vm, memory, setup: setup.clone(), root: GuestAddress(0), mappings };
+        let mut machine = Self {
+            vcpus: Vec::new(),
+            vm,
+            memory,
+            setup: setup.clone(),
+            root: GuestAddress(0),
+            mappings,
+            before,
+        };
         machine.lay_out(low, data)?;
         machine.vcpus = (0..setup.vcpus).map(|i| machine.vcpu(kvm_fd, i)).collect::<Result<_, _>>()?;
         Ok(machine)
@@ -363,7 +375,7 @@ impl Machine {
         install_kick()?;
         let shared = Arc::new(Shared::new(self.vcpus.len()));
         let (send, receive) = channel();
-        let mut machine_counters = Some(Counters::open(&self.vm)?);
+        let mut machine_counters = Some((Counters::open(&self.vm)?, self.before));
         let mut threads = Vec::new();
         for (id, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
@@ -477,6 +489,9 @@ fn collect(
         whole.ticks = whole.ticks.max(part.ticks);
         whole.vcpus.add(&part.vcpus);
         whole.vm.add(&part.vm);
+        if part.kernel != KernelMemory::default() {
+            whole.kernel = part.kernel;
+        }
         missing -= 1;
     }
     Ok(all)
@@ -535,8 +550,8 @@ impl Shared {
 struct Vcpu {
     fd: VcpuFd,
     counters: Counters,
-    /// The machine's counters: one of its vCPUs reads them.
-    machine: Option<Counters>,
+    /// The machine's counters and the kernel's memory before it: one of the vCPUs reads them.
+    machine: Option<(Counters, KernelMemory)>,
     shared: Arc<Shared>,
     memory: GuestMemoryMmap,
     params: u64,
@@ -572,10 +587,13 @@ impl Vcpu {
         }
         let elapsed = start.elapsed();
         let vcpus = self.counters.read()?.since(&before);
-        let vm = self.machine.as_ref().map_or(Ok(Counts::default()), Counters::read)?;
+        let (vm, kernel) = match &self.machine {
+            Some((counters, earlier)) => (counters.read()?, KernelMemory::now().since(*earlier)),
+            None => Default::default(),
+        };
         let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
         let ticks = self.memory.read_obj(at).map_err(memory_error)?;
-        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm }))
+        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm, kernel }))
     }
 
     /// Runs the guest until it rings `phase`; false where it was stopped.

@@ -1,0 +1,371 @@
+//! Runs many setups in turn, round about, and makes figures of them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use balloon::units::Bytes;
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+
+use crate::figure::{Figure, Quality, Spread};
+use crate::host::{self, Fingerprint, KernelMemory};
+use crate::payload::machine::{Failure, Machine, Round};
+use crate::payload::memory::Backing;
+use crate::payload::{Payload, Place, Setup, native};
+use crate::probe::{self, Probe, Verdict};
+use crate::walk::PageSize;
+
+/// Version of the JSON that a run is written in.
+pub const SCHEMA: u32 = 1;
+
+/// What the host's clock counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Clock {
+    /// Time.
+    Time,
+    /// Time under an emulator.
+    Emulated,
+    /// Instructions: one nanosecond is one of them (the deterministic lab).
+    Instructions,
+}
+
+impl Clock {
+    /// How far a duration of this clock can be trusted for code at `place` on such a host.
+    fn quality(self, place: Place, verdict: Verdict) -> Quality {
+        match (self, place, verdict) {
+            (Self::Instructions, ..) => Quality::Exact,
+            (Self::Emulated, ..) | (_, Place::Ring0, Verdict::EmulatedRing0) => Quality::DirectionOnly,
+            (Self::Time, ..) => Quality::RealTime,
+        }
+    }
+
+    /// The unit of a duration divided by operations.
+    pub const fn unit(self) -> &'static str {
+        match self {
+            Self::Instructions => "instructions/op",
+            Self::Time | Self::Emulated => "ns/op",
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The setups; run in turn, `passes` times over.
+    pub setups: Vec<Setup>,
+    /// How often each setup gets a new machine.
+    pub passes: usize,
+    /// Measured rounds in each machine; payloads whose first time counts get one.
+    pub rounds: usize,
+    /// How long one machine may take.
+    pub limit: Duration,
+    /// What the clock counts.
+    pub clock: Clock,
+}
+
+/// One setup's figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// What was run.
+    pub setup: Setup,
+    /// Host clock an operation: nanoseconds, or instructions where the clock counts those.
+    pub time: Figure,
+    /// Ticks of the guest's (natively the host's) time-stamp counter an operation.
+    pub ticks: Figure,
+    /// VM exits an operation, without the doorbell's and the host's own interrupts.
+    pub exits: Figure,
+    /// Operations a second of all vCPUs together.
+    pub throughput: Figure,
+    /// Kernel memory of page tables that lead to guest memory, in bytes.
+    pub tables: Figure,
+    /// Kernel memory from vmalloc, in bytes: reverse maps and tracking.
+    pub vmalloc: Figure,
+    /// KVM's statistics of the vCPUs in the middle round, those that are not zero.
+    pub counts: BTreeMap<String, u64>,
+    /// KVM's statistics of the machine at the end of that round, those that are not zero.
+    pub machine: BTreeMap<String, u64>,
+    /// Why it could not be measured, or not to the end.
+    pub failure: Option<String>,
+}
+
+/// Everything that one call of `ballast slat run` found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The host.
+    pub fingerprint: Fingerprint,
+    /// What it is.
+    pub probe: Probe,
+    /// What its clock counts.
+    pub clock: Clock,
+    /// Whether the user stopped it; what was measured by then is kept.
+    pub interrupted: bool,
+    /// The figures.
+    pub measurements: Vec<Measurement>,
+}
+
+/// Size of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// One setup of each payload.
+    Quick,
+    /// And the series that the report's plots are made of.
+    Full,
+}
+
+/// The setups of a plan, none of which needs more than `memory`, on a host of `cpus`.
+pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
+    let mut setups = Vec::new();
+    for payload in Payload::ALL {
+        let usual = Setup::usual(payload);
+        if payload.runs_natively() {
+            setups.push(usual.clone().at(Place::Native));
+            setups.push(usual.clone().at(Place::Ring3));
+        }
+        setups.push(usual.at(Place::Ring0));
+    }
+    if extent == Extent::Full {
+        setups.extend(series(cpus));
+    }
+    setups.retain(|s| s.data.0.saturating_mul(s.vcpus) <= memory.0 / 4);
+    setups
+}
+
+fn series(cpus: u64) -> Vec<Setup> {
+    let usual = Setup::usual;
+    let mut setups = Vec::new();
+    // A guest's ring 3, which every kind of host runs as it is, beside native.
+    for place in [Place::Native, Place::Ring3] {
+        for mib in [2, 4, 8, 32, 64, 128, 256, 1024] {
+            setups.push(Setup { data: Bytes::mib(mib), ..usual(Payload::Chase).at(place) });
+        }
+        for backing in [Backing::Transparent, Backing::Hugetlb2M] {
+            setups.push(Setup { backing, data: Bytes::mib(64), ..usual(Payload::Chase).at(place) });
+        }
+        setups.push(Setup { present: false, ..usual(Payload::ColdTouch).at(place) });
+    }
+    for backing in [Backing::Small, Backing::Transparent, Backing::Hugetlb2M, Backing::Hugetlb1G] {
+        let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
+        let setup = usual(Payload::Chase).at(Place::Ring3);
+        setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..setup });
+    }
+    for backing in [Backing::Transparent, Backing::Hugetlb2M] {
+        setups.push(Setup { backing, ..usual(Payload::ColdTouch).at(Place::Ring0) });
+    }
+    for roots in [1, 8, 64] {
+        setups.push(Setup { roots, ..usual(Payload::Cr3Reload) });
+    }
+    for roots in [1, 4, 64] {
+        setups.push(Setup { roots, operations: roots * 8192, ..usual(Payload::Spaces) });
+    }
+    // What KVM sets aside for the memory alone, touched or not.
+    let data = Bytes::mib(512);
+    setups.push(Setup {
+        data,
+        present: false,
+        operations: 512,
+        ..usual(Payload::ColdTouch).at(Place::Ring0)
+    });
+    for vcpus in [2, 4, 8, 16].into_iter().take_while(|n| *n <= cpus) {
+        for payload in [Payload::Churn, Payload::DemandFault] {
+            setups.push(Setup { vcpus, ..usual(payload) });
+        }
+    }
+    setups
+}
+
+fn measure(
+    kvm: Result<&Kvm, &String>,
+    plan: &Plan,
+    setup: &Setup,
+    stop: &AtomicBool,
+) -> Result<Vec<Round>, Failure> {
+    let rounds = if setup.payload.once() { 1 } else { plan.rounds };
+    if setup.place == Place::Native {
+        return native::run(setup, rounds);
+    }
+    let kvm = kvm.map_err(|why| Failure::Unexpected(why.clone()))?;
+    Machine::new(kvm, setup)?.run(rounds, plan.limit, stop)
+}
+
+/// Runs a plan; `progress` hears of each setup before it runs.
+///
+/// Never fails as a whole: a setup that can't run says so in its measurement.
+pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setup)) -> Run {
+    let probe = probe::probe();
+    let kvm = probe::open_kvm();
+    let mut rounds: Vec<Vec<Round>> = vec![Vec::new(); plan.setups.len()];
+    let mut failures: Vec<Option<String>> = vec![None; plan.setups.len()];
+    for pass in 0..plan.passes {
+        for (setup, (all, failure)) in plan.setups.iter().zip(rounds.iter_mut().zip(&mut failures)) {
+            if failure.is_some() || stop.load(Ordering::SeqCst) {
+                continue;
+            }
+            progress(pass, setup);
+            match measure(kvm.as_ref(), plan, setup, stop) {
+                Ok(more) => all.extend(more),
+                Err(why) => *failure = Some(why.to_string()),
+            }
+        }
+    }
+    let measurements = plan
+        .setups
+        .iter()
+        .zip(rounds.iter().zip(failures))
+        .map(|(setup, (rounds, failure))| figures(plan.clock, probe.verdict, setup, rounds, failure))
+        .collect();
+    Run {
+        schema: SCHEMA,
+        fingerprint: host::fingerprint(),
+        probe,
+        clock: plan.clock,
+        interrupted: stop.load(Ordering::SeqCst),
+        measurements,
+    }
+}
+
+fn figures(
+    clock: Clock,
+    verdict: Verdict,
+    setup: &Setup,
+    rounds: &[Round],
+    failure: Option<String>,
+) -> Measurement {
+    let each = setup.operations as f64;
+    let all = each * setup.vcpus as f64;
+    let quality = clock.quality(setup.place, verdict);
+    let missing = || match &failure {
+        Some(why) => why.clone(),
+        None => "not reached before the run was stopped".into(),
+    };
+    // One sample a round; a figure that lacks one lacks all.
+    let figure = |quality: Quality, why: &str, sample: &dyn Fn(&Round) -> Option<f64>| {
+        if rounds.is_empty() {
+            return Figure::not_available(missing());
+        }
+        match rounds.iter().map(sample).collect::<Option<Vec<f64>>>() {
+            Some(samples) => Figure::new(quality, &samples),
+            None => Figure::not_available(why),
+        }
+    };
+    let nanoseconds = |r: &Round| r.elapsed.as_nanos() as f64;
+    let guest = setup.place != Place::Native;
+    // Emulated ring 0 leaves for reasons of the emulator's own.
+    let counted = if verdict == Verdict::EmulatedRing0 { Quality::DirectionOnly } else { Quality::Exact };
+    let kernel = |of: fn(&KernelMemory) -> Option<Bytes>| {
+        move |r: &Round| if guest { of(&r.kernel).map(|b| b.0 as f64) } else { None }
+    };
+    let middle = rounds.get(rounds.len() / 2);
+    let nonzero = |counts: Option<&crate::counters::Counts>| {
+        let all = counts.into_iter().flat_map(|c| c.0.iter());
+        all.filter(|(_, n)| **n > 0).map(|(name, n)| (name.clone(), *n)).collect()
+    };
+    Measurement {
+        setup: setup.clone(),
+        time: figure(quality, "", &|r| Some(nanoseconds(r) / each)),
+        ticks: figure(quality, "taken in ring 3 and natively only", &|r| Some(r.ticks? as f64 / each)),
+        exits: figure(counted, "there is no guest, or KVM counts no exits", &|r| {
+            guest.then_some(r.vcpus.exits()? as f64 / all)
+        }),
+        throughput: figure(quality, "", &|r| Some(all * 1e9 / nanoseconds(r).max(1.0))),
+        tables: figure(
+            Quality::Exact,
+            "there is no guest, or no SecPageTables in /proc/meminfo (Linux 6.1 and later)",
+            &kernel(|k| k.tables),
+        ),
+        vmalloc: figure(Quality::Exact, "there is no guest", &kernel(|k| k.vmalloc)),
+        counts: nonzero(middle.map(|r| &r.vcpus)),
+        machine: nonzero(middle.map(|r| &r.vm)),
+        failure,
+    }
+}
+
+/// A spread for people: the median, and the ends where they differ.
+fn spread(value: Spread) -> String {
+    use crate::figure::short;
+    if short(value.low) == short(value.high) {
+        return short(value.median);
+    }
+    format!("{} ({}..{})", short(value.median), short(value.low), short(value.high))
+}
+
+/// A figure for people: a dash where it is not available.
+pub fn cell(figure: &Figure) -> String {
+    figure.value.map_or_else(|| "-".into(), spread)
+}
+
+impl Run {
+    /// The measurement of exactly this setup.
+    pub fn find(&self, setup: &Setup) -> Option<&Measurement> {
+        self.measurements.iter().find(|m| m.setup == *setup)
+    }
+
+    /// Rows for a table: setup, exits, time, quality of the time, tables.
+    pub fn rows(&self) -> Vec<[String; 5]> {
+        let row = |m: &Measurement| {
+            [
+                m.setup.describe(),
+                cell(&m.exits),
+                cell(&m.time),
+                m.time.quality.name().to_owned(),
+                m.failure.clone().unwrap_or_default(),
+            ]
+        };
+        self.measurements.iter().map(row).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static GO_ON: AtomicBool = AtomicBool::new(false);
+
+    fn plan(setups: Vec<Setup>) -> Plan {
+        Plan { setups, passes: 2, rounds: 2, limit: Duration::from_secs(30), clock: Clock::Time }
+    }
+
+    #[test]
+    fn a_native_run_has_time_and_no_exits() {
+        let setup = Setup::usual(Payload::Chase).at(Place::Native);
+        let run = run(&plan(vec![setup.clone()]), &GO_ON, |_, _| {});
+        let found = run.find(&setup).expect("measured");
+        assert_eq!(found.time.value.map(|v| v.samples), Some(4));
+        assert_eq!(found.exits.quality, Quality::NotAvailable);
+        let json = serde_json::to_string(&run).expect("JSON");
+        assert_eq!(serde_json::from_str::<Run>(&json).expect("the same"), run);
+    }
+
+    #[test]
+    fn a_stopped_run_keeps_its_shape_and_says_so() {
+        let stop = AtomicBool::new(true);
+        let run = run(&plan(setups(Extent::Full, Bytes::gib(64), 4)), &stop, |_, _| panic!("nothing runs"));
+        assert!(run.interrupted);
+        assert!(run.measurements.iter().all(|m| m.time.value.is_none() && m.time.why.is_some()));
+    }
+
+    #[test]
+    fn plans_fit_the_host_and_repeat_nothing() {
+        for extent in [Extent::Quick, Extent::Full] {
+            let mut all = setups(extent, Bytes::gib(64), 8);
+            let count = all.len();
+            assert!(all.iter().all(|s| s.place != Place::Native || s.payload.runs_natively()));
+            all.sort();
+            all.dedup();
+            assert_eq!(all.len(), count);
+            assert!(setups(extent, Bytes::mib(64), 1).iter().all(|s| s.data <= Bytes::mib(16)));
+        }
+    }
+
+    #[test]
+    fn emulated_time_is_never_called_real() {
+        use Verdict::*;
+        assert_eq!(Clock::Time.quality(Place::Ring0, EmulatedRing0), Quality::DirectionOnly);
+        assert_eq!(Clock::Time.quality(Place::Ring3, EmulatedRing0), Quality::RealTime);
+        assert_eq!(Clock::Emulated.quality(Place::Native, Slat), Quality::DirectionOnly);
+        assert_eq!(Clock::Instructions.quality(Place::Ring0, Slat), Quality::Exact);
+    }
+}
