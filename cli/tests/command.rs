@@ -1,0 +1,247 @@
+//! The `ballast` command as a user meets it.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vmm::api::Server;
+use vmm::control::Control;
+use vmm::host;
+
+/// A runtime directory of a test's own.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ballast"));
+        command.args(arguments).env("BALLAST_RUNTIME_DIR", self.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn ballast(&self, arguments: &[&str]) -> Answer {
+        Answer::from(self.command(arguments).output().unwrap())
+    }
+}
+
+#[derive(Debug)]
+struct Answer {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Answer {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+/// Serves the API of a VM that has been set up and not started, until `work` is done.
+fn with_vm(place: &Place, name: &str, work: impl FnOnce()) {
+    let server = Server::bind(&place.path().join(format!("{name}.sock"))).unwrap();
+    let stop = server.stopper().unwrap();
+    let limits = "256M,min=128M,max=1G".parse().unwrap();
+    let control = Control::new(name.parse().unwrap(), "2".parse().unwrap(), limits);
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| server.run(&control));
+        // Also when `work` panics: the scope waits for the server.
+        let done = Stop(stop);
+        work();
+        drop(done);
+        serving.join().unwrap().unwrap();
+    });
+}
+
+/// Ends a server when it goes.
+struct Stop(vmm_sys_util::eventfd::EventFd);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.write(1).unwrap();
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let place = Place::new();
+    let whole = place.ballast(&["--help"]);
+    assert_eq!(whole.code, Some(0));
+    for word in ["run", "ps", "memory", "stop", "Examples:", "Exit codes:", "BALLAST_RUNTIME_DIR"] {
+        assert!(whole.out.contains(word), "{word} is missing in {}", whole.out);
+    }
+    let run = place.ballast(&["run", "--help"]);
+    for word in ["min=SIZE", "Ctrl-A x", "10  the guest asked for a reboot", "--hugepages", "Examples:"] {
+        assert!(run.out.contains(word), "{word} is missing in {}", run.out);
+    }
+    for command in ["memory", "stop", "completions"] {
+        assert!(place.ballast(&[command, "--help"]).out.contains("ballast "), "{command}");
+    }
+    let nothing = place.ballast(&[]);
+    assert_eq!(nothing.code, Some(2));
+    assert!(nothing.err.contains("Usage:"), "{}", nothing.err);
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_named() {
+    let place = Place::new();
+    for (arguments, word) in [
+        (&["run", "--memory", "256M"][..], "--kernel"),
+        (&["run", "--kernel", "k", "--memory", "256X"], "not a unit"),
+        (&["run", "--kernel", "k", "--memory", "256M,min=512M"], "min 512 MiB <= startup 256 MiB"),
+        (&["run", "--kernel", "k", "--memory", "256M", "--cpus", "0"], "number of vCPUs"),
+        (&["run", "--kernel", "k", "--memory", "256M", "--console", "tty"], "not a console"),
+        (&["run", "--kernel", "k", "--memory", "256M", "--name", "../x"], "not a VM name"),
+        (&["run", "--kernel", "k", "--memory", "256M", "--hugepages", "1G"], "huge pages"),
+        (&["run", "--kernel", "k", "--memory", "1G", "--hugepages", "2M", "--thp"], "cannot be used with"),
+        (&["run", "--kernel", "k", "--memory", "1G", "--statistics-interval", "1d"], "500ms"),
+        (&["memory", "Web"], "not a VM's name"),
+        (&["memory", "web", "--target", "lots"], "not a size"),
+        (&["stop"], "<NAME>"),
+        (&["fly"], "fly"),
+    ] {
+        let answer = place.ballast(arguments);
+        assert_eq!(answer.code, Some(2), "{arguments:?}: {}", answer.err);
+        assert!(answer.err.starts_with("ballast: "), "{}", answer.err);
+        assert!(answer.err.contains(word), "{word} is missing in {}", answer.err);
+        assert!(answer.out.is_empty());
+    }
+}
+
+#[test]
+fn run_says_what_is_missing_before_it_starts() {
+    let place = Place::new();
+    let answer = place.ballast(&["run", "--kernel", "/nonexistent/vmlinuz", "--memory", "64M"]);
+    match host::open_for_guests() {
+        Ok(_) => {
+            assert_eq!(answer.code, Some(1), "{}", answer.err);
+            assert!(answer.err.contains("/nonexistent/vmlinuz"), "{}", answer.err);
+        }
+        Err(reason) => {
+            assert_eq!(answer.code, Some(3), "{}", answer.err);
+            assert!(answer.err.contains(&reason.to_string()), "{}", answer.err);
+        }
+    }
+    assert!(answer.out.is_empty());
+    let left = fs::read_dir(place.path()).unwrap().count();
+    assert_eq!(left, 0, "a socket was left behind");
+}
+
+#[test]
+fn no_vms_are_no_error() {
+    let place = Place::new();
+    let table = place.ballast(&["ps"]);
+    assert_eq!((table.code, table.out.as_str()), (Some(0), ""));
+    assert!(table.err.contains("no VMs in"), "{}", table.err);
+    let json = place.ballast(&["ps", "--json"]);
+    assert_eq!((json.code, json.out.trim(), json.err.as_str()), (Some(0), "[]", ""));
+}
+
+#[test]
+fn a_vm_that_is_not_there_is_said_to_be_not_there() {
+    let place = Place::new();
+    for arguments in [&["memory", "ghost"][..], &["stop", "ghost"], &["pause", "ghost"], &["resume", "ghost"]]
+    {
+        let answer = place.ballast(arguments);
+        assert_eq!(answer.code, Some(1));
+        assert!(answer.err.contains("no VM `ghost`"), "{}", answer.err);
+        assert!(answer.err.contains("ballast ps"), "{}", answer.err);
+    }
+}
+
+#[test]
+fn a_vm_is_shown_and_steered() {
+    let place = Place::new();
+    with_vm(&place, "web", || {
+        let table = place.ballast(&["ps"]);
+        assert_eq!(table.code, Some(0), "{}", table.err);
+        let row = table.out.lines().nth(1).unwrap();
+        for word in ["web", "created", "128 MiB - 1 GiB", "256 MiB", "absent"] {
+            assert!(row.contains(word), "{word} is missing in {row}");
+        }
+        let json: Value = serde_json::from_str(&place.ballast(&["ps", "--json"]).out).unwrap();
+        assert_eq!(json[0]["vm"]["name"], "web");
+        assert_eq!(json[0]["memory"]["limits"]["max"], 1 << 30);
+
+        let limits = place.ballast(&["memory", "web", "--limits", "256M,min=128M,max=512M", "--json"]);
+        assert_eq!(limits.code, Some(0), "{}", limits.err);
+        let json: Value = serde_json::from_str(&limits.out).unwrap();
+        assert_eq!(json["limits"]["max"], 512 << 20);
+        assert!(place.ballast(&["memory", "web"]).out.contains("max            512 MiB\n"));
+
+        let beyond = place.ballast(&["memory", "web", "--limits", "256M,max=2G"]);
+        assert_eq!(beyond.code, Some(1));
+        assert!(beyond.err.contains("larger max"), "{}", beyond.err);
+        let paused = place.ballast(&["pause", "web"]);
+        assert_eq!(paused.code, Some(1));
+        assert!(paused.err.contains("not started yet"), "{}", paused.err);
+    });
+}
+
+#[test]
+fn ps_names_the_dead_the_deaf_and_the_mad_and_waits_for_none() {
+    let place = Place::new();
+    drop(UnixListener::bind(place.path().join("dead.sock")).unwrap());
+    let _deaf = UnixListener::bind(place.path().join("deaf.sock")).unwrap();
+    let mad = UnixListener::bind(place.path().join("mad.sock")).unwrap();
+    thread::spawn(move || {
+        for stream in mad.incoming() {
+            stream.unwrap().write_all(b"\x1b[2Jhello\r\n\r\n").unwrap();
+        }
+    });
+    with_vm(&place, "well", || {
+        let begun = Instant::now();
+        let answer = place.ballast(&["ps"]);
+        assert!(begun.elapsed() < Duration::from_secs(10), "ps hung for {:?}", begun.elapsed());
+        assert_eq!(answer.code, Some(0));
+        let lines: Vec<&str> = answer.out.lines().collect();
+        assert_eq!(lines.len(), 5, "{}", answer.out);
+        for (line, name, state) in [
+            (1, "dead", "dead"),
+            (2, "deaf", "not answering"),
+            (3, "mad", "unreadable"),
+            (4, "well", "created"),
+        ] {
+            let line = lines.get(line).unwrap();
+            assert!(line.starts_with(name) && line.contains(state), "{line}");
+        }
+        assert!(!answer.err.contains('\x1b'), "a VM must not drive the terminal");
+        assert!(answer.err.contains("dead.sock"), "{}", answer.err);
+    });
+}
+
+#[test]
+fn completions_exist_for_each_shell() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let answer = place.ballast(&["completions", shell]);
+        assert_eq!(answer.code, Some(0));
+        assert!(answer.out.contains("ballast") && answer.out.contains("memory"), "{shell}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let place = Place::new();
+    let mut child =
+        place.command(&["completions", "zsh"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let answer = Answer::from(child.wait_with_output().unwrap());
+    assert_eq!((answer.code, answer.err.as_str()), (Some(0), ""));
+}
