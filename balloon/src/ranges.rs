@@ -72,7 +72,10 @@ pub fn merged(sorted: impl Iterator<Item = Range>) -> impl Iterator<Item = Range
 /// The host can only take a huge page back whole: one that is given up in part
 /// waits here for the rest. One bit for each 4 KiB, 32 KiB for each GiB.
 pub struct PartlyGiven {
+    /// A bit for each page.
     words: Vec<u64>,
+    /// How many bits are set, for each huge page.
+    given: Vec<u32>,
     huge: Bytes,
     len: Bytes,
 }
@@ -80,55 +83,174 @@ pub struct PartlyGiven {
 impl PartlyGiven {
     /// For a region of `len` bytes on pages of `huge` bytes (a power of two, at least 4 KiB).
     pub fn new(len: Bytes, huge: Bytes) -> Self {
-        let pages = len.pages().0;
+        let whole = len.0.checked_div(huge.0).unwrap_or(0);
         // As large as the host's own configuration says.
-        Self { words: vec![0; pages.div_ceil(64) as usize], huge, len }
+        Self {
+            words: vec![0; len.pages().0.div_ceil(64) as usize],
+            given: vec![0; whole as usize],
+            huge,
+            len,
+        }
     }
 
-    /// Marks `given` (counted from the region's start) as given up and returns
-    /// the huge pages it touches that are now given up as a whole, merged.
-    pub fn give(&mut self, given: Range) -> Vec<Range> {
-        let Some(given) = self.set(given, true) else { return Vec::new() };
-        let mask = self.huge.0 - 1;
+    /// Marks `range` (counted from the region's start) as given up and returns
+    /// the huge pages that this completes, merged.
+    pub fn give(&mut self, range: Range) -> Vec<Range> {
         let mut complete: Vec<Range> = Vec::new();
-        let mut huge = given.start.0 & !mask;
-        while huge < given.end() {
-            let page = Range { start: GuestAddress(huge), len: self.huge };
-            if page.end() <= self.len.0 && self.is_given(page) {
-                match complete.last_mut().filter(|last| last.end() == huge) {
-                    Some(last) => last.len += self.huge,
-                    None => complete.push(page),
-                }
+        for page in self.pages_in(range) {
+            let Some(start) = self.give_page(page) else { continue };
+            match complete.last_mut().filter(|last| last.end() == start) {
+                Some(last) => last.len += self.huge,
+                None => complete.push(Range { start: GuestAddress(start), len: self.huge }),
             }
-            huge = page.end();
         }
         complete
     }
 
-    /// The guest uses `taken` again (counted from the region's start).
-    pub fn take_back(&mut self, taken: Range) {
-        self.set(taken, false);
+    /// The guest uses `range` again (counted from the region's start).
+    pub fn take_back(&mut self, range: Range) {
+        for page in self.pages_in(range) {
+            let Some((word, bit)) = self.bit(page).filter(|(word, bit)| **word & bit != 0) else { continue };
+            *word &= !bit;
+            let huge_page = self.huge_page_of(page);
+            if let Some(given) = self.given.get_mut(huge_page) {
+                *given = given.saturating_sub(1);
+            }
+        }
     }
 
     /// The guest uses everything again.
     pub fn clear(&mut self) {
         self.words.fill(0);
+        self.given.fill(0);
     }
 
-    /// Sets the bits of whole pages inside the region; returns what was inside.
-    fn set(&mut self, range: Range, given: bool) -> Option<Range> {
+    /// Marks one page; where that completes its huge page, says where it starts.
+    fn give_page(&mut self, page: u64) -> Option<u64> {
+        let (word, bit) = self.bit(page).filter(|(word, bit)| **word & bit == 0)?;
+        *word |= bit;
+        let huge_page = self.huge_page_of(page);
+        let given = self.given.get_mut(huge_page)?;
+        *given += 1;
+        (u64::from(*given) == self.huge.pages().0).then_some(huge_page as u64 * self.huge.0)
+    }
+
+    /// The numbers of the whole pages of `range` that lie inside the region.
+    fn pages_in(&self, range: Range) -> std::ops::Range<u64> {
         let all = Range { start: GuestAddress(0), len: self.len };
-        let range = range.within(&all)?.whole_pages(Bytes(PAGE_SIZE))?;
-        for page in range.start.0 >> PAGE_SHIFT..range.end() >> PAGE_SHIFT {
-            let Some(word) = self.words.get_mut((page / 64) as usize) else { break };
-            let bit = 1 << (page % 64);
-            *word = if given { *word | bit } else { *word & !bit };
-        }
-        Some(range)
+        range
+            .within(&all)
+            .and_then(|range| range.whole_pages(Bytes(PAGE_SIZE)))
+            .map_or(0..0, |range| range.start.0 >> PAGE_SHIFT..range.end() >> PAGE_SHIFT)
     }
 
-    fn is_given(&self, range: Range) -> bool {
-        (range.start.0 >> PAGE_SHIFT..range.end() >> PAGE_SHIFT)
-            .all(|page| self.words.get((page / 64) as usize).is_some_and(|word| word & 1 << (page % 64) != 0))
+    fn bit(&mut self, page: u64) -> Option<(&mut u64, u64)> {
+        Some((self.words.get_mut((page / 64) as usize)?, 1 << (page % 64)))
+    }
+
+    fn huge_page_of(&self, page: u64) -> usize {
+        page.checked_div(self.huge.pages().0).unwrap_or(0) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn range(start: u64, len: u64) -> Range {
+        Range { start: GuestAddress(start), len: Bytes(len) }
+    }
+
+    fn pages_of(ranges: &[Range]) -> BTreeSet<u64> {
+        ranges.iter().flat_map(|range| range.start.0 >> PAGE_SHIFT..range.end() >> PAGE_SHIFT).collect()
+    }
+
+    #[test]
+    fn neighbours_and_repeats_become_one_range() {
+        let ranges: Vec<_> = of_pages(&mut [7, 3, 4, 3, 5, u32::MAX]).collect();
+        let last = u64::from(u32::MAX) << PAGE_SHIFT;
+        assert_eq!(ranges, [range(0x3000, 0x3000), range(0x7000, 0x1000), range(last, 0x1000)]);
+    }
+
+    #[test]
+    fn whole_pages_never_reach_past_what_was_given() {
+        let huge = Bytes::mib(2);
+        assert_eq!(range(0, 2 << 20).whole_pages(huge), Some(range(0, 2 << 20)));
+        assert_eq!(range(0x1000, 4 << 20).whole_pages(huge), Some(range(2 << 20, 2 << 20)));
+        assert_eq!(range(0x1000, 2 << 20).whole_pages(huge), None);
+        assert_eq!(range(u64::MAX - 10, 10).whole_pages(huge), None);
+    }
+
+    #[test]
+    fn a_huge_page_goes_when_its_last_part_is_given_and_only_once() {
+        let huge = 2 << 20;
+        let mut bits = PartlyGiven::new(Bytes(3 * huge), Bytes(huge));
+        assert_eq!(bits.give(range(0, huge - 0x1000)), []);
+        assert_eq!(bits.give(range(0, huge - 0x1000)), []);
+        assert_eq!(bits.give(range(huge - 0x1000, 0x1000)), [range(0, huge)]);
+        assert_eq!(bits.give(range(0, huge)), []);
+        assert_eq!(bits.give(range(0, 3 * huge)), [range(huge, 2 * huge)]);
+        bits.take_back(range(huge, 0x1000));
+        assert_eq!(bits.give(range(huge, 0x1000)), [range(huge, huge)]);
+        bits.clear();
+        assert_eq!(bits.give(range(0x1000, huge)), []);
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_hold_each_page_once_and_nothing_else(mut pfns in vec(prop_oneof![0u32..64, any::<u32>()], 0..200)) {
+            let given: BTreeSet<u64> = pfns.iter().map(|pfn| u64::from(*pfn)).collect();
+            let ranges: Vec<_> = of_pages(&mut pfns).collect();
+            prop_assert_eq!(pages_of(&ranges), given);
+            for pair in ranges.windows(2) {
+                prop_assert!(pair[0].end() < pair[1].start.0, "not merged or not sorted");
+            }
+        }
+
+        #[test]
+        fn clamped_ranges_lie_in_both(a in any::<[u64; 2]>(), b in any::<[u64; 2]>(), shift in 12u32..31) {
+            let (a, b) = (range(a[0], a[1]), range(b[0], b[1]));
+            if let Some(both) = a.within(&b) {
+                prop_assert!(both.start >= a.start && both.start >= b.start);
+                prop_assert!(both.end() <= a.end() && both.end() <= b.end());
+            }
+            if let Some(whole) = a.whole_pages(Bytes(1 << shift)) {
+                prop_assert!(whole.start >= a.start && whole.end() <= a.end());
+                prop_assert_eq!((whole.start.0 | whole.len.0) & ((1 << shift) - 1), 0);
+            }
+        }
+
+        /// Against the plain model: a set of pages.
+        #[test]
+        fn a_huge_page_goes_only_when_all_of_it_is_given(
+            steps in vec((any::<bool>(), 0u64..40, 1u64..12), 1..100),
+        ) {
+            // Huge pages of 8 pages, and a tail that is none.
+            let (huge, pages) = (8 * PAGE_SIZE, 36);
+            let mut bits = PartlyGiven::new(Bytes(pages * PAGE_SIZE), Bytes(huge));
+            let mut model = BTreeSet::new();
+            for (give, first, count) in steps {
+                let step = range(first * PAGE_SIZE, count * PAGE_SIZE);
+                let before = model.clone();
+                let touched: BTreeSet<u64> = (first..first + count).filter(|page| *page < pages).collect();
+                if !give {
+                    bits.take_back(step);
+                    model.retain(|page| !touched.contains(page));
+                    continue;
+                }
+                model.extend(&touched);
+                let is_whole = |pages: &BTreeSet<u64>, at: u64| (8 * at..8 * at + 8).all(|page| pages.contains(&page));
+                let expected: BTreeSet<u64> = (0..pages / 8)
+                    .filter(|at| is_whole(&model, *at) && !is_whole(&before, *at))
+                    .flat_map(|at| 8 * at..8 * at + 8)
+                    .collect();
+                prop_assert_eq!(pages_of(&bits.give(step)), expected);
+            }
+        }
     }
 }

@@ -45,7 +45,11 @@ const STATISTICS: usize = 2;
 /// drivers that count as section 5.5.2 does.
 const QUEUE_SIZES: [u16; 5] = [128, 128, 16, 128, 128];
 
+/// Of page numbers or statistics in one event.
 const BUDGET: Budget = Budget { chains: 64, bytes: MOST_PAGES * 4 };
+
+/// Of reported memory, which costs by the buffer rather than by the byte.
+const REPORTING_BUDGET: Budget = Budget { chains: 16, bytes: 1 << 30 };
 
 /// num_pages and actual (section 5.5.4).
 const CONFIG_SIZE: usize = 8;
@@ -141,7 +145,7 @@ impl Balloon {
                 let statistics = &mut self.statistics;
                 serve(active, index, faults, BUDGET, |memory, chain| statistics.take(memory, chain))
             }
-            Role::Reporting => serve(active, index, faults, BUDGET, |_, chain| {
+            Role::Reporting => serve(active, index, faults, REPORTING_BUDGET, |_, chain| {
                 let Some(reported) = reporting::drop_reported(chain, discard) else {
                     return Verdict::Malformed;
                 };

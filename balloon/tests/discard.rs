@@ -1,0 +1,229 @@
+//! Memory really goes back to the host, for each backing, and nothing else does.
+
+use std::fs;
+use std::io;
+use std::ptr;
+
+use balloon::discard::{Backing, Discard, Region};
+use balloon::ranges::Range;
+use balloon::units::{Bytes, PAGE_SIZE};
+use vm_memory::GuestAddress;
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Beyond zero, so that a mix-up of guest and host addresses shows.
+const GUEST: u64 = 1 << 30;
+
+/// A mapping of its own, full of ones.
+struct Mapping {
+    at: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    fn new(len: usize, flags: libc::c_int, file: libc::c_int) -> io::Result<Self> {
+        let read_write = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let at = unsafe { libc::mmap(ptr::null_mut(), len, read_write, flags, file, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mapping = Self { at: at.cast(), len };
+        // SAFETY: all of a fresh mapping.
+        unsafe { ptr::write_bytes(mapping.at, 1, len) };
+        Ok(mapping)
+    }
+
+    fn anonymous(len: usize) -> Self {
+        Self::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1).unwrap()
+    }
+
+    /// Bytes of the file `memfd` that the host holds pages for.
+    fn held(memfd: libc::c_int) -> u64 {
+        // SAFETY: a struct of plain numbers.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: fstat fills the struct.
+        assert_eq!(unsafe { libc::fstat(memfd, &mut stat) }, 0);
+        stat.st_blocks as u64 * 512
+    }
+
+    fn discard(&self, backing: Backing) -> Discard {
+        let region =
+            Region { guest: GuestAddress(GUEST), host: self.at, len: Bytes(self.len as u64), backing };
+        // SAFETY: the mapping outlives every test's discard and is read by pointer alone.
+        unsafe { Discard::new(vec![region]) }
+    }
+
+    /// Which pages the host holds memory for (`mincore(2)`).
+    fn resident(&self) -> Vec<bool> {
+        let mut pages = vec![0u8; self.len / PAGE];
+        // SAFETY: one byte of answer for each page of the mapping.
+        assert_eq!(unsafe { libc::mincore(self.at.cast(), self.len, pages.as_mut_ptr()) }, 0);
+        pages.iter().map(|page| page & 1 != 0).collect()
+    }
+
+    fn byte(&self, at: usize) -> u8 {
+        assert!(at < self.len);
+        // SAFETY: inside the mapping.
+        unsafe { self.at.add(at).read_volatile() }
+    }
+
+    /// Which pages of `size` bytes hold ones; reading brings dropped ones back as zeros.
+    fn ones(&self, size: usize) -> Vec<bool> {
+        (0..self.len / size).map(|page| self.byte(page * size) == 1).collect()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`.
+        unsafe { libc::munmap(self.at.cast(), self.len) };
+    }
+}
+
+fn memfd(len: usize, flags: libc::c_uint) -> io::Result<libc::c_int> {
+    // SAFETY: a name that ends in zero.
+    let file = unsafe { libc::memfd_create(c"ballast-test".as_ptr(), flags) };
+    // SAFETY: no pointers.
+    if file < 0 || unsafe { libc::ftruncate(file, len as libc::off_t) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+fn pfns(pages: &[u64]) -> Vec<u32> {
+    pages.iter().map(|page| (GUEST / PAGE_SIZE + page) as u32).collect()
+}
+
+#[test]
+fn anonymous_pages_go_and_their_neighbours_stay() {
+    let mapping = Mapping::anonymous(8 * PAGE);
+    let mut discard = mapping.discard(Backing::Anonymous);
+    // Out of order, twice, behind the region, below it, and nowhere.
+    let mut given = pfns(&[5, 2, 3, 3, 8]);
+    given.extend([0, (GUEST / PAGE_SIZE) as u32 - 1, u32::MAX]);
+    assert_eq!(discard.give_up(&mut given), Bytes(3 * PAGE_SIZE));
+    let left = [true, true, false, false, true, false, true, true];
+    assert_eq!(mapping.resident(), left);
+    assert_eq!(mapping.ones(PAGE), left);
+    let done = discard.done();
+    assert_eq!((done.bytes, done.ranges, done.calls, done.failures), (Bytes(3 * PAGE_SIZE), 2, 2, 0));
+}
+
+#[test]
+fn shared_pages_leave_the_file_too() {
+    let file = memfd(8 * PAGE, 0).unwrap();
+    let mapping = Mapping::new(8 * PAGE, libc::MAP_SHARED, file).unwrap();
+    let before = Mapping::held(file);
+    assert_eq!(before, 8 * PAGE_SIZE);
+    let mut discard = mapping.discard(Backing::SharedMemfd);
+    discard.give_up(&mut pfns(&[0, 1, 6]));
+    assert_eq!(discard.done().failures, 0);
+    assert_eq!(before - Mapping::held(file), 3 * PAGE_SIZE);
+    assert_eq!(mapping.ones(PAGE), [false, false, true, true, true, true, false, true]);
+}
+
+#[test]
+fn reported_memory_goes_whole_pages_only() {
+    let mapping = Mapping::anonymous(8 * PAGE);
+    let mut discard = mapping.discard(Backing::Anonymous);
+    let range = |start: u64, len: u64| Range { start: GuestAddress(GUEST + start), len: Bytes(len) };
+    let mut free =
+        [range(5 * PAGE_SIZE - 1, PAGE_SIZE + 2), range(PAGE_SIZE, 10), range(PAGE_SIZE + 10, 5000)];
+    discard.drop_free(&mut free);
+    assert_eq!(mapping.ones(PAGE), [true, false, true, true, true, false, true, true]);
+    let mut beyond =
+        [range(7 * PAGE_SIZE, u64::MAX / 2), Range { start: GuestAddress(0), len: Bytes(GUEST) }];
+    assert_eq!(discard.drop_free(&mut beyond), Bytes(PAGE_SIZE));
+    assert_eq!(mapping.ones(PAGE), [true, false, true, true, true, false, true, false]);
+}
+
+#[test]
+fn what_the_host_refuses_is_counted() {
+    // MADV_REMOVE works on shared mappings only: claim that this private one is such.
+    let private = Mapping::anonymous(PAGE);
+    let mut discard = private.discard(Backing::SharedMemfd);
+    discard.give_up(&mut pfns(&[0]));
+    assert_eq!((discard.done().failures, discard.done().bytes), (1, Bytes::ZERO));
+    assert_eq!(private.byte(0), 1);
+}
+
+const HUGE: usize = 2 << 20;
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Huge pages for one test, given back to the host afterwards.
+struct Pool(u64);
+
+impl Pool {
+    fn count() -> Option<u64> {
+        fs::read_to_string(POOL).ok()?.trim().parse().ok()
+    }
+
+    /// `None`, with a loud word, where this host has none to give.
+    fn reserve(pages: u64) -> Option<Self> {
+        let before = Self::count();
+        let wanted = before.unwrap_or(0) + pages;
+        let _ = fs::write(POOL, wanted.to_string());
+        if before.is_some() && Self::count() >= Some(wanted) {
+            return before.map(Self);
+        }
+        eprintln!("SKIPPED: no {pages} huge pages to be had from {POOL} (needs root and free memory)");
+        if let Some(before) = before {
+            let _ = fs::write(POOL, before.to_string());
+        }
+        None
+    }
+
+    fn free() -> u64 {
+        let free = fs::read_to_string(POOL.replace("nr_", "free_")).unwrap();
+        free.trim().parse().unwrap()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = fs::write(POOL, self.0.to_string());
+    }
+}
+
+/// Gives huge page 1 of 3 in two parts, then takes a piece of it back and gives that again.
+fn huge_pages_go_whole(mapping: &Mapping, shared: bool) {
+    let mut discard = mapping.discard(Backing::Hugetlb { shared, page: Bytes(HUGE as u64) });
+    let per_huge = (HUGE / PAGE) as u64;
+    let free = Pool::free();
+    discard.give_up(&mut pfns(&(per_huge..2 * per_huge - 1).collect::<Vec<_>>()));
+    assert_eq!((discard.done().calls, Pool::free()), (0, free), "a part of a huge page went");
+    discard.give_up(&mut pfns(&[2 * per_huge - 1]));
+    let done = discard.done();
+    assert_eq!((done.bytes, done.calls, done.failures), (Bytes(HUGE as u64), 1, 0));
+    assert_eq!(Pool::free(), free + 1);
+    assert_eq!(mapping.ones(HUGE), [true, false, true]);
+
+    discard.take_back(&mut pfns(&[per_huge + 7]));
+    discard.give_up(&mut pfns(&[per_huge + 8]));
+    assert_eq!(discard.done().calls, 1);
+    discard.give_up(&mut pfns(&[per_huge + 7]));
+    assert_eq!(discard.done().calls, 2);
+
+    // Reported memory: only the page that is reported as a whole.
+    let start = GuestAddress(GUEST + 2 * HUGE as u64 - PAGE_SIZE);
+    discard.drop_free(&mut [Range { start, len: Bytes(HUGE as u64 + PAGE_SIZE) }]);
+    discard.drop_free(&mut [Range { start: GuestAddress(GUEST), len: Bytes(HUGE as u64 - PAGE_SIZE) }]);
+    assert_eq!(discard.done().failures, 0);
+    assert_eq!(mapping.ones(HUGE), [true, false, false]);
+}
+
+/// One test, as the pool is one for the whole host.
+#[test]
+fn huge_pages_go_back_to_the_pool_whole() {
+    let Some(_pool) = Pool::reserve(3) else { return };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    let private = Mapping::new(3 * HUGE, flags, -1).unwrap();
+    huge_pages_go_whole(&private, false);
+    drop(private);
+    let file = memfd(3 * HUGE, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB).unwrap();
+    let shared = Mapping::new(3 * HUGE, libc::MAP_SHARED, file).unwrap();
+    huge_pages_go_whole(&shared, true);
+    drop(shared);
+    // SAFETY: ours, and closed once.
+    unsafe { libc::close(file) };
+}
