@@ -52,10 +52,13 @@ impl Buses {
     /// repeated accesses (`rep ins`): one after the other, each at the same port.
     pub fn read_port(&self, port: u16, data: &mut [u8]) {
         self.exits.ports.fetch_add(1, Ordering::Relaxed);
+        if self.devices.pio_device(PioAddress(port)).is_none() {
+            data.fill(NOTHING);
+            return self.unclaimed_port(port);
+        }
         for byte in data.chunks_mut(1) {
             if self.devices.pio_read(PioAddress(port), byte).is_err() {
                 byte.fill(NOTHING);
-                self.unclaimed_port(port);
             }
         }
     }
@@ -63,10 +66,12 @@ impl Buses {
     /// A port is written; more bytes than one as in [`read_port`](Self::read_port).
     pub fn write_port(&self, port: u16, data: &[u8]) {
         self.exits.ports.fetch_add(1, Ordering::Relaxed);
+        if self.devices.pio_device(PioAddress(port)).is_none() {
+            return self.unclaimed_port(port);
+        }
         for byte in data.chunks(1) {
-            if self.devices.pio_write(PioAddress(port), byte).is_err() {
-                self.unclaimed_port(port);
-            }
+            // A device is there, and one byte fits into any range.
+            let _ = self.devices.pio_write(PioAddress(port), byte);
         }
     }
 

@@ -13,7 +13,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::api;
 use crate::boot::kernel::{self, Entry, Files, KernelError};
-use crate::boot::{acpi, layout, registers};
+use crate::boot::{acpi, layout, registers, reset};
 use crate::bus::{Buses, EndPorts};
 use crate::config::{Backing, Config};
 use crate::console::{Console, ConsoleError};
@@ -129,6 +129,7 @@ impl Machine {
         let rng = wiring.virtio(Box::new(Rng::new()))?;
         let (buses, slots) = wiring.finish();
         acpi::write(ram.guest(), config.cpus, &slots)?;
+        reset::write(ram.guest())?;
 
         let buses = Arc::new(buses);
         let vcpus = create_vcpus(&kvm_fd, &vm, &config, &ram, entry)?;

@@ -1,6 +1,6 @@
 //! Guest memory: mapped lazily, of the kind that the user chose, and measured.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
@@ -13,6 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::boot::layout;
 use crate::config::{Backing, MemoryOptions};
+use crate::host::HugePages;
 
 /// Mappings start at such an address, so that the host can use huge pages from the first byte on.
 const ALIGNMENT: Bytes = Bytes::mib(2);
@@ -208,15 +209,8 @@ fn check_huge_pages(size: Bytes) -> Result<(), MemoryError> {
     if !size.0.is_multiple_of(ALIGNMENT.0) {
         return Err(MemoryError::HugePageSize(size));
     }
-    let read = |name| -> u64 {
-        fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"))
-            .ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(0)
-    };
     let needed = size.0 / ALIGNMENT.0;
-    // Reserved pages are promised to mappings that have not touched them yet.
-    let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
+    let free = HugePages::look().free;
     if free < needed { Err(MemoryError::HugePages { needed, free }) } else { Ok(()) }
 }
 
