@@ -1,6 +1,9 @@
 //! Dynamic memory over one host.
 //!
-//! [`policy`] decides, [`driver`] asks VMs and tells them.
+//! [`policy`] decides, [`host`] tells what there is, [`driver`] asks VMs and tells
+//! them, and [`daemon`] does all of it once a second.
 
+pub mod daemon;
 pub mod driver;
+pub mod host;
 pub mod policy;

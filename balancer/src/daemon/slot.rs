@@ -1,0 +1,259 @@
+//! One VM as the daemon knows it: its client, what it said, what was said about it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use balloon::status::{MemoryStatus, VmStatus};
+use balloon::units::Bytes;
+use tracing::{info, warn};
+
+use super::complaint::Complaint;
+use super::roster::Incarnation;
+use super::state::{MemoryView, VmView};
+use crate::driver::ballast::{Client, Error};
+use crate::policy::guards::Standing;
+use crate::policy::reason::Reason;
+use crate::policy::{Said, Vm};
+
+/// What a VM was asked, and what came back.
+pub enum Outcome {
+    /// What it is (asked at first sight and after an error) and how its memory stands.
+    Polled(Result<(Option<VmStatus>, Box<MemoryStatus>), Error>),
+    /// Whether it took a new target.
+    Told(Reason, Result<(), Error>),
+}
+
+/// Asks a VM how it is.
+pub async fn poll(client: &mut Client, introduce: bool) -> Outcome {
+    Outcome::Polled(ask(client, introduce).await)
+}
+
+async fn ask(client: &mut Client, introduce: bool) -> Result<(Option<VmStatus>, Box<MemoryStatus>), Error> {
+    let status = if introduce { Some(client.status().await?) } else { None };
+    Ok((status, Box::new(client.memory().await?)))
+}
+
+/// One VM.
+pub struct Slot {
+    /// Its name.
+    pub name: String,
+    /// Which socket of that name this is.
+    pub incarnation: Incarnation,
+    /// `None` while a request is under way.
+    pub client: Option<Client>,
+    /// What the policy knows; `None` until it first answered.
+    pub vm: Option<Vm>,
+    /// Whether the next poll asks what it is.
+    pub introduce: bool,
+    /// Nobody listens: its process has ended.
+    pub gone: bool,
+    id: u64,
+    pid: Option<u32>,
+    started: Duration,
+    answered: Option<Duration>,
+    errs: bool,
+    heard: Option<(Duration, Bytes)>,
+    trouble: Complaint,
+    silence: Complaint,
+    last_reason: Option<Reason>,
+    grows: u64,
+    shrinks: u64,
+    errors: u64,
+}
+
+impl Slot {
+    /// A socket that was just found.
+    pub fn new(id: u64, name: String, socket: PathBuf, incarnation: Incarnation, timeout: Duration) -> Self {
+        Self {
+            id,
+            name,
+            incarnation,
+            client: Some(Client::new(socket).with_timeout(timeout)),
+            vm: None,
+            introduce: true,
+            gone: false,
+            pid: None,
+            started: Duration::ZERO,
+            answered: None,
+            errs: false,
+            heard: None,
+            trouble: Complaint::default(),
+            silence: Complaint::default(),
+            last_reason: None,
+            grows: 0,
+            shrinks: 0,
+            errors: 0,
+        }
+    }
+
+    /// Takes in what came back.
+    pub fn take(&mut self, now: Duration, outcome: Outcome) {
+        match outcome {
+            Outcome::Polled(Ok((status, memory))) => self.answered(now, status, &memory),
+            Outcome::Polled(Err(error)) => self.failed(now, &error),
+            Outcome::Told(reason, Ok(())) => self.took(&reason),
+            Outcome::Told(reason, Err(error)) => {
+                // A refusal changed nothing; after any other error either target may hold,
+                // and the larger stays charged until the VM says which.
+                if let (Error::Refused { .. }, Some(vm)) = (&error, &mut self.vm) {
+                    vm.said.target = reason.old;
+                }
+                self.failed(now, &error);
+            }
+        }
+    }
+
+    fn answered(&mut self, now: Duration, status: Option<VmStatus>, memory: &MemoryStatus) {
+        let name = &self.name;
+        if let Some(status) = status {
+            if self.pid.is_some_and(|pid| pid != status.pid) {
+                info!(vm = name, pid = status.pid, "{name} was started anew");
+                self.vm = None;
+            }
+            self.pid = Some(status.pid);
+            self.started = now.saturating_sub(Duration::from_millis(status.uptime_ms));
+            self.introduce = false;
+        }
+        if std::mem::take(&mut self.gone) | self.trouble.end() {
+            info!(vm = name, "{name} answers again");
+        }
+        let said = Said::from(memory);
+        self.heard = said.spare;
+        self.answered = Some(now);
+        self.errs = false;
+        let uptime = now.saturating_sub(self.started);
+        match &mut self.vm {
+            Some(vm) => vm.said = said,
+            None => {
+                info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
+                self.vm = Some(Vm::new(self.id, uptime, said));
+            }
+        }
+    }
+
+    fn failed(&mut self, now: Duration, error: &Error) {
+        self.introduce = true;
+        self.errs = true;
+        let name = &self.name;
+        if matches!(error, Error::NoSuchVm { .. }) {
+            if !std::mem::replace(&mut self.gone, true) && self.answered.is_some() {
+                info!(vm = name, "{name} has ended");
+            }
+            self.vm = None;
+            self.pid = None;
+            self.trouble.end();
+            return;
+        }
+        self.errors += 1;
+        let kind = match error {
+            Error::NoSuchVm { .. } => "gone",
+            Error::NotAllowed { .. } => "not-allowed",
+            Error::NotAnswering { .. } => "not-answering",
+            Error::HungUp { .. } => "hung-up",
+            Error::Nonsense { .. } => "nonsense",
+            Error::Refused { .. } => "refused",
+        };
+        if self.trouble.is_due(now, kind) {
+            match &self.vm {
+                Some(vm) => {
+                    let charge = vm.said.target.max(vm.said.actual);
+                    warn!(vm = name, kind, "{name} is left as it is, charged {charge}: {error}");
+                }
+                None => warn!(vm = name, kind, "{name} is left out, and what it holds is unknown: {error}"),
+            }
+        }
+    }
+
+    fn took(&mut self, reason: &Reason) {
+        let name = &self.name;
+        info!(vm = name, rule = ?reason.rule, "{name}: {reason}");
+        if let Some(vm) = &mut self.vm {
+            vm.said.target = reason.new;
+        }
+        self.last_reason = Some(*reason);
+        if reason.new > reason.old {
+            self.grows += 1;
+        } else if reason.new < reason.old {
+            self.shrinks += 1;
+        }
+    }
+
+    /// Hands the VM over for a round's decision, with its news as old as it is by now.
+    pub fn lend(&mut self, now: Duration, patience: Duration) -> Option<Vm> {
+        let mut vm = self.vm.take()?;
+        let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
+        vm.uptime = now.saturating_sub(self.started);
+        vm.answers = !self.errs && silent <= patience;
+        vm.said.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
+        Some(vm)
+    }
+
+    /// Takes the VM back, and says what the round found wrong with its guest.
+    pub fn settle(&mut self, now: Duration, vm: Vm) {
+        let name = &self.name;
+        let trouble = match vm.standing() {
+            Standing::Stale => Some("stale"),
+            Standing::NoDriver => Some("no-driver"),
+            Standing::Stuck => Some("stuck"),
+            // Of these the log has another line, or none is due.
+            Standing::Following | Standing::Static | Standing::Booting | Standing::NotAnswering => None,
+        };
+        match trouble {
+            None => {
+                if vm.standing() == Standing::Following && self.silence.end() {
+                    info!(vm = name, "{name} reports and follows again");
+                }
+            }
+            Some(kind) if self.silence.is_due(now, kind) => match (vm.standing(), vm.said.spare) {
+                (Standing::NoDriver, _) => warn!(
+                    vm = name,
+                    "no balloon driver runs in {name}: it is charged its full {}",
+                    vm.charge()
+                ),
+                (Standing::Stuck, _) => warn!(
+                    vm = name,
+                    "{name} does not give up what it was asked for: it keeps {} and is left alone for a while",
+                    vm.said.actual
+                ),
+                (_, Some((age, _))) => warn!(
+                    vm = name,
+                    "no reports from {name} since {} s ago: it is not shrunk until its guest reports again",
+                    age.as_secs()
+                ),
+                (_, None) => {
+                    warn!(vm = name, "no reports from {name} ever: it is not shrunk until its guest reports")
+                }
+            },
+            Some(_) => {}
+        }
+        self.vm = Some(vm);
+    }
+
+    /// How it is shown.
+    pub fn view(&self) -> VmView {
+        let memory = self.vm.as_ref().map(|vm| MemoryView {
+            limits: vm.said.limits,
+            used: vm.used(),
+            demand: vm.demand(),
+            entitlement: vm.entitlement(),
+            target: vm.said.target,
+            actual: vm.said.actual,
+            host_rss: vm.said.host_rss,
+            charge: vm.charge(),
+        });
+        VmView {
+            name: self.name.clone(),
+            standing: self.vm.as_ref().map_or(Standing::NotAnswering, Vm::standing),
+            memory,
+            report_age_ms: self
+                .vm
+                .as_ref()
+                .and_then(|vm| vm.said.spare)
+                .map(|(age, _)| age.as_millis() as u64),
+            last_reason: self.last_reason,
+            grows: self.grows,
+            shrinks: self.shrinks,
+            errors: self.errors,
+        }
+    }
+}

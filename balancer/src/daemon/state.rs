@@ -1,0 +1,103 @@
+//! What the daemon tells about itself: `GET /state`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use balloon::limits::Limits;
+use balloon::units::Bytes;
+use serde::Serialize;
+
+use crate::policy::guards::Standing;
+use crate::policy::host_state::HostState;
+use crate::policy::reason::Reason;
+
+/// The host and every VM at the end of a round.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct State {
+    /// Rounds since the daemon started.
+    pub rounds: u64,
+    /// The host.
+    pub host: HostView,
+    /// The VMs, by name.
+    pub vms: Vec<VmView>,
+}
+
+/// The host's side.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct HostView {
+    /// `MemTotal`.
+    pub total: Bytes,
+    /// `MemAvailable`.
+    pub available: Bytes,
+    /// What all VMs together may hold.
+    pub budget: Bytes,
+    /// What they may hold as things stand.
+    pub charged: Bytes,
+    /// What is left of the budget.
+    pub free: Bytes,
+    /// How far they are over it.
+    pub over: Bytes,
+    /// What VMs are entitled to and was not there to give.
+    pub unserved: Bytes,
+    /// How short the host is.
+    pub state: HostState,
+    /// Rounds in which VMs were charged more than the budget.
+    pub rounds_over_budget: u64,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Serialize)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// How it stands.
+    pub standing: Standing,
+    /// What it said of itself; absent where it never answered.
+    pub memory: Option<MemoryView>,
+    /// Milliseconds since the guest's last report reached the VM.
+    pub report_age_ms: Option<u64>,
+    /// The last decision about it.
+    pub last_reason: Option<Reason>,
+    /// Targets raised.
+    pub grows: u64,
+    /// Targets lowered.
+    pub shrinks: u64,
+    /// Requests that it did not answer as it should.
+    pub errors: u64,
+}
+
+/// The memory of one VM.
+#[derive(Clone, Debug, Serialize)]
+pub struct MemoryView {
+    /// What the administrator set.
+    pub limits: Limits,
+    /// What the guest uses, as far as it ever said.
+    pub used: Option<Bytes>,
+    /// Its use with its buffer.
+    pub demand: Bytes,
+    /// What it may have now.
+    pub entitlement: Bytes,
+    /// What it is asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// What the host holds for it.
+    pub host_rss: Bytes,
+    /// What it is charged.
+    pub charge: Bytes,
+}
+
+/// The last [`State`], for whoever asks while the next round runs.
+#[derive(Clone, Debug, Default)]
+pub struct Shared(Arc<Mutex<Arc<State>>>);
+
+impl Shared {
+    /// The last one.
+    pub fn get(&self) -> Arc<State> {
+        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts a newer one in its place.
+    pub fn set(&self, state: State) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+    }
+}
