@@ -176,3 +176,48 @@ fn an_available_index_past_the_ring_needs_a_reset_and_says_so() {
     guest.send(0, 0);
     assert_eq!(guest.used(0), [(0, 64)]);
 }
+
+/// What the device asks of the driver's notifications, once it is quiet.
+#[test]
+fn an_idle_device_asks_for_the_next_notification() {
+    let mut guest = guest();
+    // Events wrap around the ring, whose size is 64.
+    guest.start(0);
+    guest.describe(0, 0, BUFFERS, 16, VRING_DESC_F_WRITE, 0);
+    let used = guest.rings(0).used;
+    let avail_event = GuestAddress(used + 4 + 8 * u64::from(guest.size(0)));
+    for sent in 1..200u16 {
+        guest.send(0, 0);
+        let asked: u16 = guest.ram.memory.read_obj(avail_event).unwrap();
+        assert_eq!(u16::from_le(asked), sent);
+    }
+    assert_eq!(guest.used(0).last(), Some(&(0, 16)));
+
+    guest.start(1 << VIRTIO_RING_F_EVENT_IDX);
+    guest.describe(0, 0, BUFFERS, 16, VRING_DESC_F_WRITE, 0);
+    for _ in 0..3 {
+        guest.send(0, 0);
+        let flags: u16 = guest.ram.memory.read_obj(GuestAddress(used)).unwrap();
+        assert_eq!(flags, 0, "notifications stay off");
+    }
+}
+
+/// Far more than the ring holds, with many in flight, as busy drivers do.
+#[test]
+fn rings_wrap_around() {
+    let mut guest = guest();
+    guest.start(0);
+    let size = guest.size(0);
+    for head in 0..size {
+        guest.describe(0, head, BUFFERS + 64 * u64::from(head), 64, VRING_DESC_F_WRITE, 0);
+    }
+    for round in 0..u16::MAX / size + 3 {
+        for head in 0..size {
+            guest.offer(0, head);
+        }
+        guest.notify(0);
+        let expected: Vec<_> = (0..u32::from(size)).map(|head| (head, 64)).collect();
+        assert_eq!(guest.used(0), expected, "round {round}");
+    }
+    assert_eq!(guest.status(), RUNNING);
+}
