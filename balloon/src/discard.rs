@@ -1,9 +1,10 @@
 //! Gives guest memory back to the host: one policy for each kind of backing.
 
-use std::io;
-
 use vm_memory::GuestAddress;
 
+pub use crate::advise::Discarded;
+
+use crate::advise::Batch;
 use crate::ranges::{self, PartlyGiven, Range};
 use crate::units::{Bytes, PAGE_SIZE};
 
@@ -55,19 +56,6 @@ pub struct Region {
     pub backing: Backing,
 }
 
-/// What discards have done so far; monotonic.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Discarded {
-    /// Memory that went back to the host.
-    pub bytes: Bytes,
-    /// Merged ranges it was in.
-    pub ranges: u64,
-    /// System calls it took.
-    pub calls: u64,
-    /// Ranges that the host refused to take.
-    pub failures: u64,
-}
-
 struct Mapped {
     region: Region,
     range: Range,
@@ -88,7 +76,7 @@ impl Mapped {
 /// Gives memory of one guest back to the host.
 pub struct Discard {
     regions: Vec<Mapped>,
-    done: Discarded,
+    batch: Batch,
 }
 
 // SAFETY: the pointers in it are addresses of guest memory for madvise, which any thread may call.
@@ -103,12 +91,12 @@ impl Discard {
     /// memory that may change at any time, never through references: their
     /// content turns to zeros when the guest gives it up.
     pub unsafe fn new(regions: Vec<Region>) -> Self {
-        Self { regions: regions.into_iter().map(Mapped::new).collect(), done: Discarded::default() }
+        Self { regions: regions.into_iter().map(Mapped::new).collect(), batch: Batch::new() }
     }
 
     /// What discards have done so far.
     pub fn done(&self) -> Discarded {
-        self.done
+        self.batch.done()
     }
 
     /// The guest has put the pages `pfns` (of 4 KiB) into its balloon. Returns
@@ -120,19 +108,20 @@ impl Discard {
                 let Some(part) = range.within(&mapped.range) else { continue };
                 given += part.len;
                 match &mut mapped.partly_given {
-                    None => discard(&mapped.region, &mapped.range, part, &mut self.done),
+                    None => discard(&mapped.region, &mapped.range, part, &mut self.batch),
                     Some(bits) => {
                         let from_start =
                             Range { start: GuestAddress(part.offset_in(&mapped.range)), len: part.len };
                         for huge in bits.give(from_start) {
                             let start = GuestAddress(huge.start.0.saturating_add(mapped.range.start.0));
                             let whole = Range { start, len: huge.len };
-                            discard(&mapped.region, &mapped.range, whole, &mut self.done);
+                            discard(&mapped.region, &mapped.range, whole, &mut self.batch);
                         }
                     }
                 }
             }
         }
+        self.batch.flush();
         given
     }
 
@@ -173,31 +162,20 @@ impl Discard {
                 let Some(part) = range.within(&mapped.range) else { continue };
                 reported += part.len;
                 if let Some(whole) = part.whole_pages(mapped.region.backing.page()) {
-                    discard(&mapped.region, &mapped.range, whole, &mut self.done);
+                    discard(&mapped.region, &mapped.range, whole, &mut self.batch);
                 }
             }
         }
+        self.batch.flush();
         reported
     }
 }
 
-/// Gives `part`, whole host pages inside `range`, back to the host.
-fn discard(region: &Region, range: &Range, part: Range, done: &mut Discarded) {
+/// Puts `part`, whole host pages inside `range`, down to go back to the host.
+fn discard(region: &Region, range: &Range, part: Range, batch: &mut Batch) {
     let (Ok(offset), Ok(len)) = (usize::try_from(part.offset_in(range)), usize::try_from(part.len.0)) else {
         return;
     };
-    done.ranges += 1;
-    done.calls += 1;
     // SAFETY: `part` lies in `range`, which is the region that `Discard::new`'s caller vouches for.
-    let result = unsafe { libc::madvise(region.host.add(offset).cast(), len, region.backing.advice()) };
-    if result == 0 {
-        done.bytes += part.len;
-        return;
-    }
-    done.failures += 1;
-    // The first tells the administrator; a guest must not be able to fill a log.
-    if done.failures == 1 {
-        let error = io::Error::last_os_error();
-        tracing::warn!("the host did not take {} of guest memory back: {error}", part.len);
-    }
+    unsafe { batch.push(region.host.add(offset), len, region.backing.advice()) };
 }

@@ -5,6 +5,8 @@
 //! move memory between the guest and the host.
 
 #[cfg(feature = "device")]
+mod advise;
+#[cfg(feature = "device")]
 pub mod device;
 #[cfg(feature = "device")]
 pub mod discard;

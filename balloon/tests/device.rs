@@ -322,7 +322,7 @@ fn reported_pages_leave_the_host() {
         let expected: Vec<u64> = (0..64).filter(|page| !(8..24).contains(page) && *page != 33).collect();
         assert_eq!(left, expected, "queue {queue}");
         let counters = handle.counters();
-        assert_eq!((counters.discarded, counters.discard_calls), (Bytes(17 * PAGE_SIZE), 2));
+        assert_eq!((counters.discarded, counters.discard_ranges), (Bytes(17 * PAGE_SIZE), 2));
         assert_eq!(counters.reported, Bytes(17 * PAGE_SIZE + 2));
         // Memory to read is no report.
         guest.describe(queue, 0, HIGH, PAGE_SIZE as u32, 0, 0);

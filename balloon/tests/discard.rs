@@ -106,7 +106,8 @@ fn anonymous_pages_go_and_their_neighbours_stay() {
     assert_eq!(mapping.resident(), left);
     assert_eq!(mapping.ones(PAGE), left);
     let done = discard.done();
-    assert_eq!((done.bytes, done.ranges, done.calls, done.failures), (Bytes(3 * PAGE_SIZE), 2, 2, 0));
+    assert_eq!((done.bytes, done.ranges, done.failures), (Bytes(3 * PAGE_SIZE), 2, 0));
+    assert!((1..=2).contains(&done.calls));
 }
 
 #[test]
