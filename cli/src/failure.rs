@@ -3,8 +3,10 @@
 use std::io;
 use std::process::ExitCode;
 
+use balancer::daemon::DaemonError;
 use balloon::runtime::RuntimeError;
-use vmm::exit::{FAILED, USAGE};
+use vmm::exit::{FAILED, HOST_CANNOT, USAGE};
+use vmm::host::HostCannot;
 use vmm::machine::MachineError;
 
 use crate::client;
@@ -55,9 +57,24 @@ impl From<RuntimeError> for Failure {
     }
 }
 
+impl From<HostCannot> for Failure {
+    fn from(error: HostCannot) -> Self {
+        Self { code: HOST_CANNOT, sentence: Some(error.to_string()) }
+    }
+}
+
 impl From<MachineError> for Failure {
     fn from(error: MachineError) -> Self {
         Self { code: error.code(), sentence: Some(error.to_string()) }
+    }
+}
+
+impl From<DaemonError> for Failure {
+    fn from(error: DaemonError) -> Self {
+        match error {
+            DaemonError::Config(_) => Self::usage(error),
+            error => Self::new(error),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 //! One module a subcommand. What a subcommand does is done by the crates below;
 //! here it is only asked for and shown.
 
+mod balancer;
+mod check;
 mod client;
 mod completions;
 mod duration;
@@ -62,12 +64,14 @@ Exit codes:
 
 #[derive(Subcommand)]
 enum Command {
+    Check(check::Args),
     Run(Box<run::Args>),
     Ps(ps::Args),
     Memory(memory::Args),
     Stop(stop::Args),
     Pause(pause::Args),
     Resume(resume::Args),
+    Balancer(balancer::Args),
     Completions(completions::Args),
 }
 
@@ -78,12 +82,14 @@ fn main() -> ExitCode {
     };
     cli.logging.start();
     let result = match cli.command {
+        Command::Check(args) => done(check::run(&args)),
         Command::Run(args) => run::run(*args),
         Command::Ps(args) => done(ps::run(&args)),
         Command::Memory(args) => done(memory::run(&args)),
         Command::Stop(args) => done(stop::run(&args)),
         Command::Pause(args) => done(pause::run(&args)),
         Command::Resume(args) => done(resume::run(&args)),
+        Command::Balancer(args) => done(balancer::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)

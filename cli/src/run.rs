@@ -46,7 +46,7 @@ pub struct Args {
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, allow_hyphen_values = true)]
     cmdline: String,
-    /// Memory: SIZE[,min=SIZE][,max=SIZE][,buffer=PERCENT%][,weight=N]
+    /// Memory: SIZE, then with commas min=SIZE, max=SIZE, buffer=PERCENT%, weight=N
     ///
     /// The guest starts with SIZE. Alone it is static memory, which no balancer touches. With min or
     /// max it is dynamic: a balancer moves it between them, keeps `buffer` percent spare on top of
@@ -128,7 +128,16 @@ impl Args {
 
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let config = args.config()?;
-    let exit = Machine::new(config)?.run()?;
+    let machine = Machine::new(config)?;
+    give_back_heap();
+    let exit = machine.run()?;
     eprintln!("ballast: {exit}");
     Ok(ExitCode::from(exit.code()))
+}
+
+/// Gives the host what reading the command line took on the heap: it would
+/// stay with this VM for its whole life, and with every VM on the host.
+fn give_back_heap() {
+    // SAFETY: releases memory that the allocator itself holds free; it may be called at any time.
+    unsafe { libc::malloc_trim(0) };
 }

@@ -1,7 +1,7 @@
 //! The `ballast` command as a user meets it.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -83,14 +83,24 @@ fn help_teaches() {
     let place = Place::new();
     let whole = place.ballast(&["--help"]);
     assert_eq!(whole.code, Some(0));
-    for word in ["run", "ps", "memory", "stop", "Examples:", "Exit codes:", "BALLAST_RUNTIME_DIR"] {
+    for word in [
+        "check",
+        "run",
+        "ps",
+        "memory",
+        "stop",
+        "balancer",
+        "Examples:",
+        "Exit codes:",
+        "BALLAST_RUNTIME_DIR",
+    ] {
         assert!(whole.out.contains(word), "{word} is missing in {}", whole.out);
     }
     let run = place.ballast(&["run", "--help"]);
     for word in ["min=SIZE", "Ctrl-A x", "10  the guest asked for a reboot", "--hugepages", "Examples:"] {
         assert!(run.out.contains(word), "{word} is missing in {}", run.out);
     }
-    for command in ["memory", "stop", "completions"] {
+    for command in ["check", "memory", "stop", "balancer", "completions"] {
         assert!(place.ballast(&[command, "--help"]).out.contains("ballast "), "{command}");
     }
     let nothing = place.ballast(&[]);
@@ -141,6 +151,65 @@ fn run_says_what_is_missing_before_it_starts() {
     assert!(answer.out.is_empty());
     let left = fs::read_dir(place.path()).unwrap().count();
     assert_eq!(left, 0, "a socket was left behind");
+}
+
+#[test]
+fn check_says_whether_guests_run_here_and_what_to_do() {
+    let place = Place::new();
+    let can_run = host::Host::look().can_run();
+    let table = place.ballast(&["check"]);
+    let json: Value = serde_json::from_str(&place.ballast(&["check", "--json"]).out).unwrap();
+    assert_eq!(json["can_run"], can_run.is_ok());
+    match can_run {
+        Ok(()) => assert_eq!(table.code, Some(0), "{}", table.err),
+        Err(reason) => {
+            assert_eq!(table.code, Some(3));
+            assert!(table.err.contains(&reason.to_string()), "{}", table.err);
+            assert!(table.err.contains("make lab"), "{}", table.err);
+            assert!(table.out.contains("bad "), "{}", table.out);
+        }
+    }
+    for finding in json["findings"].as_array().unwrap() {
+        assert!(table.out.contains(finding["found"].as_str().unwrap()), "{finding} is not in the table");
+        let helped = finding["do"].is_string() || finding["about"] == "kvm";
+        assert!(finding["grade"] == "good" || helped, "nothing to do about {finding}");
+    }
+    assert!(table.out.contains(&place.path().display().to_string()), "{}", table.out);
+}
+
+#[test]
+fn a_balancer_starts_once_says_what_it_does_and_stops_when_asked() {
+    let place = Place::new();
+    for (arguments, word) in [
+        (&["balancer", "--interval", "1ms"][..], "interval"),
+        (&["balancer", "--budget", "0"], "budget"),
+        (&["balancer", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
+        (&["balancer", "--budget", "1G", "--host-reserve", "1G"], "cannot be used with"),
+        (&["balancer", "--metrics", "here"], "--metrics"),
+    ] {
+        let answer = place.ballast(arguments);
+        assert_eq!(answer.code, Some(2), "{}", answer.err);
+        assert!(answer.err.contains(word), "{word} is missing in {}", answer.err);
+    }
+
+    let file = place.path().join("balancer.toml");
+    fs::write(&file, "budget = \"1G\"\ninterval = \"5s\"\n").unwrap();
+    let arguments = ["balancer", "--config", file.to_str().unwrap(), "--interval", "100ms"];
+    let mut first = place.command(&arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(first.stderr.take().unwrap());
+    let mut line = String::new();
+    log.read_line(&mut line).unwrap();
+    assert!(line.contains("budget 1 GiB") && line.contains("every 100 ms"), "{line}");
+
+    let second = place.ballast(&arguments);
+    assert_eq!(second.code, Some(1));
+    assert!(second.err.contains(&format!("process {}", first.id())), "{}", second.err);
+
+    Command::new("kill").args(["-INT", &first.id().to_string()]).status().unwrap();
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(0), "{rest}");
+    assert!(rest.contains("stopped"), "{rest}");
 }
 
 #[test]

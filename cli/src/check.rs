@@ -1,0 +1,207 @@
+//! `ballast check`.
+
+use std::fmt::Write;
+
+use balloon::runtime;
+use serde::Serialize;
+use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
+
+use crate::failure::Failure;
+use crate::output;
+
+/// Say what this host can do for guests, and what to do about what it can't
+#[derive(clap::Args)]
+#[command(after_help = "\
+Exit codes: 0 this host runs guests, 3 it does not.
+
+`good` needs nothing, `hint` could be better, `bad` keeps guests from running. A guest of a few
+instructions is run to see whether the processor itself runs a guest's kernel.")]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    can_run: bool,
+    findings: Vec<Finding>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Grade {
+    Good,
+    Hint,
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Serialize)]
+struct Finding {
+    about: &'static str,
+    grade: Grade,
+    found: String,
+    #[serde(rename = "do", skip_serializing_if = "Option::is_none")]
+    advice: Option<String>,
+}
+
+impl Finding {
+    fn good(about: &'static str, found: impl Into<String>) -> Self {
+        Self { about, grade: Grade::Good, found: found.into(), advice: None }
+    }
+
+    fn hint(about: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { about, grade: Grade::Hint, found: found.into(), advice: Some(advice.into()) }
+    }
+
+    fn bad(about: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { about, grade: Grade::Bad, found: found.into(), advice: Some(advice.into()) }
+    }
+}
+
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let host = Host::look();
+    let mut findings = match &host.kvm {
+        Ok(facts) => kvm(facts),
+        // The sentence says what to do, too.
+        Err(reason) => {
+            vec![Finding { about: "kvm", grade: Grade::Bad, found: reason.to_string(), advice: None }]
+        }
+    };
+    findings.extend(huge_pages(&host.huge_pages));
+    findings.push(directory());
+    let can_run = host.can_run();
+    let report = Report { can_run: can_run.is_ok(), findings };
+    if args.json {
+        output::json(&report)?;
+    } else {
+        output::text(&render(&report.findings))?;
+    }
+    can_run.map_err(Failure::from)
+}
+
+fn kvm(facts: &KvmFacts) -> Vec<Finding> {
+    let module = match facts.vendor {
+        Vendor::Intel => "kvm_intel",
+        _ => "kvm_amd",
+    };
+    vec![vendor(facts), ring0(facts), slat(facts, module), missing(facts), {
+        Finding::good("vcpus", format!("up to {} in one VM", facts.most_vcpus))
+    }]
+}
+
+fn vendor(facts: &KvmFacts) -> Finding {
+    match facts.vendor {
+        Vendor::Intel => Finding::good("kvm", "/dev/kvm opens; Intel VMX, module kvm_intel"),
+        Vendor::Amd => Finding::good("kvm", "/dev/kvm opens; AMD SVM, module kvm_amd"),
+        Vendor::Other => Finding::hint(
+            "kvm",
+            format!(
+                "/dev/kvm opens; neither VMX nor SVM is behind it (modules: {})",
+                if facts.modules.is_empty() { "none".to_owned() } else { facts.modules.join(", ") }
+            ),
+            "use a host whose firmware and hypervisor allow virtualization, where guests are to be fast",
+        ),
+    }
+}
+
+fn ring0(facts: &KvmFacts) -> Finding {
+    match &facts.verdict {
+        Verdict::RunsStockKernels => Finding::good("ring 0", "the processor runs a guest's kernel itself"),
+        Verdict::EmulatesRing0 { evidence } => Finding::bad(
+            "ring 0",
+            format!("a guest's kernel is emulated in software, and not all of it: {evidence}"),
+            "use a host with kvm_intel or kvm_amd, or run guests in the emulated host of `make lab`",
+        ),
+        Verdict::Unclear { why } => Finding::hint(
+            "ring 0",
+            format!("a guest of a few instructions could not be run: {why}"),
+            "try `ballast run`; if it fails, look into the host's kernel log (dmesg)",
+        ),
+    }
+}
+
+fn slat(facts: &KvmFacts, module: &str) -> Finding {
+    let parameter = if facts.vendor == Vendor::Intel { "ept" } else { "npt" };
+    match facts.slat {
+        Slat::On => Finding::good("slat", format!("on: the processor translates twice ({parameter})")),
+        Slat::Off => Finding::hint(
+            "slat",
+            "off: KVM shadows the guests' page tables, which costs an exit for many changes to them",
+            format!("modprobe -r {module} && modprobe {module} {parameter}=1"),
+        ),
+        Slat::Unknown => Finding::hint(
+            "slat",
+            "no module says whether the processor translates twice (EPT, NPT)",
+            "nothing, where guests are fast enough; else use a host with kvm_intel or kvm_amd",
+        ),
+    }
+}
+
+fn missing(facts: &KvmFacts) -> Finding {
+    if facts.missing.is_empty() {
+        Finding::good("interface", "KVM has all that ballast needs")
+    } else {
+        Finding::bad(
+            "interface",
+            format!("KVM lacks {}", facts.missing.join(", ")),
+            "use a newer kernel on this host",
+        )
+    }
+}
+
+fn huge_pages(pages: &HugePages) -> [Finding; 2] {
+    let reserved = if pages.reserved == 0 {
+        Finding::hint(
+            "huge pages",
+            "none of 2 MiB are reserved, so that --hugepages can't be used",
+            "sysctl vm.nr_hugepages=N, N being half of a guest's MiB; not needed without --hugepages",
+        )
+    } else {
+        let found = format!("{} of 2 MiB are reserved, {} are free", pages.reserved, pages.free);
+        Finding::good("huge pages", found)
+    };
+    let thp = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled";
+    let transparent = match pages.transparent.as_deref() {
+        Some("always") => Finding::good("thp", "transparent huge pages are given always"),
+        Some("madvise") => Finding::good("thp", "transparent huge pages are given on request (--thp)"),
+        Some(other) => {
+            Finding::hint("thp", format!("transparent huge pages: {other}; --thp does nothing"), thp)
+        }
+        None => Finding::hint(
+            "thp",
+            "this kernel has no transparent huge pages; --thp can't be used",
+            "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE, where guests are to be fast",
+        ),
+    };
+    [reserved, transparent]
+}
+
+fn directory() -> Finding {
+    match runtime::directory() {
+        Ok(path) => Finding::good("sockets", format!("VMs of this user are found in {}", path.display())),
+        Err(error) => Finding {
+            about: "sockets",
+            grade: Grade::Hint,
+            found: error.to_string(),
+            advice: Some("`ballast run --no-api` works without it".to_owned()),
+        },
+    }
+}
+
+fn render(findings: &[Finding]) -> String {
+    findings.iter().fold(String::new(), |mut text, finding| {
+        let grade = match finding.grade {
+            Grade::Good => "good",
+            Grade::Hint => "hint",
+            Grade::Bad => "bad",
+        };
+        // Writing to a String does not fail.
+        let _ = writeln!(text, "{grade:<4}  {:<10}  {}", finding.about, finding.found);
+        if let Some(advice) = &finding.advice {
+            let _ = writeln!(text, "{:18}do: {advice}", "");
+        }
+        text
+    })
+}
