@@ -1,0 +1,43 @@
+# Thin: what each target does is in the program that it runs.
+# Packages are installed only where they are missing; that and nothing else needs root.
+
+SHELL := /bin/sh
+CARGO ?= cargo
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
+PACKAGES := qemu-system-x86 gcc libc6-dev
+LAB_ARGS ?= -- sh
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint lab setup
+
+help: ## Says what there is
+	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: setup ## Three guests share a host that is too small for all their peaks; plot in out/demo.svg
+	$(CARGO) run --quiet --package tests --bin demo
+
+test: setup lint ## Everything, from unit tests to real guests in the lab
+	$(CARGO) build --release --package cli
+	$(CARGO) build --profile guest --package guest
+	$(CARGO) run --quiet --package tests --bin lab -- fetch
+	if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then $(CARGO) nextest run --workspace; \
+	else $(CARGO) test --workspace --all-targets; fi
+	$(CARGO) test --workspace --doc
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+bench: setup ## Memory beside guest RAM, and instructions to the guest's init, beside QEMU microvm
+	$(CARGO) run --quiet --package tests --bin bench
+
+lint: ## Formatting and clippy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+lab: setup ## A shell in an emulated host; LAB_ARGS="--npt 0 -- ballast check" runs a program instead
+	$(CARGO) run --quiet --package tests --bin lab -- run $(LAB_ARGS)
+
+setup:
+	@dpkg-query -W -f='$${Status}\n' $(PACKAGES) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(PACKAGES)) \
+	|| { $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends $(PACKAGES); }
+	@apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || $(SUDO) apt-get update
