@@ -265,11 +265,9 @@ fn advise(host: *mut u8, size: Bytes, options: MemoryOptions) -> Result<(), Memo
     // A guest's memory in a core dump would be large, and not the user's to give away. A kernel
     // without the advice is no reason to stop.
     let _ = advise(libc::MADV_DONTDUMP);
-    match (options.thp, options.backing) {
-        (true, Backing::Anonymous | Backing::Memfd) => {
-            advise(libc::MADV_HUGEPAGE).map_err(MemoryError::Thp)?;
-        }
-        _ => {}
+    // Reserved huge pages are as large as can be already.
+    if options.thp && options.backing != Backing::HugePages2M {
+        advise(libc::MADV_HUGEPAGE).map_err(MemoryError::Thp)?;
     }
     if options.prefault {
         advise(libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault { size, source })?;
