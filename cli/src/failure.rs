@@ -29,6 +29,16 @@ impl Failure {
         Self { code: USAGE, sentence: Some(sentence.to_string()) }
     }
 
+    /// This host can't run guests.
+    pub fn host_cannot(sentence: impl ToString) -> Self {
+        Self { code: HOST_CANNOT, sentence: Some(sentence.to_string()) }
+    }
+
+    /// The user stopped it: the shell's code for SIGINT.
+    pub fn stopped(sentence: impl ToString) -> Self {
+        Self { code: 130, sentence: Some(sentence.to_string()) }
+    }
+
     /// Says it on standard error.
     pub fn tell(self) -> ExitCode {
         if let Some(sentence) = self.sentence {

@@ -16,6 +16,7 @@ mod pause;
 mod ps;
 mod resume;
 mod run;
+mod slat;
 mod stop;
 mod table;
 
@@ -71,6 +72,7 @@ enum Command {
     Stop(stop::Args),
     Pause(pause::Args),
     Resume(resume::Args),
+    Slat(slat::Args),
     Balancer(balancer::Args),
     Completions(completions::Args),
 }
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Stop(args) => done(stop::run(&args)),
         Command::Pause(args) => done(pause::run(&args)),
         Command::Resume(args) => done(resume::run(&args)),
+        Command::Slat(args) => done(slat::run(&args)),
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
     };

@@ -9,6 +9,8 @@
 pub mod counters;
 pub mod figure;
 pub mod host;
+pub mod interrupt;
+pub mod lab;
 pub mod payload;
 pub mod probe;
 pub mod run;

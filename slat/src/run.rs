@@ -112,13 +112,21 @@ pub struct Run {
 pub enum Extent {
     /// One setup of each payload.
     Quick,
-    /// And the series that the report's plots are made of.
+    /// And what the lab can tell: series that count, none that only time.
+    Lab,
+    /// And churn and faults on 1 to N vCPUs alone.
+    Scaling,
+    /// All of it.
     Full,
 }
 
 /// The setups of a plan, none of which needs more than `memory`, on a host of `cpus`.
 pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
     let mut setups = Vec::new();
+    let scale = || scaling(cpus);
+    if extent == Extent::Scaling {
+        return scale().collect();
+    }
     for payload in Payload::ALL {
         let usual = Setup::usual(payload);
         if payload.runs_natively() {
@@ -127,33 +135,27 @@ pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
         }
         setups.push(usual.at(Place::Ring0));
     }
+    if matches!(extent, Extent::Lab | Extent::Full) {
+        setups.extend(counting());
+    }
     if extent == Extent::Full {
-        setups.extend(series(cpus));
+        setups.extend(timing());
+        setups.extend(scale().filter(|s| s.vcpus > 1));
     }
     setups.retain(|s| s.data.0.saturating_mul(s.vcpus) <= memory.0 / 4);
     setups
 }
 
-fn series(cpus: u64) -> Vec<Setup> {
+/// Series whose counts and memory say something.
+fn counting() -> Vec<Setup> {
     let usual = Setup::usual;
+    let cold = |place| usual(Payload::ColdTouch).at(place);
     let mut setups = Vec::new();
-    // A guest's ring 3, which every kind of host runs as it is, beside native.
     for place in [Place::Native, Place::Ring3] {
-        for mib in [2, 4, 8, 32, 64, 128, 256, 1024] {
-            setups.push(Setup { data: Bytes::mib(mib), ..usual(Payload::Chase).at(place) });
-        }
-        for backing in [Backing::Transparent, Backing::Hugetlb2M] {
-            setups.push(Setup { backing, data: Bytes::mib(64), ..usual(Payload::Chase).at(place) });
-        }
-        setups.push(Setup { present: false, ..usual(Payload::ColdTouch).at(place) });
-    }
-    for backing in [Backing::Small, Backing::Transparent, Backing::Hugetlb2M, Backing::Hugetlb1G] {
-        let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
-        let setup = usual(Payload::Chase).at(Place::Ring3);
-        setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..setup });
+        setups.push(Setup { present: false, ..cold(place) });
     }
     for backing in [Backing::Transparent, Backing::Hugetlb2M] {
-        setups.push(Setup { backing, ..usual(Payload::ColdTouch).at(Place::Ring0) });
+        setups.push(Setup { backing, ..cold(Place::Ring0) });
     }
     for roots in [1, 8, 64] {
         setups.push(Setup { roots, ..usual(Payload::Cr3Reload) });
@@ -161,20 +163,44 @@ fn series(cpus: u64) -> Vec<Setup> {
     for roots in [1, 4, 64] {
         setups.push(Setup { roots, operations: roots * 8192, ..usual(Payload::Spaces) });
     }
-    // What KVM sets aside for the memory alone, touched or not.
-    let data = Bytes::mib(512);
-    setups.push(Setup {
-        data,
-        present: false,
-        operations: 512,
-        ..usual(Payload::ColdTouch).at(Place::Ring0)
-    });
-    for vcpus in [2, 4, 8, 16].into_iter().take_while(|n| *n <= cpus) {
-        for payload in [Payload::Churn, Payload::DemandFault] {
-            setups.push(Setup { vcpus, ..usual(payload) });
+    setups.push(untouched());
+    setups
+}
+
+/// A guest of 512 MiB that touches next to none of it: what KVM sets aside for the memory alone.
+pub fn untouched() -> Setup {
+    let setup = Setup::usual(Payload::ColdTouch).at(Place::Ring0);
+    Setup { data: Bytes::mib(512), present: false, operations: 512, ..setup }
+}
+
+/// Series whose times say something: a guest's ring 3, which every kind of host runs as it is, beside native.
+fn timing() -> Vec<Setup> {
+    let chase = |place| Setup::usual(Payload::Chase).at(place);
+    let mut setups = Vec::new();
+    for place in [Place::Native, Place::Ring3] {
+        for mib in CHASE_MIB {
+            setups.push(Setup { data: Bytes::mib(mib), ..chase(place) });
+        }
+        for backing in [Backing::Transparent, Backing::Hugetlb2M] {
+            setups.push(Setup { backing, data: Bytes::mib(64), ..chase(place) });
         }
     }
+    for backing in [Backing::Small, Backing::Transparent, Backing::Hugetlb2M, Backing::Hugetlb1G] {
+        let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
+        setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..chase(Place::Ring3) });
+    }
     setups
+}
+
+/// Working sets of the pointer chase in the timing series.
+const CHASE_MIB: [u64; 8] = [2, 4, 8, 32, 64, 128, 256, 1024];
+
+/// Work on page tables by more and more vCPUs of one machine.
+fn scaling(cpus: u64) -> impl Iterator<Item = Setup> {
+    let counts = [1, 2, 4, 8, 16].into_iter().filter(move |n| *n <= cpus.max(1));
+    counts.flat_map(|vcpus| {
+        [Payload::Churn, Payload::DemandFault].map(|payload| Setup { vcpus, ..Setup::usual(payload) })
+    })
 }
 
 fn measure(
@@ -303,6 +329,34 @@ impl Run {
         self.measurements.iter().find(|m| m.setup == *setup)
     }
 
+    /// What the host is and what its figures are worth.
+    pub fn heading(&self) -> String {
+        let host = &self.fingerprint;
+        let mut text =
+            format!("{}, Linux {}\n{}\n", host.processor, host.kernel, self.probe.verdict.sentence());
+        if let Some(why) = self.refusal() {
+            text += &format!("No verdict on SLAT's time: {why}.\n");
+        }
+        text + &format!("Time is in {}: median (lowest..highest).\n", self.clock.unit())
+    }
+
+    /// Why these figures give no verdict on what SLAT costs or saves in time; `None` where they may.
+    pub fn refusal(&self) -> Option<&'static str> {
+        match (self.clock, self.probe.verdict) {
+            (Clock::Emulated, _) => {
+                Some("this host is emulated, and an emulator has no TLB of the real kind")
+            }
+            (Clock::Instructions, _) => {
+                Some("the clock counts instructions, which says nothing about TLBs and caches")
+            }
+            (_, Verdict::EmulatedRing0) => {
+                Some("ring 0 is emulated here; ring 3 beside native is real time, over shadow tables")
+            }
+            (_, Verdict::Unknown) => Some("no guest could be run"),
+            (Clock::Time, Verdict::Slat | Verdict::ShadowPaging) => None,
+        }
+    }
+
     /// Rows for a table: setup, exits, time, quality of the time, tables.
     pub fn rows(&self) -> Vec<[String; 5]> {
         let row = |m: &Measurement| {
@@ -336,7 +390,9 @@ mod tests {
         assert_eq!(found.time.value.map(|v| v.samples), Some(4));
         assert_eq!(found.exits.quality, Quality::NotAvailable);
         let json = serde_json::to_string(&run).expect("JSON");
-        assert_eq!(serde_json::from_str::<Run>(&json).expect("the same"), run);
+        let read: Run = serde_json::from_str(&json).expect("the same");
+        assert_eq!((&read.fingerprint, &read.probe), (&run.fingerprint, &run.probe));
+        assert_eq!(read.find(&setup).map(|m| &m.exits), Some(&found.exits));
     }
 
     #[test]
@@ -349,7 +405,7 @@ mod tests {
 
     #[test]
     fn plans_fit_the_host_and_repeat_nothing() {
-        for extent in [Extent::Quick, Extent::Full] {
+        for extent in [Extent::Quick, Extent::Lab, Extent::Scaling, Extent::Full] {
             let mut all = setups(extent, Bytes::gib(64), 8);
             let count = all.len();
             assert!(all.iter().all(|s| s.place != Place::Native || s.payload.runs_natively()));

@@ -164,6 +164,21 @@ impl fmt::Display for Step {
     }
 }
 
+/// A walk and its numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// Its shape.
+    pub walk: Walk,
+    /// [`Walk::references`].
+    pub references: u32,
+    /// [`Walk::for_tables_only`].
+    pub for_tables_only: u32,
+    /// [`Walk::host_references`].
+    pub host_references: u32,
+    /// [`Walk::steps`].
+    pub steps: Vec<Step>,
+}
+
 impl Walk {
     /// The usual walk: 4 levels of 4K pages in both dimensions.
     pub const USUAL: Self = {
@@ -216,6 +231,43 @@ impl Walk {
     pub fn formula(self) -> String {
         let (g, h) = (self.guest_entries(), self.host_entries());
         format!("(g+1)(h+1)-1 = ({g}+1)({h}+1)-1 = {}", self.references())
+    }
+
+    /// The drawing, the formula, and what the texts say; with `steps`, every reference in turn.
+    pub fn text(self, steps: bool) -> String {
+        let mut text = self.draw();
+        text += &format!("\nMemory references on a miss of everything: {}\n", self.formula());
+        text += "g and h are the entries read in the guest's and in the host's tables; page-walk caches and a \
+                 nested TLB\nspare most of them, so this is an upper bound.\n";
+        if self == Self::USUAL {
+            text += &format!(
+                "Texts give {} (g*h: only the walks that find the guest's tables, not the one for the page,\n\
+                 and none of the guest's own entries) or {} ((g+1)*h: every host entry, but not the guest's {}).\n\
+                 {} is the whole.\n",
+                self.for_tables_only(),
+                self.host_references(),
+                self.guest_entries(),
+                self.references()
+            );
+        }
+        if steps {
+            text += "\n";
+            for (number, step) in (1..).zip(self.steps()) {
+                text += &format!("{number:>3}  {step}\n");
+            }
+        }
+        text
+    }
+
+    /// Everything about the walk, for JSON.
+    pub fn account(self) -> Account {
+        Account {
+            walk: self,
+            references: self.references(),
+            for_tables_only: self.for_tables_only(),
+            host_references: self.host_references(),
+            steps: self.steps(),
+        }
     }
 
     /// The walk as a grid: a row for each guest physical address, a column for

@@ -1,0 +1,347 @@
+//! `ballast slat`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use balloon::units::Bytes;
+use clap::{Subcommand, ValueEnum};
+use slat::lab::{self, inside};
+use slat::payload::Payload;
+use slat::payload::memory::Backing;
+use slat::probe::{self, Verdict};
+use slat::run::{self, Clock, Extent, Plan};
+use slat::walk::{Depth, PageSize, Shape, Walk};
+use slat::{host, interrupt};
+
+use crate::failure::Failure;
+use crate::{output, table};
+
+/// Measure what second-level address translation does on this host
+#[derive(clap::Args)]
+#[command(after_help = "\
+Start with `ballast slat probe`. Figures are tagged: exact (a count, the same each time), real time,
+direction only (time under an emulator), not available.
+
+Exit codes: 0 done, 1 failed, 2 not understood, 3 this host can't run guests, 130 stopped by Ctrl-C
+(what was measured by then is shown).")]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say what this host has, what is switched on, and how a guest behaves on it
+    Probe(ProbeArgs),
+    /// Draw a two-dimensional page walk and count its memory references
+    Walk(WalkArgs),
+    /// Run payloads in a micro-VM, and natively where they can
+    Run(RunArgs),
+    /// Run with SLAT on and off in throw-away emulated hosts
+    Lab(LabArgs),
+    /// Be the first process of an emulated host
+    #[command(hide = true)]
+    Inside(InsideArgs),
+}
+
+#[derive(clap::Args)]
+struct ProbeArgs {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Size {
+    #[value(name = "4K")]
+    Small,
+    #[value(name = "2M")]
+    Large,
+    #[value(name = "1G")]
+    Huge,
+}
+
+impl Size {
+    fn page(self) -> PageSize {
+        match self {
+            Self::Small => PageSize::Size4K,
+            Self::Large => PageSize::Size2M,
+            Self::Huge => PageSize::Size1G,
+        }
+    }
+}
+
+#[derive(clap::Args)]
+struct WalkArgs {
+    /// Levels of the guest's tables; 0: the guest runs without paging
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(0..=5))]
+    guest_levels: u8,
+    /// Page size of the guest's tables
+    #[arg(long, default_value = "4K", ignore_case = true)]
+    guest_page: Size,
+    /// Levels of the host's tables; 0: native, or shadow paging
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(0..=5))]
+    host_levels: u8,
+    /// Page size of the host's tables
+    #[arg(long, default_value = "4K", ignore_case = true)]
+    host_page: Size,
+    /// List every reference
+    #[arg(long)]
+    steps: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Host {
+    #[value(name = "4K")]
+    Small,
+    #[value(name = "thp")]
+    Transparent,
+    #[value(name = "hugetlb-2M")]
+    Hugetlb2M,
+    #[value(name = "hugetlb-1G")]
+    Hugetlb1G,
+}
+
+impl Host {
+    fn backing(self) -> Backing {
+        match self {
+            Self::Small => Backing::Small,
+            Self::Transparent => Backing::Transparent,
+            Self::Hugetlb2M => Backing::Hugetlb2M,
+            Self::Hugetlb1G => Backing::Hugetlb1G,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Set {
+    /// One setup of each payload
+    Quick,
+    /// And series whose counts say something
+    Lab,
+    /// Page-table work on 1 to N vCPUs
+    Scaling,
+    /// Everything
+    Full,
+}
+
+impl Set {
+    fn extent(self) -> Extent {
+        match self {
+            Self::Quick => Extent::Quick,
+            Self::Lab => Extent::Lab,
+            Self::Scaling => Extent::Scaling,
+            Self::Full => Extent::Full,
+        }
+    }
+}
+
+#[derive(clap::Args)]
+struct RunArgs {
+    /// Which setups
+    #[arg(long, default_value = "quick")]
+    set: Set,
+    /// Only these payloads, such as `invlpg` or `chase` (may be given more than once)
+    #[arg(long, value_parser = payload)]
+    payload: Vec<Payload>,
+    /// Page size of the guest's tables over the data, for all setups
+    #[arg(long, ignore_case = true)]
+    guest_page: Option<Size>,
+    /// What backs the guest's data, for all setups
+    #[arg(long, ignore_case = true)]
+    backing: Option<Host>,
+    /// Size of the data, for all setups, such as 64M
+    #[arg(long)]
+    data: Option<Bytes>,
+    /// vCPUs, for all setups
+    #[arg(long)]
+    vcpus: Option<u64>,
+    /// Operations a round, for all setups
+    #[arg(long)]
+    operations: Option<u64>,
+    /// How often each setup gets a new machine; setups take turns
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=100))]
+    passes: u8,
+    /// Measured rounds in each machine
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=100))]
+    rounds: u8,
+    /// Seconds one machine may take
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    limit: u64,
+    /// Also write the JSON to this file
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct LabArgs {
+    /// Directory with `boot` and `lib/modules` of a kernel that has kvm-amd
+    #[arg(long, default_value = "/")]
+    kernel_root: PathBuf,
+    /// Do everything twice and fail where the counts differ
+    #[arg(long)]
+    twice: bool,
+    /// Minutes one emulated host may take
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=120))]
+    limit: u64,
+    /// Write the result to this file
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct InsideArgs {
+    /// Load KVM with nested paging
+    #[arg(long)]
+    nested_paging: bool,
+    /// The clock counts instructions
+    #[arg(long)]
+    instructions: bool,
+    #[arg(long, default_value = "lab")]
+    set: Set,
+    /// Words of the kernel's command line: it hands those that it doesn't know to its first process
+    words: Vec<String>,
+}
+
+fn payload(name: &str) -> Result<Payload, String> {
+    Payload::ALL.into_iter().chain([Payload::Hang]).find(|p| p.name() == name).ok_or_else(|| {
+        let names: Vec<_> = Payload::ALL.iter().map(|p| p.name()).collect();
+        format!("there is no payload of this name; there are {}", names.join(", "))
+    })
+}
+
+pub fn run(args: &Args) -> Result<(), Failure> {
+    match &args.command {
+        Command::Probe(args) => probe(args),
+        Command::Walk(args) => walk(args),
+        Command::Run(args) => measure(args),
+        Command::Lab(args) => in_lab(args),
+        Command::Inside(args) => {
+            // The host's memory can be asked for only once its file systems are there.
+            let plan = || Plan {
+                setups: setups(args.set),
+                passes: 1,
+                rounds: 3,
+                limit: Duration::from_secs(600),
+                clock: if args.instructions { Clock::Instructions } else { Clock::Emulated },
+            };
+            inside::main(plan, args.nested_paging).map_err(Failure::new)
+        }
+    }
+}
+
+fn probe(args: &ProbeArgs) -> Result<(), Failure> {
+    let probe = probe::probe();
+    if args.json {
+        output::json(&probe)?
+    } else {
+        output::text(&probe.text())?
+    }
+    match probe.verdict {
+        Verdict::Unknown => Err(Failure::host_cannot(probe.why.unwrap_or_default())),
+        _ => Ok(()),
+    }
+}
+
+fn shape(levels: u8, page: Size) -> Result<Option<Shape>, Failure> {
+    let depth = match levels {
+        0 => return Ok(None),
+        4 => Depth::Four,
+        5 => Depth::Five,
+        other => return Err(Failure::usage(format!("x86-64 has tables of 4 or 5 levels, not {other}"))),
+    };
+    Ok(Some(Shape { depth, page: page.page() }))
+}
+
+fn walk(args: &WalkArgs) -> Result<(), Failure> {
+    let walk = Walk {
+        guest: shape(args.guest_levels, args.guest_page)?,
+        host: shape(args.host_levels, args.host_page)?,
+    };
+    if args.json { output::json(&walk.account()) } else { output::text(&walk.text(args.steps)) }
+}
+
+fn setups(set: Set) -> Vec<slat::payload::Setup> {
+    let host = host::fingerprint();
+    run::setups(set.extent(), host.memory, host.cpus as u64)
+}
+
+fn measure(args: &RunArgs) -> Result<(), Failure> {
+    let mut setups = setups(args.set);
+    if args.payload.contains(&Payload::Hang) {
+        setups.push(slat::payload::Setup::usual(Payload::Hang));
+    }
+    if !args.payload.is_empty() {
+        setups.retain(|s| args.payload.contains(&s.payload));
+    }
+    for setup in &mut setups {
+        setup.guest_page = args.guest_page.map_or(setup.guest_page, Size::page);
+        setup.backing = args.backing.map_or(setup.backing, Host::backing);
+        setup.data = args.data.unwrap_or(setup.data);
+        setup.vcpus = args.vcpus.unwrap_or(setup.vcpus);
+        setup.operations = args.operations.unwrap_or(setup.operations);
+    }
+    let mut seen = std::collections::HashSet::new();
+    setups.retain(|s| seen.insert(s.clone()));
+    let plan = Plan {
+        setups,
+        passes: args.passes.into(),
+        rounds: args.rounds.into(),
+        limit: Duration::from_secs(args.limit),
+        clock: if host::is_emulated() { Clock::Emulated } else { Clock::Time },
+    };
+    let run = run::run(&plan, interrupt::flag(), |pass, setup| {
+        eprintln!("pass {} of {}: {}", pass + 1, plan.passes, setup.describe());
+    });
+    save(args.output.as_ref(), &run)?;
+    if args.json {
+        output::json(&run)?;
+    } else {
+        let head = ["PAYLOAD", "EXITS/OP", "TIME", "TIME IS", "NOTE"];
+        output::text(&format!("{}\n{}", run.heading(), table::render(head, &run.rows())))?;
+    }
+    if run.interrupted {
+        return Err(Failure::stopped("stopped; what was measured by then is shown"));
+    }
+    match run.probe.verdict {
+        Verdict::Unknown => Err(Failure::host_cannot(run.probe.why.unwrap_or_default())),
+        _ => Ok(()),
+    }
+}
+
+fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(value).map_err(Failure::new)?;
+    fs::write(path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
+}
+
+fn in_lab(args: &LabArgs) -> Result<(), Failure> {
+    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
+    let visit = lab::Visit { twice: args.twice, limit: Duration::from_secs(args.limit * 60) };
+    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
+    let result = result.map_err(|error| match error {
+        lab::Error::Interrupted => Failure::stopped(error),
+        error => Failure::new(error),
+    })?;
+    save(args.output.as_ref(), &result)?;
+    if args.json {
+        output::json(&result)?;
+    } else {
+        let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "NOTE"];
+        output::text(&table::render(head, &result.rows()))?;
+    }
+    match result.difference {
+        Some(difference) => Err(Failure::new(difference)),
+        None => Ok(()),
+    }
+}

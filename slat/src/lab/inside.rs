@@ -1,0 +1,110 @@
+//! The first and only process of an emulated host: loads KVM, runs the plan,
+//! sends the result over the second serial port, and switches the host off.
+
+use std::ffi::{CStr, CString};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use crate::run::{Plan, Run, run};
+
+/// Where the archive keeps the modules, named so that they sort in the order of loading.
+pub const MODULES: &str = "modules";
+/// Where the result goes.
+const RESULT: &str = "/dev/ttyS1";
+
+fn mount(kind: &CStr, at: &CStr) -> io::Result<()> {
+    fs::create_dir_all(at.to_string_lossy().as_ref())?;
+    // SAFETY: three terminated strings and no data.
+    match unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn load(path: &std::path::Path, parameters: &str) -> io::Result<()> {
+    let file = File::open(path)?;
+    let parameters = CString::new(parameters)?;
+    // SAFETY: an open file and a terminated string.
+    match unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn load_all(nested_paging: bool) -> io::Result<()> {
+    let mut modules: Vec<_> =
+        fs::read_dir(format!("/{MODULES}"))?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    modules.sort();
+    for module in modules {
+        let name = module.to_string_lossy();
+        let parameters = match (name.contains("kvm-amd"), nested_paging) {
+            (true, true) => "npt=1",
+            (true, false) => "npt=0",
+            _ => "",
+        };
+        load(&module, parameters).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
+    }
+    Ok(())
+}
+
+fn send(run: &Run) -> io::Result<()> {
+    let mut port = OpenOptions::new().write(true).open(RESULT)?;
+    // SAFETY: termios is plain data that tcgetattr fills in.
+    let mut termios: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: an open terminal and our own structure; a line discipline that changed the text would spoil it.
+    unsafe {
+        libc::tcgetattr(port.as_raw_fd(), &raw mut termios);
+        libc::cfmakeraw(&raw mut termios);
+        libc::tcsetattr(port.as_raw_fd(), libc::TCSANOW, &raw const termios);
+    }
+    let text = serde_json::to_string(run).map_err(io::Error::other)?;
+    port.write_all(text.as_bytes())?;
+    port.write_all(b"\n")?;
+    // SAFETY: an open terminal; returns once the last byte has left.
+    unsafe { libc::tcdrain(port.as_raw_fd()) };
+    Ok(())
+}
+
+/// Makes a plan once the file systems are there and runs it as the first process of an emulated host. Comes back only to say why it failed.
+///
+/// # Errors
+/// Where this is not an emulated host's first process, KVM can't be loaded, or the result can't be sent.
+pub fn main(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Result<()> {
+    if std::process::id() != 1 {
+        return Err(io::Error::other("this is for the first process of an emulated host"));
+    }
+    let result = prepare_and_run(plan, nested_paging);
+    if let Err(error) = &result {
+        eprintln!("ballast slat: {error}");
+    }
+    // The emulator was told to leave at a reset.
+    // SAFETY: plain system calls; nothing is left to be written.
+    unsafe {
+        libc::sync();
+        libc::reboot(libc::RB_AUTOBOOT);
+    }
+    result
+}
+
+fn prepare_and_run(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Result<()> {
+    for (kind, at) in [(c"proc", c"/proc"), (c"sysfs", c"/sys"), (c"devtmpfs", c"/dev")] {
+        mount(kind, at).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", at.to_string_lossy())))?;
+    }
+    load_all(nested_paging)?;
+    let plan = plan();
+    // The first machine pays for things that the kernel does once.
+    let warm = Plan {
+        setups: plan.setups.iter().take(3).cloned().collect(),
+        passes: 1,
+        rounds: 1,
+        limit: Duration::from_secs(60),
+        clock: plan.clock,
+    };
+    let go_on = AtomicBool::new(false);
+    run(&warm, &go_on, |_, _| {});
+    let result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
+    send(&result)
+}
