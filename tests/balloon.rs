@@ -1,0 +1,152 @@
+//! Memory that a guest gives up reaches the host, and comes back on first touch.
+
+use std::fs;
+use std::time::Duration;
+
+use balloon::status::{DriverState, MemoryStatus};
+use balloon::units::Bytes;
+use lab::{Host, Kernel, Vm, VmSettings};
+
+/// How far the balloon is moved.
+const MOVE: Bytes = Bytes::mib(256);
+/// How long a guest takes to move its balloon so far.
+const MOVING: Duration = Duration::from_secs(10);
+
+/// A guest of 640 MiB that has touched nearly all of its memory, so that the host holds it.
+fn touched(name: &str, kernel: Kernel, arguments: &[&str]) -> Vm {
+    let mut vm = VmSettings::new(name, &kernel.guest_images(), "640M,min=128M", "ballast.console")
+        .with(arguments)
+        .start();
+    vm.wait_until_ready();
+    vm.step("grow:440M", MOVING);
+    vm.step("release", MOVING);
+    vm
+}
+
+/// Asserts that `change` is [`MOVE`] within 5 %.
+fn assert_moved(what: &str, change: Bytes) {
+    assert!(change >= MOVE.percent(95) && change <= MOVE.percent(105), "{what}: {change} instead of {MOVE}");
+}
+
+/// The API's word on resident guest memory, held against the kernel's.
+fn rss(vm: &Vm) -> Bytes {
+    let (api, kernel) = (vm.memory().host_rss, vm.rss_by_kernel());
+    assert!(api.0.abs_diff(kernel.0) <= Bytes::mib(6).0, "the API says {api}, smaps {kernel}");
+    kernel
+}
+
+/// Moves the balloon by 256 MiB both ways and sees the host's memory follow.
+fn inflates_and_deflates(name: &str, kernel: Kernel, arguments: &[&str]) {
+    // Without reporting, so that nothing but the balloon moves memory.
+    let arguments = [arguments, &["--no-free-page-reporting"]].concat();
+    let mut vm = touched(name, kernel, &arguments);
+    let before = rss(&vm);
+
+    vm.set_target(Bytes::mib(640) - MOVE);
+    vm.wait_for_memory("the balloon to inflate", MOVING, |memory| memory.actual == memory.target);
+    let inflated = rss(&vm);
+    assert_moved(&format!("{name} inflated"), before.saturating_sub(inflated));
+
+    vm.set_target(Bytes::mib(640));
+    vm.wait_for_memory("the balloon to deflate", MOVING, |memory| memory.actual == memory.target);
+    vm.step("grow:440M", MOVING);
+    let deflated = rss(&vm);
+    assert_moved(&format!("{name} deflated and touched"), deflated.saturating_sub(inflated));
+    vm.step("release", MOVING);
+
+    let counters = vm.memory().counters;
+    assert_eq!(counters.inflated, MOVE);
+    assert_eq!(counters.deflated, MOVE);
+    assert_eq!(counters.discard_failures, 0);
+    assert_eq!(counters.malformed, 0);
+}
+
+#[test]
+fn rss_follows_the_balloon_on_private_memory() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        inflates_and_deflates("anonymous", Kernel::V6_1, &[]);
+        inflates_and_deflates("thp", Kernel::V6_1, &["--thp"]);
+    });
+}
+
+#[test]
+fn rss_follows_the_balloon_on_shared_memory() {
+    Host::new().guest(Kernel::V6_12).nested_paging(false).usually(Duration::from_secs(60)).run(|| {
+        inflates_and_deflates("memfd", Kernel::V6_12, &["--memory-backing", "memfd"]);
+    });
+}
+
+/// A huge page goes only where all of it is given up: free page reporting hands over whole ones.
+#[test]
+fn huge_pages_go_back_whole() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        fs::write("/proc/sys/vm/nr_hugepages", "330").expect("the host reserves huge pages");
+        let mut vm = VmSettings::new("huge", &Kernel::V6_1.guest_images(), "640M", "ballast.console")
+            .with(&["--hugepages", "2M"])
+            .start();
+        vm.wait_until_ready();
+        vm.step("grow:440M", MOVING);
+        let before = rss(&vm);
+        vm.step("release", MOVING);
+        vm.wait_for_memory("reported huge pages to be given back", MOVING, |memory| {
+            memory.host_rss < before.saturating_sub(MOVE)
+        });
+        rss(&vm);
+    });
+}
+
+#[test]
+fn a_guest_tells_all_its_statistics() {
+    Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).usually(Duration::from_secs(60)).run(|| {
+        for kernel in [Kernel::V6_1, Kernel::V6_12] {
+            let name = kernel.series().replace('.', "-");
+            let mut vm = VmSettings::new(&name, &kernel.guest_images(), "256M", "ballast.console").start();
+            vm.wait_until_ready();
+            let memory = vm.wait_for_memory("a report", MOVING, |memory| memory.report.is_some());
+            assert_eq!(memory.driver, DriverState::Active);
+            assert_eq!(statistics(&memory), kernel.statistics(), "{memory:#?}");
+            assert_report_is_plausible(&memory);
+            let count = memory.counters.reports;
+            vm.wait_for_memory("another report", MOVING, |memory| memory.counters.reports > count);
+        }
+    });
+}
+
+/// How many statistics the last report holds.
+fn statistics(memory: &MemoryStatus) -> usize {
+    let report = &memory.report.as_ref().expect("there is a report").statistics;
+    let json = serde_json::to_value(report).expect("a report is JSON");
+    let fields = json.as_object().expect("a report is an object");
+    let known = fields.iter().filter(|(name, value)| *name != "unknown" && !value.is_null()).count();
+    known + report.unknown.len()
+}
+
+fn assert_report_is_plausible(memory: &MemoryStatus) {
+    let report = memory.report.as_ref().expect("there is a report");
+    assert!(report.age_ms < 60_000, "{report:?}");
+    let (total, free, available) = (
+        report.statistics.total.unwrap(),
+        report.statistics.free.unwrap(),
+        report.statistics.available.unwrap(),
+    );
+    assert!(total > Bytes::mib(180) && total < Bytes::mib(256), "{total}");
+    assert!(free < total && available < total, "{report:?}");
+}
+
+#[test]
+fn freed_memory_comes_back_with_no_request() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        let mut vm =
+            VmSettings::new("reporting", &Kernel::V6_1.guest_images(), "512M", "ballast.console").start();
+        vm.wait_until_ready();
+        vm.step("file:128M", MOVING);
+        let full = rss(&vm);
+        vm.step("remove", MOVING);
+        let wanted = full.saturating_sub(Bytes::mib(128).percent(95));
+        let memory =
+            vm.wait_for_memory("reported pages to be given back", MOVING, |memory| memory.host_rss <= wanted);
+        assert!(memory.counters.reported >= Bytes::mib(120), "{memory:#?}");
+        assert_eq!(memory.target, Bytes::mib(512), "nobody asked for it");
+        assert!(rss(&vm) <= wanted + Bytes::mib(6));
+    });
+}
