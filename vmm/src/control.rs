@@ -208,9 +208,12 @@ impl Control {
     /// Stops the vCPUs; returns when all of them stand still.
     ///
     /// # Errors
-    /// [`ControlError::State`] unless the VM runs.
+    /// [`ControlError::State`] unless the VM runs; [`ControlError::Host`] when a vCPU hangs, and
+    /// the VM runs on.
     pub fn pause(&self) -> Result<(), ControlError> {
-        self.change(VmState::Running, VmState::Paused, "be paused", |parts| parts.crew.hold())
+        self.change(VmState::Running, VmState::Paused, "be paused", |parts| {
+            parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))
+        })
     }
 
     /// Lets paused vCPUs run on.
@@ -218,7 +221,10 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM is paused.
     pub fn resume(&self) -> Result<(), ControlError> {
-        self.change(VmState::Paused, VmState::Running, "be resumed", |parts| parts.crew.run())
+        self.change(VmState::Paused, VmState::Running, "be resumed", |parts| {
+            parts.crew.run();
+            Ok(())
+        })
     }
 
     /// Presses the power button: a guest that listens shuts down in its own time.
@@ -229,6 +235,7 @@ impl Control {
         self.change(VmState::Running, VmState::Running, "take a press of the power button", |parts| {
             // The one failure is a full counter: a press that is pending already.
             let _ = parts.power.write(1);
+            Ok(())
         })
     }
 
@@ -250,12 +257,12 @@ impl Control {
         from: VmState,
         to: VmState,
         action: &'static str,
-        act: impl FnOnce(&Parts),
+        act: impl FnOnce(&Parts) -> Result<(), ControlError>,
     ) -> Result<(), ControlError> {
         let mut state = lock(&self.state);
         match self.parts.get() {
             Some(parts) if *state == from => {
-                act(parts);
+                act(parts)?;
                 *state = to;
                 Ok(())
             }

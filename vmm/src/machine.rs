@@ -161,7 +161,6 @@ impl Machine {
         let devices = EventLoop::start("devices", self.devices).map_err(refused("a thread for devices"))?;
         let balloon =
             EventLoop::start("balloon", vec![self.balloon]).map_err(refused("a thread for the balloon"))?;
-        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
         for vcpu in self.vcpus {
             Builder::new()
                 .name(format!("vcpu{}", vcpu.index))
@@ -169,6 +168,8 @@ impl Machine {
                 .spawn(move || vcpu.run())
                 .map_err(refused("a thread for a vCPU"))?;
         }
+        // Last of what can fail: until here, dropping the server removes its socket.
+        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
         self.control.start();
         let exit = self.crew.wait_for_end();
         self.control.ended();

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use std::{io, ptr};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -44,6 +45,15 @@ pub struct Crew {
     changed: Condvar,
 }
 
+/// How long a vCPU may take to come out of the guest: it comes at once, unless it is in
+/// the middle of a write to a console that nobody reads.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A vCPU could not be stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a vCPU hangs in a write to the console: read the console's output, then try again")]
+pub struct Stuck;
+
 /// What a vCPU that asked to enter the guest may do.
 enum Admission {
     /// Enter; `resumes` tells whether it was held since the last time.
@@ -83,15 +93,24 @@ impl Crew {
     }
 
     /// Calls all vCPUs out of the guest; returns when none is inside any more.
-    pub fn hold(&self) {
+    ///
+    /// # Errors
+    /// [`Stuck`] when one does not come out within [`PATIENCE`]; all run on then.
+    pub fn hold(&self) -> Result<(), Stuck> {
         let mut state = self.lock();
         if state.order == Order::Run {
             state.order = Order::Hold;
             state.kick_all();
         }
-        while state.inside > 0 && state.order == Order::Hold {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let inside = |state: &mut State| state.inside > 0 && state.order == Order::Hold;
+        let (mut state, _) =
+            self.changed.wait_timeout_while(state, PATIENCE, inside).unwrap_or_else(PoisonError::into_inner);
+        if inside(&mut state) {
+            state.order = Order::Run;
+            self.changed.notify_all();
+            return Err(Stuck);
         }
+        Ok(())
     }
 
     /// Ends the VM, unless it has ended already. Returns at once.
@@ -301,7 +320,7 @@ mod tests {
         }
         assert!(!holder.is_finished());
         crew.left();
-        holder.join().expect("held");
+        assert_eq!(holder.join().expect("held"), Ok(()));
         crew.run();
         assert!(matches!(crew.admit(), Admission::Enter { resumes: 2 }));
     }
