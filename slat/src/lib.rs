@@ -6,6 +6,7 @@
 //! crate is a [`figure::Figure`]: it says whether it is exact, real time, a
 //! direction only, or not available.
 
+pub mod claims;
 pub mod counters;
 pub mod figure;
 pub mod host;
@@ -13,5 +14,6 @@ pub mod interrupt;
 pub mod lab;
 pub mod payload;
 pub mod probe;
+pub mod report;
 pub mod run;
 pub mod walk;

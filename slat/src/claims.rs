@@ -1,0 +1,337 @@
+//! What the texts claim about SLAT, each against what was measured.
+
+use serde::Serialize;
+
+use crate::figure::{Comparison, Figure, compare, short};
+use crate::lab::{Findings, Pair};
+use crate::payload::memory::Backing;
+use crate::payload::{Payload, Place, Setup};
+use crate::probe::Verdict;
+use crate::run::{Measurement, Run, untouched};
+use crate::walk::Walk;
+use balloon::units::Bytes;
+
+/// Everything a report is made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Material<'a> {
+    /// A run on a host.
+    pub here: Option<&'a Run>,
+    /// SLAT on and off in the lab.
+    pub lab: Option<&'a Findings>,
+}
+
+/// What came of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The figures agree with it.
+    Holds,
+    /// The figures contradict it.
+    Fails,
+    /// The figures show part of it, or its direction.
+    Partly,
+    /// It was computed, not measured.
+    Model,
+    /// Nothing was measured.
+    NotMeasured,
+}
+
+impl Outcome {
+    /// In words.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Holds => "holds here",
+            Self::Fails => "does not hold here",
+            Self::Partly => "in part",
+            Self::Model => "by the model",
+            Self::NotMeasured => "not measured here",
+        }
+    }
+}
+
+/// A claim and what came of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Claim {
+    /// `C1` to `C11`.
+    pub id: &'static str,
+    /// What is claimed.
+    pub claim: &'static str,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The figures, or nothing.
+    pub measured: String,
+    /// What a fuller answer would need.
+    pub needs: &'static str,
+}
+
+const TEXTS: [(&str, &str, &str); 11] = [
+    (
+        "C1",
+        "With SLAT the hypervisor no longer intervenes when a guest works on its page tables",
+        "`ballast slat lab`",
+    ),
+    (
+        "C2",
+        "The hypervisor's share of the CPU falls from about 10 % to about 2 %",
+        "Linux guests in the lab (boot, fork, exec, pipe), counted in instructions with SLAT on and off",
+    ),
+    ("C3", "About 1 MB less host memory for each VM", "`ballast slat lab` on Linux 6.1 or later"),
+    (
+        "C4",
+        "1.6 to 2.5 times as many sessions on a host",
+        "a density run on one real host with EPT or NPT, its module loaded with SLAT on and off",
+    ),
+    (
+        "C5",
+        "Up to 23 % faster (AMD); 42 to 48 % on MMU-heavy work, 500 to 600 % on microbenchmarks (VMware)",
+        "`ballast slat run --set full` on one real host with SLAT on and off, then `ballast slat compare`",
+    ),
+    (
+        "C6",
+        "A TLB miss costs 16 or 20 memory references, where it cost 4",
+        "a processor's counters of walk cycles (a PMU, on a real host) to measure it",
+    ),
+    (
+        "C7",
+        "On TLB misses the performance hit becomes a catastrophe; larger pages help",
+        "`ballast slat run --set full` on a real host with SLAT",
+    ),
+    (
+        "C8",
+        "The gain grows with the number of vCPUs",
+        "a real host with SLAT on and off for the size of it: emulated time gives the direction only",
+    ),
+    (
+        "C9",
+        "A tagged TLB (ASID, VPID) spares the flush at each switch between VMs",
+        "a real host with SLAT, and a chase with another VM's turn between its laps, which ballast does not \
+         run yet",
+    ),
+    ("C10", "Test on your own platform before you deploy", "`ballast slat run --set full` on that platform"),
+    ("C11", "Not in the texts: SLAT is not always fewer exits", "`ballast slat lab`"),
+];
+
+/// The operations of C1, in the order in which they are told.
+pub const PAGE_TABLE_WORK: [Payload; 6] = [
+    Payload::Invlpg,
+    Payload::PteWrite,
+    Payload::Churn,
+    Payload::DemandFault,
+    Payload::MmapBatch,
+    Payload::Cr3Reload,
+];
+
+/// Every claim against the material.
+pub fn claims(material: Material<'_>) -> Vec<Claim> {
+    TEXTS
+        .iter()
+        .map(|(id, claim, needs)| {
+            let found = match *id {
+                "C1" => material.lab.and_then(|l| exits(&l.counted)),
+                "C2" => material.lab.and_then(|l| instructions(&l.counted)),
+                "C3" => material.lab.and_then(|l| memory(&l.counted)),
+                "C6" => Some(model()),
+                "C7" => material.here.and_then(chase),
+                "C8" => material.lab.and_then(|l| scaling(&l.scaling)),
+                "C10" => Some(tested(material)),
+                "C11" => material.lab.and_then(|l| cold(&l.counted)),
+                _ => None,
+            };
+            let (outcome, measured) = found.unwrap_or((Outcome::NotMeasured, String::new()));
+            Claim { id, claim, outcome, measured, needs }
+        })
+        .collect()
+}
+
+type Found = (Outcome, String);
+
+/// The same setup with SLAT on and off.
+pub fn both<'a>(pair: &'a Pair, setup: &Setup) -> Option<(&'a Measurement, &'a Measurement)> {
+    Some((pair.on.find(setup)?, pair.off.find(setup)?))
+}
+
+fn medians(pair: &Pair, setup: &Setup, of: fn(&Measurement) -> &Figure) -> Option<(f64, f64)> {
+    let (on, off) = both(pair, setup)?;
+    Some((of(on).median()?, of(off).median()?))
+}
+
+fn exits(pair: &Pair) -> Option<Found> {
+    let found: Vec<_> = PAGE_TABLE_WORK
+        .iter()
+        .filter_map(|p| Some((p, medians(pair, &Setup::usual(*p), |m| &m.exits)?)))
+        .collect();
+    if found.is_empty() {
+        return None;
+    }
+    let holds = found.iter().all(|(_, (on, off))| *on < 0.01 && *off >= 0.5);
+    let list: Vec<_> =
+        found.iter().map(|(p, (on, off))| format!("{p} {} / {}", short(*on), short(*off))).collect();
+    let outcome = if holds { Outcome::Holds } else { Outcome::Partly };
+    Some((outcome, format!("Exits an operation, SLAT on / off (exact): {}.", list.join(", "))))
+}
+
+fn instructions(pair: &Pair) -> Option<Found> {
+    let more = |payload, place| {
+        let (on, off) = medians(pair, &Setup::usual(payload).at(place), |m| &m.time)?;
+        (on > 0.0).then_some((off / on - 1.0) * 100.0)
+    };
+    let chase = more(Payload::Chase, Place::Ring3)?;
+    let touch = more(Payload::WarmTouch, Place::Ring3)?;
+    let fault = medians(pair, &Setup::usual(Payload::DemandFault), |m| &m.time)?;
+    Some((
+        Outcome::Partly,
+        format!(
+            "Instructions with SLAT off against on (exact): {chase:+.1} % for a pointer chase and {touch:+.1} % \
+             for touching known pages in ring 3; a demand fault takes {} instead of {}. No share of a whole \
+             guest was measured.",
+            short(fault.1),
+            short(fault.0)
+        ),
+    ))
+}
+
+/// The address spaces of C3's series.
+pub fn spaces(roots: u64) -> Setup {
+    Setup { roots, operations: roots * 8192, ..Setup::usual(Payload::Spaces) }
+}
+
+fn kib(bytes: f64) -> String {
+    format!("{} KiB", short(bytes / 1024.0))
+}
+
+fn memory(pair: &Pair) -> Option<Found> {
+    let (on, off) = medians(pair, &untouched(), |m| &m.vmalloc)?;
+    let tables = medians(pair, &spaces(64), |m| &m.tables);
+    let mut text = format!(
+        "Kernel memory for a VM of 512 MiB before it touches anything, SLAT on / off (exact): {} / {}.",
+        kib(on),
+        kib(off)
+    );
+    match tables {
+        Some((on, off)) => {
+            text += &format!(" Tables for 64 address spaces of 32 MiB: {} / {}.", kib(on), kib(off));
+        }
+        None => text += " The kernel gives no SecPageTables.",
+    }
+    let saved = off - on;
+    Some((if saved > 512.0 * 1024.0 { Outcome::Holds } else { Outcome::Partly }, text))
+}
+
+fn model() -> Found {
+    let walk = Walk::USUAL;
+    (
+        Outcome::Model,
+        format!(
+            "{} at most: {}. {} counts only the walks for the guest's tables, {} leaves out the guest's own \
+             entries.",
+            walk.references(),
+            walk.formula(),
+            walk.for_tables_only(),
+            walk.host_references()
+        ),
+    )
+}
+
+/// A pointer chase of the timing series.
+pub fn chase_of(data: Bytes, place: Place) -> Setup {
+    Setup { data, ..Setup::usual(Payload::Chase).at(place) }
+}
+
+fn chase(run: &Run) -> Option<Found> {
+    let mut words = Vec::new();
+    for setup in [chase_of(Bytes::mib(16), Place::Ring3), chase_of(Bytes::mib(256), Place::Ring3)] {
+        let Some(guest) = run.find(&setup) else { continue };
+        let Some(native) = run.find(&setup.clone().at(Place::Native)) else { continue };
+        let factor = match compare(&native.time, &guest.time) {
+            Comparison::Times(n) => format!("{n:.2} times native"),
+            Comparison::NoDifference => "no difference from native".into(),
+            Comparison::Larger => "slower than native".into(),
+            Comparison::Smaller => "faster than native".into(),
+            Comparison::FromZero | Comparison::NotAvailable => continue,
+        };
+        words.push(format!("over {} {factor}", setup.data));
+    }
+    if words.is_empty() {
+        return None;
+    }
+    let (outcome, host) = match (run.probe.verdict, run.refusal()) {
+        (Verdict::Slat, None) => (Outcome::Partly, "with SLAT, real time"),
+        (_, None) => (Outcome::NotMeasured, "over shadow tables, real time: says nothing of SLAT"),
+        (Verdict::EmulatedRing0, _) => {
+            (Outcome::NotMeasured, "over shadow tables, real time: says nothing of SLAT")
+        }
+        (_, Some(_)) => (Outcome::NotMeasured, "under an emulator: says nothing of a TLB"),
+    };
+    Some((outcome, format!("Pointer chase in a guest's ring 3 ({host}): {}.", words.join(", "))))
+}
+
+/// vCPUs of the scaling series, with throughput on and off.
+pub fn scaling_points(pair: &Pair, payload: Payload) -> Vec<(u64, f64, f64)> {
+    (1..=16)
+        .filter_map(|vcpus| {
+            let setup = Setup { vcpus, ..Setup::usual(payload) };
+            medians(pair, &setup, |m| &m.throughput).map(|(on, off)| (vcpus, on, off))
+        })
+        .collect()
+}
+
+fn scaling(pair: &Pair) -> Option<Found> {
+    let points = scaling_points(pair, Payload::Churn);
+    let gain = |(_, on, off): &(u64, f64, f64)| on / off;
+    let (first, last) = (points.first().map(gain)?, points.last().map(gain)?);
+    if points.len() < 2 {
+        return None;
+    }
+    let list: Vec<_> = points.iter().map(|p| format!("x{} at {}", short(gain(p).round()), p.0)).collect();
+    let outcome = if last > first { Outcome::Partly } else { Outcome::Fails };
+    let text =
+        format!("Churn, throughput with SLAT on over off (direction only), by vCPUs: {}.", list.join(", "));
+    Some((outcome, text))
+}
+
+fn tested(material: Material<'_>) -> Found {
+    let Some(run) = material.here else {
+        return (
+            Outcome::NotMeasured,
+            "Nothing was run on a host of your own; only the lab, or nothing.".into(),
+        );
+    };
+    let count = run.measurements.iter().filter(|m| m.time.value.is_some()).count();
+    let host = &run.fingerprint;
+    let text = format!("{count} setups on {}, Linux {}.", host.processor, host.kernel);
+    match run.refusal() {
+        None => (Outcome::Holds, text),
+        Some(why) => (Outcome::Partly, format!("{text} No verdict on SLAT's time: {why}.")),
+    }
+}
+
+fn cold(pair: &Pair) -> Option<Found> {
+    let usual = Setup::usual(Payload::ColdTouch).at(Place::Ring0);
+    let (on, off) = medians(pair, &usual, |m| &m.exits)?;
+    let huge = Setup { backing: Backing::Transparent, ..usual };
+    let mut text = format!(
+        "First touch of 4K pages that the host already has, exits a page with SLAT on / off (exact): {} / {}",
+        short(on),
+        short(off)
+    );
+    if let Some((on, off)) = medians(pair, &huge, |m| &m.exits) {
+        text += &format!("; over the host's huge pages {} / {}", short(on), short(off));
+    }
+    Some((if on > off { Outcome::Holds } else { Outcome::Fails }, text + "."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_material_only_the_model_speaks() {
+        let claims = claims(Material::default());
+        assert_eq!(claims.len(), 11);
+        for claim in claims {
+            let expected = if claim.id == "C6" { Outcome::Model } else { Outcome::NotMeasured };
+            assert_eq!(claim.outcome, expected, "{claim:?}");
+            assert!(!claim.needs.is_empty());
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! One self-contained page: no script, no font, no picture from elsewhere.
+
+use std::fmt::Write;
+
+use balloon::units::Bytes;
+
+use super::plot::{self, Line};
+use super::verdict;
+use crate::claims::{
+    Claim, Material, Outcome, PAGE_TABLE_WORK, both, chase_of, claims, scaling_points, spaces,
+};
+use crate::lab::Findings;
+use crate::payload::{Payload, Place, Setup};
+use crate::run::{Run, cell};
+
+const STYLE: &str = "
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222b33; background: #fff; margin: 0 auto;
+       max-width: 62rem; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+.lead { font-size: 1.1rem; border-left: 4px solid #1b6ca8; padding-left: .8rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
+figure { margin: 0; border: 1px solid #dde2e6; border-radius: 8px; padding: .6rem; break-inside: avoid; }
+figure svg { width: 100%; height: auto; display: block; }
+figcaption { font-size: .9rem; color: #4a5560; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #dde2e6; }
+th { background: #f4f6f8; }
+td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tag { display: inline-block; border-radius: 1rem; padding: 0 .6rem; font-size: .85rem; white-space: nowrap;
+       background: #e8ecef; }
+.holds { background: #d9efdc; } .partly { background: #fdf0cf; } .fails { background: #f8d9d3; }
+.model { background: #dfeaf5; }
+.needs { color: #4a5560; }
+@media (max-width: 40rem) {
+  .claims thead { display: none; }
+  .claims tr, .claims td { display: block; width: 100%; border: 0; padding: .1rem 0; }
+  .claims tr { border-bottom: 1px solid #dde2e6; padding: .7rem 0; }
+}
+@media print { body { max-width: none; font-size: 11pt; } .scroll { overflow: visible; } }
+";
+
+/// Text as HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// The whole page.
+pub fn page(material: Material<'_>) -> String {
+    let claims = claims(material);
+    let mut page = String::from(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>What SLAT does here</title>\n<style>",
+    );
+    page += STYLE;
+    page += "</style></head><body>\n<h1>What second-level address translation does here</h1>\n";
+    let _ = writeln!(page, "<p class=\"lead\">{}</p>", escape(&lead(material, &claims)));
+    page += &plots(material);
+    page += &claim_table(&claims);
+    if let Some(run) = material.here {
+        page += &host_section("This host", run);
+    }
+    if let Some(lab) = material.lab {
+        page += &lab_section(lab);
+    }
+    page += "<h2>How to read this</h2>\n<p><b>Exact</b>: a count, the same each time. <b>Real time</b>: median, with \
+             the lowest and highest sample behind it. <b>Direction only</b>: time under an emulator; which is larger \
+             may hold, by how much does not. A dash: not available. Where samples overlap there is no \
+             difference.</p>\n</body></html>\n";
+    page
+}
+
+fn lead(material: Material<'_>, claims: &[Claim]) -> String {
+    let mut text = String::new();
+    if let Some(run) = material.here {
+        text += run.probe.verdict.sentence();
+        text.push(' ');
+        if let Some(why) = run.refusal() {
+            let _ = write!(text, "So this host gives no verdict on SLAT's time: {why}. ");
+        }
+    }
+    if material.lab.is_some() {
+        text += "SLAT on and off was counted in emulated AMD hosts. ";
+    }
+    text + "Of the claims, " + &verdict(claims)
+}
+
+fn figure(svg: Option<String>, caption: &str) -> String {
+    match svg {
+        Some(svg) => format!("<figure>{svg}<figcaption>{}</figcaption></figure>\n", escape(caption)),
+        None => String::new(),
+    }
+}
+
+fn plots(material: Material<'_>) -> String {
+    let mut all = String::new();
+    if let Some(lab) = material.lab {
+        let pair = &lab.counted;
+        let rows: Vec<_> = PAGE_TABLE_WORK
+            .iter()
+            .chain(&[Payload::ColdTouch])
+            .filter_map(|payload| {
+                let (on, off) = both(pair, &Setup::usual(*payload).at(Place::Ring0))?;
+                Some((payload.name().to_owned(), on.exits.median()?, off.exits.median()?))
+            })
+            .collect();
+        all += &figure(plot::bars(&rows), "C1 and C11: VM exits an operation (exact).");
+        all += &figure(
+            memory_plot(lab),
+            "C3: kernel memory for the tables of one VM, by address spaces of 32 MiB in its guest (exact). \
+             Shadow tables are capped: KVM recycles them.",
+        );
+        let factor = |payload| -> Vec<_> {
+            let points = scaling_points(&lab.scaling, payload).into_iter();
+            points.map(|(vcpus, on, off)| (vcpus as f64, on / off)).collect()
+        };
+        let lines = [
+            Line { name: "churn", colour: plot::ON, points: factor(Payload::Churn) },
+            Line { name: "demand fault", colour: plot::OFF, points: factor(Payload::DemandFault) },
+        ];
+        all += &figure(
+            plot::lines("vCPUs", "throughput, on / off", &lines),
+            "C8: throughput of page-table work with SLAT on over off, by vCPUs (direction only: emulated time).",
+        );
+    }
+    if let Some(run) = material.here {
+        let line = |place, name, colour| Line { name, colour, points: latencies(run, place) };
+        let lines = [line(Place::Native, "native", plot::OFF), line(Place::Ring3, "guest, ring 3", plot::ON)];
+        let caption = format!(
+            "C7: a dependent load from a random page, by working set, on this host ({}).",
+            if run.refusal().is_some() { "says nothing of SLAT" } else { "real time" }
+        );
+        all += &figure(plot::lines("MiB", "ns a load", &lines), &caption);
+    }
+    if all.is_empty() { all } else { format!("<div class=\"plots\">\n{all}</div>\n") }
+}
+
+fn latencies(run: &Run, place: Place) -> Vec<(f64, f64)> {
+    (1..=12)
+        .filter_map(|power| {
+            let mib = 1 << power;
+            let found = run.find(&chase_of(Bytes::mib(mib), place))?;
+            Some((mib as f64, found.time.median()?))
+        })
+        .collect()
+}
+
+fn memory_plot(lab: &Findings) -> Option<String> {
+    let points = |run: &Run| -> Vec<_> {
+        [1, 4, 16, 64]
+            .into_iter()
+            .filter_map(|roots| {
+                let bytes = run.find(&spaces(roots))?.tables.median()?;
+                Some((roots as f64, bytes / 1024.0))
+            })
+            .collect()
+    };
+    let lines = [
+        Line { name: "SLAT on", colour: plot::ON, points: points(&lab.counted.on) },
+        Line { name: "SLAT off", colour: plot::OFF, points: points(&lab.counted.off) },
+    ];
+    plot::lines("address spaces", "KiB", &lines)
+}
+
+fn claim_table(claims: &[Claim]) -> String {
+    let mut text = String::from(
+        "<h2>The claims</h2>\n<table class=\"claims\"><thead><tr><th></th><th>Claim</th><th></th>\
+         <th>Measured</th></tr></thead><tbody>\n",
+    );
+    for claim in claims {
+        let class = match claim.outcome {
+            Outcome::Holds => "holds",
+            Outcome::Fails => "fails",
+            Outcome::Partly => "partly",
+            Outcome::Model => "model",
+            Outcome::NotMeasured => "not",
+        };
+        let needs = match claim.outcome {
+            Outcome::Holds => String::new(),
+            _ => format!(" <span class=\"needs\">Needs: {}.</span>", escape(claim.needs)),
+        };
+        let _ = writeln!(
+            text,
+            "<tr><td>{}</td><td>{}</td><td><span class=\"tag {class}\">{}</span></td><td>{}{needs}</td></tr>",
+            claim.id,
+            escape(claim.claim),
+            claim.outcome.name(),
+            escape(&claim.measured)
+        );
+    }
+    text + "</tbody></table>\n"
+}
+
+fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    let mut text = String::from("<div class=\"scroll\"><table><thead><tr>");
+    for name in head {
+        let _ = write!(text, "<th>{}</th>", escape(name));
+    }
+    text += "</tr></thead><tbody>\n";
+    for row in rows {
+        text += "<tr>";
+        for value in row {
+            let _ = write!(text, "<td class=\"n\">{}</td>", escape(value));
+        }
+        text += "</tr>\n";
+    }
+    text + "</tbody></table></div>\n"
+}
+
+fn host_section(title: &str, run: &Run) -> String {
+    let host = &run.fingerprint;
+    let mut text = format!("<h2>{title}</h2>\n<p>");
+    let _ = write!(
+        text,
+        "{}, {} CPUs, {}, Linux {}{}. {}</p>\n",
+        escape(&host.processor),
+        host.cpus,
+        host.memory,
+        escape(&host.kernel),
+        host.hypervisor.as_ref().map_or(String::new(), |h| format!(", under {}", escape(h))),
+        if run.interrupted { "The run was stopped before its end." } else { "" }
+    );
+    if let Some(sentence) = &run.probe.disagreement {
+        let _ = writeln!(text, "<p>{}</p>", escape(sentence));
+    }
+    text + &table(["payload", "exits an operation", run.clock.unit(), "time is", "note"], &run.rows())
+}
+
+fn lab_section(lab: &Findings) -> String {
+    let host = &lab.counted.on.fingerprint;
+    let mut text = format!(
+        "<h2>The lab</h2>\n<p>Emulated {}, Linux {}, kvm_amd with npt=1 and npt=0. Instructions are those of the \
+         whole emulated host, hypervisor and all. ",
+        escape(&host.processor),
+        escape(&host.kernel)
+    );
+    text += match (&lab.twice, &lab.difference) {
+        (true, None) => "Counted twice: identical.",
+        (true, Some(_)) => "Counted twice: the two differ, see below.",
+        (false, _) => "Counted once.",
+    };
+    text += "</p>\n";
+    if let Some(difference) = &lab.difference {
+        let _ = writeln!(text, "<p>{}</p>", escape(difference));
+    }
+    let head = ["payload", "exits, on", "off", "instructions, on", "off", "note"];
+    text += &table(head, &lab.rows());
+    let memory = |run: &Run, setup: &Setup| run.find(setup).map_or("-".into(), |m| cell(&m.tables));
+    let rows: Vec<_> = [1, 4, 16, 64]
+        .into_iter()
+        .map(|n| [n.to_string(), memory(&lab.counted.on, &spaces(n)), memory(&lab.counted.off, &spaces(n))])
+        .collect();
+    text + &table(["address spaces", "bytes of tables, on", "off"], &rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_holds_every_claim_and_nothing_from_elsewhere() {
+        let page = page(Material::default());
+        for number in 1..=11 {
+            assert!(page.contains(&format!("<td>C{number}</td>")));
+        }
+        for outside in ["http:", "https:", "<script", "<img", "<link"] {
+            assert!(!page.contains(outside), "{outside}");
+        }
+    }
+
+    #[test]
+    fn text_is_escaped() {
+        assert_eq!(escape("<a href=\"x\">&"), "&lt;a href=&quot;x&quot;&gt;&amp;");
+    }
+}
