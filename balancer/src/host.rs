@@ -76,7 +76,7 @@ pub enum Budget {
     AllBut {
         /// What the host keeps.
         reserve: Bytes,
-        /// The budget now; moves by [`BUDGET_STEP`] at least.
+        /// The budget now; moves in steps.
         held: Option<Bytes>,
     },
 }

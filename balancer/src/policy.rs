@@ -75,6 +75,21 @@ pub struct Said {
     pub spare: Option<(Duration, Bytes)>,
 }
 
+impl Said {
+    /// A VM with these limits that has just started and whose guest has said nothing.
+    pub fn of(limits: Limits) -> Self {
+        let startup = limits.startup();
+        Self {
+            limits,
+            target: startup,
+            actual: startup,
+            host_rss: Bytes::ZERO,
+            driver: DriverState::Absent,
+            spare: None,
+        }
+    }
+}
+
 impl From<&MemoryStatus> for Said {
     fn from(status: &MemoryStatus) -> Self {
         let spare = status.report.as_ref().and_then(|aged| {

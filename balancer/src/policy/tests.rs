@@ -26,15 +26,7 @@ struct Guest {
 impl Guest {
     fn new(id: u64, limits: &str, wants: Bytes) -> Self {
         let limits: Limits = limits.parse().unwrap();
-        let startup = limits.startup();
-        let said = Said {
-            limits,
-            target: startup,
-            actual: startup,
-            host_rss: Bytes::ZERO,
-            driver: DriverState::Active,
-            spare: None,
-        };
+        let said = Said { driver: DriverState::Active, ..Said::of(limits) };
         let vm = Vm::new(id, Duration::from_secs(1000), said);
         let speed = Bytes::gib(1);
         Self { vm, wants, speed, stuck: false, age: Duration::ZERO, lies: false }
