@@ -12,8 +12,6 @@ pub trait Interrupt: Send + Sync {
     fn used_buffers(&self);
     /// The configuration space has changed (section 2.3).
     fn config_changed(&self);
-    /// The guest broke the protocol: DEVICE_NEEDS_RESET, section 2.1.2.
-    fn needs_reset(&self);
 }
 
 /// What a device works on from DRIVER_OK until it is reset.
@@ -37,8 +35,8 @@ pub enum Progress {
     /// The budget of one event is spent with buffers left: the transport comes
     /// back to this queue after the other events that wait.
     More,
-    /// The driver has broken the protocol: the transport asks for a reset, as
-    /// [`Interrupt::needs_reset`] does, and no event of a queue comes until then.
+    /// The driver has broken the protocol: the transport sets DEVICE_NEEDS_RESET
+    /// (section 2.1.2), and no event of a queue comes until the driver resets.
     Broken,
 }
 
@@ -63,8 +61,7 @@ pub trait VirtioDevice: Send {
     /// The driver has set DRIVER_OK.
     fn activate(&mut self, active: &mut Active);
 
-    /// The driver lets go of the device. After [`Interrupt::needs_reset`] no
-    /// event of a queue reaches the device until this is called.
+    /// The driver lets go of the device, or gives up on it; may come at any time.
     fn reset(&mut self);
 
     /// The driver has put buffers into queue `index`.
@@ -79,7 +76,7 @@ pub trait VirtioDevice: Send {
     }
 
     /// One of [`own_events`](Self::own_events), by its place there, is readable.
-    /// `active` is `None` while no driver has set the device up, or after
-    /// [`Interrupt::needs_reset`]. The device reads the descriptor empty.
+    /// `active` is `None` while no driver has set the device up, or once
+    /// it has broken the protocol. The device reads the descriptor empty.
     fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
 }

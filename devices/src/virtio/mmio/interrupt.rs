@@ -61,6 +61,14 @@ impl Line {
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// DEVICE_NEEDS_RESET, told to a driver that listens (section 2.1.2).
+    pub(super) fn needs_reset(&self) {
+        self.broken.store(true, Ordering::Release);
+        if self.driver_ok.load(Ordering::Acquire) {
+            self.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
     fn raise(&self, reason: u32) {
         self.reasons.fetch_or(reason, Ordering::AcqRel);
         // The one failure is a full counter, which is an interrupt already pending.
@@ -76,12 +84,5 @@ impl Interrupt for Line {
     fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    fn needs_reset(&self) {
-        self.broken.store(true, Ordering::Release);
-        if self.driver_ok.load(Ordering::Acquire) {
-            self.raise(VIRTIO_MMIO_INT_CONFIG);
-        }
     }
 }

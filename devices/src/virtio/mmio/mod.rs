@@ -24,7 +24,7 @@ use vm_device::bus::{MmioAddress, MmioAddressOffset};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{Active, Interrupt, Progress, VirtioDevice};
+use super::device::{Active, Progress, VirtioDevice};
 use interrupt::Line;
 use setup::{Half, QueueSetup};
 
