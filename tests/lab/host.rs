@@ -104,7 +104,7 @@ impl Kernel {
 }
 
 /// Whether this machine's own KVM runs stock kernels, as `ballast check` finds.
-fn kvm_boots_stock_kernels() -> bool {
+pub fn kvm_boots_stock_kernels() -> bool {
     if env::var_os("BALLAST_LAB_EMULATE").is_some() || kvm_device().is_err() {
         return false;
     }

@@ -29,6 +29,6 @@ mod vm;
 
 pub use artifacts::ballast;
 pub use emulator::{Emulator, Outcome, Results};
-pub use host::{Host, inside};
+pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};
 pub use vm::{BOOT, Vm, VmSettings, wait_for};
