@@ -9,7 +9,7 @@ use vmm::exit::{FAILED, HOST_CANNOT, USAGE};
 use vmm::host::HostCannot;
 use vmm::machine::MachineError;
 
-use crate::client;
+use crate::{client, output};
 
 /// An exit code with its sentence.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Failure {
     /// Says it on standard error.
     pub fn tell(self) -> ExitCode {
         if let Some(sentence) = self.sentence {
-            eprintln!("ballast: {sentence}");
+            output::say(sentence);
         }
         ExitCode::from(self.code)
     }
@@ -101,9 +101,11 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.render().to_string();
     match text.strip_prefix("error: ") {
-        Some(sentence) => eprint!("ballast: {sentence}"),
+        Some(sentence) => output::say(sentence.trim_end()),
         // No subcommand at all: clap shows the help.
-        None => eprint!("{text}"),
+        None => {
+            let _ = error.print();
+        }
     }
     ExitCode::from(USAGE)
 }

@@ -82,7 +82,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
-    cli.logging.start();
+    match cli.command {
+        Command::Run(_) => cli.logging.start_small(),
+        _ => cli.logging.start(),
+    }
     let result = match cli.command {
         Command::Check(args) => done(check::run(&args)),
         Command::Run(args) => run::run(*args),

@@ -67,20 +67,20 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     for row in &rows {
         match &row.answer {
             Answer::Full { .. } => {}
-            Answer::Dead => eprintln!(
-                "ballast: the process of {} is gone without a trace but its socket {}: remove that, or start \
+            Answer::Dead => output::say(format_args!(
+                "the process of {} is gone without a trace but its socket {}: remove that, or start \
                  a VM of that name",
                 row.name,
                 row.socket.display()
-            ),
-            Answer::NotAnswering { error } | Answer::Failed { error } => eprintln!("ballast: {error}"),
+            )),
+            Answer::NotAnswering { error } | Answer::Failed { error } => output::say(error),
         }
     }
     if args.json {
         return output::json(&rows);
     }
     if rows.is_empty() {
-        eprintln!("ballast: no VMs in {}", directory.display());
+        output::say(format_args!("no VMs in {}", directory.display()));
         return Ok(());
     }
     let head = ["NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "REPORT", "DRIVER"];

@@ -13,6 +13,7 @@ use vmm::machine::Machine;
 
 use crate::duration;
 use crate::failure::Failure;
+use crate::output;
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -131,7 +132,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let machine = Machine::new(config)?;
     give_back_heap();
     let exit = machine.run()?;
-    eprintln!("ballast: {exit}");
+    output::say(&exit);
     Ok(ExitCode::from(exit.code()))
 }
 
