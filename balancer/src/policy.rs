@@ -93,12 +93,7 @@ impl Said {
 impl From<&MemoryStatus> for Said {
     fn from(status: &MemoryStatus) -> Self {
         let spare = status.report.as_ref().and_then(|aged| {
-            let report = &aged.statistics;
-            let spare = report.available.or_else(|| {
-                let free = report.free?;
-                Some(free.saturating_add(report.disk_caches.unwrap_or_default()))
-            })?;
-            Some((Duration::from_millis(aged.age_ms), spare))
+            Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?))
         });
         Self {
             limits: status.limits,

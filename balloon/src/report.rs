@@ -85,15 +85,13 @@ impl Report {
         }
     }
 
-    /// Memory that the guest uses and can't give up without pain:
-    /// total - available, or total - free - caches for a guest too old to say.
-    pub fn used(&self) -> Option<Bytes> {
-        let total = self.total?;
-        let spare = self.available.or_else(|| {
+    /// What the guest could give up without pain: `available`, or what is free
+    /// and cached in a guest too old to say.
+    pub fn spare(&self) -> Option<Bytes> {
+        self.available.or_else(|| {
             let free = self.free?;
             Some(free.saturating_add(self.disk_caches.unwrap_or_default()))
-        })?;
-        Some(total.saturating_sub(spare))
+        })
     }
 }
 
@@ -124,16 +122,11 @@ mod tests {
     }
 
     #[test]
-    fn used_never_underflows_when_the_guest_lies() {
-        let report = Report { total: Some(Bytes(1)), available: Some(Bytes(u64::MAX)), ..Report::default() };
-        assert_eq!(report.used(), Some(Bytes::ZERO));
-        let old = Report {
-            total: Some(Bytes(10)),
-            free: Some(Bytes(u64::MAX)),
-            disk_caches: Some(Bytes(2)),
-            ..Report::default()
-        };
-        assert_eq!(old.used(), Some(Bytes::ZERO));
-        assert_eq!(Report::default().used(), None);
+    fn an_old_guest_spares_what_is_free_and_cached() {
+        let new = Report { available: Some(Bytes(5)), free: Some(Bytes(9)), ..Report::default() };
+        assert_eq!(new.spare(), Some(Bytes(5)));
+        let old = Report { free: Some(Bytes(u64::MAX)), disk_caches: Some(Bytes(2)), ..Report::default() };
+        assert_eq!(old.spare(), Some(Bytes(u64::MAX)));
+        assert_eq!(Report::default().spare(), None);
     }
 }

@@ -25,6 +25,18 @@ pub struct MemoryStatus {
     pub counters: BalloonCounters,
 }
 
+impl MemoryStatus {
+    /// What the guest uses and can't give up without pain, as it last said.
+    ///
+    /// Counted from `actual`, not from the guest's own total: a Linux driver with
+    /// deflate-on-OOM leaves the balloon in `MemTotal`
+    /// (`drivers/virtio/virtio_balloon.c`: `adjust_managed_page_count`).
+    pub fn used(&self) -> Option<Bytes> {
+        let spare = self.report.as_ref()?.statistics.spare()?;
+        Some(self.actual.saturating_sub(spare))
+    }
+}
+
 /// A report and how long ago it came.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AgedReport {
@@ -111,4 +123,31 @@ pub struct VmStatus {
     pub uptime_ms: u64,
     /// ballast's version.
     pub version: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn used_is_what_the_guest_has_less_what_it_could_spare() {
+        let mut status = MemoryStatus {
+            limits: Limits::fixed(Bytes::mib(512)).unwrap(),
+            target: Bytes::mib(300),
+            actual: Bytes::mib(300),
+            host_rss: Bytes::mib(200),
+            driver: DriverState::Active,
+            report: None,
+            counters: BalloonCounters::default(),
+        };
+        assert_eq!(status.used(), None);
+        // The guest's total still holds the balloon.
+        let mut statistics =
+            Report { total: Some(Bytes::mib(500)), available: Some(Bytes::mib(180)), ..Report::default() };
+        status.report = Some(AgedReport { age_ms: 1, statistics: statistics.clone() });
+        assert_eq!(status.used(), Some(Bytes::mib(120)));
+        statistics.available = Some(Bytes(u64::MAX));
+        status.report = Some(AgedReport { age_ms: 1, statistics });
+        assert_eq!(status.used(), Some(Bytes::ZERO), "a liar can't make it wrap");
+    }
 }

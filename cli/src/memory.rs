@@ -75,6 +75,7 @@ fn describe(memory: &MemoryStatus) -> String {
     ];
     if let Some(report) = &memory.report {
         lines.push(("report age", format!("{:.1} s", report.age_ms as f64 / 1000.0)));
+        lines.extend(memory.used().map(|used| ("guest used", used.to_string())));
         lines.extend(figures(&report.statistics));
     } else {
         lines.push(("report", "none yet".to_owned()));
@@ -96,7 +97,6 @@ fn describe(memory: &MemoryStatus) -> String {
 
 fn figures(report: &Report) -> Vec<(&'static str, String)> {
     let sizes = [
-        ("guest used", report.used()),
         ("guest total", report.total),
         ("guest available", report.available),
         ("guest free", report.free),

@@ -21,7 +21,7 @@ pub struct GuestSample {
 impl From<&MemoryStatus> for GuestSample {
     fn from(memory: &MemoryStatus) -> Self {
         Self {
-            used: memory.report.as_ref().and_then(|report| report.statistics.used()),
+            used: memory.used(),
             actual: memory.actual,
             target: memory.target,
             rss: memory.host_rss,

@@ -79,6 +79,9 @@ impl Snapshot {
         page.bytes("memory_target", "Memory that the guest was last asked to have.", self.memory.target)?;
         page.bytes("memory_actual", "Memory that the guest has.", self.memory.actual)?;
         page.bytes("memory_host_rss", "Guest memory that the host really holds.", self.memory.host_rss)?;
+        if let Some(used) = self.memory.used() {
+            page.bytes("guest_memory_used", "Actual less what the guest says it could spare.", used)?;
+        }
         let buffer = f64::from(limits.buffer_percent()) / 100.0;
         let help = "Spare memory on top of the guest's use, as a share of that use.";
         page.gauge("memory_buffer", help, Some(Unit::Ratios), buffer)?;
@@ -126,7 +129,6 @@ fn report_figures(report: &Report, page: &mut Page<'_>) -> fmt::Result {
         ("guest_memory_free", "Memory used for nothing, as the guest says.", report.free),
         ("guest_memory_total", "Memory that the guest's kernel manages, as the guest says.", report.total),
         ("guest_memory_available", "Memory to be had without swapping, as the guest says.", report.available),
-        ("guest_memory_used", "Total less available, as the guest says.", report.used()),
         ("guest_disk_caches", "Page cache that could be dropped, as the guest says.", report.disk_caches),
     ] {
         if let Some(bytes) = value {
