@@ -113,7 +113,7 @@ fn cells(row: &Row) -> [String; 10] {
         Answer::NotAnswering { .. } => return without_answer(&row.name, "not answering"),
         Answer::Failed { .. } => return without_answer(&row.name, "unreadable"),
     };
-    let used = memory.report.as_ref().and_then(|report| report.statistics.used());
+    let used = memory.used();
     let age = memory.report.as_ref().map(|report| format!("{:.1} s", report.age_ms as f64 / 1000.0));
     let none = || "-".to_owned();
     [
