@@ -20,12 +20,7 @@ pub struct GuestSample {
 
 impl From<&MemoryStatus> for GuestSample {
     fn from(memory: &MemoryStatus) -> Self {
-        Self {
-            used: memory.used(),
-            actual: memory.actual,
-            target: memory.target,
-            rss: memory.host_rss,
-        }
+        Self { used: memory.used(), actual: memory.actual, target: memory.target, rss: memory.host_rss }
     }
 }
 
