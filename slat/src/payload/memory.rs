@@ -74,7 +74,9 @@ impl Mapping {
         let hugetlb = backing.map_flags() != 0;
         // hugetlb mappings come aligned; others get room to align themselves in.
         let raw_len = if hugetlb { len } else { len.checked_add(align).ok_or_else(too_large)? };
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | backing.map_flags();
+        // Huge pages that are not there must be missed here, not at the first touch.
+        let reserve = if hugetlb { 0 } else { libc::MAP_NORESERVE };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | reserve | backing.map_flags();
         // SAFETY: a new anonymous mapping at an address of the kernel's choice.
         let raw =
             unsafe { libc::mmap(null_mut(), raw_len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
