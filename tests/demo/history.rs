@@ -64,7 +64,7 @@ pub struct History {
     pub guests: Vec<Guest>,
     /// What was seen, in order.
     pub samples: Vec<Sample>,
-    /// When all guests had first shrunk to what they start with; before, their balloons still inflate.
+    /// When each guest had once come down to its target; before, first inflations are under way.
     pub settled: Option<Duration>,
 }
 

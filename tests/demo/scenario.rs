@@ -24,9 +24,9 @@ const BUDGET: Bytes = Bytes::mib(880);
 
 /// Memory moves from a to b to c: each rises while the one before falls.
 const GUESTS: &[(&str, &str)] = &[
-    ("a", "rest:10s,grow:280M:25s,hold:15s,release:10s,rest:70s"),
-    ("b", "rest:45s,grow:280M:25s,hold:15s,release:10s,rest:35s"),
-    ("c", "rest:80s,grow:280M:25s,hold:15s,release:10s"),
+    ("a", "rest:25s,grow:280M:25s,hold:15s,release:10s,rest:75s"),
+    ("b", "rest:60s,grow:280M:25s,hold:15s,release:10s,rest:40s"),
+    ("c", "rest:95s,grow:280M:25s,hold:15s,release:10s,rest:5s"),
 ];
 
 const BETWEEN_SAMPLES: Duration = Duration::from_millis(500);
@@ -104,6 +104,7 @@ async fn watch(history: &mut History, vms: &mut [Child], view: &mut View) -> Res
     for guest in &history.guests {
         clients.push(Client::new(runtime::socket(guest.name)?).with_timeout(ANSWER));
     }
+    let mut inflated = vec![false; clients.len()];
     while history.guests.iter().any(|guest| guest.exit.is_none()) {
         ensure!(start.elapsed() < LIMIT, "gave up after {LIMIT:?} waiting for the guests to end");
         let mut guests = Vec::new();
@@ -111,8 +112,10 @@ async fn watch(history: &mut History, vms: &mut [Child], view: &mut View) -> Res
             guests.push(client.memory().await.ok().map(|memory| GuestSample::from(&memory)));
         }
         let sample = Sample { time: start.elapsed(), guests };
-        let all_answer = sample.guests.iter().all(Option::is_some);
-        if history.settled.is_none() && all_answer && sample.sum(|guest| guest.actual) <= history.budget {
+        for (settled, now) in inflated.iter_mut().zip(&sample.guests) {
+            *settled |= now.is_some_and(|now| now.actual <= now.target);
+        }
+        if history.settled.is_none() && inflated.iter().all(|inflated| *inflated) {
             history.settled = Some(sample.time);
         }
         history.samples.push(sample);
