@@ -7,9 +7,10 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
 PACKAGES := qemu-system-x86 gcc libc6-dev
 LAB_ARGS ?= -- sh
+BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint lab setup
+.PHONY: help demo test bench slat lint lab setup
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +30,15 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 
 bench: setup ## Memory beside guest RAM, and instructions to the guest's init, beside QEMU microvm
 	$(CARGO) run --quiet --package tests --bin bench
+
+slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/slat.html
+	$(CARGO) build --release --package cli
+	$(CARGO) run --quiet --package tests --bin lab -- fetch
+	mkdir -p out
+	$(BALLAST) slat lab --twice --output out/slat-lab.json \
+	  --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballast/packages/linux-image-6.1*/root | tail -n 1)"
+	$(BALLAST) slat run --set full --output out/slat-here.json || [ $$? = 3 ]
+	$(BALLAST) slat report out/slat-lab.json out/slat-here.json --html out/slat.html
 
 lint: ## Formatting and clippy
 	$(CARGO) fmt --all --check

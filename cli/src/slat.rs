@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use balloon::units::Bytes;
 use clap::{Subcommand, ValueEnum};
+use slat::claims::claims;
 use slat::lab::{self, inside};
 use slat::payload::Payload;
 use slat::payload::memory::Backing;
 use slat::probe::{self, Verdict};
+use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan};
 use slat::walk::{Depth, PageSize, Shape, Walk};
 use slat::{host, interrupt};
@@ -40,6 +42,10 @@ enum Command {
     Run(RunArgs),
     /// Run with SLAT on and off in throw-away emulated hosts
     Lab(LabArgs),
+    /// Hold every claim about SLAT against figures of `run` and `lab`
+    Report(ReportArgs),
+    /// Set two runs of different hosts or settings side by side
+    Compare(CompareArgs),
     /// Be the first process of an emulated host
     #[command(hide = true)]
     Inside(InsideArgs),
@@ -200,6 +206,30 @@ struct LabArgs {
 }
 
 #[derive(clap::Args)]
+struct ReportArgs {
+    /// What `run --output` and `lab --output` wrote
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Write one self-contained HTML page to this file
+    #[arg(long)]
+    html: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct CompareArgs {
+    /// What `run --output` wrote first
+    first: PathBuf,
+    /// And what it wrote second, say with SLAT off
+    second: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
 struct InsideArgs {
     /// Load KVM with nested paging
     #[arg(long)]
@@ -226,6 +256,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Walk(args) => walk(args),
         Command::Run(args) => measure(args),
         Command::Lab(args) => in_lab(args),
+        Command::Report(args) => tell(args),
+        Command::Compare(args) => compare(args),
         Command::Inside(args) => {
             // The host's memory can be asked for only once its file systems are there.
             let plan = || Plan {
@@ -344,4 +376,26 @@ fn in_lab(args: &LabArgs) -> Result<(), Failure> {
         Some(difference) => Err(Failure::new(difference)),
         None => Ok(()),
     }
+}
+
+fn tell(args: &ReportArgs) -> Result<(), Failure> {
+    let inputs: Result<Vec<_>, _> = args.files.iter().map(|path| Input::read(path)).collect();
+    let inputs = inputs.map_err(Failure::new)?;
+    let material = report::material(&inputs);
+    if let Some(path) = &args.html {
+        fs::write(path, html::page(material))
+            .map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))?;
+    }
+    if args.json { output::json(&claims(material)) } else { output::text(&report::text(material)) }
+}
+
+fn compare(args: &CompareArgs) -> Result<(), Failure> {
+    let read = |path: &PathBuf| Input::read_run(path).map_err(Failure::new);
+    let (first, second) = (read(&args.first)?, read(&args.second)?);
+    let rows = report::side_by_side(&first, &second);
+    if args.json {
+        return output::json(&rows);
+    }
+    let head = ["PAYLOAD", "EXITS/OP", "SECOND", "TIME", "SECOND", "SECOND IS"];
+    output::text(&format!("{}\n{}\n{}", first.heading(), second.heading(), table::render(head, &rows)))
 }
