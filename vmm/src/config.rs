@@ -57,7 +57,7 @@ pub enum ConfigError {
     HugePages(String),
 }
 
-/// A VM's name: `^[a-z0-9][a-z0-9-]{0,62}$`, safe in a file name and a label.
+/// A VM's name, by the rule of [`balloon::runtime::check_name`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(String);
 
@@ -77,10 +77,8 @@ impl fmt::Display for Name {
 impl FromStr for Name {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let fits = (1..=63).contains(&text.len())
-            && !text.starts_with('-')
-            && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
-        if fits { Ok(Self(text.to_owned())) } else { Err(ConfigError::Name(text.to_owned())) }
+        balloon::runtime::check_name(text).map_err(|_| ConfigError::Name(text.to_owned()))?;
+        Ok(Self(text.to_owned()))
     }
 }
 

@@ -1,6 +1,6 @@
 //! SIGTERM and its like: first the power button, then the plug.
 
-use std::io;
+use std::io::{self, Write};
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -68,7 +68,9 @@ impl MutEventSubscriber for Signals {
         while self.next() {
             if !self.asked && self.control.power_button().is_ok() {
                 self.asked = true;
-                eprintln!("Pressed the guest's power button. A second signal stops the VM at once.");
+                // A closed standard error must not end the VM, as `eprintln!` would.
+                let said = "Pressed the guest's power button. A second signal stops the VM at once.";
+                let _ = writeln!(io::stderr(), "{said}");
             } else {
                 // Only a VM that has ended already refuses.
                 let _ = self.control.shutdown();
