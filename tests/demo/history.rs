@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::status::MemoryStatus;
+use balloon::status::{DriverState, MemoryStatus};
 use balloon::units::Bytes;
 
 /// One guest at one moment.
@@ -12,6 +12,8 @@ pub struct GuestSample {
     pub used: Option<Bytes>,
     /// What it has.
     pub actual: Bytes,
+    /// What it may touch: as `actual`, but what the host holds once its driver has gone at its end.
+    pub given: Bytes,
     /// What the balancer asks it to have.
     pub target: Bytes,
     /// What the host holds for it.
@@ -20,7 +22,15 @@ pub struct GuestSample {
 
 impl From<&MemoryStatus> for GuestSample {
     fn from(memory: &MemoryStatus) -> Self {
-        Self { used: memory.used(), actual: memory.actual, target: memory.target, rss: memory.host_rss }
+        // A guest that goes down resets its devices, and its balloon is empty then.
+        let given = if memory.driver == DriverState::Absent { memory.host_rss } else { memory.actual };
+        Self {
+            used: memory.used(),
+            actual: memory.actual,
+            given,
+            target: memory.target,
+            rss: memory.host_rss,
+        }
     }
 }
 

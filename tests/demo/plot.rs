@@ -33,8 +33,8 @@ fn mib(bytes: Bytes) -> f64 {
     bytes.0 as f64 / f64::from(1 << 20)
 }
 
-/// A curve of one guest; it has gaps where the guest did not answer.
-fn curve(history: &History, number: usize, part: impl Fn(&GuestSample) -> Option<Bytes>) -> Vec<(f64, f64)> {
+/// What one guest had over time; it has gaps where the guest did not answer.
+fn points(history: &History, number: usize, part: impl Fn(&GuestSample) -> Option<Bytes>) -> Vec<(f64, f64)> {
     let points = history.samples.iter().filter_map(|sample| {
         let value = part(sample.guests[number].as_ref()?)?;
         Some((sample.time.as_secs_f64(), mib(value)))
@@ -42,71 +42,94 @@ fn curve(history: &History, number: usize, part: impl Fn(&GuestSample) -> Option
     points.collect()
 }
 
+/// A line, or the edge of a filled area.
+struct Curve {
+    points: Vec<(f64, f64)>,
+    colour: RGBColor,
+    name: &'static str,
+}
+
+/// What one chart shows.
+struct Chart {
+    title: String,
+    /// The last second.
+    end: f64,
+    /// The highest MiB.
+    top: f64,
+    filled: Curve,
+    lines: Vec<Curve>,
+    limits: Vec<(Bytes, &'static str)>,
+}
+
 fn draw_guest(history: &History, number: usize, guest: &Guest, area: &Area<'_>) -> Result<()> {
-    let title = format!("guest {}: MiB over seconds", guest.name);
-    let end = end(history);
-    let limits = [(guest.max, "max"), (guest.min, "min")];
-    let lines = [
-        (curve(history, number, |now| Some(now.actual)), HAS, "has"),
-        (curve(history, number, |now| Some(now.target)), TARGET, "target"),
-    ];
-    let used = curve(history, number, |now| now.used);
-    chart(area, &title, end, mib(guest.max) * 1.1, &used, "used", &lines, &limits)
+    let curve = |part: fn(&GuestSample) -> Option<Bytes>, colour, name| Curve {
+        points: points(history, number, part),
+        colour,
+        name,
+    };
+    let chart = Chart {
+        title: format!("guest {}: MiB over seconds", guest.name),
+        end: end(history),
+        top: mib(guest.max) * 1.1,
+        filled: curve(|now| now.used, USED, "used"),
+        lines: vec![
+            curve(|now| Some(now.actual), HAS, "has"),
+            curve(|now| Some(now.target), TARGET, "target"),
+        ],
+        limits: vec![(guest.max, "max"), (guest.min, "min")],
+    };
+    draw_chart(area, &chart)
 }
 
 fn draw_host(history: &History, area: &Area<'_>) -> Result<()> {
-    let sum = |part: fn(&GuestSample) -> Bytes| -> Vec<(f64, f64)> {
-        let points = history.samples.iter().map(|sample| (sample.time.as_secs_f64(), mib(sample.sum(part))));
-        points.collect()
+    let sums = |part: fn(&GuestSample) -> Bytes| {
+        history.samples.iter().map(move |sample| (sample.time.as_secs_f64(), mib(sample.sum(part))))
     };
     let settled = history.settled.unwrap_or_default().as_secs_f64();
     // Until balloons have first inflated, what guests could have is more than the host ever gave.
-    let given = sum(|guest| guest.actual).into_iter().filter(|(time, _)| *time >= settled).collect();
-    let lines = [(given, HAS, "given to guests")];
-    let limits = [(history.budget, "budget")];
-    let top = mib(history.budget) * 1.2;
-    chart(area, "host: MiB over seconds", end(history), top, &sum(|guest| guest.rss), "held", &lines, &limits)
+    let given = sums(|guest| guest.given).filter(|(time, _)| *time >= settled).collect();
+    let chart = Chart {
+        title: "host: MiB over seconds".to_owned(),
+        end: end(history),
+        top: mib(history.budget) * 1.2,
+        filled: Curve { points: sums(|guest| guest.rss).collect(), colour: USED, name: "held" },
+        lines: vec![Curve { points: given, colour: HAS, name: "given to guests" }],
+        limits: vec![(history.budget, "budget")],
+    };
+    draw_chart(area, &chart)
 }
 
 fn end(history: &History) -> f64 {
     history.samples.last().map_or(1.0, |sample| sample.time.as_secs_f64())
 }
 
-#[expect(clippy::too_many_arguments, reason = "what is drawn, each part once")]
-fn chart(
-    area: &Area<'_>,
-    title: &str,
-    end: f64,
-    top: f64,
-    filled: &[(f64, f64)],
-    filled_name: &str,
-    lines: &[(Vec<(f64, f64)>, RGBColor, &str)],
-    limits: &[(Bytes, &str)],
-) -> Result<()> {
+fn draw_chart(area: &Area<'_>, what: &Chart) -> Result<()> {
     let wrong = |error: &dyn std::fmt::Display| anyhow!("{error}");
     let mut chart = ChartBuilder::on(area)
-        .caption(title, ("sans-serif", 18))
+        .caption(&what.title, ("sans-serif", 18))
         .margin(8)
         .x_label_area_size(24)
         .y_label_area_size(48)
-        .build_cartesian_2d(0.0..end, 0.0..top)
+        // Room for the legend on the right.
+        .build_cartesian_2d(0.0..what.end * 1.15, 0.0..what.top)
         .map_err(|e| wrong(&e))?;
     chart.configure_mesh().light_line_style(WHITE).draw().map_err(|e| wrong(&e))?;
+    let fill = what.filled.colour.mix(0.35);
     chart
-        .draw_series(AreaSeries::new(filled.iter().copied(), 0.0, USED.mix(0.35)))
+        .draw_series(AreaSeries::new(what.filled.points.iter().copied(), 0.0, fill))
         .map_err(|e| wrong(&e))?
-        .label(filled_name)
-        .legend(|(x, y)| Rectangle::new([(x, y - 5), (x + 16, y + 5)], USED.mix(0.35).filled()));
-    for (points, colour, name) in lines {
-        let colour = *colour;
+        .label(what.filled.name)
+        .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 16, y + 5)], fill.filled()));
+    for line in &what.lines {
+        let stroke = line.colour.stroke_width(2);
         chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))
+            .draw_series(LineSeries::new(line.points.iter().copied(), stroke))
             .map_err(|e| wrong(&e))?
-            .label(*name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+            .label(line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], stroke));
     }
-    for (limit, name) in limits {
-        let line = [(0.0, mib(*limit)), (end, mib(*limit))];
+    for (limit, name) in &what.limits {
+        let line = [(0.0, mib(*limit)), (what.end, mib(*limit))];
         chart
             .draw_series(LineSeries::new(line, LIMIT.mix(0.6)))
             .map_err(|e| wrong(&e))?

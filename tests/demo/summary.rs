@@ -65,7 +65,7 @@ fn faults(history: &History) -> Vec<String> {
     match history.settled {
         None => faults.push("the guests never came down to what they start with".to_owned()),
         Some(settled) => {
-            let given = history.peak(settled, |guest| guest.actual);
+            let given = history.peak(settled, |guest| guest.given);
             if given > history.budget {
                 faults.push(format!(
                     "the guests were given {given}, more than the budget of {}",

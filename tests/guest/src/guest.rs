@@ -8,7 +8,7 @@
 //! ballast.end=END             then: poweroff (default), reboot, panic or hang
 //! ```
 //! With the kernel's own `reboot=t` a reboot is a triple fault.
-//! It prints `READY linux=VERSION cpus=N memory=N kB` when its modules are loaded, and before it ends
+//! It prints `INIT` first of all, `READY linux=VERSION cpus=N memory=N kB` when its modules are loaded, and before it ends
 //! `SUMMARY oom_kills=N`, the processes that died for lack of memory.
 //! The power button ends it with a power-off at any time.
 //!
@@ -74,6 +74,7 @@ fn end_named(name: &str) -> Result<End, String> {
 
 /// Process 1 of a guest.
 pub fn main() -> ! {
+    println!("INIT");
     modules::load_listed();
     thread::spawn(watch_power_buttons);
     let orders = match Orders::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default()) {

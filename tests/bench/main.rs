@@ -1,0 +1,146 @@
+//! `bench`: what a VM costs beside its guest, for ballast and QEMU microvm in the same run.
+//!
+//! It runs in the deterministic lab, where a nanosecond is an instruction, so noise can't touch it.
+
+mod memory;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use balloon::units::Bytes;
+use lab::emulator::{Emulator, Terminal};
+use lab::{GuestImages, Kernel, inside};
+
+use crate::memory::Beside;
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// What QEMU's microvm machine reads at its start.
+const QEMU_FILES: &[&str] = &[
+    "/usr/share/seabios/bios-microvm.bin",
+    "/usr/share/qemu/qboot.rom",
+    "/usr/share/qemu/pvh.bin",
+    "/usr/share/qemu/linuxboot_dma.bin",
+];
+/// The guest's first word, printed by its init before anything else.
+const INIT: &str = "INIT";
+/// Printed when it has loaded its modules.
+const READY: &str = "READY";
+const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet ballast.end=hang";
+/// Ten times what it usually takes: virtual time stands still for minutes now and then.
+const LIMIT: Duration = Duration::from_secs(3000);
+
+fn main() -> ExitCode {
+    match if inside() { measure() } else { emulated() } {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn emulated() -> Result<ExitCode> {
+    let emulator = Emulator {
+        deterministic: true,
+        memory: Bytes::gib(3),
+        guests: vec![Kernel::V6_1],
+        files: qemu_with_libraries()?,
+        terminal: Terminal::Output,
+        limit: LIMIT,
+        ..Emulator::default()
+    };
+    let outcome = emulator.run(&std::env::current_exe()?, &[])?;
+    Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
+}
+
+/// QEMU as it is installed here, each file at its own path.
+fn qemu_with_libraries() -> Result<Vec<(PathBuf, String)>> {
+    let output = Command::new("ldd").arg(QEMU).output().context("ldd can't be run")?;
+    ensure!(output.status.success(), "{QEMU} is missing: install qemu-system-x86");
+    let libraries = String::from_utf8(output.stdout)?;
+    // `name => /path (address)`, or `/path (address)` for the loader.
+    let libraries =
+        libraries.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    let files = QEMU_FILES.iter().copied().filter(|path| Path::new(path).exists());
+    let all = [QEMU].into_iter().chain(files).chain(libraries);
+    Ok(all.map(|path| (PathBuf::from(path), path.to_owned())).collect())
+}
+
+/// What was measured of one VM.
+struct Measured {
+    init: Duration,
+    ready: Duration,
+    beside: Beside,
+}
+
+fn measure() -> Result<ExitCode> {
+    let images = Kernel::V6_1.guest_images();
+    // Once without looking: the first VMM pays for caches and entropy that the others find ready.
+    run(ballast(&images))?;
+    println!("256 MiB, 1 vCPU, Debian 6.1 as ELF (PVH); V s: virtual seconds, 1e9 instructions each");
+    println!(
+        "              exec to init   to modules loaded   private beside guest RAM   of it not backed by a file"
+    );
+    for (name, command) in [("ballast", ballast(&images)), ("QEMU microvm", microvm(&images))] {
+        let measured = run(command).with_context(|| name.to_owned())?;
+        println!(
+            "{name:<12}  {:>8.4} V s   {:>11.4} V s     {:>20}   {:>28}",
+            measured.init.as_secs_f64(),
+            measured.ready.as_secs_f64(),
+            measured.beside.private.to_string(),
+            measured.beside.anonymous.to_string(),
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ballast(images: &GuestImages) -> Command {
+    let mut command = Command::new(lab::ballast());
+    command.args(["run", "--name", "bench", "--memory", "256M", "--cmdline", CMDLINE]);
+    with_images(command, images, "--kernel", "--initrd")
+}
+
+fn microvm(images: &GuestImages) -> Command {
+    let mut command = Command::new(QEMU);
+    command.args(["-M", "microvm,accel=kvm", "-cpu", "host", "-m", "256", "-nodefaults", "-no-user-config"]);
+    command.args(["-display", "none", "-serial", "stdio", "-no-reboot", "-append", CMDLINE]);
+    with_images(command, images, "-kernel", "-initrd")
+}
+
+fn with_images(mut command: Command, images: &GuestImages, kernel: &str, initrd: &str) -> Command {
+    command.arg(kernel).arg(images.elf.as_ref().unwrap_or(&images.bzimage)).arg(initrd).arg(&images.initrd);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+}
+
+fn run(mut command: Command) -> Result<Measured> {
+    let start = Instant::now();
+    let mut child = command.spawn().context("can't be started")?;
+    let measured = watch(&mut child, start);
+    child.kill()?;
+    child.wait()?;
+    measured
+}
+
+fn watch(child: &mut Child, start: Instant) -> Result<Measured> {
+    let mut console = BufReader::new(child.stdout.take().context("its output is piped")?);
+    let init = wait_for(&mut console, INIT, start)?;
+    let ready = wait_for(&mut console, READY, start)?;
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", child.id()))?;
+    Ok(Measured { init, ready, beside: memory::beside_guest(&smaps) })
+}
+
+fn wait_for(console: &mut impl BufRead, word: &str, start: Instant) -> Result<Duration> {
+    let mut line = Vec::new();
+    while console.read_until(b'\n', &mut line)? > 0 {
+        if line.starts_with(word.as_bytes()) {
+            return Ok(start.elapsed());
+        }
+        line.clear();
+    }
+    bail!("it ended before its guest said {word}")
+}
