@@ -14,7 +14,7 @@ use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan};
 use slat::walk::{Depth, PageSize, Shape, Walk};
-use slat::{host, interrupt};
+use slat::{host, interrupt, linux};
 
 use crate::failure::Failure;
 use crate::{output, table};
@@ -49,6 +49,15 @@ enum Command {
     /// Be the first process of an emulated host
     #[command(hide = true)]
     Inside(InsideArgs),
+    /// Be the first process of a Linux guest
+    #[command(hide = true)]
+    Guest(GuestArgs),
+}
+
+#[derive(clap::Args)]
+struct GuestArgs {
+    /// Words of the kernel's command line
+    words: Vec<String>,
 }
 
 #[derive(clap::Args)]
@@ -258,6 +267,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Lab(args) => in_lab(args),
         Command::Report(args) => tell(args),
         Command::Compare(args) => compare(args),
+        Command::Guest(_) => linux::guest().map_err(Failure::new),
         Command::Inside(args) => {
             // The host's memory can be asked for only once its file systems are there.
             let plan = || Plan {
@@ -371,6 +381,13 @@ fn in_lab(args: &LabArgs) -> Result<(), Failure> {
     } else {
         let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "NOTE"];
         output::text(&table::render(head, &result.rows()))?;
+        let head = ["LINUX GUEST", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "OFF/ON"];
+        output::text(&format!("\n{}", table::render(head, &result.linux_rows())))?;
+        for why in
+            [&result.counted.on, &result.counted.off].into_iter().filter_map(|r| r.linux_failure.as_ref())
+        {
+            output::text(&format!("{why}\n"))?;
+        }
     }
     match result.difference {
         Some(difference) => Err(Failure::new(difference)),

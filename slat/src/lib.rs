@@ -12,6 +12,7 @@ pub mod figure;
 pub mod host;
 pub mod interrupt;
 pub mod lab;
+pub mod linux;
 pub mod payload;
 pub mod probe;
 pub mod report;

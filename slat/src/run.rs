@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::figure::{Figure, Quality, Spread};
 use crate::host::{self, Fingerprint, KernelMemory};
+use crate::linux::Workload;
 use crate::payload::machine::{Failure, Machine, Round};
 use crate::payload::memory::Backing;
 use crate::payload::{Payload, Place, Setup, native};
@@ -105,6 +106,12 @@ pub struct Run {
     pub interrupted: bool,
     /// The figures.
     pub measurements: Vec<Measurement>,
+    /// Workloads of a Linux guest, in the lab.
+    #[serde(default)]
+    pub linux: Vec<Workload>,
+    /// Why there are none, where they were asked for.
+    #[serde(default)]
+    pub linux_failure: Option<String>,
 }
 
 /// Size of a plan.
@@ -257,6 +264,8 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
         clock: plan.clock,
         interrupted: stop.load(Ordering::SeqCst),
         measurements,
+        linux: Vec::new(),
+        linux_failure: None,
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use crate::linux;
 use crate::run::{Plan, Run, run};
 
 /// Where the archive keeps the modules, named so that they sort in the order of loading.
@@ -110,6 +111,12 @@ fn prepare_and_run(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Resu
     };
     let go_on = AtomicBool::new(false);
     run(&warm, &go_on, |_, _| {});
-    let result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
+    let mut result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
+    // Only the host's counters in debugfs are lost without it.
+    let _ = mount(c"debugfs", c"/sys/kernel/debug");
+    match linux::host() {
+        Ok(workloads) => result.linux = workloads.unwrap_or_default(),
+        Err(error) => result.linux_failure = Some(error.to_string()),
+    }
     send(&result)
 }

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::figure::short;
+use crate::linux;
 use crate::run::{Measurement, Run, cell};
 use archive::Archive;
 
@@ -176,6 +178,9 @@ fn difference(first: &Run, second: &Run) -> Option<String> {
     }
     let pairs = first.measurements.iter().zip(&second.measurements);
     let differing = pairs.into_iter().find(|(a, b)| a != b);
+    if let (None, Some((a, b))) = (differing, first.linux.iter().zip(&second.linux).find(|(a, b)| a != b)) {
+        return Some(format!("two deterministic runs differ in a Linux guest: {a:?} and {b:?}"));
+    }
     Some(differing.map_or_else(
         || "two deterministic runs differ in what the host is".into(),
         |(a, b)| {
@@ -192,6 +197,19 @@ fn difference(first: &Run, second: &Run) -> Option<String> {
 }
 
 impl Findings {
+    /// Rows for a Linux guest's workloads: name, exits on and off, instructions on and off, off over on.
+    pub fn linux_rows(&self) -> Vec<[String; 6]> {
+        let (on, off) = (&self.counted.on.linux, &self.counted.off.linux);
+        let exits = |w: &linux::Workload| w.exits.map_or("-".into(), short);
+        on.iter()
+            .filter_map(|a| {
+                let b = off.iter().find(|b| b.name == a.name)?;
+                let factor = format!("{:.3}", b.ticks / a.ticks.max(1.0));
+                Some([a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor])
+            })
+            .collect()
+    }
+
     /// Rows for a table: setup, exits on and off, instructions on and off, note.
     pub fn rows(&self) -> Vec<[String; 6]> {
         let on = &self.counted.on.measurements;
@@ -251,7 +269,8 @@ impl Host {
     pub fn run(&self, kernel: &Kernel, stop: &AtomicBool) -> Result<Run, Error> {
         let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
         let initrd = directory.path().join("initrd");
-        fs::write(&initrd, image(kernel)?).map_err(files("the emulated host's initramfs"))?;
+        fs::write(&initrd, image(kernel, self.deterministic)?)
+            .map_err(files("the emulated host's initramfs"))?;
         let mut child = self.command(kernel, directory.path()).spawn().map_err(Error::NoEmulator)?;
         let ended = wait(&mut child, self.limit, stop);
         let read = |name| fs::read_to_string(directory.path().join(name)).unwrap_or_default();
@@ -300,7 +319,7 @@ fn wait(child: &mut Child, limit: Duration, stop: &AtomicBool) -> Ended {
 }
 
 /// The emulated host's initramfs: this program, KVM's modules, a console.
-fn image(kernel: &Kernel) -> Result<Vec<u8>, Error> {
+fn image(kernel: &Kernel, linux: bool) -> Result<Vec<u8>, Error> {
     let this = std::env::current_exe().map_err(files("this program's own file"))?;
     let read = |path: &Path| fs::read(path).map_err(files(path.display().to_string()));
     let mut archive = Archive::default();
@@ -315,7 +334,24 @@ fn image(kernel: &Kernel) -> Result<Vec<u8>, Error> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         archive.file(&format!("{}/{number}-{name}", inside::MODULES), &read(&path)?);
     }
+    if linux {
+        archive.directory("guest");
+        archive.file(linux::KERNEL.trim_start_matches('/'), &read(&kernel.image)?);
+        archive.file(linux::INITRD.trim_start_matches('/'), &guest_image(&read(&this)?));
+    }
     Ok(archive.finish())
+}
+
+/// A Linux guest's initramfs: this program, one to execute, a console.
+fn guest_image(this: &[u8]) -> Vec<u8> {
+    let mut archive = Archive::default();
+    archive.directory("dev");
+    archive.device("dev/console", 5, 1);
+    archive.device("dev/null", 1, 3);
+    archive.file("ballast", this);
+    let (path, program) = linux::program();
+    archive.file(path, &program);
+    archive.finish()
 }
 
 #[cfg(test)]

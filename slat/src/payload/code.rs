@@ -201,10 +201,13 @@ slat_demand_fault:
     ret
 
     // A batch: hang in an empty table, fault in its 512 pages one by one, clear
-    // the entries, take the table out, flush by reloading CR3.
+    // the entries, take the table out, flush by reloading CR3. Its value comes from
+    // the array of roots: reading CR3 leaves the guest too where tables are shadowed.
     .balign 16
 slat_mmap_batch:
     mov rsi, [rdi + 24]
+    mov r10, [rdi + 104]
+    mov r10, [r10]
 2:  mov r8, [rdi + 88]
     mov rax, [rdi + 96]
     mov [r8], rax
@@ -225,8 +228,7 @@ slat_mmap_batch:
     dec ecx
     jnz 3b
     mov qword ptr [r8], 0
-    mov rax, cr3
-    mov cr3, rax
+    mov cr3, r10
     sub rsi, 512
     ja 2b
     ret

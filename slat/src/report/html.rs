@@ -24,6 +24,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .lead { font-size: 1.1rem; border-left: 4px solid #1b6ca8; padding-left: .8rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #dde2e6; border-radius: 8px; padding: .6rem; break-inside: avoid; }
+code { font-size: .9em; background: #f4f6f8; padding: 0 .2em; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .9rem; color: #4a5560; }
 .scroll { overflow-x: auto; }
@@ -49,6 +50,17 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// Text as HTML, with what stands between backticks as code.
+fn prose(text: &str) -> String {
+    let escaped = escape(text);
+    let mut html = String::new();
+    for (number, part) in escaped.split('`').enumerate() {
+        let (before, after) = if number % 2 == 1 { ("<code>", "</code>") } else { ("", "") };
+        html.extend([before, part, after]);
+    }
+    html
+}
+
 /// The whole page.
 pub fn page(material: Material<'_>) -> String {
     let claims = claims(material);
@@ -59,7 +71,7 @@ pub fn page(material: Material<'_>) -> String {
     );
     page += STYLE;
     page += "</style></head><body>\n<h1>What second-level address translation does here</h1>\n";
-    let _ = writeln!(page, "<p class=\"lead\">{}</p>", escape(&lead(material, &claims)));
+    let _ = writeln!(page, "<p class=\"lead\">{}</p>", prose(&lead(material, &claims)));
     page += &plots(material);
     page += &claim_table(&claims);
     if let Some(run) = material.here {
@@ -87,7 +99,7 @@ fn lead(material: Material<'_>, claims: &[Claim]) -> String {
     if material.lab.is_some() {
         text += "SLAT on and off was counted in emulated AMD hosts. ";
     }
-    text + "Of the claims, " + &verdict(claims)
+    text + &verdict(claims)
 }
 
 fn figure(svg: Option<String>, caption: &str) -> String {
@@ -182,7 +194,7 @@ fn claim_table(claims: &[Claim]) -> String {
         };
         let needs = match claim.outcome {
             Outcome::Holds => String::new(),
-            _ => format!(" <span class=\"needs\">Needs: {}.</span>", escape(claim.needs)),
+            _ => format!(" <span class=\"needs\">Needs: {}.</span>", prose(claim.needs)),
         };
         let _ = writeln!(
             text,
@@ -190,7 +202,7 @@ fn claim_table(claims: &[Claim]) -> String {
             claim.id,
             escape(claim.claim),
             claim.outcome.name(),
-            escape(&claim.measured)
+            prose(&claim.measured)
         );
     }
     text + "</tbody></table>\n"
@@ -215,9 +227,9 @@ fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
 fn host_section(title: &str, run: &Run) -> String {
     let host = &run.fingerprint;
     let mut text = format!("<h2>{title}</h2>\n<p>");
-    let _ = write!(
+    let _ = writeln!(
         text,
-        "{}, {} CPUs, {}, Linux {}{}. {}</p>\n",
+        "{}, {} CPUs, {}, Linux {}{}. {}</p>",
         escape(&host.processor),
         host.cpus,
         host.memory,
@@ -250,6 +262,16 @@ fn lab_section(lab: &Findings) -> String {
     }
     let head = ["payload", "exits, on", "off", "instructions, on", "off", "note"];
     text += &table(head, &lab.rows());
+    let rows = lab.linux_rows();
+    if !rows.is_empty() {
+        text += "<p>A stock Linux guest under <code>ballast run</code>, each workload between two turns at its \
+                 console:</p>\n";
+        let head = ["Linux guest", "exits, on", "off", "instructions, on", "off", "off / on"];
+        text += &table(head, &rows);
+    }
+    for why in [&lab.counted.on, &lab.counted.off].into_iter().filter_map(|r| r.linux_failure.as_ref()) {
+        let _ = writeln!(text, "<p>No Linux guest: {}</p>", escape(why));
+    }
     let memory = |run: &Run, setup: &Setup| run.find(setup).map_or("-".into(), |m| cell(&m.tables));
     let rows: Vec<_> = [1, 4, 16, 64]
         .into_iter()
@@ -275,6 +297,7 @@ mod tests {
 
     #[test]
     fn text_is_escaped() {
+        assert_eq!(prose("a `b<` c"), "a <code>b&lt;</code> c");
         assert_eq!(escape("<a href=\"x\">&"), "&lt;a href=&quot;x&quot;&gt;&amp;");
     }
 }

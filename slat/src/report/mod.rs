@@ -88,9 +88,9 @@ pub fn verdict(claims: &[Claim]) -> String {
     };
     let order = [Outcome::Holds, Outcome::Partly, Outcome::Fails, Outcome::Model, Outcome::NotMeasured];
     let parts: Vec<_> = order.into_iter().filter_map(list).collect();
-    let mut text = parts.join("; ");
-    text.push('.');
-    text
+    let text = format!("{}.", parts.join("; "));
+    let first = text.chars().next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
+    first + text.get(1..).unwrap_or_default()
 }
 
 /// The claims for the terminal.

@@ -34,6 +34,7 @@ pub fn lines(x: &str, y: &str, lines: &[Line]) -> Option<String> {
     draw(|root| {
         let mut chart = ChartBuilder::on(root)
             .margin(12)
+            .margin_right(28)
             .x_label_area_size(52)
             .y_label_area_size(72)
             .build_cartesian_2d((left..right).log_scale().base(2.0), 0.0..top * 1.1)?;
@@ -44,8 +45,8 @@ pub fn lines(x: &str, y: &str, lines: &[Line]) -> Option<String> {
             .axis_style(INK)
             .bold_line_style(FAINT)
             .light_line_style(TRANSPARENT)
-            .label_style((FONT, 17).into_font().color(&INK))
-            .axis_desc_style((FONT, 18).into_font().color(&INK))
+            .label_style((FONT, 19).into_font().color(&INK))
+            .axis_desc_style((FONT, 20).into_font().color(&INK))
             .x_label_formatter(&|v| crate::figure::short(v.round()))
             .y_label_formatter(&|v| crate::figure::short(*v))
             .y_labels(6)
@@ -61,7 +62,7 @@ pub fn lines(x: &str, y: &str, lines: &[Line]) -> Option<String> {
         chart
             .configure_series_labels()
             .position(SeriesLabelPosition::UpperLeft)
-            .label_font((FONT, 17).into_font().color(&INK))
+            .label_font((FONT, 19).into_font().color(&INK))
             .background_style(WHITE.mix(0.85))
             .draw()
     })
@@ -73,10 +74,10 @@ pub fn bars(rows: &[(String, f64, f64)]) -> Option<String> {
     if rows.is_empty() || top <= 0.0 {
         return None;
     }
-    let (left, right, row) = (150, 470, (SIZE.1 as i32 - 40) / rows.len() as i32);
+    let (left, right, row) = (160, 470, (SIZE.1 as i32 - 40) / rows.len() as i32);
     let x = |value: f64| left + (f64::from(right - left) * value / top) as i32;
     draw(|root| {
-        let text = (FONT, 17).into_font().color(&INK);
+        let text = (FONT, 19).into_font().color(&INK);
         for (place, (name, colour)) in [(left, ("SLAT on", ON)), (left + 130, ("SLAT off", OFF))] {
             root.draw(&Rectangle::new([(place, 10), (place + 14, 24)], colour.filled()))?;
             root.draw(&Text::new(name, (place + 20, 8), text.clone()))?;
