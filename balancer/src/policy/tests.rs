@@ -3,6 +3,8 @@
 //! The guests here are as simple as can be: they follow their target at a given
 //! speed, or don't. Real ones are in the lab.
 
+use std::collections::VecDeque;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -21,6 +23,8 @@ struct Guest {
     age: Duration,
     /// Claims to use all it has.
     lies: bool,
+    /// What it could spare at the end of each second, the newest first.
+    spares: VecDeque<Bytes>,
 }
 
 impl Guest {
@@ -29,7 +33,8 @@ impl Guest {
         let said = Said { driver: DriverState::Active, ..Said::of(limits) };
         let vm = Vm::new(id, Duration::from_secs(1000), said);
         let speed = Bytes::gib(1);
-        Self { vm, wants, speed, stuck: false, age: Duration::ZERO, lies: false }
+        let spares = VecDeque::new();
+        Self { vm, wants, speed, stuck: false, age: Duration::ZERO, lies: false, spares }
     }
 
     fn live(&mut self) {
@@ -40,7 +45,11 @@ impl Guest {
             said.actual = said.target.max(said.actual.saturating_sub(self.speed));
         }
         let spare = if self.lies { Bytes::ZERO } else { said.actual.saturating_sub(self.wants) };
-        said.spare = Some((self.age, spare));
+        self.spares.push_front(spare);
+        self.spares.truncate(64);
+        // An old report tells of what was then.
+        let then = self.spares.get(self.age.as_secs() as usize).or(self.spares.back());
+        said.spare = then.map(|spare| (self.age, *spare));
     }
 }
 
