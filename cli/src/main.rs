@@ -16,6 +16,7 @@ mod pause;
 mod ps;
 mod resume;
 mod run;
+mod sim;
 mod slat;
 mod stop;
 mod table;
@@ -74,6 +75,7 @@ enum Command {
     Resume(resume::Args),
     Slat(slat::Args),
     Balancer(balancer::Args),
+    Sim(sim::Args),
     Completions(completions::Args),
 }
 
@@ -96,6 +98,7 @@ fn main() -> ExitCode {
         Command::Resume(args) => done(resume::run(&args)),
         Command::Slat(args) => done(slat::run(&args)),
         Command::Balancer(args) => done(balancer::run(&args)),
+        Command::Sim(args) => done(sim::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)

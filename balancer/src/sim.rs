@@ -1,0 +1,101 @@
+//! What would happen: memory laws under the same guests, demand and faults.
+//!
+//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a law: no
+//! clock, no I/O, no randomness of its own. So two runs of the same seed are
+//! equal to the bit, and the difference between two laws is the laws'.
+//!
+//! [`trace`] makes demand, [`recorded`] reads it from files, [`guest`] is how a
+//! VM lives with what it has, [`faults`] what goes wrong, [`laws`] who decides,
+//! [`world`] brings them together, [`score`] judges, [`sweep`] runs many, and
+//! [`plot`] draws.
+//!
+//! Ours is [`crate::policy`] itself, the code the daemon runs.
+
+pub mod faults;
+pub mod guest;
+pub mod laws;
+pub mod plot;
+pub mod random;
+pub mod recorded;
+pub mod report;
+pub mod score;
+pub mod sweep;
+pub mod trace;
+pub mod world;
+
+use std::time::Duration;
+
+use balloon::units::Bytes;
+use serde::{Deserialize, Serialize};
+
+use faults::Fault;
+
+/// The length of one step of the simulated world.
+pub const STEP: Duration = Duration::from_millis(250);
+
+/// The simulated host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Host {
+    /// All its memory.
+    pub total: Bytes,
+    /// What it keeps for itself; the rest is the budget of all VMs.
+    pub reserve: Bytes,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { total: Bytes::gib(64), reserve: Bytes::gib(2) }
+    }
+}
+
+impl Host {
+    /// What all VMs together may hold.
+    pub fn budget(&self) -> Bytes {
+        self.total.saturating_sub(self.reserve)
+    }
+}
+
+/// How fast memory moves, in bytes a second. Read from a file, or [`Speeds::default`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Speeds {
+    /// A guest gives up free memory.
+    pub inflate: Bytes,
+    /// A guest takes memory back.
+    pub deflate: Bytes,
+    /// A guest drops page cache to give it up.
+    pub reclaim: Bytes,
+    /// A guest swaps, out or in.
+    pub swap: Bytes,
+    /// A guest reads files into its page cache.
+    pub read: Bytes,
+}
+
+/// Guesses for a current server and a balloon of 4 KiB pages: the guest's allocator
+/// and the virtqueue bound inflation, an SSD bounds swap.
+impl Default for Speeds {
+    fn default() -> Self {
+        Self {
+            inflate: Bytes::mib(512),
+            deflate: Bytes::gib(1),
+            reclaim: Bytes::mib(256),
+            swap: Bytes::mib(100),
+            read: Bytes::mib(40),
+        }
+    }
+}
+
+/// Everything about a run but the demand and the law.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// The host.
+    pub host: Host,
+    /// How fast memory moves.
+    pub speeds: Speeds,
+    /// What is wrong with the first VMs, one each.
+    pub faults: Vec<Fault>,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+//! What goes wrong with VMs.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// From when on a [`Fault::Silent`] guest says nothing, and an [`Fault::Unresponsive`] VM does not answer.
+pub const QUIET_FROM: Duration = Duration::from_secs(300);
+
+/// How long an [`Fault::Intermittent`] balloon works, and then how long it does not.
+pub const INTERMITTENT: Duration = Duration::from_secs(30);
+
+/// How a VM misbehaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    /// Takes memory, gives none up.
+    Stuck,
+    /// Gives memory up half of the time.
+    Intermittent,
+    /// Says that it uses all it has, whatever it has.
+    Lying,
+    /// Stops reporting after a while, and follows its target on.
+    Silent,
+    /// Has no balloon driver: it can touch all of its memory map.
+    Driverless,
+    /// Its API stops answering: no news from it, and no target reaches it.
+    Unresponsive,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Stuck, Self::Intermittent, Self::Lying, Self::Silent, Self::Driverless, Self::Unresponsive];
+
+    /// Whether a balloon with this fault gives memory up at `now`.
+    pub fn inflates(self, now: Duration) -> bool {
+        match self {
+            Self::Stuck | Self::Driverless => false,
+            Self::Intermittent => (now.as_secs() / INTERMITTENT.as_secs()).is_multiple_of(2),
+            Self::Lying | Self::Silent | Self::Unresponsive => true,
+        }
+    }
+
+    /// Whether it still reports at `now`.
+    pub fn reports(self, now: Duration) -> bool {
+        match self {
+            Self::Driverless => false,
+            Self::Silent => now < QUIET_FROM,
+            _ => true,
+        }
+    }
+
+    /// Whether its API answers at `now`.
+    pub fn answers(self, now: Duration) -> bool {
+        self != Self::Unresponsive || now < QUIET_FROM
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Stuck => "stuck",
+            Self::Intermittent => "intermittent",
+            Self::Lying => "lying",
+            Self::Silent => "silent",
+            Self::Driverless => "driverless",
+            Self::Unresponsive => "unresponsive",
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A word that names no fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no fault: use stuck, intermittent, lying, silent, driverless or unresponsive")]
+pub struct UnknownFault(String);
+
+impl FromStr for Fault {
+    type Err = UnknownFault;
+
+    fn from_str(text: &str) -> Result<Self, UnknownFault> {
+        Self::ALL.into_iter().find(|fault| fault.name() == text).ok_or_else(|| UnknownFault(text.to_owned()))
+    }
+}

@@ -1,0 +1,70 @@
+//! A law like Hyper-V's Dynamic Memory.
+//!
+//! Source: Microsoft, "Hyper-V Dynamic Memory Overview" and "Hyper-V Dynamic Memory
+//! Configuration Guide"; Linux, `drivers/hv/hv_balloon.c` (the guest reports what it
+//! committed once a second; its own floor by size). Documented: demand is committed
+//! memory; the VM is given it and a buffer of 20 %; memory weight decides who goes
+//! short; a VM never goes below its minimum or the guest's floor.
+//!
+//! Guessed, as Microsoft does not publish it: that memory goes both ways as fast as
+//! demand says each second, except for changes below 16 MiB; that when short, everyone
+//! gets a part of its demand by weight and size; that what nobody demands stays with the
+//! host.
+
+use std::time::Duration;
+
+use balloon::units::Bytes;
+
+use super::{Law, View, fill};
+
+/// Changes below this are not made.
+const LEAST_CHANGE: Bytes = Bytes::mib(16);
+
+/// Remembers nothing: its memory is the guests'.
+#[derive(Debug, Default)]
+pub struct HyperV;
+
+/// The least that the Linux driver leaves a guest of this size (`compute_balloon_floor`).
+pub fn floor(size: Bytes) -> Bytes {
+    let mib = size.0 >> 20;
+    Bytes::mib(match mib {
+        0..128 => 8 + mib / 2,
+        128..512 => 40 + mib / 4,
+        512..2048 => 104 + mib / 8,
+        2048..8192 => 232 + mib / 16,
+        _ => 488 + mib / 32,
+    })
+}
+
+impl Law for HyperV {
+    fn cadence(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
+    fn is_refused_what_is_not_there(&self) -> bool {
+        true
+    }
+
+    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+        let claims: Vec<_> = view
+            .vms
+            .iter()
+            .map(|vm| {
+                let limits = vm.limits;
+                let Some(report) = vm.report.filter(|_| vm.driver && vm.answers) else {
+                    let held = vm.actual.max(vm.target);
+                    return (held, held, 0);
+                };
+                let least = limits.clamp(floor(limits.max()));
+                let wants = report.committed.percent(100 + u64::from(limits.buffer_percent()));
+                (least, limits.clamp(wants).max(least), u64::from(limits.weight()) * limits.max().pages().0)
+            })
+            .collect();
+        let given = fill(view.budget.saturating_sub(view.reserved), &claims);
+        for (vm, (bytes, claim)) in view.vms.iter().zip(given.into_iter().zip(claims)) {
+            if claim.2 > 0 && bytes.0.abs_diff(vm.target.0) >= LEAST_CHANGE.0 {
+                targets.push((vm.id, bytes));
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! `ballast sim`.
+
+use std::io::{IsTerminal, stderr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use balancer::sim::faults::Fault;
+use balancer::sim::laws::Name;
+use balancer::sim::report::Report;
+use balancer::sim::sweep::{Source, Sweep, watch};
+use balancer::sim::trace::Kind;
+use balancer::sim::{Host, Setup, Speeds, plot, recorded};
+use balloon::units::Bytes;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::failure::Failure;
+use crate::output;
+
+/// The most VMs that are simulated at once.
+const MOST_VMS: usize = 10_000;
+
+/// The longest run, in hours: four weeks.
+const LONGEST: f64 = 28.0 * 24.0;
+
+/// Simulate memory laws on one host: ours and others', under equal demand
+#[derive(clap::Args)]
+#[command(
+    after_help = "\
+Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
+squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
+(.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive; the first VMs get one each.
+
+The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.",
+    after_long_help = "\
+Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
+squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
+(.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive; the first VMs get one each.
+
+The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.
+
+Examples:
+  ballast sim --compare --plot plots
+  ballast sim --vms 14 --trace peaks --faults stuck,lying
+  ballast sim --compare --law ballast,static --vms 8..24 --seeds 201..216 --hours 4 --json"
+)]
+pub struct Args {
+    /// All laws over a range of VMs: who serves how many
+    #[arg(long)]
+    compare: bool,
+    /// Which laws [default: ballast; with --compare all]
+    #[arg(long = "law", value_name = "LAW", value_delimiter = ',')]
+    laws: Vec<Name>,
+    /// What VMs demand: a kind or a file
+    #[arg(long, value_name = "KIND|FILE", default_value = "mixed")]
+    trace: String,
+    /// How many VMs, or from how many to how many [default: 14; with --compare 6..22]
+    #[arg(long, value_name = "N|A..B", value_parser = range)]
+    vms: Option<RangeInclusive<u64>>,
+    /// Which seeds, the last one too
+    #[arg(long, value_name = "N|A..B", value_parser = range, default_value = "101..108")]
+    seeds: RangeInclusive<u64>,
+    /// How long each run is
+    #[arg(long, value_name = "HOURS", default_value_t = 1.0)]
+    hours: f64,
+    /// Memory of the host
+    #[arg(long, value_name = "SIZE", default_value = "64G")]
+    host: Bytes,
+    /// What the host keeps for itself
+    #[arg(long, value_name = "SIZE", default_value = "2G")]
+    host_reserve: Bytes,
+    /// What is wrong with the first VMs, one each
+    #[arg(long, value_name = "FAULT", value_delimiter = ',')]
+    faults: Vec<Fault>,
+    /// How fast memory moves: a JSON file with inflate, deflate, reclaim, swap, read in bytes a second
+    #[arg(long, value_name = "FILE")]
+    speeds: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Draw SVG pictures into this directory
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+}
+
+fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
+    let number = |text: &str| u64::from_str(text).map_err(|_| format!("`{text}` is not a number"));
+    let (from, to) = match text.split_once("..") {
+        Some((from, to)) => (number(from)?, number(to.strip_prefix('=').unwrap_or(to))?),
+        None => (number(text)?, number(text)?),
+    };
+    if from > to || to - from >= 100_000 {
+        return Err(format!(
+            "`{text}` is empty or too long: write two numbers, the smaller first, such as 8..24"
+        ));
+    }
+    Ok(from..=to)
+}
+
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let sweep = sweep(args)?;
+    let stop = stopped_by_user();
+    let bar = progress(sweep.runs());
+    let outcome = sweep.run(&stop, &|done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    let report = Report::new(&sweep, &outcome);
+    if args.json {
+        output::json(&report)?;
+    } else {
+        output::text(&report.table())?;
+    }
+    if !outcome.complete {
+        return Err(Failure::stopped("stopped: what was done until then is above"));
+    }
+    if let Some(directory) = &args.plot {
+        draw(directory, &sweep, &report, &outcome)?;
+    }
+    Ok(())
+}
+
+fn sweep(args: &Args) -> Result<Sweep, Failure> {
+    let source = match args.trace.parse::<Kind>() {
+        Ok(kind) => Source::Generated(kind),
+        Err(unknown) if !Path::new(&args.trace).exists() => return Err(Failure::usage(unknown)),
+        Err(_) => Source::Recorded(recorded::read(Path::new(&args.trace)).map_err(Failure::new)?),
+    };
+    let there = match &source {
+        Source::Generated(_) => MOST_VMS,
+        Source::Recorded(trace) => trace.vms.len(),
+    };
+    let usual = if args.compare { 6..=22 } else { 14..=14 };
+    let vms: Vec<usize> = match &args.vms {
+        Some(vms) => vms.clone().filter_map(|vms| usize::try_from(vms).ok()).collect(),
+        None => {
+            usual.map(|vms| vms.min(there)).collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+        }
+    };
+    if vms.iter().any(|&vms| vms == 0 || vms > there) {
+        return Err(Failure::usage(format!("--vms is out of range: 1 to {there}")));
+    }
+    if !(args.hours > 0.0 && args.hours <= LONGEST) {
+        return Err(Failure::usage(format!("--hours is out of range: more than 0, at most {LONGEST}")));
+    }
+    if args.host_reserve >= args.host {
+        return Err(Failure::usage("--host-reserve leaves nothing of --host for VMs"));
+    }
+    let laws = match (&args.laws[..], args.compare) {
+        ([], true) => Name::ALL.to_vec(),
+        ([], false) => vec![Name::Ballast],
+        (laws, _) => laws.to_vec(),
+    };
+    let setup = Setup {
+        host: Host { total: args.host, reserve: args.host_reserve },
+        speeds: args.speeds.as_deref().map(speeds).transpose()?.unwrap_or_default(),
+        faults: args.faults.clone(),
+    };
+    // A recording is the same for every seed.
+    let seeds = if matches!(source, Source::Recorded(_)) { 0..=0 } else { args.seeds.clone() };
+    Ok(Sweep { laws, vms, seeds, seconds: (args.hours * 3600.0).ceil() as u64, source, setup })
+}
+
+fn speeds(path: &Path) -> Result<Speeds, Failure> {
+    let wrong = |error: &dyn std::fmt::Display| {
+        Failure::new(format!("can't read speeds from {}: {error}", path.display()))
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| wrong(&error))?;
+    serde_json::from_str(&text).map_err(|error| wrong(&error))
+}
+
+/// A flag that Ctrl-C sets. A second Ctrl-C ends the process at once.
+fn stopped_by_user() -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&stop);
+    thread::spawn(move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            set.store(true, Ordering::Relaxed);
+        }
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            std::process::exit(130);
+        }
+    });
+    stop
+}
+
+fn progress(runs: usize) -> ProgressBar {
+    if !stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(runs as u64);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} runs, {eta} left") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn draw(
+    directory: &Path,
+    sweep: &Sweep,
+    report: &Report,
+    outcome: &balancer::sim::sweep::Outcome,
+) -> Result<(), Failure> {
+    std::fs::create_dir_all(directory)
+        .map_err(|error| Failure::new(format!("can't create {}: {error}", directory.display())))?;
+    let mut drawn = Vec::new();
+    if sweep.vms.len() > 1 {
+        let path = directory.join("service.svg");
+        plot::service(&path, outcome, &sweep.laws, &sweep.setup.host, &report.about())
+            .map_err(Failure::new)?;
+        drawn.push(path);
+    }
+    // As many VMs as the first law serves well: the picture of a full host.
+    let first = sweep.laws.first().copied().unwrap_or(Name::Ballast);
+    let vms = outcome.most_vms(first).or(sweep.vms.first().copied()).unwrap_or(1);
+    for &law in &sweep.laws {
+        let path = directory.join(format!("memory-{law}.svg"));
+        let (trace, moments) = watch(sweep, law, vms, *sweep.seeds.start());
+        plot::memory(&path, law, &trace, &moments, &sweep.setup.host).map_err(Failure::new)?;
+        drawn.push(path);
+    }
+    for path in drawn {
+        eprintln!("drew {}", path.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_a_number_or_two_in_order() {
+        assert_eq!(range("5"), Ok(5..=5));
+        assert_eq!(range("5..8"), Ok(5..=8));
+        assert_eq!(range("5..=8"), Ok(5..=8));
+        for text in ["", "8..5", "a..b", "1..", "-1", "0..100000"] {
+            assert!(range(text).is_err(), "{text}");
+        }
+    }
+}
