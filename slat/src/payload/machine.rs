@@ -372,6 +372,10 @@ impl Machine {
     /// # Errors
     /// Where the payload hangs, dies, or can't be run by this host.
     pub fn run(mut self, rounds: usize, limit: Duration, stop: &AtomicBool) -> Result<Vec<Round>, Failure> {
+        self.drive(rounds, limit, stop)
+    }
+
+    fn drive(&mut self, rounds: usize, limit: Duration, stop: &AtomicBool) -> Result<Vec<Round>, Failure> {
         install_kick()?;
         let shared = Arc::new(Shared::new(self.vcpus.len()));
         let (send, receive) = channel();
@@ -688,6 +692,31 @@ mod tests {
                 let theirs = machine.translate(address).expect("KVM_TRANSLATE");
                 assert_eq!(ours.as_ref().ok().map(|t| t.physical), theirs, "{address:#x}: {ours:?}");
             }
+        }
+    }
+
+    #[test]
+    fn what_the_guest_stores_lies_where_our_walk_says() {
+        let Some(kvm) = kvm_fd() else { return };
+        for guest_page in [PageSize::Size4K, PageSize::Size2M] {
+            let setup = Setup { guest_page, ..Setup::usual(Payload::ColdTouch) };
+            let pages = setup.links();
+            // Half of the pages only: the others must stay as they are.
+            let half = Setup { operations: pages / 2, ..setup.clone() };
+            let mut machine = Machine::new(&kvm, &half).expect("a machine");
+            let (memory, root) = (machine.memory().clone(), machine.root().0);
+            let seen = machine.drive(1, LIMIT, &GO_ON).map(|_| {
+                (0..pages)
+                    .map(|page| {
+                        let address = DATA_ADDRESS + page * 4096;
+                        let found = tables::translate(&memory, root, Depth::Four, address).expect("mapped");
+                        memory.read_obj::<u8>(GuestAddress(found.physical)).expect("in memory")
+                    })
+                    .collect::<Vec<_>>()
+            });
+            let seen = seen.expect("it ran");
+            assert!(seen[..half.operations as usize].iter().all(|b| *b == 1));
+            assert!(seen[half.operations as usize..].iter().all(|b| *b == 0));
         }
     }
 
