@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::figure::{Comparison, Figure, compare, short};
 use crate::lab::{Findings, Pair};
 use crate::payload::memory::Backing;
-use crate::payload::{Payload, Place, Setup};
+use crate::payload::{Between, Payload, Place, Setup};
 use crate::probe::Verdict;
 use crate::run::{Measurement, Run, untouched};
 use crate::walk::Walk;
@@ -104,8 +104,7 @@ const TEXTS: [(&str, &str, &str); 11] = [
     (
         "C9",
         "A tagged TLB (ASID, VPID) spares the flush at each switch between VMs",
-        "a real host with SLAT, and a chase with another VM's turn between its laps, which ballast does not \
-         run yet",
+        "`ballast slat run --set full` on a real host with SLAT",
     ),
     ("C10", "Test on your own platform before you deploy", "`ballast slat run --set full` on that platform"),
     ("C11", "Not in the texts: SLAT is not always fewer exits", "`ballast slat lab`"),
@@ -133,6 +132,7 @@ pub fn claims(material: Material<'_>) -> Vec<Claim> {
                 "C6" => Some(model()),
                 "C7" => material.here.and_then(chase),
                 "C8" => material.lab.and_then(|l| scaling(&l.scaling)),
+                "C9" => material.here.and_then(switches),
                 "C10" => Some(tested(material)),
                 "C11" => material.lab.and_then(|l| cold(&l.counted)),
                 _ => None,
@@ -313,6 +313,32 @@ fn scaling(pair: &Pair) -> Option<Found> {
     let text =
         format!("Churn, throughput with SLAT on over off (direction only), by vCPUs: {}.", list.join(", "));
     Some((outcome, text))
+}
+
+fn switches(run: &Run) -> Option<Found> {
+    let figures: Vec<_> = Between::ALL
+        .into_iter()
+        .filter_map(|between| {
+            let found = run.find(&Setup { between, ..Setup::usual(Payload::Laps) })?;
+            Some((between, &found.ticks, found.setup.links() as f64))
+        })
+        .collect();
+    let [_, (_, exit, _), (_, page, _), _] = figures.as_slice() else { return None };
+    let list: Vec<_> = figures
+        .iter()
+        .map(|(between, ticks, links)| Some(format!("{} {}", between.name(), short(ticks.median()? / links))))
+        .collect::<Option<_>>()?;
+    let text = format!("Ticks a load in laps over 4 MiB: {}.", list.join(", "));
+    if let Some(why) = run.refusal() {
+        return Some((Outcome::NotMeasured, format!("{text} Says nothing of SLAT: {why}.")));
+    }
+    // A flush at each switch would cost another VM's turn dear, however few pages it takes.
+    Some(match compare(exit, page) {
+        Comparison::NoDifference | Comparison::Smaller => (Outcome::Holds, text),
+        Comparison::Times(n) if n < 1.1 => (Outcome::Holds, text),
+        Comparison::Times(n) if n < 2.0 => (Outcome::Partly, text),
+        _ => (Outcome::Fails, text),
+    })
 }
 
 fn tested(material: Material<'_>) -> Found {

@@ -13,7 +13,7 @@ use crate::host::{self, Fingerprint, KernelMemory};
 use crate::linux::Workload;
 use crate::payload::machine::{Failure, Machine, Round};
 use crate::payload::memory::Backing;
-use crate::payload::{Payload, Place, Setup, native};
+use crate::payload::{Between, Payload, Place, Setup, native};
 use crate::probe::{self, Probe, Verdict};
 use crate::walk::PageSize;
 
@@ -136,6 +136,10 @@ pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
     }
     for payload in Payload::ALL {
         let usual = Setup::usual(payload);
+        if payload == Payload::Laps {
+            // It tells nothing but time.
+            continue;
+        }
         if payload.runs_natively() {
             setups.push(usual.clone().at(Place::Native));
             setups.push(usual.clone().at(Place::Ring3));
@@ -203,6 +207,7 @@ fn timing() -> Vec<Setup> {
         let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
         setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..chase(Place::Ring3) });
     }
+    setups.extend(Between::ALL.map(|between| Setup { between, ..Setup::usual(Payload::Laps) }));
     setups
 }
 

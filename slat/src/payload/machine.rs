@@ -17,7 +17,7 @@ use super::code::{self, Label, Params};
 use super::memory::{Backing, Mapping};
 use super::native::chain;
 use super::tables::{self, Tables};
-use super::{Payload, Place, Setup};
+use super::{Between, Payload, Place, Setup};
 use crate::counters::{self, Counters, Counts};
 use crate::host::KernelMemory;
 use crate::walk::PageSize;
@@ -151,6 +151,8 @@ pub struct Machine {
     root: GuestAddress,
     mappings: Vec<Mapping>,
     before: KernelMemory,
+    /// The machine whose turn comes between laps.
+    other: Option<Box<Machine>>,
 }
 
 /// How many table pages a setup can need, but for those over the low memory.
@@ -216,8 +218,10 @@ impl Machine {
             root: GuestAddress(0),
             mappings,
             before,
+            other: None,
         };
         machine.lay_out(low, data)?;
+        machine.other = other(kvm_fd, setup)?.map(Box::new);
         machine.vcpus = (0..setup.vcpus).map(|i| machine.vcpu(kvm_fd, i)).collect::<Result<_, _>>()?;
         Ok(machine)
     }
@@ -260,7 +264,7 @@ impl Machine {
             self.write(copy.0, ROOTS.0 + i * 8)?;
         }
         self.root = root;
-        if setup.payload == Payload::Chase {
+        if matches!(setup.payload, Payload::Chase | Payload::Laps) {
             chain(data / 4096, DATA_ADDRESS, |offset, link| self.write(link, DATA + offset))?;
         }
         (0..setup.vcpus).try_for_each(|vcpu| self.parameters(vcpu))
@@ -296,7 +300,14 @@ impl Machine {
         Params::set(&params.roots, ROOTS.0);
         Params::set(&params.root_count, setup.roots);
         // Ring 0 may be emulated, by an emulator that has neither lfence nor a clock worth reading.
-        Params::set(&params.flags, if setup.place == Place::Ring3 { code::TAKE_TSC } else { 0 });
+        let flags = match (setup.payload, setup.between, setup.place) {
+            // Laps time themselves.
+            (Payload::Laps, Between::Nothing, _) => 0,
+            (Payload::Laps, ..) => code::RING_EACH_LAP,
+            (_, _, Place::Ring3) => code::TAKE_TSC,
+            _ => 0,
+        };
+        Params::set(&params.flags, flags);
         Params::set(&params.cursor, DATA_ADDRESS);
         // SAFETY: Params is plain integers without padding.
         let bytes =
@@ -379,6 +390,7 @@ impl Machine {
         install_kick()?;
         let shared = Arc::new(Shared::new(self.vcpus.len()));
         let (send, receive) = channel();
+        let mut other = self.other.as_mut().map(|o| std::mem::take(&mut o.vcpus)).unwrap_or_default();
         let mut machine_counters = Some((Counters::open(&self.vm)?, self.before));
         let mut threads = Vec::new();
         for (id, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
@@ -386,6 +398,7 @@ impl Machine {
                 counters: Counters::open(&fd)?,
                 machine: machine_counters.take(),
                 fd,
+                other: other.pop(),
                 shared: Arc::clone(&shared),
                 memory: self.memory.clone(),
                 params: PARAMS + id as u64 * PARAMS_SIZE,
@@ -408,10 +421,42 @@ impl std::fmt::Debug for Machine {
     }
 }
 
+/// The machine that takes turns with one of this setup, if any.
+fn other(kvm_fd: &Kvm, setup: &Setup) -> Result<Option<Machine>, Failure> {
+    if setup.payload != Payload::Laps || !matches!(setup.between, Between::OtherPage | Between::OtherSet) {
+        return Ok(None);
+    }
+    // It rings before each lap, and never comes to the end of them.
+    let endless = Setup { between: Between::Exit, operations: u64::MAX, ..setup.clone() };
+    let machine = Machine::new(kvm_fd, &endless)?;
+    if setup.between == Between::OtherPage {
+        // One link, which leads back to itself.
+        machine.write(DATA_ADDRESS, DATA)?;
+        machine.write(1, PARAMS + std::mem::offset_of!(Params, pages) as u64)?;
+    }
+    Ok(Some(machine))
+}
+
+/// Keeps this thread on the CPU on which it runs: two machines that take turns must share a TLB.
+fn stay() {
+    // SAFETY: a zeroed set is an empty one; the kernel only reads it.
+    unsafe {
+        let cpu = libc::sched_getcpu();
+        if let Ok(cpu) = usize::try_from(cpu) {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(cpu, &mut set);
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
+        }
+    }
+}
+
 fn check(setup: &Setup) -> Result<(), Failure> {
     let wrong = |text: String| Err(Failure::Setup(text));
     if setup.place == Place::Native {
         return wrong("native code needs no machine".into());
+    }
+    if setup.payload == Payload::Laps && (setup.vcpus != 1 || setup.place != Place::Ring3) {
+        return wrong("laps run on one vCPU, in ring 3, where the clock can be read".into());
     }
     if setup.place == Place::Ring3 && setup.payload.needs_ring_0() {
         return wrong(format!("{} uses instructions of ring 0", setup.payload));
@@ -553,6 +598,8 @@ impl Shared {
 /// One vCPU on its thread.
 struct Vcpu {
     fd: VcpuFd,
+    /// Another machine's, which gets a turn at each ring for it.
+    other: Option<VcpuFd>,
     counters: Counters,
     /// The machine's counters and the kernel's memory before it: one of the vCPUs reads them.
     machine: Option<(Counters, KernelMemory)>,
@@ -565,6 +612,9 @@ struct Vcpu {
 
 impl Vcpu {
     fn run(mut self, rounds: usize) {
+        if self.other.is_some() {
+            stay();
+        }
         for number in 0..rounds {
             match self.round() {
                 Ok(Some(round)) => {
@@ -608,6 +658,10 @@ impl Vcpu {
             }
             let other = match self.fd.run() {
                 Ok(VcpuExit::IoOut(code::DOORBELL, [rung])) if *rung == phase => return Ok(true),
+                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => {
+                    self.turn()?;
+                    continue;
+                }
                 Ok(VcpuExit::Intr) => continue,
                 Ok(VcpuExit::Shutdown) => return Err(Failure::TripleFault),
                 Ok(VcpuExit::InternalError) => return Err(self.emulator()),
@@ -617,6 +671,21 @@ impl Vcpu {
             };
             return Err(Failure::Unexpected(other));
         }
+    }
+
+    /// Runs the other machine, where there is one, for one lap.
+    fn turn(&mut self) -> Result<(), Failure> {
+        let Some(other) = &mut self.other else { return Ok(()) };
+        while !self.shared.stopped() {
+            match other.run() {
+                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => return Ok(()),
+                Ok(VcpuExit::IoOut(code::DOORBELL, _) | VcpuExit::Intr) => {}
+                Ok(exit) => return Err(Failure::Unexpected(format!("the other machine: {exit:?}"))),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+                Err(source) => return Err(Failure::Kvm { what: "run the other machine", source }),
+            }
+        }
+        Ok(())
     }
 
     fn emulator(&self) -> Failure {
@@ -645,7 +714,7 @@ mod tests {
     #[test]
     fn every_payload_runs_or_says_why_not() {
         let Some(kvm) = kvm_fd() else { return };
-        for payload in Payload::ALL {
+        for payload in Payload::ALL.into_iter().filter(|p| *p != Payload::Laps) {
             let setup = Setup { operations: 1024, ..Setup::usual(payload) };
             let result = Machine::new(&kvm, &setup).and_then(|m| m.run(1, LIMIT, &GO_ON));
             match result {
@@ -717,6 +786,20 @@ mod tests {
             let seen = seen.expect("it ran");
             assert!(seen[..half.operations as usize].iter().all(|b| *b == 1));
             assert!(seen[half.operations as usize..].iter().all(|b| *b == 0));
+        }
+    }
+
+    #[test]
+    fn laps_take_turns_with_another_machine() {
+        let Some(kvm) = kvm_fd() else { return };
+        for between in Between::ALL {
+            let setup = Setup { between, ..Setup::usual(Payload::Laps) };
+            let machine = Machine::new(&kvm, &setup).expect("a machine");
+            let rounds = machine.run(2, LIMIT, &GO_ON).expect("it ran");
+            let loads = setup.operations * setup.links();
+            let each = rounds[1].ticks.expect("laps are timed") as f64 / loads as f64;
+            println!("{}: {each} ticks a load", between.name());
+            assert!(each > 0.5 && each < 1e6, "{each}");
         }
     }
 

@@ -41,13 +41,15 @@ pub enum Payload {
     Chase,
     /// Every page of the data through each of many address spaces.
     Spaces,
+    /// Laps of a chase, timed without what comes between them.
+    Laps,
     /// Never ends. Only to test the watchdog.
     Hang,
 }
 
 impl Payload {
     /// Every payload that measures something.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::ExitPrice,
         Self::Cr3Reload,
         Self::Invlpg,
@@ -59,6 +61,7 @@ impl Payload {
         Self::WarmTouch,
         Self::Chase,
         Self::Spaces,
+        Self::Laps,
     ];
 
     /// The name on the command line and in tables.
@@ -75,6 +78,7 @@ impl Payload {
             Self::WarmTouch => "warm-touch",
             Self::Chase => "chase",
             Self::Spaces => "spaces",
+            Self::Laps => "laps",
             Self::Hang => "hang",
         }
     }
@@ -92,13 +96,17 @@ impl Payload {
             Self::ColdTouch | Self::WarmTouch => Label::Touch,
             Self::Chase => Label::Chase,
             Self::Spaces => Label::Spaces,
+            Self::Laps => Label::Laps,
             Self::Hang => Label::Hang,
         }
     }
 
     /// Whether its instructions belong to ring 0.
     pub const fn needs_ring_0(self) -> bool {
-        !matches!(self, Self::ExitPrice | Self::ColdTouch | Self::WarmTouch | Self::Chase | Self::Hang)
+        !matches!(
+            self,
+            Self::ExitPrice | Self::ColdTouch | Self::WarmTouch | Self::Chase | Self::Laps | Self::Hang
+        )
     }
 
     /// Whether the same code can run in this process.
@@ -141,6 +149,37 @@ impl Place {
     }
 }
 
+/// What comes between two laps of [`Payload::Laps`]. All four are needed to tell a TLB that is
+/// flushed at each exit, one that is flushed at each switch, and one that is shared by tags.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Between {
+    /// Nothing: the guest runs on.
+    #[default]
+    Nothing,
+    /// An exit and back.
+    Exit,
+    /// Another VM's turn, in which it loads from one page.
+    OtherPage,
+    /// Another VM's turn, in which it chases through as many pages.
+    OtherSet,
+}
+
+impl Between {
+    /// All, in the order of what they add.
+    pub const ALL: [Self; 4] = [Self::Nothing, Self::Exit, Self::OtherPage, Self::OtherSet];
+
+    /// The name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing between",
+            Self::Exit => "an exit between",
+            Self::OtherPage => "another VM's page between",
+            Self::OtherSet => "another VM's set between",
+        }
+    }
+}
+
 /// One payload with everything that can be varied.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Setup {
@@ -162,6 +201,9 @@ pub struct Setup {
     pub vcpus: u64,
     /// Operations a round and vCPU.
     pub operations: u64,
+    /// What comes between laps.
+    #[serde(default)]
+    pub between: Between,
 }
 
 impl Setup {
@@ -176,6 +218,7 @@ impl Setup {
             Payload::WarmTouch => (16, 1, 16384),
             Payload::Chase => (16, 1, 16384),
             Payload::Spaces => (32, 16, 16 * 8192),
+            Payload::Laps => (4, 1, 64),
             Payload::Hang => (2, 1, 1),
         };
         Self {
@@ -188,6 +231,7 @@ impl Setup {
             roots,
             vcpus: 1,
             operations,
+            between: Between::Nothing,
         }
     }
 
@@ -202,6 +246,7 @@ impl Setup {
     pub fn warm(&self) -> u64 {
         match self.payload {
             payload if payload.once() => 0,
+            Payload::Laps => 8,
             // One lap over all the data at least.
             Payload::WarmTouch | Payload::Chase => self.links().max(self.operations / 4),
             _ => (self.operations / 4).max(512),
@@ -225,6 +270,9 @@ impl Setup {
             if !self.present {
                 text += ", absent";
             }
+        }
+        if self.payload == Payload::Laps {
+            text += &format!(", {}, {}", self.data, self.between.name());
         }
         if matches!(self.payload, Payload::Cr3Reload | Payload::Spaces) {
             text += &format!(", {} roots", self.roots);
