@@ -135,12 +135,13 @@ fn watch(child: &mut Child, start: Instant) -> Result<Measured> {
 }
 
 fn wait_for(console: &mut impl BufRead, word: &str, start: Instant) -> Result<Duration> {
-    let mut line = Vec::new();
+    let (mut line, mut said) = (Vec::new(), String::new());
     while console.read_until(b'\n', &mut line)? > 0 {
         if line.starts_with(word.as_bytes()) {
             return Ok(start.elapsed());
         }
+        said.push_str(&String::from_utf8_lossy(&line));
         line.clear();
     }
-    bail!("it ended before its guest said {word}")
+    bail!("it ended before its guest said {word}; it said:\n{said}")
 }
