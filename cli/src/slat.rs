@@ -222,6 +222,9 @@ struct ReportArgs {
     /// Write one self-contained HTML page to this file
     #[arg(long)]
     html: Option<PathBuf>,
+    /// Write the plot of exits with SLAT on and off to this file
+    #[arg(long)]
+    svg: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -399,9 +402,18 @@ fn tell(args: &ReportArgs) -> Result<(), Failure> {
     let inputs: Result<Vec<_>, _> = args.files.iter().map(|path| Input::read(path)).collect();
     let inputs = inputs.map_err(Failure::new)?;
     let material = report::material(&inputs);
+    let write = |path: &PathBuf, text: String| {
+        fs::write(path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
+    };
     if let Some(path) = &args.html {
-        fs::write(path, html::page(material))
-            .map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))?;
+        write(path, html::page(material))?;
+    }
+    if let Some(path) = &args.svg {
+        let plot = html::exits_plot(material);
+        write(
+            path,
+            plot.ok_or_else(|| Failure::usage("--svg needs what `ballast slat lab --output` wrote"))?,
+        )?;
     }
     if args.json { output::json(&claims(material)) } else { output::text(&report::text(material)) }
 }

@@ -229,7 +229,7 @@ fn memory(pair: &Pair) -> Option<Found> {
     let (on, off) = medians(pair, &untouched(), |m| &m.vmalloc)?;
     let tables = medians(pair, &spaces(64), |m| &m.tables);
     let mut text = format!(
-        "Kernel memory for a VM of 512 MiB before it touches anything, SLAT on / off (exact): {} / {}.",
+        "Kernel memory from vmalloc for a VM of 512 MiB that touched 2 MiB of it, SLAT on / off (exact): {} / {}.",
         kib(on),
         kib(off)
     );

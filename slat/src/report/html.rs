@@ -109,19 +109,24 @@ fn figure(svg: Option<String>, caption: &str) -> String {
     }
 }
 
+/// VM exits an operation with SLAT on and off, as SVG; nothing without figures of the lab.
+pub fn exits_plot(material: Material<'_>) -> Option<String> {
+    let pair = &material.lab?.counted;
+    let rows: Vec<_> = PAGE_TABLE_WORK
+        .iter()
+        .chain(&[Payload::ColdTouch])
+        .filter_map(|payload| {
+            let (on, off) = both(pair, &Setup::usual(*payload).at(Place::Ring0))?;
+            Some((payload.name().to_owned(), on.exits.median()?, off.exits.median()?))
+        })
+        .collect();
+    plot::bars(&rows)
+}
+
 fn plots(material: Material<'_>) -> String {
     let mut all = String::new();
     if let Some(lab) = material.lab {
-        let pair = &lab.counted;
-        let rows: Vec<_> = PAGE_TABLE_WORK
-            .iter()
-            .chain(&[Payload::ColdTouch])
-            .filter_map(|payload| {
-                let (on, off) = both(pair, &Setup::usual(*payload).at(Place::Ring0))?;
-                Some((payload.name().to_owned(), on.exits.median()?, off.exits.median()?))
-            })
-            .collect();
-        all += &figure(plot::bars(&rows), "C1 and C11: VM exits an operation (exact).");
+        all += &figure(exits_plot(material), "C1 and C11: VM exits an operation (exact).");
         all += &figure(
             memory_plot(lab),
             "C3: kernel memory for the tables of one VM, by address spaces of 32 MiB in its guest (exact). \
