@@ -358,6 +358,10 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
     if run.interrupted {
         return Err(Failure::stopped("stopped; what was measured by then is shown"));
     }
+    let hung: Vec<_> = run.measurements.iter().filter(|m| m.hung).map(|m| m.setup.describe()).collect();
+    if !hung.is_empty() {
+        return Err(Failure::new(format!("did not finish within {} s: {}", args.limit, hung.join("; "))));
+    }
     match run.probe.verdict {
         Verdict::Unknown => Err(Failure::host_cannot(run.probe.why.unwrap_or_default())),
         _ => Ok(()),

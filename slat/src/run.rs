@@ -89,6 +89,9 @@ pub struct Measurement {
     pub machine: BTreeMap<String, u64>,
     /// Why it could not be measured, or not to the end.
     pub failure: Option<String>,
+    /// Whether the watchdog had to stop it.
+    #[serde(default)]
+    pub hung: bool,
 }
 
 /// Everything that one call of `ballast slat run` found.
@@ -232,7 +235,7 @@ fn measure(
     if setup.place == Place::Native {
         return native::run(setup, rounds);
     }
-    let kvm = kvm.map_err(|why| Failure::Unexpected(why.clone()))?;
+    let kvm = kvm.map_err(|why| Failure::NoKvm(why.clone()))?;
     Machine::new(kvm, setup)?.run(rounds, plan.limit, stop)
 }
 
@@ -243,7 +246,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
     let probe = probe::probe();
     let kvm = probe::open_kvm();
     let mut rounds: Vec<Vec<Round>> = vec![Vec::new(); plan.setups.len()];
-    let mut failures: Vec<Option<String>> = vec![None; plan.setups.len()];
+    let mut failures: Vec<Option<Failure>> = plan.setups.iter().map(|_| None).collect();
     for pass in 0..plan.passes {
         for (setup, (all, failure)) in plan.setups.iter().zip(rounds.iter_mut().zip(&mut failures)) {
             if failure.is_some() || stop.load(Ordering::SeqCst) {
@@ -252,7 +255,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
             progress(pass, setup);
             match measure(kvm.as_ref(), plan, setup, stop) {
                 Ok(more) => all.extend(more),
-                Err(why) => *failure = Some(why.to_string()),
+                Err(why) => *failure = Some(why),
             }
         }
     }
@@ -279,8 +282,10 @@ fn figures(
     verdict: Verdict,
     setup: &Setup,
     rounds: &[Round],
-    failure: Option<String>,
+    failure: Option<Failure>,
 ) -> Measurement {
+    let hung = matches!(failure, Some(Failure::Hung(_)));
+    let failure = failure.map(|f| f.to_string());
     let each = setup.operations as f64;
     let all = each * setup.vcpus as f64;
     let quality = clock.quality(setup.place, verdict);
@@ -327,6 +332,7 @@ fn figures(
         counts: nonzero(middle.map(|r| &r.vcpus)),
         machine: nonzero(middle.map(|r| &r.vm)),
         failure,
+        hung,
     }
 }
 

@@ -63,6 +63,9 @@ pub enum Failure {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// /dev/kvm can't be used at all.
+    #[error("{0}")]
+    NoKvm(String),
     /// KVM refused something.
     #[error("KVM refused to {what}: {source}")]
     Kvm {
