@@ -5,6 +5,7 @@
 //! ballast.repeat=N            does the steps N times (default 1)
 //! ballast.console             afterwards takes steps from the console, one a line;
 //!                             answers `DONE step` or `ERROR reason`
+//! ballast.hostile=...         first of all attacks the guest's devices (see `hostile`)
 //! ballast.end=END             then: poweroff (default), reboot, panic or hang
 //! ```
 //! With the kernel's own `reboot=t` a reboot is a triple fault.
@@ -20,6 +21,7 @@ use std::io::{BufRead, Read};
 use std::process::Command;
 use std::thread;
 
+use crate::hostile;
 use crate::load::{Load, Step};
 use crate::modules;
 use crate::system::{End, end};
@@ -54,6 +56,8 @@ impl Orders {
                         count.parse().map_err(|_| format!("`{count}` is no number of repeats"))?;
                 }
                 Some(("end", name)) => orders.end = end_named(name)?,
+                // Done before any other order is read.
+                Some(("hostile", _)) => {}
                 None if order == "console" => orders.console = true,
                 _ => return Err(format!("`{word}` is no order: use load=, repeat=, console or end=")),
             }
@@ -75,7 +79,7 @@ fn end_named(name: &str) -> Result<End, String> {
 /// Process 1 of a guest.
 pub fn main() -> ! {
     println!("INIT");
-    modules::load_listed();
+    hostile::attack_before(modules::load_listed);
     thread::spawn(watch_power_buttons);
     let orders = match Orders::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default()) {
         Ok(orders) => orders,

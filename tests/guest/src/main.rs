@@ -4,11 +4,15 @@
 //! job's program and hands the outcome out. Everywhere else it is a guest,
 //! which does what its kernel's command line says (see [`guest`]).
 
+mod devmem;
 mod guest;
 mod host;
+mod hostile;
 mod load;
 mod memory;
 mod modules;
+mod ports;
+mod random;
 mod system;
 
 use std::path::Path;

@@ -1,0 +1,262 @@
+//! The console of `ballast run` on a real terminal, and on pipes that end; and what becomes of two
+//! VMs with one name.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use balloon::runtime;
+use lab::{BOOT, Host, Kernel, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
+
+/// How long a process takes for what needs no guest.
+const SOON: Duration = Duration::from_secs(5);
+
+/// What a process has said so far.
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Said {
+    fn by(mut source: impl Read + Send + 'static) -> Self {
+        let said = Self::default();
+        let sink = said.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = source.read(&mut buffer) {
+                print!("{}", String::from_utf8_lossy(&buffer[..count]));
+                sink.0.lock().expect("no reader panics").extend_from_slice(&buffer[..count]);
+            }
+        });
+        said
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().expect("no reader panics")).into_owned()
+    }
+
+    fn wait_for(&self, text: &str, usually: Duration) {
+        wait_for(&format!("`{text}`"), usually, || self.text().contains(text).then_some(()));
+    }
+}
+
+/// A terminal with settings that nobody has by default.
+struct Terminal {
+    master: OwnedFd,
+    user: OwnedFd,
+    before: Termios,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("the host has terminals");
+        grantpt(&master).expect("it is ours");
+        unlockpt(&master).expect("it is ours");
+        let name = ptsname(&master, Vec::new()).expect("it has a name");
+        let user = fs::File::options().read(true).write(true).open(name.to_str().expect("ASCII"));
+        let user = OwnedFd::from(user.expect("a terminal can be opened"));
+        let mut before = tcgetattr(&user).expect("a terminal has settings");
+        before.input_modes.toggle(InputModes::IXON | InputModes::IGNBRK);
+        before.local_modes.toggle(LocalModes::ECHOK | LocalModes::NOFLSH);
+        tcsetattr(&user, OptionalActions::Now, &before).expect("settings can be set");
+        let before = tcgetattr(&user).expect("a terminal has settings");
+        Self { master, user, before }
+    }
+
+    fn stdio(&self) -> Stdio {
+        Stdio::from(self.user.try_clone().expect("a descriptor can be copied"))
+    }
+
+    fn type_in(&self, text: &str) {
+        let written = rustix::io::write(self.master.as_fd(), text.as_bytes());
+        assert_eq!(written, Ok(text.len()), "the terminal takes all of it");
+    }
+
+    fn wait_until_raw(&self) {
+        wait_for("the terminal to be raw", SOON, || {
+            let now = tcgetattr(&self.user).expect("a terminal has settings");
+            let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+            (!now.local_modes.intersects(cooked)).then_some(())
+        });
+    }
+
+    fn assert_restored(&self, after: &str) {
+        let now = tcgetattr(&self.user).expect("a terminal has settings");
+        assert_eq!(format!("{now:?}"), format!("{:?}", self.before), "after {after}");
+    }
+}
+
+/// A `ballast run` that a test may drop at any time.
+struct Run {
+    child: Child,
+    console: Said,
+    errors: Said,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Run {
+    /// A guest that takes steps from its console, or a program that fails before.
+    fn start(name: &str, stdin: Stdio, arguments: &[&str]) -> Self {
+        let images = Kernel::V6_1.guest_images();
+        let mut command = Command::new(lab::ballast());
+        command.args(["run", "--memory", "128M", "--name", name]);
+        command.arg("--kernel").arg(&images.bzimage).arg("--initrd").arg(&images.initrd);
+        command.args(["--cmdline", "console=ttyS0 panic=-1 quiet ballast.console"]).args(arguments);
+        let mut child = command
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ballast can be run");
+        let console = Said::by(child.stdout.take().expect("it is piped"));
+        let errors = Said::by(child.stderr.take().expect("it is piped"));
+        Self { child, console, errors }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it runs");
+    }
+
+    fn wait_for_end(&mut self) -> ExitStatus {
+        wait_for("the end of ballast", SOON, || self.child.try_wait().expect("the child is ours"))
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the child is ours").is_none()
+    }
+
+    /// Processor time that its event loop has taken, in ticks of 10 ms.
+    fn ticks_of_devices(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it runs");
+        let stat = tasks
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok())
+            .find(|stat| stat.contains("(devices)"))
+            .expect("it has a thread for devices");
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        [fields[11], fields[12]].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
+    }
+}
+
+/// Whether a VM of this name answers on its socket.
+fn answers(name: &str) -> bool {
+    let socket = runtime::socket(name).expect("there is a runtime directory");
+    let Ok(mut stream) = UnixStream::connect(socket) else { return false };
+    let mut line = [0; 12];
+    stream.write_all(b"GET /vm HTTP/1.1\r\nHost: vm\r\nConnection: close\r\n\r\n").is_ok()
+        && stream.read_exact(&mut line).is_ok()
+        && &line == b"HTTP/1.1 200"
+}
+
+fn a_guest_powers_off(terminal: &Terminal) {
+    let mut run = Run::start("poweroff", terminal.stdio(), &[]);
+    terminal.wait_until_raw();
+    run.console.wait_for("READY", BOOT);
+    terminal.type_in("rest:1ms\n");
+    run.console.wait_for("DONE rest:1ms", BOOT);
+    terminal.type_in("\x01\x01\n");
+    run.console.wait_for("ERROR `\x01` is no step", BOOT);
+    // Ctrl-C is the guest's as well.
+    terminal.type_in("\x03");
+    assert!(run.is_running());
+    terminal.type_in("\nend\n");
+    assert_eq!(run.wait_for_end().code(), Some(0), "{}", run.errors.text());
+    terminal.assert_restored("a power-off");
+    run.errors.wait_for("The guest powered off.", SOON);
+    assert!(!run.console.text().contains("The guest powered off."), "stdout is the guest's alone");
+    assert!(!run.errors.text().contains("READY"), "stderr is ballast's alone");
+}
+
+fn ends_from_outside(terminal: &Terminal) {
+    let mut run = Run::start("quit", terminal.stdio(), &[]);
+    terminal.wait_until_raw();
+    terminal.type_in("\x01x");
+    assert_eq!(run.wait_for_end().code(), Some(14));
+    terminal.assert_restored("Ctrl-A x");
+
+    let mut run = Run::start("sigterm", terminal.stdio(), &[]);
+    terminal.wait_until_raw();
+    wait_for("its API", SOON, || answers("sigterm").then_some(()));
+    run.signal(Signal::TERM);
+    run.errors.wait_for("power button", SOON);
+    assert!(run.is_running(), "the guest may switch itself off");
+    run.signal(Signal::TERM);
+    assert_eq!(run.wait_for_end().code(), Some(0));
+    terminal.assert_restored("SIGTERM twice");
+
+    for signal in [Signal::ABORT, Signal::SEGV] {
+        let mut run = Run::start("crash", terminal.stdio(), &["--no-api"]);
+        terminal.wait_until_raw();
+        run.signal(signal);
+        assert_eq!(run.wait_for_end().signal(), Some(signal.as_raw()));
+        terminal.assert_restored("a crash");
+    }
+}
+
+/// A failure in the middle of the set-up, with the terminal raw or not yet.
+fn fails_to_start(terminal: &Terminal) {
+    let mut run = Run::start("broken", terminal.stdio(), &["--console", "file:/nowhere/console"]);
+    assert_eq!(run.wait_for_end().code(), Some(1));
+    terminal.assert_restored("a failed start");
+    run.errors.wait_for("/nowhere/console", SOON);
+    assert_eq!(run.console.text(), "");
+}
+
+fn one_name_for_two(terminal: &Terminal) {
+    let mut first = Run::start("twin", Stdio::piped(), &[]);
+    // The end of its input.
+    drop(first.child.stdin.take());
+    first.console.wait_for("READY", BOOT);
+    let before = first.ticks_of_devices();
+    wait_for("three seconds of an idle guest", SOON, || {
+        thread::sleep(Duration::from_secs(3));
+        Some(())
+    });
+    let taken = first.ticks_of_devices() - before;
+    assert!(taken < 60, "the event loop took {taken} of 300 ticks with nothing to do");
+    assert!(first.is_running() && answers("twin"), "the end of its input is not the end of a VM");
+
+    let mut second = Run::start("twin", terminal.stdio(), &[]);
+    assert_eq!(second.wait_for_end().code(), Some(1));
+    terminal.assert_restored("a name that is taken");
+    second.errors.wait_for("twin", SOON);
+    println!("a second VM says: {}", second.errors.text());
+    assert!(second.errors.text().contains("already"), "{}", second.errors.text());
+    assert_eq!(second.console.text(), "");
+    assert!(first.is_running() && answers("twin"), "the first lives on");
+
+    first.signal(Signal::KILL);
+    assert_eq!(first.wait_for_end().signal(), Some(9));
+    assert!(runtime::socket("twin").expect("a runtime directory").exists(), "nobody could remove it");
+    assert!(!answers("twin"));
+    let mut third = Run::start("twin", Stdio::null(), &[]);
+    wait_for("a VM in the place of a dead one", SOON, || answers("twin").then_some(()));
+    third.signal(Signal::TERM);
+    third.errors.wait_for("power button", SOON);
+    third.signal(Signal::TERM);
+    assert_eq!(third.wait_for_end().code(), Some(0));
+    assert!(!runtime::socket("twin").expect("a runtime directory").exists(), "it goes with its VM");
+}
+
+#[test]
+fn the_terminal_is_given_back_and_names_are_one_vms_own() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
+        let terminal = Terminal::new();
+        ends_from_outside(&terminal);
+        fails_to_start(&terminal);
+        one_name_for_two(&terminal);
+        a_guest_powers_off(&terminal);
+    });
+}

@@ -1,0 +1,120 @@
+//! A guest whose root user attacks its devices harms nobody: not ballast, not its neighbour, not
+//! even its own next driver.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use balloon::status::DriverState;
+use balloon::units::Bytes;
+use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
+
+/// How long a balloon moves, and a step takes, beside an attack.
+const MOVING: Duration = Duration::from_secs(20);
+/// How long the attack takes.
+const ATTACK: Duration = Duration::from_secs(60);
+/// A mapping of at least this size is guest memory.
+const GUEST_MEMORY: Bytes = Bytes::mib(48);
+/// By how much the memory of a process may grow during an attack: the host backs heaps with
+/// huge pages, so it moves in steps of 2 MiB.
+const GROWTH: Bytes = Bytes::mib(4);
+
+/// Private memory of the VM's process beside guest memory.
+fn overhead(vm: &Vm) -> Bytes {
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("the VM runs");
+    let (mut sum, mut beside) = (Bytes::ZERO, false);
+    for line in smaps.lines() {
+        let Some((field, value)) = line.split_once(':') else { continue };
+        let Some(size) = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok()).map(Bytes::kib)
+        else {
+            continue;
+        };
+        match field {
+            "Size" => beside = size < GUEST_MEMORY,
+            "Private_Clean" | "Private_Dirty" if beside => sum += size,
+            _ => {}
+        }
+    }
+    sum
+}
+
+/// Threads and open files: what a process leaks if not memory.
+fn handles(vm: &Vm) -> (usize, usize) {
+    let count = |of: &str| fs::read_dir(format!("/proc/{}/{of}", vm.pid())).expect("the VM runs").count();
+    (count("task"), count("fd"))
+}
+
+/// Moves a balloon by 32 MiB and back.
+fn balloon_moves(vm: &Vm, full: Bytes) {
+    for target in [full - Bytes::mib(32), full] {
+        vm.set_target(target);
+        vm.wait_for_memory("the balloon to move", MOVING, |memory| memory.actual == target);
+    }
+}
+
+fn survives(cpus: &str, seed: u32) {
+    let images = Kernel::V6_1.guest_images();
+    let mut calm = VmSettings::new("calm", &images, "128M", "ballast.console").start();
+    calm.wait_until_ready();
+    // What lies above `mem=` is the attacker's arena.
+    let cmdline = format!("mem=192M ballast.hostile={seed}:300:64 ballast.console");
+    let mut hostile = VmSettings::new("hostile", &images, "256M", &cmdline).with(&["--cpus", cpus]).start();
+    hostile.wait_for_line("HOSTILE BEGIN", BOOT);
+    hostile.wait_for_line("HOSTILE ROUND 50", ATTACK);
+    let (before, handles_before) = (overhead(&hostile), handles(&hostile));
+    let mut slowest = Duration::ZERO;
+    for round in (75..=300).step_by(25) {
+        let asked = Instant::now();
+        let memory = hostile.memory();
+        slowest = slowest.max(asked.elapsed());
+        assert!(memory.actual <= Bytes::mib(256), "{memory:#?}");
+        calm.step("grow:16M", MOVING);
+        calm.step("release", MOVING);
+        hostile.wait_for_line(&format!("HOSTILE ROUND {round}"), ATTACK);
+    }
+    balloon_moves(&calm, Bytes::mib(128));
+    let end = hostile.wait_for_line("HOSTILE END", ATTACK);
+    let count = |name: &str| -> u64 {
+        end.split_whitespace().find_map(|word| word.strip_prefix(name)?.parse().ok()).expect("the count")
+    };
+    // The attack has really reached the devices: some chains went through, some broke a device.
+    assert!(count("used=") > 100 && count("broken=") > 10, "{end}");
+    let memory = hostile.memory();
+    assert!(memory.counters.malformed > 100, "{memory:#?}");
+    assert!(memory.counters.inflated > Bytes::ZERO, "{memory:#?}");
+
+    let distinct = hostile.wait_for_line("RNG distinct=", BOOT);
+    let distinct: u32 = distinct.rsplit('=').next().and_then(|count| count.parse().ok()).expect("a count");
+    assert!(distinct > 100, "256 random bytes have more than {distinct} values");
+    hostile.wait_until_ready();
+    hostile.wait_for_memory("the stock driver", MOVING, |memory| {
+        memory.driver == DriverState::Active && memory.report.is_some()
+    });
+    let malformed = hostile.memory().counters.malformed;
+    balloon_moves(&hostile, Bytes::mib(256));
+    hostile.step("grow:32M", MOVING);
+    assert_eq!(hostile.memory().counters.malformed, malformed, "a stock driver sends no nonsense");
+
+    let after = overhead(&hostile);
+    println!("beside guest memory: {before}, then {after}; the slowest answer took {slowest:?}; {end}");
+    assert!(after <= before + GROWTH, "{before} before, {after} after the attack");
+    wait_for("threads and files of the attack to go", MOVING, || {
+        (handles(&hostile) == handles_before).then_some(())
+    });
+    assert_eq!(calm.memory().counters.malformed, 0);
+    for vm in [&mut hostile, &mut calm] {
+        vm.type_in("end\n");
+        vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+        assert_eq!(vm.wait_for_end(MOVING), 0, "{} powers off", vm.name());
+    }
+}
+
+#[test]
+fn one_cpu_attacks() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(200)).run(|| survives("1", 1));
+}
+
+/// Two vCPUs meet at one device, on a host with two processors.
+#[test]
+fn two_cpus_attack_at_once() {
+    Host::new().guest(Kernel::V6_1).cpus(2).usually(Duration::from_secs(300)).run(|| survives("2", 1000));
+}
