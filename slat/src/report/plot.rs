@@ -107,6 +107,8 @@ fn draw(what: impl for<'a> FnOnce(&Area<'a>) -> Drawn<'a>) -> Option<String> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        // Readers may see the plot alone, on any ground.
+        root.fill(&WHITE).ok()?;
         what(&root).ok()?;
         root.present().ok()?;
     }
