@@ -92,9 +92,10 @@ impl Said {
 
 impl From<&MemoryStatus> for Said {
     fn from(status: &MemoryStatus) -> Self {
-        let spare = status.report.as_ref().and_then(|aged| {
-            Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?))
-        });
+        let spare = status
+            .report
+            .as_ref()
+            .and_then(|aged| Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?)));
         Self {
             limits: status.limits,
             target: status.target,
@@ -125,7 +126,8 @@ pub struct Vm {
 struct Memory {
     demand: Demand,
     watch: Watch,
-    grown: Option<Duration>,
+    grown: Option<Moved>,
+    shrunk: Option<Moved>,
     refilled_from: Option<Duration>,
     /// Found stuck in this very round, which has its decision already.
     just_stuck: bool,
@@ -133,6 +135,13 @@ struct Memory {
     charge: Bytes,
     need: Bytes,
     entitlement: Bytes,
+}
+
+/// When a target was last moved one way, and what the guest was held to use then.
+#[derive(Clone, Copy, Debug)]
+struct Moved {
+    at: Duration,
+    held: Bytes,
 }
 
 impl Vm {
@@ -230,13 +239,32 @@ impl Vm {
         }
     }
 
+    /// Whether it was shrunk a short time ago and its use has not risen since.
+    fn rests_shrunk(&self, now: Duration) -> bool {
+        self.memory.shrunk.is_some_and(|moved| {
+            now.saturating_sub(moved.at) < guards::REST
+                && self.memory.demand.held() <= moved.held.percent(100 + guards::STEADY_PERCENT)
+        })
+    }
+
+    /// Whether it was grown a short time ago and its use has not fallen since.
+    fn rests_grown(&self, now: Duration) -> bool {
+        self.memory.grown.is_some_and(|moved| {
+            now.saturating_sub(moved.at) < guards::REST
+                && self.memory.demand.held() >= moved.held.percent(100 - guards::STEADY_PERCENT)
+        })
+    }
+
     /// How far the target lies below what it may have, where that is worth moving.
-    fn gap(&self) -> Bytes {
+    fn gap(&self, now: Duration, guards: &Guards) -> Bytes {
         let Said { target, limits, .. } = self.said;
         let mut may = self.memory.entitlement;
         if self.is_held() {
             // It is entitled to what it holds, which is no reason to call a shrink under way back.
             may = may.min(self.memory.need);
+        }
+        if guards.moves_rest && self.rests_shrunk(now) {
+            may = may.min(self.memory.demand.bare(&limits));
         }
         let gap = may.saturating_sub(target);
         // Use is capped by what the guest has: one with little left must not wait for a wide gap.
@@ -247,8 +275,11 @@ impl Vm {
     }
 
     /// How far it may be shrunk, by the band and the floors.
-    fn surplus(&self, state: HostState, dwelt: bool, guards: &Guards) -> Bytes {
+    fn surplus(&self, now: Duration, state: HostState, dwelt: bool, guards: &Guards) -> Bytes {
         let Said { target, limits, .. } = self.said;
+        if guards.moves_rest && state < HostState::Hard && self.rests_grown(now) {
+            return Bytes::ZERO;
+        }
         if self.is_held() || self.used().is_none() {
             return Bytes::ZERO;
         }
@@ -305,6 +336,9 @@ pub struct Guards {
     pub demand_is_held: bool,
     /// Guests keep what they use, short of an emergency.
     pub use_is_spared: bool,
+    /// A guest that was just moved one way is not moved back while its use is steady,
+    /// short of need.
+    pub moves_rest: bool,
 }
 
 impl Default for Guards {
@@ -315,6 +349,7 @@ impl Default for Guards {
             stuck_are_left_alone: true,
             demand_is_held: true,
             use_is_spared: true,
+            moves_rest: true,
         }
     }
 }
@@ -435,7 +470,7 @@ impl Policy {
     ) -> (Bytes, Bytes) {
         self.order.clear();
         for (index, vm) in vms.iter().enumerate() {
-            let gap = vm.gap();
+            let gap = vm.gap(now, &self.settings.guards);
             if gap > Bytes::ZERO && vm.takes_targets() && !vm.memory.just_stuck {
                 self.order.push((gap, index));
             }
@@ -462,7 +497,7 @@ impl Policy {
                 continue;
             }
             left = left.saturating_sub(paid);
-            vm.memory.grown = Some(now);
+            vm.memory.grown = Some(Moved { at: now, held: vm.memory.demand.held() });
             let rule = if target < limits.min() { Rule::Limits } else { Rule::Grow };
             vm.decide(self.state, rule, new, decisions);
         }
@@ -481,7 +516,7 @@ impl Policy {
                 vm.decide(self.state, Rule::Limits, max, decisions);
                 continue;
             }
-            let mut surplus = vm.surplus(self.state, dwelt, &self.settings.guards);
+            let mut surplus = vm.surplus(now, self.state, dwelt, &self.settings.guards);
             if !paying {
                 surplus = self.unhurried(now, vm, surplus);
             }
@@ -505,6 +540,7 @@ impl Policy {
             let vm = &mut vms[index];
             let new = vm.said.limits.clamp(vm.said.target.saturating_sub(part));
             let rule = if paying { Rule::Pay } else { Rule::Refill };
+            vm.memory.shrunk = Some(Moved { at: now, held: vm.memory.demand.held() });
             if !paying {
                 vm.memory.refilled_from = Some(now);
             }
@@ -515,7 +551,9 @@ impl Policy {
     /// What may be taken of `surplus` when nobody is short and only the pool is refilled.
     fn unhurried(&self, now: Duration, vm: &Vm, surplus: Bytes) -> Bytes {
         let since = |then: Option<Duration>| then.map_or(Duration::MAX, |then| now.saturating_sub(then));
-        if self.state < HostState::Hard && since(vm.memory.grown) < guards::REST_AFTER_GROW {
+        if self.state < HostState::Hard
+            && since(vm.memory.grown.map(|moved| moved.at)) < guards::REST_AFTER_GROW
+        {
             return Bytes::ZERO;
         }
         if self.state > HostState::Normal {

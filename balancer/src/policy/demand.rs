@@ -17,6 +17,10 @@ pub const SLOW: Duration = Duration::from_secs(60);
 /// Steady use that varies by 1 % either way must not move anything.
 pub const FALL_PERCENT: u64 = 4;
 
+/// The least part of its buffer that a guest grows back at once after it paid for
+/// another, in percent of its use.
+pub const BARE_PERCENT: u64 = 5;
+
 /// How many moments of `actual` are kept, to know what it was when a report was made.
 const MOMENTS: usize = 8;
 
@@ -65,6 +69,17 @@ impl Demand {
     /// What the guest used when it last reported; `None` if it never did.
     pub fn used(&self) -> Option<Bytes> {
         self.used
+    }
+
+    /// Its use as the law holds it: up at once, down only when it has clearly fallen.
+    pub fn held(&self) -> Bytes {
+        self.held
+    }
+
+    /// What it can't do without this moment: use and [`BARE_PERCENT`], within its limits.
+    pub fn bare(&self, limits: &Limits) -> Bytes {
+        let percent = 100 + u64::from(limits.buffer_percent()).min(BARE_PERCENT);
+        limits.clamp(self.used.unwrap_or_default().percent(percent))
     }
 
     /// What it must have: recent use and its buffer, within its limits.

@@ -102,9 +102,14 @@ fn each_fault_changes_what_happens() {
 }
 
 #[test]
-fn grants_before_payment_are_over_budget() {
-    let mut law = without(|guards| guards.payment_comes_first = false);
-    assert!(score(&mut law, Kind::Burst, 20, &[]).over_budget > 0);
+fn slow_balloons_do_not_take_ours_over_budget() {
+    let speeds = Speeds { inflate: Bytes::mib(16), reclaim: Bytes::mib(16), ..Speeds::default() };
+    let setup = Setup { speeds, ..Setup::default() };
+    for vms in [14, 18] {
+        let trace = Trace::generate(Kind::Burst, 5, vms, 1800);
+        let score = world::run(&trace, &setup, &mut Ballast::default(), &mut |_| ());
+        assert_eq!(score.over_budget, 0, "{vms} VMs: {} over", score.worst_over);
+    }
 }
 
 #[test]
@@ -122,6 +127,16 @@ fn steady_demand_moves_nothing_back_and_forth() {
     for vms in [8, 14, 16] {
         assert_eq!(score(&mut Ballast::default(), Kind::Steady, vms, &[]).reversals, 0, "{vms} VMs");
     }
+}
+
+#[test]
+fn without_rest_after_a_move_memory_goes_to_and_fro() {
+    let reversals = |law: fn() -> Ballast| -> u64 {
+        [14, 16, 18].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).reversals).sum()
+    };
+    let (rested, restless) =
+        (reversals(Ballast::default), reversals(|| without(|guards| guards.moves_rest = false)));
+    assert!(rested * 2 < restless, "{rested} with rest, {restless} without");
 }
 
 #[test]
