@@ -17,6 +17,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crate::devmem::Window;
 use crate::ports;
@@ -42,6 +43,7 @@ mod register {
     pub const DRIVER_FEATURES: usize = 0x020;
     pub const DRIVER_FEATURES_SEL: usize = 0x024;
     pub const QUEUE_SEL: usize = 0x030;
+    pub const QUEUE_NUM_MAX: usize = 0x034;
     pub const QUEUE_NUM: usize = 0x038;
     pub const QUEUE_READY: usize = 0x044;
     pub const QUEUE_NOTIFY: usize = 0x050;
@@ -285,7 +287,7 @@ impl Attacker<'_> {
             let offered = self.read(device, register::DEVICE_FEATURES);
             let wanted = match self.random.below(8) {
                 0 => self.random.next() as u32,
-                1..4 => offered & (self.random.next() as u32 | half),
+                1 => offered & (self.random.next() as u32 | half),
                 _ => offered,
             };
             self.write(device, register::DRIVER_FEATURES_SEL, half);
@@ -293,7 +295,9 @@ impl Attacker<'_> {
         }
         self.write(device, register::STATUS, 11);
         let count = if is_rng { 1 } else { 5 };
-        let queues: Vec<Rings> = (0..count).map(|queue| self.set_up_queue(device, queue)).collect();
+        // A device with one bad queue does not start: most of them must get past that.
+        let proper = !self.random.one_in(4);
+        let queues: Vec<Rings> = (0..count).map(|queue| self.set_up_queue(device, queue, proper)).collect();
         self.write(device, register::STATUS, 15);
         for _ in 0..self.random.below(12) {
             let queue = self.random.below(queues.len() as u64) as usize;
@@ -305,6 +309,10 @@ impl Attacker<'_> {
             }
             if self.random.one_in(4) {
                 self.any_access(device);
+            }
+            if self.random.one_in(2) {
+                // Else the next reset often comes before the device has looked.
+                thread::sleep(Duration::from_millis(1));
             }
             let reasons = self.read(device, register::INTERRUPT_STATUS);
             self.write(device, register::INTERRUPT_ACK, reasons);
@@ -318,8 +326,11 @@ impl Attacker<'_> {
         }
     }
 
-    fn set_up_queue(&mut self, device: usize, queue: u32) -> Rings {
+    fn set_up_queue(&mut self, device: usize, queue: u32, proper: bool) -> Rings {
+        self.write(device, register::QUEUE_SEL, queue);
+        let most = self.read(device, register::QUEUE_NUM_MAX).clamp(1, 128);
         let size = match self.random.below(8) {
+            _ if proper => most as u16,
             0 => self.random.next() as u16,
             1 => 0,
             _ => 1 << self.random.below(8),
@@ -330,13 +341,14 @@ impl Attacker<'_> {
         let mut rings = Rings { size, told: [0; 3], here: apart.map(Some) };
         for (part, offset) in apart.into_iter().enumerate() {
             let offset = match self.random.below(24) {
+                _ if proper => offset,
                 0 => base,
                 1 => offset + self.random.below(16) as usize,
                 _ => offset,
             };
             rings.told[part] = self.place.rings(self.id) + offset as u64;
             rings.here[part] = Some(offset);
-            if self.random.one_in(24) {
+            if !proper && self.random.one_in(24) {
                 rings.told[part] = self.place.bad_address(&mut self.random);
                 rings.here[part] = None;
             }
@@ -344,13 +356,12 @@ impl Attacker<'_> {
         for offset in (0x2000..0x4000).step_by(8) {
             self.rings.write(base + offset, 0u64);
         }
-        self.write(device, register::QUEUE_SEL, queue);
         self.write(device, register::QUEUE_NUM, size.into());
         for (register, address) in register::AREAS.into_iter().zip(rings.told) {
             self.write(device, register, address as u32);
             self.write(device, register + 4, (address >> 32) as u32);
         }
-        if !self.random.one_in(16) {
+        if proper || !self.random.one_in(16) {
             self.write(device, register::QUEUE_READY, 1);
         }
         rings
