@@ -330,7 +330,8 @@ impl Attacker<'_> {
         self.write(device, register::QUEUE_SEL, queue);
         let most = self.read(device, register::QUEUE_NUM_MAX).clamp(1, 128);
         let size = match self.random.below(8) {
-            _ if proper => most as u16,
+            // Small: a ring of 128 full chains is two million pages to drop.
+            _ if proper => most.min(16) as u16,
             0 => self.random.next() as u16,
             1 => 0,
             _ => 1 << self.random.below(8),
