@@ -49,43 +49,41 @@ fn wait_until_grown(vm: &Vm, others: &[&Vm], actual: Bytes) {
 
 #[test]
 fn memory_moves_to_whoever_needs_it_through_deaths() {
-    Host::new().guest(Kernel::V6_1).cpus(2).memory(Bytes::gib(3)).usually(Duration::from_secs(150)).run(
-        || {
-            let daemon = Daemon::start();
-            let (mut a, mut b) = (guest("a"), guest("b"));
-            a.wait_until_ready();
-            b.wait_until_ready();
-            for vm in [&a, &b] {
-                vm.wait_for_memory("the first inflation", MOVING, |memory| memory.actual <= Bytes::mib(240));
-            }
+    Host::new().guest(Kernel::V6_1).memory(Bytes::gib(3)).usually(Duration::from_secs(180)).run(|| {
+        let daemon = Daemon::start();
+        let (mut a, mut b) = (guest("a"), guest("b"));
+        a.wait_until_ready();
+        b.wait_until_ready();
+        for vm in [&a, &b] {
+            vm.wait_for_memory("the first inflation", MOVING, |memory| memory.actual <= Bytes::mib(240));
+        }
 
-            a.step("grow:220M:10s", MOVING);
-            wait_until_grown(&a, &[&b], Bytes::mib(300));
+        a.step("grow:220M:10s", MOVING);
+        wait_until_grown(&a, &[&b], Bytes::mib(300));
 
-            drop(daemon);
-            let before = a.memory().target;
-            a.step("rest:2s", MOVING);
-            assert_eq!(a.memory().target, before, "without a daemon a VM keeps what it has");
+        drop(daemon);
+        let before = a.memory().target;
+        a.step("rest:2s", MOVING);
+        assert_eq!(a.memory().target, before, "without a daemon a VM keeps what it has");
 
-            let daemon = Daemon::start();
-            a.step("release", MOVING);
-            b.step("grow:220M:10s", MOVING);
-            wait_until_grown(&b, &[&a], Bytes::mib(300));
-            assert!(a.memory().actual >= MIN, "nobody is shrunk below its minimum");
+        let daemon = Daemon::start();
+        a.step("release", MOVING);
+        b.step("grow:220M:10s", MOVING);
+        wait_until_grown(&b, &[&a], Bytes::mib(300));
+        assert!(a.memory().actual >= MIN, "nobody is shrunk below its minimum");
 
-            a.kill();
-            let mut c = guest("c");
-            c.wait_until_ready();
-            c.step("grow:200M:10s", MOVING);
-            wait_until_grown(&c, &[&b], Bytes::mib(260));
-            assert!(b.memory().actual <= MAX);
+        a.kill();
+        let mut c = guest("c");
+        c.wait_until_ready();
+        c.step("grow:200M:10s", MOVING);
+        wait_until_grown(&c, &[&b], Bytes::mib(260));
+        assert!(b.memory().actual <= MAX);
 
-            for vm in [&mut b, &mut c] {
-                vm.type_in("end\n");
-                vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
-                assert_eq!(vm.wait_for_end(MOVING), 0);
-            }
-            drop(daemon);
-        },
-    );
+        for vm in [&mut b, &mut c] {
+            vm.type_in("end\n");
+            vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+            assert_eq!(vm.wait_for_end(MOVING), 0);
+        }
+        drop(daemon);
+    });
 }

@@ -110,12 +110,14 @@ fn survives(cpus: &str, seed: u32) {
 }
 
 #[test]
+#[ignore = "takes many minutes in the lab: cargo test -p tests --test hostile_guest -- --ignored"]
 fn one_cpu_attacks() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(150)).run(|| survives("1", 1));
 }
 
 /// Two vCPUs meet at one device, on a host with two processors.
 #[test]
+#[ignore = "takes many minutes in the lab: cargo test -p tests --test hostile_guest -- --ignored"]
 fn two_cpus_attack_at_once() {
     Host::new().guest(Kernel::V6_1).cpus(2).usually(Duration::from_secs(200)).run(|| survives("2", 1000));
 }

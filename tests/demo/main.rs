@@ -41,9 +41,7 @@ fn terminal() -> bool {
 
 fn emulated() -> Result<ExitCode> {
     println!("This machine's KVM can't boot stock kernels: the demo runs in an emulated host.");
-    let processors = std::thread::available_parallelism().map_or(1, |count| count.get().min(2));
     let emulator = Emulator {
-        cpus: processors,
         memory: Bytes::gib(3),
         guests: vec![Kernel::V6_1],
         bring: vec![PathBuf::from(OUT_INSIDE)],
