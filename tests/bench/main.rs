@@ -81,7 +81,7 @@ fn measure() -> Result<ExitCode> {
     let images = Kernel::V6_1.guest_images();
     // Once without looking: the first VMM pays for caches and entropy that the others find ready.
     run(ballast(&images))?;
-    println!("256 MiB, 1 vCPU, Debian 6.1 as ELF (PVH); V s: virtual seconds, 1e9 instructions each");
+    println!("256 MiB, 1 vCPU, Debian 6.1 as bzImage; V s: virtual seconds, 1e9 instructions each");
     println!(
         "              exec to init   to modules loaded   private beside guest RAM   of it not backed by a file"
     );
@@ -112,7 +112,9 @@ fn microvm(images: &GuestImages) -> Command {
 }
 
 fn with_images(mut command: Command, images: &GuestImages, kernel: &str, initrd: &str) -> Command {
-    command.arg(kernel).arg(images.elf.as_ref().unwrap_or(&images.bzimage)).arg(initrd).arg(&images.initrd);
+    // Not the ELF: under QEMU's PVH entry it dies of a divide error with the first timer interrupt,
+    // in this emulated host alone.
+    command.arg(kernel).arg(&images.bzimage).arg(initrd).arg(&images.initrd);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     command
 }
