@@ -169,13 +169,8 @@ fn exits(pair: &Pair) -> Option<Found> {
         return None;
     }
     let guest: Vec<_> = pair
-        .on
-        .linux
-        .iter()
-        .filter_map(|on| {
-            let off = pair.off.linux.iter().find(|w| w.name == on.name)?;
-            Some(format!("{} {} / {}", on.name, short(on.exits?), short(off.exits?)))
-        })
+        .workloads()
+        .filter_map(|(on, off)| Some(format!("{} {} / {}", on.name, short(on.exits?), short(off.exits?))))
         .collect();
     let holds = found.iter().all(|(_, (on, off))| *on < 0.01 && *off >= 0.5);
     let list: Vec<_> =
@@ -205,15 +200,8 @@ fn instructions(pair: &Pair) -> Option<Found> {
         short(fault.1),
         short(fault.0)
     );
-    let guest: Vec<_> = pair
-        .on
-        .linux
-        .iter()
-        .filter_map(|on| {
-            let off = pair.off.linux.iter().find(|w| w.name == on.name)?;
-            Some(format!("{} {}", on.name, percent((on.ticks, off.ticks))))
-        })
-        .collect();
+    let guest: Vec<_> =
+        pair.workloads().map(|(on, off)| format!("{} {}", on.name, percent((on.ticks, off.ticks)))).collect();
     text += &match guest.is_empty() {
         true => " No share of a whole guest was measured.".into(),
         false => format!(" In a Linux guest: {}.", guest.join(", ")),

@@ -196,16 +196,23 @@ fn difference(first: &Run, second: &Run) -> Option<String> {
     ))
 }
 
+impl Pair {
+    /// The Linux guest's workloads that ran with SLAT on and off, in that order.
+    pub fn workloads(&self) -> impl Iterator<Item = (&linux::Workload, &linux::Workload)> {
+        let off = |on: &linux::Workload| self.off.linux.iter().find(|off| off.name == on.name);
+        self.on.linux.iter().filter_map(move |on| Some((on, off(on)?)))
+    }
+}
+
 impl Findings {
     /// Rows for a Linux guest's workloads: name, exits on and off, instructions on and off, off over on.
     pub fn linux_rows(&self) -> Vec<[String; 6]> {
-        let (on, off) = (&self.counted.on.linux, &self.counted.off.linux);
         let exits = |w: &linux::Workload| w.exits.map_or("-".into(), short);
-        on.iter()
-            .filter_map(|a| {
-                let b = off.iter().find(|b| b.name == a.name)?;
+        self.counted
+            .workloads()
+            .map(|(a, b)| {
                 let factor = format!("{:.3}", b.ticks / a.ticks.max(1.0));
-                Some([a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor])
+                [a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor]
             })
             .collect()
     }
