@@ -143,9 +143,10 @@ fn freed_memory_comes_back_with_no_request() {
         let full = rss(&vm);
         vm.step("remove", MOVING);
         let wanted = full.saturating_sub(Bytes::mib(128).percent(95));
-        let memory =
-            vm.wait_for_memory("reported pages to be given back", MOVING, |memory| memory.host_rss <= wanted);
-        assert!(memory.counters.reported >= Bytes::mib(120), "{memory:#?}");
+        // One chain can report all of it: the memory is gone before the device has counted it.
+        let memory = vm.wait_for_memory("reported pages to be given back", MOVING, |memory| {
+            memory.host_rss <= wanted && memory.counters.reported >= Bytes::mib(120)
+        });
         assert_eq!(memory.target, Bytes::mib(512), "nobody asked for it");
         assert!(rss(&vm) <= wanted + Bytes::mib(6));
     });
