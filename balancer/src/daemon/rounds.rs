@@ -1,0 +1,291 @@
+//! Round after round: ask every VM, decide, tell those whose target changes.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use balloon::units::Bytes;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tracing::{debug, info, warn};
+
+use super::complaint::Complaint;
+use super::config::Config;
+use super::roster::{self, Watch};
+use super::slot::{self, Outcome, Slot};
+use super::state::{HostView, Shared, State};
+use crate::driver::ballast::{self, Client};
+use crate::host::{Budget, HostMemory};
+use crate::policy::reason::Decision;
+use crate::policy::{Balance, Host, Policy, STALE_TICKS, Settings, Vm};
+
+/// The directory is read this often even where no change was told.
+const RESCAN: Duration = Duration::from_secs(10);
+
+/// Where the daemon's clock starts, so that a report of before its time has a moment too.
+const EPOCH: Duration = Duration::from_secs(24 * 3600);
+
+/// The daemon at work.
+pub struct Daemon {
+    directory: PathBuf,
+    meminfo: PathBuf,
+    tick: Duration,
+    began: Instant,
+    budget: Budget,
+    host: HostMemory,
+    policy: Policy,
+    slots: BTreeMap<u64, Slot>,
+    next_id: u64,
+    requests: JoinSet<(u64, Client, Outcome)>,
+    vms: Vec<Vm>,
+    decisions: Vec<Decision>,
+    balance: Balance,
+    over: Complaint,
+    blind: Complaint,
+    rounds: u64,
+    rounds_over_budget: u64,
+    shared: Shared,
+}
+
+impl Daemon {
+    /// A daemon that has asked nobody yet.
+    pub fn new(config: &Config, directory: PathBuf, host: HostMemory, shared: Shared) -> Self {
+        Self {
+            directory,
+            meminfo: config.meminfo.clone(),
+            tick: config.interval,
+            began: Instant::now(),
+            budget: config.to_budget(),
+            host,
+            policy: Policy::new(Settings { tick: config.interval, ..Settings::default() }),
+            slots: BTreeMap::new(),
+            next_id: 0,
+            requests: JoinSet::new(),
+            vms: Vec::new(),
+            decisions: Vec::new(),
+            balance: Balance::default(),
+            over: Complaint::default(),
+            blind: Complaint::default(),
+            rounds: 0,
+            rounds_over_budget: 0,
+            shared,
+        }
+    }
+
+    /// Where the VMs' sockets are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Says what it is about to do, and what is odd about it.
+    pub fn introduce(&mut self) {
+        let budget = self.budget.now(self.host, Bytes::ZERO);
+        info!(
+            "looking after the VMs in {}: budget {budget} of the host's {}, every {} ms",
+            self.directory.display(),
+            self.host.total,
+            self.tick.as_millis()
+        );
+        if budget > self.host.total {
+            warn!("the budget of {budget} is more than the {} that this host has", self.host.total);
+        }
+        if budget == Bytes::ZERO {
+            warn!("the host's reserve leaves nothing to VMs: every VM will be shrunk as far as it goes");
+        }
+    }
+
+    fn now(&self) -> Duration {
+        EPOCH + self.began.elapsed()
+    }
+
+    /// Round after round, for ever.
+    pub async fn balance(&mut self) {
+        let mut ticks = interval(self.tick);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut rescans = interval(RESCAN);
+        let mut watch = None;
+        loop {
+            if watch.is_none() {
+                watch = Watch::new(&self.directory).ok();
+            }
+            tokio::select! {
+                biased;
+                change = changed(&mut watch) => {
+                    if change.is_err() {
+                        watch = None;
+                        tokio::time::sleep(self.tick).await;
+                    }
+                    self.rescan(false);
+                }
+                // A watch on a directory that was removed and made again hears nothing.
+                _ = rescans.tick() => {
+                    watch = None;
+                    self.rescan(true);
+                }
+                _ = ticks.tick() => self.round().await,
+            }
+        }
+    }
+
+    /// Finds out who came and who went; with `revive`, tries those again that had ended.
+    fn rescan(&mut self, revive: bool) {
+        let found = match roster::scan(&self.directory) {
+            Ok(found) => found,
+            Err(error) => {
+                if self.blind.is_due(self.now(), "directory") {
+                    warn!("VMs that come or go are not seen: {error}");
+                }
+                return;
+            }
+        };
+        self.blind.end();
+        self.slots.retain(|_, slot| {
+            let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
+            if !stays && slot.vm.is_some() {
+                info!(vm = slot.name, "{} has gone", slot.name);
+            }
+            stays
+        });
+        for found in found {
+            match self.slots.values_mut().find(|slot| slot.name == found.name) {
+                Some(slot) => slot.gone &= !revive,
+                None => {
+                    let id = self.next_id;
+                    self.next_id += 1;
+                    let timeout = ballast::DEFAULT_TIMEOUT;
+                    let slot = Slot::new(id, found.name, found.socket, found.incarnation, timeout);
+                    debug!(vm = slot.name, "found a socket");
+                    self.slots.insert(id, slot);
+                }
+            }
+        }
+    }
+
+    /// Asks, decides, tells. No VM can make it longer than the tick.
+    async fn round(&mut self) {
+        self.ask();
+        self.gather(self.tick / 2).await;
+        self.read_host();
+        self.decide();
+        self.tell();
+        self.gather(self.tick / 4).await;
+        self.rounds += 1;
+        self.publish();
+    }
+
+    fn ask(&mut self) {
+        for (&id, slot) in &mut self.slots {
+            if slot.gone {
+                continue;
+            }
+            // Without a client its last request is still under way.
+            let Some(mut client) = slot.client.take() else { continue };
+            let introduce = slot.introduce;
+            self.requests.spawn(async move {
+                let outcome = slot::poll(&mut client, introduce).await;
+                (id, client, outcome)
+            });
+        }
+    }
+
+    /// Takes in answers until all are there or `patience` is over.
+    async fn gather(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await {
+            // A panic in a request is a bug, and costs that VM its client.
+            let Ok((id, client, outcome)) = done else { continue };
+            let now = self.now();
+            if let Some(slot) = self.slots.get_mut(&id) {
+                slot.client = Some(client);
+                slot.take(now, outcome);
+            }
+        }
+    }
+
+    fn read_host(&mut self) {
+        match HostMemory::read(&self.meminfo) {
+            Ok(host) => self.host = host,
+            Err(error) => {
+                if self.blind.is_due(self.now(), "meminfo") {
+                    warn!("{error}; going on with what was read last");
+                }
+            }
+        }
+    }
+
+    fn decide(&mut self) {
+        let now = self.now();
+        let patience = self.tick * STALE_TICKS;
+        self.vms.clear();
+        self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience)));
+        let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
+        let host = Host { budget: self.budget.now(self.host, resident) };
+        let before = self.balance.state;
+        self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
+        for vm in self.vms.drain(..) {
+            if let Some(slot) = self.slots.get_mut(&vm.id) {
+                slot.settle(now, vm);
+            }
+        }
+        let Balance { charged, over, free, state, .. } = self.balance;
+        if state != before {
+            info!("the host goes from {before} to {state}: {free} of its {} for VMs is free", host.budget);
+        }
+        if over > Bytes::ZERO {
+            self.rounds_over_budget += 1;
+            if self.over.is_due(now, "over") {
+                warn!(
+                    "OVER BUDGET: VMs may hold {charged}, {over} more than the {} there is; \
+                     memory is taken from all that can give some",
+                    host.budget
+                );
+            }
+        } else if self.over.end() {
+            info!("within the budget again: VMs may hold {charged} of {}", host.budget);
+        }
+    }
+
+    fn tell(&mut self) {
+        for Decision { vm, reason } in self.decisions.drain(..) {
+            let Some(slot) = self.slots.get_mut(&vm) else { continue };
+            // While an earlier request is under way, the decision is made anew next time.
+            let Some(mut client) = slot.client.take() else { continue };
+            if let Some(vm) = &mut slot.vm {
+                // Until it is known to be done, the larger of both is what it may hold.
+                vm.said.target = reason.old.max(reason.new);
+            }
+            self.requests.spawn(async move {
+                let result = client.set_target(reason.new).await;
+                (vm, client, Outcome::Told(reason, result))
+            });
+        }
+    }
+
+    fn publish(&mut self) {
+        let HostMemory { total, available } = self.host;
+        let Balance { charged, free, over, unserved, state } = self.balance;
+        let host = HostView {
+            total,
+            available,
+            budget: charged.saturating_add(free).saturating_sub(over),
+            charged,
+            free,
+            over,
+            unserved,
+            state,
+            rounds_over_budget: self.rounds_over_budget,
+        };
+        let mut vms: Vec<_> = self.slots.values().filter(|slot| !slot.gone).map(Slot::view).collect();
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        self.shared.set(State { rounds: self.rounds, host, vms });
+    }
+}
+
+/// A change in the watched directory; never, where nothing is watched.
+async fn changed(watch: &mut Option<Watch>) -> io::Result<()> {
+    match watch {
+        Some(watch) => watch.changed().await,
+        None => std::future::pending().await,
+    }
+}
