@@ -4,14 +4,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use balloon::limits::Limits;
 use balloon::units::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::policy::guards::Standing;
 use crate::policy::host_state::HostState;
 use crate::policy::reason::Reason;
 
 /// The host and every VM at the end of a round.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct State {
     /// Rounds since the daemon started.
     pub rounds: u64,
@@ -22,7 +22,7 @@ pub struct State {
 }
 
 /// The host's side.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct HostView {
     /// `MemTotal`.
     pub total: Bytes,
@@ -45,7 +45,7 @@ pub struct HostView {
 }
 
 /// One VM.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmView {
     /// Its name.
     pub name: String,
@@ -66,7 +66,7 @@ pub struct VmView {
 }
 
 /// The memory of one VM.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MemoryView {
     /// What the administrator set.
     pub limits: Limits,

@@ -139,19 +139,27 @@ impl Drop for Connection {
 pub struct Client {
     socket: PathBuf,
     timeout: Duration,
+    largest_body: usize,
     connection: Option<Connection>,
 }
 
 impl Client {
     /// A client for the VM whose API listens at `socket`. Connects at the first request.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), timeout: DEFAULT_TIMEOUT, connection: None }
+        Self { socket: socket.into(), timeout: DEFAULT_TIMEOUT, largest_body: LARGEST_BODY, connection: None }
     }
 
     /// The same client with another limit for each request.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// The same client with another bound on what is read of one answer, in bytes.
+    #[must_use]
+    pub(crate) fn with_largest_body(mut self, bytes: usize) -> Self {
+        self.largest_body = bytes;
         self
     }
 
@@ -224,7 +232,7 @@ impl Client {
         self.post("/vm/shutdown").await
     }
 
-    async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
+    pub(crate) async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
         let (request, _, body) = self.exchange(Method::GET, path, hyper::body::Bytes::new()).await?;
         serde_json::from_slice(&body).map_err(|error| self.nonsense(request, error.to_string()))
     }
@@ -306,9 +314,9 @@ impl Client {
         response: Response<hyper::body::Incoming>,
     ) -> Result<(StatusCode, hyper::body::Bytes), Error> {
         let (head, body) = response.into_parts();
-        let body = Limited::new(body, LARGEST_BODY).collect().await.map_err(|error| {
+        let body = Limited::new(body, self.largest_body).collect().await.map_err(|error| {
             if error.is::<LengthLimitError>() {
-                self.nonsense(request.to_owned(), format!("a body of more than {LARGEST_BODY} bytes"))
+                self.nonsense(request.to_owned(), format!("a body of more than {} bytes", self.largest_body))
             } else {
                 match error.downcast::<hyper::Error>() {
                     Ok(error) => self.broken(request, &error),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use balloon::status::DriverState;
 use balloon::units::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Said, host_state::HostState};
 
@@ -50,7 +50,7 @@ pub const UNHURRIED_PART: u64 = 8;
 pub const EMERGENCY_DWELL: Duration = Duration::from_secs(10);
 
 /// How a VM stands with the balancer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// Answers, reports, and follows its target.

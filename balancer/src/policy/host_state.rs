@@ -3,7 +3,7 @@
 use std::fmt;
 
 use balloon::units::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Hysteresis of each state: it is left only when the free part is this much
 /// above where it was entered, in hundredths of the pool.
@@ -14,7 +14,7 @@ const LEAVE_ABOVE: u64 = 16;
 /// The pool is memory that nobody is entitled to, so that a guest in need can be
 /// served before others have paid. The entries are ESXi's fractions of its
 /// minimum free memory: below 64 % SOFT, below 32 % HARD, below 16 % EMERGENCY.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostState {
     /// The pool is nearly full: take memory back without hurry.

@@ -3,12 +3,12 @@
 use std::fmt;
 
 use balloon::units::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::host_state::HostState;
 
 /// What made a decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rule {
     /// It wants more, is entitled to it, and memory is free.
@@ -36,7 +36,7 @@ impl fmt::Display for Rule {
 }
 
 /// Every number that a decision was made of. Its `Display` is one line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
     /// What the guest uses, as far as it ever said.
     pub used: Option<Bytes>,
@@ -71,7 +71,7 @@ impl fmt::Display for Reason {
 }
 
 /// A new target for one VM, and why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// Which VM, as the caller numbered it.
     pub vm: u64,
