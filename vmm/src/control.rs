@@ -11,8 +11,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Cpus, Name};
 use crate::exit::Exit;
+use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
-use crate::vcpu::Crew;
+use crate::vcpu::{Crew, VisitError};
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum ControlError {
         /// What is mapped.
         map: Bytes,
     },
+    /// There is no such vCPU.
+    #[error("{0}")]
+    NoSuchVcpu(VisitError),
     /// The host failed.
     #[error("{0}")]
     Host(String),
@@ -163,6 +167,33 @@ impl Control {
             driver: balloon.driver(),
             report: balloon.report(),
             counters: balloon.counters(),
+        }
+    }
+
+    /// Where this VM's memory lies in this process.
+    pub fn memory_map(&self) -> MemoryMap {
+        let regions = self.parts.get().map(|parts| parts.ram.regions().iter().map(Into::into).collect());
+        MemoryMap { regions: regions.unwrap_or_default() }
+    }
+
+    /// How a vCPU sees a guest virtual address. The vCPU leaves the guest for a moment.
+    ///
+    /// # Errors
+    /// [`ControlError::State`] before the VM runs and after it; [`ControlError::NoSuchVcpu`].
+    pub fn translate(&self, request: TranslateRequest) -> Result<Translation, ControlError> {
+        const ACTION: &str = "translate addresses";
+        let state = self.status().state;
+        let parts = self.parts(ACTION)?;
+        if state == VmState::Created {
+            return Err(ControlError::State { state, action: ACTION });
+        }
+        let seen = parts.crew.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
+        match seen {
+            Ok(seen) => seen
+                .map_err(|error| ControlError::Host(format!("KVM refused to translate an address: {error}"))),
+            Err(VisitError::Ended) => Err(ControlError::State { state: VmState::Stopped, action: ACTION }),
+            Err(error @ VisitError::NoSuchVcpu(_)) => Err(ControlError::NoSuchVcpu(error)),
+            Err(VisitError::Stuck(stuck)) => Err(ControlError::Host(stuck.to_string())),
         }
     }
 

@@ -10,6 +10,7 @@ pub mod cpuid;
 mod events;
 pub mod exit;
 pub mod host;
+pub mod inspect;
 pub mod machine;
 pub mod memory;
 mod signals;

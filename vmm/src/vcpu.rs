@@ -1,7 +1,7 @@
 //! Running vCPUs: from each exit to the next entry, and stopping all of them from outside.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 use std::{io, ptr};
 
@@ -29,11 +29,21 @@ struct Kick {
 // taken out of the crew's list, under its lock; the thread outlives the entry for the same reason.
 unsafe impl Send for Kick {}
 
+/// Something to be done with a vCPU, on its own thread, while it is out of the guest.
+type Visit = Box<dyn FnOnce(&VcpuFd) + Send>;
+
+/// What belongs to one vCPU.
+#[derive(Default)]
+struct Place {
+    kick: Option<Kick>,
+    visit: Option<Visit>,
+}
+
 struct State {
     order: Order,
     /// vCPUs that may be in the guest or at a device on its behalf.
     inside: usize,
-    kicks: Vec<Option<Kick>>,
+    places: Vec<Place>,
     /// Counts resumes, so that each vCPU can tell that it was held.
     resumes: u64,
 }
@@ -54,12 +64,28 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 #[error("a vCPU hangs in a write to the console: read the console's output, then try again")]
 pub struct Stuck;
 
+/// Why a vCPU could not be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VisitError {
+    /// It does not come out of the guest.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+    /// There is no vCPU of this number.
+    #[error("this VM has no vCPU {0}: the first is 0")]
+    NoSuchVcpu(u8),
+    /// The VM has ended.
+    #[error("the VM has ended")]
+    Ended,
+}
+
 /// What a vCPU that asked to enter the guest may do.
 enum Admission {
     /// Enter; `resumes` tells whether it was held since the last time.
     Enter {
         resumes: u64,
     },
+    /// Let somebody look first, then ask again.
+    Receive(Visit),
     Leave,
 }
 
@@ -75,7 +101,7 @@ impl Crew {
             state: Mutex::new(State {
                 order: Order::Hold,
                 inside: 0,
-                kicks: (0..cpus).map(|_| None).collect(),
+                places: (0..cpus).map(|_| Place::default()).collect(),
                 resumes: 0,
             }),
             changed: Condvar::new(),
@@ -119,8 +145,43 @@ impl Crew {
         if !matches!(state.order, Order::End(_)) {
             state.order = Order::End(exit);
             state.kick_all();
+            for place in &mut state.places {
+                place.visit = None;
+            }
             self.changed.notify_all();
         }
+    }
+
+    /// Does `look` with a vCPU on that vCPU's own thread, between two entries into the guest, and
+    /// hands back what it found. The other vCPUs run on, and a paused VM stays paused.
+    ///
+    /// # Errors
+    /// [`VisitError`] says why nobody could look.
+    pub fn visit<T: Send + 'static>(
+        &self,
+        index: u8,
+        look: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<T, VisitError> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        {
+            let mut state = self.lock();
+            if matches!(state.order, Order::End(_)) {
+                return Err(VisitError::Ended);
+            }
+            let place = state.places.get_mut(usize::from(index)).ok_or(VisitError::NoSuchVcpu(index))?;
+            // One that nobody received has given up, or will find its channel closed.
+            place.visit = Some(Box::new(move |vcpu| {
+                // Whoever asked may have given up by now.
+                let _ = sender.send(look(vcpu));
+            }));
+            if let Some(kick) = &place.kick {
+                kick.out();
+            }
+            self.changed.notify_all();
+        }
+        receiver
+            .recv_timeout(PATIENCE)
+            .map_err(|_| if self.has_ended() { VisitError::Ended } else { Stuck.into() })
     }
 
     /// Whether the VM has ended.
@@ -139,9 +200,13 @@ impl Crew {
         }
     }
 
-    fn admit(&self) -> Admission {
+    fn admit(&self, index: u8) -> Admission {
         let mut state = self.lock();
         loop {
+            let place = state.places.get_mut(usize::from(index));
+            if let Some(visit) = place.and_then(|place| place.visit.take()) {
+                return Admission::Receive(visit);
+            }
             match state.order {
                 Order::Run => {
                     state.inside += 1;
@@ -159,8 +224,8 @@ impl Crew {
     }
 
     fn set_kick(&self, index: u8, kick: Option<Kick>) {
-        if let Some(slot) = self.lock().kicks.get_mut(usize::from(index)) {
-            *slot = kick;
+        if let Some(place) = self.lock().places.get_mut(usize::from(index)) {
+            place.kick = kick;
         }
     }
 
@@ -170,15 +235,19 @@ impl Crew {
 }
 
 impl State {
-    /// The flag makes the next KVM_RUN return at once, the signal the current one; the order
-    /// has been changed before, so a vCPU that clears its flag sees it.
     fn kick_all(&self) {
-        for kick in self.kicks.iter().flatten() {
-            // SAFETY: see `Kick`: the entry is in the list, so the mapping and the thread are there.
-            unsafe {
-                kick.immediate_exit.as_ref().store(1, Ordering::SeqCst);
-                libc::pthread_kill(kick.thread, SIGRTMIN());
-            }
+        self.places.iter().filter_map(|place| place.kick.as_ref()).for_each(Kick::out);
+    }
+}
+
+impl Kick {
+    /// The flag makes the next KVM_RUN return at once, the signal the current one; what the vCPU
+    /// shall do has been changed before, so one that clears its flag sees it.
+    fn out(&self) {
+        // SAFETY: see `Kick`: it is in its place, so the mapping and the thread are there.
+        unsafe {
+            self.immediate_exit.as_ref().store(1, Ordering::SeqCst);
+            libc::pthread_kill(self.thread, SIGRTMIN());
         }
     }
 }
@@ -207,7 +276,15 @@ impl Vcpu {
         self.crew.set_kick(self.index, Some(Kick { immediate_exit: flag, thread }));
         let crew = Arc::clone(&self.crew);
         let mut last = 0;
-        while let Admission::Enter { resumes } = crew.admit() {
+        loop {
+            let resumes = match crew.admit(self.index) {
+                Admission::Enter { resumes } => resumes,
+                Admission::Receive(visit) => {
+                    visit(&self.fd);
+                    continue;
+                }
+                Admission::Leave => break,
+            };
             if last != 0 && resumes != last {
                 // Tells the guest that it stood still, so that its watchdogs keep calm. A guest
                 // without kvmclock can't be told, and that is the only error there is.
@@ -298,19 +375,19 @@ mod tests {
     fn the_first_end_counts() {
         let crew = Crew::new(1).expect("a crew");
         crew.run();
-        assert!(matches!(crew.admit(), Admission::Enter { resumes: 1 }));
+        assert!(matches!(crew.admit(0), Admission::Enter { resumes: 1 }));
         crew.end(Exit::Panicked);
         crew.end(Exit::Stopped);
         crew.run();
         assert_eq!(crew.wait_for_end(), Exit::Panicked);
-        assert!(matches!(crew.admit(), Admission::Leave));
+        assert!(matches!(crew.admit(0), Admission::Leave));
     }
 
     #[test]
     fn hold_waits_for_those_inside() {
         let crew = Crew::new(1).expect("a crew");
         crew.run();
-        assert!(matches!(crew.admit(), Admission::Enter { .. }));
+        assert!(matches!(crew.admit(0), Admission::Enter { .. }));
         let holder = std::thread::spawn({
             let crew = Arc::clone(&crew);
             move || crew.hold()
@@ -322,6 +399,22 @@ mod tests {
         crew.left();
         assert_eq!(holder.join().expect("held"), Ok(()));
         crew.run();
-        assert!(matches!(crew.admit(), Admission::Enter { resumes: 2 }));
+        assert!(matches!(crew.admit(0), Admission::Enter { resumes: 2 }));
+    }
+
+    #[test]
+    fn visits_end_with_the_vm_and_none_is_made_to_strangers() {
+        let crew = Crew::new(1).expect("a crew");
+        assert_eq!(crew.visit(1, |_| ()), Err(VisitError::NoSuchVcpu(1)));
+        let visitor = std::thread::spawn({
+            let crew = Arc::clone(&crew);
+            move || crew.visit(0, |_| ())
+        });
+        while crew.lock().places[0].visit.is_none() {
+            std::thread::yield_now();
+        }
+        crew.end(Exit::Stopped);
+        assert_eq!(visitor.join().expect("answered"), Err(VisitError::Ended));
+        assert_eq!(crew.visit(0, |_| ()), Err(VisitError::Ended));
     }
 }

@@ -232,8 +232,27 @@ impl Client {
         self.post("/vm/shutdown").await
     }
 
-    pub(crate) async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
+    /// Any other question that a VM answers: `GET path`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
         let (request, _, body) = self.exchange(Method::GET, path, hyper::body::Bytes::new()).await?;
+        serde_json::from_slice(&body).map_err(|error| self.nonsense(request, error.to_string()))
+    }
+
+    /// Any other question that takes words: `POST path`. It must do no harm when it is asked twice.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn ask<Q: Serialize, T: DeserializeOwned>(
+        &mut self,
+        path: &'static str,
+        question: &Q,
+    ) -> Result<T, Error> {
+        let request = format!("POST {path}");
+        let json = serde_json::to_vec(question).map_err(|error| self.nonsense(request, error.to_string()))?;
+        let (request, _, body) = self.exchange(Method::POST, path, json.into()).await?;
         serde_json::from_slice(&body).map_err(|error| self.nonsense(request, error.to_string()))
     }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::http::{Request, Response};
 use super::routes::{ROUTES, route};
 use crate::control::Control;
+use crate::inspect::{MappedRegion, MemoryMap, TranslateRequest, Translation};
 
 /// The control of a VM that is not started; it needs no KVM.
 pub fn control() -> Control {
@@ -90,7 +91,7 @@ fn every_answer_is_as_described() {
     let control = control();
     let mut statuses = BTreeSet::new();
     for served in &ROUTES {
-        for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#] {
+        for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#, r#"{"address":4096}"#] {
             statuses.insert(ask(&document, &control, served.method, served.path, body).status.code());
         }
     }
@@ -133,6 +134,20 @@ fn a_full_answer_is_as_described() {
         vm["state"] = serde_json::to_value(state).unwrap();
         check(&document, named(&document, "VmStatus"), &vm);
     }
+}
+
+#[test]
+fn what_an_onlooker_learns_is_as_described() {
+    let document = document();
+    let region = MappedRegion { guest: 1 << 32, host: u64::MAX, size: Bytes::gib(1) };
+    let map = MemoryMap { regions: vec![region] };
+    check(&document, named(&document, "MemoryMap"), &serde_json::to_value(map).unwrap());
+    for physical in [None, Some(u64::MAX)] {
+        let seen = Translation { cpu: 255, cr0: u64::MAX, cr3: 0, cr4: 0, efer: 0, physical };
+        check(&document, named(&document, "Translation"), &serde_json::to_value(seen).unwrap());
+    }
+    let request = TranslateRequest { cpu: 0, address: u64::MAX };
+    check(&document, named(&document, "TranslateRequest"), &serde_json::to_value(request).unwrap());
 }
 
 #[test]

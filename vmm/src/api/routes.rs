@@ -18,13 +18,19 @@ pub struct Route {
 }
 
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
-pub const ROUTES: [Route; 9] = [
+pub const ROUTES: [Route; 11] = [
     Route { method: "GET", path: "/vm", act: |control, _| Response::json(&control.status()) },
     Route { method: "POST", path: "/vm/pause", act: |control, _| answer(control.pause()) },
     Route { method: "POST", path: "/vm/resume", act: |control, _| answer(control.resume()) },
     Route { method: "POST", path: "/vm/power-button", act: |control, _| answer(control.power_button()) },
     Route { method: "POST", path: "/vm/shutdown", act: |control, _| answer(control.shutdown()) },
     Route { method: "GET", path: "/memory", act: |control, _| Response::json(&control.memory()) },
+    Route {
+        method: "POST",
+        path: "/vm/translate",
+        act: |control, body| with(body, |asked| control.translate(asked).map(|seen| Response::json(&seen))),
+    },
+    Route { method: "GET", path: "/memory/map", act: |control, _| Response::json(&control.memory_map()) },
     Route {
         method: "PUT",
         path: "/memory/target",
@@ -58,8 +64,12 @@ pub fn route(request: Request<'_>, control: &Control) -> Response {
 }
 
 fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), ControlError>) -> Response {
+    with(body, |value| act(value).map(|()| Response::done()))
+}
+
+fn with<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<Response, ControlError>) -> Response {
     match serde_json::from_slice(body) {
-        Ok(value) => answer(act(value)),
+        Ok(value) => act(value).unwrap_or_else(|error| refusal(&error)),
         Err(error) => {
             Response::error(Status::BadRequest, &format!("the body is not what belongs here: {error}"))
         }
@@ -67,10 +77,11 @@ fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), Contr
 }
 
 fn answer(result: Result<(), ControlError>) -> Response {
-    let Err(error) = result else {
-        return Response::done();
-    };
-    let status = match &error {
+    result.map_or_else(|error| refusal(&error), |()| Response::done())
+}
+
+fn refusal(error: &ControlError) -> Response {
+    let status = match error {
         ControlError::Host(_) => Status::InternalError,
         error if error.is_conflict() => Status::Conflict,
         _ => Status::BadRequest,
