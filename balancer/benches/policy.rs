@@ -31,7 +31,7 @@ fn a_round(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("a round");
     for count in [10, 1_000, 10_000] {
         let mut vms = vms(count);
-        let host = Host { budget: Bytes::mib(520 * count) };
+        let host = Host::of(Bytes::mib(520 * count));
         let mut policy = Policy::new(Settings::default());
         let mut decisions = Vec::new();
         let mut now = Duration::from_secs(1000);

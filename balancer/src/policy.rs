@@ -1,9 +1,10 @@
 //! Who gets how much: a pure function of what VMs say and what was decided before.
 //!
 //! No clock and no I/O: `now` is handed in, targets are handed out. The parts in
-//! the order in which a decision is made: [`demand`] (what a guest needs),
+//! the order in which a decision is made: [`said`] (what is known), [`demand`] (what a guest needs),
 //! [`entitlement`] (what it may have), [`host_state`] (how hurried the host is),
-//! [`guards`] (what must not happen), [`reason`] (why it happened).
+//! [`guards`] (what must not happen), [`reason`] (why it happened). [`settings`] is what
+//! an operator may change.
 //!
 //! Grants and payments are two phases. A shrink decided now frees nothing now:
 //! a VM is charged the larger of its target and what it has, so memory counts as
@@ -14,11 +15,12 @@ pub mod entitlement;
 pub mod guards;
 pub mod host_state;
 pub mod reason;
+pub mod said;
+pub mod settings;
 
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::status::{DriverState, MemoryStatus};
+use balloon::status::DriverState;
 use balloon::units::{Bytes, Pages};
 
 use self::demand::Demand;
@@ -26,10 +28,8 @@ use self::entitlement::{Claim, divide};
 use self::guards::{Standing, Watch};
 use self::host_state::HostState;
 use self::reason::{Decision, Reason, Rule};
-
-/// The part of the budget that nobody is entitled to, in percent: what a guest
-/// in need is served from before others have paid.
-pub const POOL_PERCENT: u64 = 3;
+pub use self::said::{Host, Pressure, Said, Stalls};
+pub use self::settings::{Guards, Settings};
 
 /// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
 pub const DEADBAND: Bytes = Bytes::mib(16);
@@ -50,62 +50,6 @@ pub const STALE_TICKS: u32 = 3;
 /// A report younger than this is fresh however short the tick is: guests are
 /// asked for statistics once a second.
 pub const FRESH: Duration = Duration::from_secs(3);
-
-/// The host as the policy sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Host {
-    /// What all VMs together may hold.
-    pub budget: Bytes,
-}
-
-/// What a VM last said about its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Said {
-    /// What the administrator set.
-    pub limits: Limits,
-    /// What it was last asked to have.
-    pub target: Bytes,
-    /// What it has.
-    pub actual: Bytes,
-    /// What the host holds for it.
-    pub host_rss: Bytes,
-    /// How its driver is doing.
-    pub driver: DriverState,
-    /// What the guest could spare, and how old that news is.
-    pub spare: Option<(Duration, Bytes)>,
-}
-
-impl Said {
-    /// A VM with these limits that has just started and whose guest has said nothing.
-    pub fn of(limits: Limits) -> Self {
-        let startup = limits.startup();
-        Self {
-            limits,
-            target: startup,
-            actual: startup,
-            host_rss: Bytes::ZERO,
-            driver: DriverState::Absent,
-            spare: None,
-        }
-    }
-}
-
-impl From<&MemoryStatus> for Said {
-    fn from(status: &MemoryStatus) -> Self {
-        let spare = status
-            .report
-            .as_ref()
-            .and_then(|aged| Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?)));
-        Self {
-            limits: status.limits,
-            target: status.target,
-            actual: status.actual,
-            host_rss: status.host_rss,
-            driver: status.driver,
-            spare,
-        }
-    }
-}
 
 /// One VM: what it says, and what is remembered of it.
 #[derive(Clone, Debug)]
@@ -177,7 +121,7 @@ impl Vm {
 
     /// Takes in what it said, and tells how it stands. True if it was just found stuck.
     fn look(&mut self, now: Duration, settings: &Settings) -> bool {
-        let Settings { tick, guards } = settings;
+        let Settings { tick, guards, .. } = settings;
         let said = &self.said;
         let memory = &mut self.memory;
         memory.just_stuck = false;
@@ -240,30 +184,30 @@ impl Vm {
     }
 
     /// Whether it was shrunk a short time ago and its use has not risen since.
-    fn rests_shrunk(&self, now: Duration) -> bool {
+    fn rests_shrunk(&self, now: Duration, rest: Duration) -> bool {
         self.memory.shrunk.is_some_and(|moved| {
-            now.saturating_sub(moved.at) < guards::REST
+            now.saturating_sub(moved.at) < rest
                 && self.memory.demand.held() <= moved.held.percent(100 + guards::STEADY_PERCENT)
         })
     }
 
     /// Whether it was grown a short time ago and its use has not fallen since.
-    fn rests_grown(&self, now: Duration) -> bool {
+    fn rests_grown(&self, now: Duration, rest: Duration) -> bool {
         self.memory.grown.is_some_and(|moved| {
-            now.saturating_sub(moved.at) < guards::REST
+            now.saturating_sub(moved.at) < rest
                 && self.memory.demand.held() >= moved.held.percent(100 - guards::STEADY_PERCENT)
         })
     }
 
     /// How far the target lies below what it may have, where that is worth moving.
-    fn gap(&self, now: Duration, guards: &Guards) -> Bytes {
+    fn gap(&self, now: Duration, settings: &Settings) -> Bytes {
         let Said { target, limits, .. } = self.said;
         let mut may = self.memory.entitlement;
         if self.is_held() {
             // It is entitled to what it holds, which is no reason to call a shrink under way back.
             may = may.min(self.memory.need);
         }
-        if guards.moves_rest && self.rests_shrunk(now) {
+        if settings.guards.moves_rest && self.rests_shrunk(now, settings.rest) {
             may = may.min(self.memory.demand.bare(&limits));
         }
         let gap = may.saturating_sub(target);
@@ -275,9 +219,10 @@ impl Vm {
     }
 
     /// How far it may be shrunk, by the band and the floors.
-    fn surplus(&self, now: Duration, state: HostState, dwelt: bool, guards: &Guards) -> Bytes {
+    fn surplus(&self, now: Duration, state: HostState, dwelt: bool, settings: &Settings) -> Bytes {
+        let guards = &settings.guards;
         let Said { target, limits, .. } = self.said;
-        if guards.moves_rest && state < HostState::Hard && self.rests_grown(now) {
+        if guards.moves_rest && state < HostState::Hard && self.rests_grown(now, settings.rest) {
             return Bytes::ZERO;
         }
         if self.is_held() || self.used().is_none() {
@@ -322,53 +267,6 @@ fn deadband(target: Bytes) -> Bytes {
     DEADBAND.max(target.percent(DEADBAND_PERCENT))
 }
 
-/// Which guards are on. All are, except in the tests that show what each is for
-/// and in a simulator that measures what each is worth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Guards {
-    /// A guest whose report is stale is not shrunk.
-    pub stale_are_held: bool,
-    /// Grants come from memory that is free already, never from what is about to be.
-    pub payment_comes_first: bool,
-    /// A guest that does not follow is left alone for a while.
-    pub stuck_are_left_alone: bool,
-    /// Demand does not follow small falls.
-    pub demand_is_held: bool,
-    /// Guests keep what they use, short of an emergency.
-    pub use_is_spared: bool,
-    /// A guest that was just moved one way is not moved back while its use is steady,
-    /// short of need.
-    pub moves_rest: bool,
-}
-
-impl Default for Guards {
-    fn default() -> Self {
-        Self {
-            stale_are_held: true,
-            payment_comes_first: true,
-            stuck_are_left_alone: true,
-            demand_is_held: true,
-            use_is_spared: true,
-            moves_rest: true,
-        }
-    }
-}
-
-/// How the policy is set up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// The time between two decisions.
-    pub tick: Duration,
-    /// Which guards are on.
-    pub guards: Guards,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { tick: Duration::from_secs(1), guards: Guards::default() }
-    }
-}
-
 /// What one round found out about the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Balance {
@@ -404,6 +302,11 @@ impl Policy {
     ///
     /// Fills `decisions` with at most one for each VM and does not change `said`:
     /// the caller sets the targets and says next time what became of them.
+    ///
+    /// It is called once a tick, and may be called at any moment in between, when a guest
+    /// pushes that it is in distress: with all VMs as they were last seen, and that one's
+    /// news in its `said`. All guards count time, not calls, so that such a round serves
+    /// who is in need and otherwise decides nothing that the next tick would not.
     pub fn decide(
         &mut self,
         now: Duration,
@@ -422,7 +325,7 @@ impl Policy {
         }
         let charged: Bytes = vms.iter().map(Vm::charge).sum();
         let free = host.budget.saturating_sub(charged);
-        let pool = host.budget.percent(POOL_PERCENT);
+        let pool = host.budget.percent(self.settings.pool_percent);
         self.state = self.state.next(free, pool);
         if self.state != HostState::Emergency {
             self.emergency = None;
@@ -470,7 +373,7 @@ impl Policy {
     ) -> (Bytes, Bytes) {
         self.order.clear();
         for (index, vm) in vms.iter().enumerate() {
-            let gap = vm.gap(now, &self.settings.guards);
+            let gap = vm.gap(now, &self.settings);
             if gap > Bytes::ZERO && vm.takes_targets() && !vm.memory.just_stuck {
                 self.order.push((gap, index));
             }
@@ -516,7 +419,7 @@ impl Policy {
                 vm.decide(self.state, Rule::Limits, max, decisions);
                 continue;
             }
-            let mut surplus = vm.surplus(now, self.state, dwelt, &self.settings.guards);
+            let mut surplus = vm.surplus(now, self.state, dwelt, &self.settings);
             if !paying {
                 surplus = self.unhurried(now, vm, surplus);
             }

@@ -220,7 +220,7 @@ impl Daemon {
         self.vms.clear();
         self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience)));
         let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
-        let host = Host { budget: self.budget.now(self.host, resident) };
+        let host = Host::of(self.budget.now(self.host, resident));
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
         for vm in self.vms.drain(..) {

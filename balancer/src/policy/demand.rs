@@ -22,7 +22,11 @@ pub const FALL_PERCENT: u64 = 4;
 pub const BARE_PERCENT: u64 = 5;
 
 /// How many moments of `actual` are kept, to know what it was when a report was made.
-const MOMENTS: usize = 8;
+const MOMENTS: usize = 16;
+
+/// Moments closer than this to each other are kept as one: rounds between two ticks, of
+/// which there may be many, must not push out what is as old as a report.
+const MOMENT: Duration = Duration::from_millis(250);
 
 /// What is remembered of one guest's use.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +44,10 @@ pub struct Demand {
 impl Demand {
     /// Takes in that the guest has `actual` now.
     pub fn has(&mut self, now: Duration, actual: Bytes) {
+        let before = self.seen.checked_sub(2).map(|seen| self.moments[seen % MOMENTS].0);
+        if before.is_some_and(|before| now.saturating_sub(before) < MOMENT) {
+            self.seen -= 1;
+        }
         self.moments[self.seen % MOMENTS] = (now, actual);
         self.seen += 1;
     }

@@ -30,10 +30,6 @@ pub const THERE: Bytes = Bytes::mib(1);
 /// has not touched the rest yet.
 pub const BOOT: Duration = Duration::from_secs(120);
 
-/// How long a guest that was moved one way is not moved back while its use is steady:
-/// 88 % of published bursts end within it, so whoever paid for one is not asked twice.
-pub const REST: Duration = Duration::from_secs(120);
-
 /// Use within this of what it was is steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 

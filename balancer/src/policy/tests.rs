@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
+use balloon::limits::Limits;
+
 use super::*;
 
 /// A guest as the tests play it.
@@ -71,7 +73,7 @@ impl World {
     fn with(budget: Bytes, guests: Vec<Guest>, guards: Guards) -> Self {
         let settings = Settings { guards, ..Settings::default() };
         let now = Duration::from_secs(100);
-        let host = Host { budget };
+        let host = Host::of(budget);
         Self {
             policy: Policy::new(settings),
             host,
@@ -102,6 +104,23 @@ impl World {
             assert_eq!(guest.vm.said.target, decision.reason.old, "a reason must tell the target it changed");
             guest.vm.said.target = decision.reason.new;
         }
+    }
+
+    /// A tick and some rounds at odd moments after it, as pushes make them.
+    fn tick_with_pushes(&mut self, pushes: u32) {
+        self.tick();
+        let tick = self.now;
+        for push in 1..=pushes {
+            self.now = tick + Duration::from_millis(u64::from(push) * 40);
+            for guest in &mut self.guests {
+                // Nothing new was said: the same report, older.
+                if let Some((age, _)) = &mut guest.vm.said.spare {
+                    *age += Duration::from_millis(40);
+                }
+            }
+            self.round();
+        }
+        self.now = tick;
     }
 
     fn run(&mut self, ticks: u32) {
@@ -467,6 +486,37 @@ proptest! {
                 let Said { limits, target: new, .. } = guest.vm.said;
                 prop_assert!(limits.min() <= new && new <= limits.max());
                 prop_assert!(!stale || new >= target, "a stale guest was shrunk");
+            }
+        }
+    }
+
+    #[test]
+    fn rounds_between_ticks_hurt_nobody(
+        guests in prop::collection::vec(any_guest(), 1..6), budget in 512u64..16384, pushes in 1u32..8
+    ) {
+        let mut guests = build(&guests);
+        for guest in &mut guests {
+            // A stuck guest is asked again after each rest, which is meant.
+            (guest.stuck, guest.speed) = (false, guest.speed.max(Bytes::mib(32)));
+        }
+        let mut world = World::new(Bytes::mib(budget), guests.clone());
+        let mut before = world.charged();
+        let mut directions = vec![0i32; guests.len()];
+        for tick in 0..200u32 {
+            world.tick_with_pushes(pushes);
+            let charged = world.charged();
+            prop_assert!(charged <= world.host.budget.max(before), "{charged} of {}", world.host.budget);
+            before = before.min(charged.max(world.host.budget));
+            for (guest, direction) in world.guests.iter().zip(&mut directions) {
+                let Decision { reason, .. } = match world.decisions.iter().find(|d| d.vm == guest.vm.id) {
+                    Some(decision) => decision,
+                    None => continue,
+                };
+                let now = if reason.new > reason.old { 1 } else { -1 };
+                // The first seconds, in which everyone learns what it may have, are not steady.
+                prop_assert!(tick < 150 || *direction != -now,
+                    "{} turned at {tick}: {reason}", guest.vm.id);
+                *direction = now;
             }
         }
     }

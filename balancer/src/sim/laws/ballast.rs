@@ -8,7 +8,7 @@ use balloon::units::Bytes;
 
 use super::{Law, Seen, View};
 use crate::policy::reason::Decision;
-use crate::policy::{Host, Policy, Said, Settings, Vm};
+use crate::policy::{Host, Policy, Said, Settings, Stalls, Vm};
 
 /// The policy and what it remembers of the VMs.
 #[derive(Debug)]
@@ -40,7 +40,16 @@ fn said(vm: &Seen, now: Duration) -> Said {
         (true, true) => DriverState::Silent,
         (true, false) => DriverState::Active,
     };
-    Said { limits: vm.limits, target: vm.target, actual: vm.actual, host_rss: vm.resident, driver, spare }
+    let stalls = Stalls { allocation_stalls: vm.report.map(|report| report.stalls), ..Stalls::default() };
+    Said {
+        target: vm.target,
+        actual: vm.actual,
+        host_rss: vm.resident,
+        driver,
+        spare,
+        stalls,
+        ..Said::of(vm.limits)
+    }
 }
 
 impl Law for Ballast {
@@ -61,7 +70,7 @@ impl Law for Ballast {
             }
             self.vms.push(vm);
         }
-        let host = Host { budget: view.budget.saturating_sub(view.reserved) };
+        let host = Host::of(view.budget.saturating_sub(view.reserved));
         self.policy.decide(view.now, host, &mut self.vms, &mut self.decisions);
         targets.extend(self.decisions.iter().map(|decision| (decision.vm as usize, decision.reason.new)));
     }

@@ -1,0 +1,172 @@
+//! What the policy is told: about the host, and by each VM.
+//!
+//! All of it is measured or said elsewhere and may be missing. What nobody knows
+//! is `None` and never guessed: the law then does without it.
+
+use std::time::Duration;
+
+use balloon::limits::Limits;
+use balloon::report::Report;
+use balloon::status::{DriverState, MemoryStatus};
+use balloon::units::Bytes;
+
+/// The host as the policy sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// What all VMs together may hold.
+    pub budget: Bytes,
+    /// How much of its recent time the host itself waited for memory, where that is known.
+    pub pressure: Option<Pressure>,
+    /// What the host could still swap out, where that is known.
+    pub swap: Option<Bytes>,
+}
+
+impl Host {
+    /// A host of which only the budget is known.
+    pub const fn of(budget: Bytes) -> Self {
+        Self { budget, pressure: None, swap: None }
+    }
+}
+
+/// The share of recent time in which some task waited for memory, in hundredths of a
+/// percent: the `some avg10` of Linux's `/proc/pressure/memory`
+/// (Documentation/accounting/psi.rst).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pressure(u16);
+
+impl Pressure {
+    /// No waiting at all.
+    pub const NONE: Self = Self(0);
+
+    /// From percent as the kernel prints them, such as `12.34`. What is no share (below 0,
+    /// not a number) counts as none, what is more than all as all.
+    pub fn percent(percent: f64) -> Self {
+        // `clamp` leaves what is not a number as it is, and the cast takes that as 0.
+        Self((percent * 100.0).round().clamp(0.0, 10_000.0) as u16)
+    }
+
+    /// In percent.
+    pub fn as_percent(self) -> f64 {
+        f64::from(self.0) / 100.0
+    }
+}
+
+/// What a guest says of how it waits for memory: counters since it booted, each `None`
+/// where its driver or agent does not send it.
+///
+/// Only their growth counts, and a guest can lie in all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stalls {
+    /// Time in which some task waited for memory: `some total` of the guest's
+    /// `/proc/pressure/memory`, which only an agent can tell.
+    pub waited: Option<Duration>,
+    /// Times an allocation had to wait (`allocstall`).
+    pub allocation_stalls: Option<u64>,
+    /// Pages that allocations scanned themselves (`pgscan_direct`).
+    pub direct_scans: Option<u64>,
+    /// Pages that allocations reclaimed themselves (`pgsteal_direct`).
+    pub direct_reclaims: Option<u64>,
+    /// Memory swapped in.
+    pub swap_in: Option<Bytes>,
+    /// Page faults that needed I/O.
+    pub major_faults: Option<u64>,
+    /// Pages read again that were dropped not long ago (`workingset_refault_file` and
+    /// `_anon`), which only an agent can tell.
+    pub refaults: Option<u64>,
+}
+
+impl From<&Report> for Stalls {
+    fn from(report: &Report) -> Self {
+        Self {
+            waited: None,
+            allocation_stalls: report.allocation_stalls,
+            direct_scans: report.direct_scans,
+            direct_reclaims: report.direct_reclaims,
+            swap_in: report.swap_in,
+            major_faults: report.major_faults,
+            refaults: None,
+        }
+    }
+}
+
+/// What a VM last said about its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// What the administrator set.
+    pub limits: Limits,
+    /// What it was last asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// What the host holds for it.
+    pub host_rss: Bytes,
+    /// How its driver is doing.
+    pub driver: DriverState,
+    /// What the guest could spare, and how old that news is.
+    pub spare: Option<(Duration, Bytes)>,
+    /// How it waits for memory.
+    pub stalls: Stalls,
+    /// What the guest has promised its programs (`Committed_AS`), where an agent tells: a hint.
+    pub committed: Option<Bytes>,
+    /// Whether its vCPUs are paused: it then follows no target and its use stands still.
+    pub paused: bool,
+}
+
+impl Said {
+    /// A VM with these limits that has just started and whose guest has said nothing.
+    pub fn of(limits: Limits) -> Self {
+        let startup = limits.startup();
+        Self {
+            limits,
+            target: startup,
+            actual: startup,
+            host_rss: Bytes::ZERO,
+            driver: DriverState::Absent,
+            spare: None,
+            stalls: Stalls::default(),
+            committed: None,
+            paused: false,
+        }
+    }
+}
+
+impl From<&MemoryStatus> for Said {
+    fn from(status: &MemoryStatus) -> Self {
+        let statistics = status.report.as_ref().map(|aged| &aged.statistics);
+        let spare = status
+            .report
+            .as_ref()
+            .and_then(|aged| Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?)));
+        Self {
+            target: status.target,
+            actual: status.actual,
+            host_rss: status.host_rss,
+            driver: status.driver,
+            spare,
+            stalls: statistics.map(Stalls::from).unwrap_or_default(),
+            ..Self::of(status.limits)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pressure_is_a_share_whatever_it_is_made_of() {
+        assert_eq!(Pressure::percent(12.34).as_percent(), 12.34);
+        assert_eq!(Pressure::percent(-1.0), Pressure::NONE);
+        assert_eq!(Pressure::percent(f64::NAN), Pressure::NONE);
+        assert_eq!(Pressure::percent(f64::INFINITY).as_percent(), 100.0);
+        assert!(Pressure::percent(0.5) < Pressure::percent(1.0));
+    }
+
+    #[test]
+    fn a_report_tells_of_stalls_what_it_can() {
+        let report = Report { direct_scans: Some(7), swap_in: Some(Bytes::mib(1)), ..Report::default() };
+        let stalls = Stalls::from(&report);
+        assert_eq!((stalls.direct_scans, stalls.swap_in), (Some(7), Some(Bytes::mib(1))));
+        assert_eq!((stalls.waited, stalls.allocation_stalls), (None, None));
+    }
+}
