@@ -1,11 +1,12 @@
 //! Dynamic memory in one VM.
 //!
 //! The words that every part of ballast speaks ([`units`], [`limits`],
-//! [`report`], [`status`]) and, behind the `device` feature, the devices that
+//! [`report`], [`agent`], [`status`]) and, behind the `device` feature, the devices that
 //! move memory between the guest and the host.
 
 #[cfg(feature = "device")]
 mod advise;
+pub mod agent;
 #[cfg(feature = "device")]
 pub mod device;
 #[cfg(feature = "device")]

@@ -3,5 +3,6 @@
 
 pub mod device;
 pub mod mmio;
+pub mod port;
 pub mod queue;
 pub mod rng;

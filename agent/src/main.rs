@@ -1,0 +1,139 @@
+//! `ballast-agent`: tells a guest's VM at once when the guest waits for memory.
+//!
+//! It sleeps until the kernel says that tasks have waited for memory for more
+//! than a moment (a PSI trigger, Documentation/accounting/psi.rst), then sends
+//! a few bytes to the virtio-console port [`balloon::agent::PORT`]; at a slow
+//! rhythm it sends what the balloon's driver can't tell. It reads nothing from
+//! the host, and a guest without it works as well, only slower to be heard.
+
+mod cgroups;
+mod figures;
+mod port;
+mod pressure;
+mod session;
+mod source;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use balloon::agent::Version;
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::setpriority_process;
+
+use crate::figures::Reader;
+use crate::session::Session;
+
+const HELP: &str = "\
+Tells the VM that this guest runs in at once when the guest waits for memory.
+
+Usage: ballast-agent [OPTIONS]
+
+Options:
+  --port PATH        The port to the VM [default: the virtio port org.ballast.agent.0]
+  --every SECONDS    How often all figures are sent, 1 to 3600 [default: 10]
+  --once             Print what would be sent, and end
+  --version          Print the version
+  --help             Print this
+
+It needs the kernel module virtio_console, and runs as root. On a kernel without
+pressure stall information (/proc/pressure; boot with psi=1 where it is switched
+off) it looks at the kernel's counters instead, four times a second while little
+memory is available.";
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    port: Option<PathBuf>,
+    every: Duration,
+    once: bool,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+enum Task {
+    Work(Options),
+    Say(String),
+}
+
+impl Task {
+    fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self, String> {
+        let mut options = Options { port: None, every: Duration::from_secs(10), once: false };
+        let mut arguments = arguments.into_iter();
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
+            match argument.as_str() {
+                "--port" => options.port = Some(value()?.into()),
+                "--every" => {
+                    let text = value()?;
+                    options.every = match text.parse() {
+                        Ok(seconds @ 1..=3600) => Duration::from_secs(seconds),
+                        _ => return Err(format!("`{text}` is not a number of seconds from 1 to 3600")),
+                    };
+                }
+                "--once" => options.once = true,
+                "--version" => return Ok(Self::Say(format!("ballast-agent {}", Version::OWN))),
+                "--help" | "-h" => return Ok(Self::Say(HELP.to_owned())),
+                _ => return Err(format!("`{argument}` is no option: see ballast-agent --help")),
+            }
+        }
+        Ok(Self::Work(options))
+    }
+}
+
+fn main() -> ExitCode {
+    match Task::parse(std::env::args().skip(1)) {
+        Ok(Task::Say(text)) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Task::Work(options)) if options.once => {
+            println!("{:#?}", Reader::new().all());
+            ExitCode::SUCCESS
+        }
+        Ok(Task::Work(options)) => {
+            prepare();
+            Session::new(options.port, options.every).run()
+        }
+        Err(sentence) => {
+            eprintln!("ballast-agent: {sentence}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Makes sure that the agent can act when nothing else in the guest can. Each
+/// part needs rights that an ordinary user lacks, and helps by itself.
+fn prepare() {
+    // What it touches stays in memory; what it never does costs none.
+    if let Err(error) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT) {
+        eprintln!(
+            "ballast-agent: its memory can't be locked ({error}): it may itself wait when memory is short"
+        );
+    }
+    let _ = setpriority_process(None, -20);
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Task, String> {
+        Task::parse(words.iter().map(|&word| word.to_owned()))
+    }
+
+    #[test]
+    fn options_are_read() {
+        let work = |port: Option<&str>, every, once| {
+            Ok(Task::Work(Options { port: port.map(PathBuf::from), every: Duration::from_secs(every), once }))
+        };
+        assert_eq!(parse(&[]), work(None, 10, false));
+        assert_eq!(parse(&["--every", "60", "--port", "/dev/x"]), work(Some("/dev/x"), 60, false));
+        assert_eq!(parse(&["--once"]), work(None, 10, true));
+        assert!(matches!(parse(&["--version"]), Ok(Task::Say(text)) if text.starts_with("ballast-agent ")));
+        for wrong in [&["--every"][..], &["--every", "0"], &["--every", "x"], &["now"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
