@@ -1,3 +1,82 @@
-//! How the balancer speaks to virtual machines, one module for each kind of VMM.
+//! How the balancer speaks to virtual machines: one small trait, and one file for each kind of VMM.
+//!
+//! Every driver gives a VM's memory in ballast's own words ([`MemoryStatus`]),
+//! whatever its VMM calls them, and says by leaving things out what that VMM
+//! can't tell. What comes back is not trusted: a guest may have taken over the
+//! process at the other end. So every exchange has a time limit, every answer a
+//! bound, and text that ends up in a log or on a terminal is cleaned first.
 
 pub mod ballast;
+mod error;
+mod http;
+
+use std::fmt;
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::time::Duration;
+
+use balloon::limits::Limits;
+use balloon::status::MemoryStatus;
+use balloon::units::Bytes;
+use serde::{Deserialize, Serialize};
+
+pub use self::error::Error;
+
+/// How long one request may take where nobody says otherwise.
+///
+/// A VM answers from its own memory in well under a millisecond; a second is
+/// the tick of the balancer, which must not wait longer for anyone.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The largest answer that is read. A full one is about 2 KiB.
+pub const LARGEST_ANSWER: usize = 256 << 10;
+
+/// Which VMM a VM runs in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// ballast itself.
+    #[default]
+    Ballast,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ballast => "ballast",
+        })
+    }
+}
+
+/// What a VM and its VMM say at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Status {
+    /// The VMM's process; another one is another VM. `None` where that is unknown.
+    pub pid: Option<u32>,
+    /// How long the VM has run; `None` where that is unknown.
+    pub uptime: Option<Duration>,
+    /// What the host holds for the VMM beside guest memory, where that is worth counting.
+    pub overhead: Bytes,
+    /// Its memory.
+    pub memory: MemoryStatus,
+}
+
+/// What a driver's request comes to.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
+
+/// A way to one VM. Whoever holds it makes one request at a time.
+pub trait Driver: Send {
+    /// Where the VM is spoken to.
+    fn socket(&self) -> &Path;
+
+    /// How the VM stands.
+    fn report(&mut self) -> Answer<'_, Box<Status>>;
+
+    /// Asks the guest to have `target`. What the VMM really took is in the next report.
+    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()>;
+
+    /// Sets what the administrator allows this VM. A VMM that keeps no limits
+    /// has them kept by its driver, for as long as that lives.
+    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()>;
+}

@@ -107,7 +107,7 @@ async fn a_refusal_carries_the_vms_reason_but_not_its_escapes() {
     vm.state().manner = Manner::RefusesTargets;
     let mut client = Client::new(vm.socket());
     let error = client.set_target(Bytes::mib(300)).await.unwrap_err();
-    assert!(matches!(error, Error::Refused { status: 409, .. }), "{error:?}");
+    assert!(matches!(&error, Error::Refused { status, .. } if status == "409"), "{error:?}");
     assert!(error.to_string().contains("no balloon driver"), "{error}");
     assert!(!error.to_string().contains('\x1b'), "{error:?}");
 }

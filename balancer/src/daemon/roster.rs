@@ -9,6 +9,8 @@ use balloon::runtime;
 use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 
+use crate::driver::{Driver, ballast};
+
 /// Tells a socket from another one that took its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incarnation {
@@ -25,6 +27,13 @@ pub struct Found {
     pub socket: PathBuf,
     /// Which one of that name.
     pub incarnation: Incarnation,
+}
+
+impl Found {
+    /// The way to it.
+    pub fn driver(&self) -> Box<dyn Driver> {
+        Box::new(ballast::Client::new(&self.socket))
+    }
 }
 
 /// Every socket in `directory` that is named as a VM's.

@@ -13,9 +13,9 @@ use tracing::{debug, info, warn};
 use super::complaint::Complaint;
 use super::config::Config;
 use super::roster::{self, Watch};
-use super::slot::{self, Outcome, Slot};
+use super::slot::{Outcome, Slot};
 use super::state::{HostView, Shared, State};
-use crate::driver::ballast::{self, Client};
+use crate::driver::Driver;
 use crate::host::{Budget, HostMemory};
 use crate::policy::reason::Decision;
 use crate::policy::{Balance, Host, Policy, STALE_TICKS, Settings, Vm};
@@ -37,7 +37,7 @@ pub struct Daemon {
     policy: Policy,
     slots: BTreeMap<u64, Slot>,
     next_id: u64,
-    requests: JoinSet<(u64, Client, Outcome)>,
+    requests: JoinSet<(u64, Box<dyn Driver>, Outcome)>,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
@@ -153,9 +153,9 @@ impl Daemon {
                 None => {
                     let id = self.next_id;
                     self.next_id += 1;
-                    let timeout = ballast::DEFAULT_TIMEOUT;
-                    let slot = Slot::new(id, found.name, found.socket, found.incarnation, timeout);
-                    debug!(vm = slot.name, "found a socket");
+                    debug!(vm = found.name, "found {}", found.socket.display());
+                    let driver = found.driver();
+                    let slot = Slot::new(id, found.name, found.incarnation, driver);
                     self.slots.insert(id, slot);
                 }
             }
@@ -179,12 +179,11 @@ impl Daemon {
             if slot.gone {
                 continue;
             }
-            // Without a client its last request is still under way.
-            let Some(mut client) = slot.client.take() else { continue };
-            let introduce = slot.introduce;
+            // Without a driver its last request is still under way.
+            let Some(mut driver) = slot.driver.take() else { continue };
             self.requests.spawn(async move {
-                let outcome = slot::poll(&mut client, introduce).await;
-                (id, client, outcome)
+                let outcome = Outcome::Polled(driver.report().await);
+                (id, driver, outcome)
             });
         }
     }
@@ -193,11 +192,11 @@ impl Daemon {
     async fn gather(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await {
-            // A panic in a request is a bug, and costs that VM its client.
-            let Ok((id, client, outcome)) = done else { continue };
+            // A panic in a request is a bug, and costs that VM its driver.
+            let Ok((id, driver, outcome)) = done else { continue };
             let now = self.now();
             if let Some(slot) = self.slots.get_mut(&id) {
-                slot.client = Some(client);
+                slot.driver = Some(driver);
                 slot.take(now, outcome);
             }
         }
@@ -250,14 +249,14 @@ impl Daemon {
         for Decision { vm, reason } in self.decisions.drain(..) {
             let Some(slot) = self.slots.get_mut(&vm) else { continue };
             // While an earlier request is under way, the decision is made anew next time.
-            let Some(mut client) = slot.client.take() else { continue };
+            let Some(mut driver) = slot.driver.take() else { continue };
             if let Some(vm) = &mut slot.vm {
                 // Until it is known to be done, the larger of both is what it may hold.
                 vm.said.target = reason.old.max(reason.new);
             }
             self.requests.spawn(async move {
-                let result = client.set_target(reason.new).await;
-                (vm, client, Outcome::Told(reason, result))
+                let result = driver.set_target(reason.new).await;
+                (vm, driver, Outcome::Told(reason, result))
             });
         }
     }

@@ -1,36 +1,24 @@
 //! One VM as the daemon knows it: its client, what it said, what was said about it.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use balloon::status::{MemoryStatus, VmStatus};
 use balloon::units::Bytes;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;
 use super::roster::Incarnation;
 use super::state::{MemoryView, VmView};
-use crate::driver::ballast::{Client, Error};
+use crate::driver::{Driver, Error, Status};
 use crate::policy::guards::Standing;
 use crate::policy::reason::Reason;
 use crate::policy::{Said, Vm};
 
 /// What a VM was asked, and what came back.
 pub enum Outcome {
-    /// What it is (asked at first sight and after an error) and how its memory stands.
-    Polled(Result<(Option<VmStatus>, Box<MemoryStatus>), Error>),
+    /// How it stands.
+    Polled(Result<Box<Status>, Error>),
     /// Whether it took a new target.
     Told(Reason, Result<(), Error>),
-}
-
-/// Asks a VM how it is.
-pub async fn poll(client: &mut Client, introduce: bool) -> Outcome {
-    Outcome::Polled(ask(client, introduce).await)
-}
-
-async fn ask(client: &mut Client, introduce: bool) -> Result<(Option<VmStatus>, Box<MemoryStatus>), Error> {
-    let status = if introduce { Some(client.status().await?) } else { None };
-    Ok((status, Box::new(client.memory().await?)))
 }
 
 /// One VM.
@@ -40,13 +28,13 @@ pub struct Slot {
     /// Which socket of that name this is.
     pub incarnation: Incarnation,
     /// `None` while a request is under way.
-    pub client: Option<Client>,
+    pub driver: Option<Box<dyn Driver>>,
     /// What the policy knows; `None` until it first answered.
     pub vm: Option<Vm>,
-    /// Whether the next poll asks what it is.
-    pub introduce: bool,
     /// Nobody listens: its process has ended.
     pub gone: bool,
+    /// What the host holds for its VMM beside guest memory.
+    pub overhead: Bytes,
     id: u64,
     pid: Option<u32>,
     started: Duration,
@@ -63,15 +51,15 @@ pub struct Slot {
 
 impl Slot {
     /// A socket that was just found.
-    pub fn new(id: u64, name: String, socket: PathBuf, incarnation: Incarnation, timeout: Duration) -> Self {
+    pub fn new(id: u64, name: String, incarnation: Incarnation, driver: Box<dyn Driver>) -> Self {
         Self {
             id,
             name,
             incarnation,
-            client: Some(Client::new(socket).with_timeout(timeout)),
+            driver: Some(driver),
             vm: None,
-            introduce: true,
             gone: false,
+            overhead: Bytes::ZERO,
             pid: None,
             started: Duration::ZERO,
             answered: None,
@@ -89,7 +77,7 @@ impl Slot {
     /// Takes in what came back.
     pub fn take(&mut self, now: Duration, outcome: Outcome) {
         match outcome {
-            Outcome::Polled(Ok((status, memory))) => self.answered(now, status, &memory),
+            Outcome::Polled(Ok(status)) => self.answered(now, &status),
             Outcome::Polled(Err(error)) => self.failed(now, &error),
             Outcome::Told(reason, Ok(())) => self.took(&reason),
             Outcome::Told(reason, Err(error)) => {
@@ -103,17 +91,20 @@ impl Slot {
         }
     }
 
-    fn answered(&mut self, now: Duration, status: Option<VmStatus>, memory: &MemoryStatus) {
+    fn answered(&mut self, now: Duration, status: &Status) {
         let name = &self.name;
-        if let Some(status) = status {
-            if self.pid.is_some_and(|pid| pid != status.pid) {
-                info!(vm = name, pid = status.pid, "{name} was started anew");
+        let Status { pid, uptime, overhead, memory } = status;
+        if pid.is_some() {
+            if self.pid.is_some() && self.pid != *pid {
+                info!(vm = name, "{name} was started anew");
                 self.vm = None;
             }
-            self.pid = Some(status.pid);
-            self.started = now.saturating_sub(Duration::from_millis(status.uptime_ms));
-            self.introduce = false;
+            self.pid = *pid;
         }
+        if let Some(uptime) = uptime {
+            self.started = now.saturating_sub(*uptime);
+        }
+        self.overhead = *overhead;
         if std::mem::take(&mut self.gone) | self.trouble.end() {
             info!(vm = name, "{name} answers again");
         }
@@ -132,7 +123,6 @@ impl Slot {
     }
 
     fn failed(&mut self, now: Duration, error: &Error) {
-        self.introduce = true;
         self.errs = true;
         let name = &self.name;
         if matches!(error, Error::NoSuchVm { .. }) {
@@ -141,18 +131,12 @@ impl Slot {
             }
             self.vm = None;
             self.pid = None;
+            self.overhead = Bytes::ZERO;
             self.trouble.end();
             return;
         }
         self.errors += 1;
-        let kind = match error {
-            Error::NoSuchVm { .. } => "gone",
-            Error::NotAllowed { .. } => "not-allowed",
-            Error::NotAnswering { .. } => "not-answering",
-            Error::HungUp { .. } => "hung-up",
-            Error::Nonsense { .. } => "nonsense",
-            Error::Refused { .. } => "refused",
-        };
+        let kind = error.word();
         if self.trouble.is_due(now, kind) {
             match &self.vm {
                 Some(vm) => {

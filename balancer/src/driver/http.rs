@@ -1,0 +1,231 @@
+//! HTTP/1.1 and JSON over a Unix socket, as ballast, Firecracker and Cloud Hypervisor speak it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::task::AbortHandle;
+
+use super::error::{Error, clean};
+use super::{Kind, LARGEST_ANSWER};
+
+/// The largest response head that is read.
+const LARGEST_HEAD: usize = 16 << 10;
+
+/// A connection that carries one request after another.
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    /// Ends the task that moves the bytes.
+    task: AbortHandle,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The sentence in the body of a refusal, wherever a VMM puts it.
+pub type Sentence = fn(&[u8]) -> Option<String>;
+
+/// A client that keeps one connection open and makes a new one when that broke.
+pub struct Http {
+    kind: Kind,
+    socket: PathBuf,
+    timeout: Duration,
+    largest_answer: usize,
+    sentence: Sentence,
+    connection: Option<Connection>,
+}
+
+impl Http {
+    /// A client for the API at `socket`, whose refusals are read by `sentence`.
+    /// Connects at the first request.
+    pub fn new(kind: Kind, socket: PathBuf, timeout: Duration, sentence: Sentence) -> Self {
+        Self { kind, socket, timeout, largest_answer: LARGEST_ANSWER, sentence, connection: None }
+    }
+
+    /// How long one request may take from now on.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    /// How many bytes of one answer are read from now on.
+    pub fn set_largest_answer(&mut self, bytes: usize) {
+        self.largest_answer = bytes;
+    }
+
+    /// Where the API listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// `GET path`.
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
+        let (request, body) = self.exchange(Method::GET, path, Bytes::new()).await?;
+        serde_json::from_slice(&body).map_err(|error| self.nonsense(request, &error.to_string()))
+    }
+
+    /// `POST path` with a JSON body and a JSON answer. It must do no harm when it is asked twice.
+    pub async fn ask<T: DeserializeOwned>(
+        &mut self,
+        path: &'static str,
+        question: &impl Serialize,
+    ) -> Result<T, Error> {
+        let json = serde_json::to_vec(question)
+            .map_err(|error| self.nonsense(format!("POST {path}"), &error.to_string()))?;
+        let (request, body) = self.exchange(Method::POST, path, json.into()).await?;
+        serde_json::from_slice(&body).map_err(|error| self.nonsense(request, &error.to_string()))
+    }
+
+    /// A request with a JSON body, whose answer's body means nothing.
+    pub async fn send(
+        &mut self,
+        method: Method,
+        path: &'static str,
+        body: &impl Serialize,
+    ) -> Result<(), Error> {
+        let json = serde_json::to_vec(body)
+            .map_err(|error| self.nonsense(format!("{method} {path}"), &error.to_string()))?;
+        self.exchange(method, path, json.into()).await.map(drop)
+    }
+
+    /// `POST path` without a body.
+    pub async fn post(&mut self, path: &'static str) -> Result<(), Error> {
+        self.exchange(Method::POST, path, Bytes::new()).await.map(drop)
+    }
+
+    /// An answer that was well-formed and made no sense.
+    pub fn nonsense(&self, request: String, what: &str) -> Error {
+        Error::Nonsense { kind: self.kind, socket: self.socket.clone(), request, what: clean(what) }
+    }
+
+    /// One request and its whole answer, within the time limit.
+    async fn exchange(
+        &mut self,
+        method: Method,
+        path: &'static str,
+        body: Bytes,
+    ) -> Result<(String, Bytes), Error> {
+        let request = format!("{method} {path}");
+        let within = self.timeout;
+        let outcome = tokio::time::timeout(within, self.try_twice(&method, path, &request, body)).await;
+        let answer = outcome.unwrap_or_else(|_| {
+            Err(Error::NotAnswering { socket: self.socket.clone(), request: request.clone(), within })
+        });
+        let (status, body) = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                // Half an exchange may be in flight: the next request starts on a clean connection.
+                self.connection = None;
+                return Err(error);
+            }
+        };
+        if status.is_success() {
+            return Ok((request, body));
+        }
+        if !(status.is_client_error() || status.is_server_error()) {
+            return Err(self.nonsense(request, &format!("status {}", status.as_u16())));
+        }
+        let error = (self.sentence)(&body)
+            .map_or_else(|| "it gave no reason".to_owned(), |sentence| clean(&sentence));
+        Err(Error::Refused {
+            socket: self.socket.clone(),
+            request,
+            status: status.as_u16().to_string(),
+            error,
+        })
+    }
+
+    async fn try_twice(
+        &mut self,
+        method: &Method,
+        path: &'static str,
+        request: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let kept = self.connection.take();
+        let reused = kept.is_some();
+        let mut connection = match kept {
+            Some(connection) => connection,
+            None => self.connect(request).await?,
+        };
+        let mut response = connection.sender.send_request(build(method, path, body.clone())).await;
+        // A server may close a connection that stood idle; only a fresh one tells how it is doing.
+        // Every request here asks for a state, so that sending it twice does no harm.
+        if reused && response.as_ref().is_err_and(|error| !error.is_parse()) {
+            connection = self.connect(request).await?;
+            response = connection.sender.send_request(build(method, path, body)).await;
+        }
+        let response = response.map_err(|error| self.broken(request, &error))?;
+        let (status, body) = self.collect(request, response).await?;
+        // The server said `Connection: close`, or is about to: begin anew next time.
+        if connection.sender.ready().await.is_ok() {
+            self.connection = Some(connection);
+        }
+        Ok((status, body))
+    }
+
+    async fn collect(
+        &self,
+        request: &str,
+        response: Response<Incoming>,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, self.largest_answer).collect().await.map_err(|error| {
+            if error.is::<LengthLimitError>() {
+                self.nonsense(
+                    request.to_owned(),
+                    &format!("a body of more than {} bytes", self.largest_answer),
+                )
+            } else {
+                match error.downcast::<hyper::Error>() {
+                    Ok(error) => self.broken(request, &error),
+                    Err(error) => self.nonsense(request.to_owned(), &error.to_string()),
+                }
+            }
+        })?;
+        Ok((head.status, body.to_bytes()))
+    }
+
+    async fn connect(&self, request: &str) -> Result<Connection, Error> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|error| Error::unreachable(self.kind, &self.socket, request, &error))?;
+        let (sender, driver) = http1::Builder::new()
+            .max_buf_size(LARGEST_HEAD)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(request, &error))?;
+        // Its error also reaches whoever waits for the response.
+        let task = tokio::spawn(async move { drop(driver.await) }).abort_handle();
+        Ok(Connection { sender, task })
+    }
+
+    fn broken(&self, request: &str, error: &hyper::Error) -> Error {
+        if error.is_parse() {
+            return self.nonsense(request.to_owned(), &error.to_string());
+        }
+        Error::HungUp { socket: self.socket.clone(), request: request.to_owned(), cause: error.to_string() }
+    }
+}
+
+fn build(method: &Method, path: &'static str, body: Bytes) -> Request<Full<Bytes>> {
+    let has_body = !body.is_empty();
+    let mut request = Request::new(Full::new(body));
+    *request.method_mut() = method.clone();
+    *request.uri_mut() = Uri::from_static(path);
+    request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
+    if has_body {
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    request
+}
