@@ -44,7 +44,7 @@ impl Client {
     /// See [`Error`].
     pub async fn state(&mut self) -> Result<State, Error> {
         self.http.get("/state").await.map_err(|error| match error {
-            ballast::Error::NoSuchVm { socket } => Error::NotRunning { socket },
+            ballast::Error::NoSuchVm { socket, .. } => Error::NotRunning { socket },
             ballast::Error::NotAnswering { .. } => Error::NotAnswering,
             ballast::Error::HungUp { cause, .. } => Error::Failed(format!("it hung up ({cause})")),
             ballast::Error::Nonsense { what, .. } => {
