@@ -20,7 +20,9 @@ mod sim;
 mod slat;
 mod stop;
 mod table;
+mod top;
 
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -52,6 +54,7 @@ Examples:
   ballast check
   ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --memory 256M,min=128M,max=1G
   ballast ps
+  ballast top
   ballast memory web --target 300M
   ballast balancer --host-reserve 512M
 
@@ -69,6 +72,7 @@ enum Command {
     Check(check::Args),
     Run(Box<run::Args>),
     Ps(ps::Args),
+    Top(top::Args),
     Memory(memory::Args),
     Stop(stop::Args),
     Pause(pause::Args),
@@ -86,12 +90,15 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(_) => cli.logging.start_small(),
+        // A line in the log would tear its picture.
+        Command::Top(_) if io::stderr().is_terminal() => {}
         _ => cli.logging.start(),
     }
     let result = match cli.command {
         Command::Check(args) => done(check::run(&args)),
         Command::Run(args) => run::run(*args),
         Command::Ps(args) => done(ps::run(&args)),
+        Command::Top(args) => done(top::run(&args)),
         Command::Memory(args) => done(memory::run(&args)),
         Command::Stop(args) => done(stop::run(&args)),
         Command::Pause(args) => done(pause::run(&args)),

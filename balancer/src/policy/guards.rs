@@ -1,5 +1,6 @@
 //! What keeps the law from doing harm: charges, floors, and guests that don't follow.
 
+use std::fmt;
 use std::time::Duration;
 
 use balloon::status::DriverState;
@@ -70,6 +71,20 @@ impl Standing {
     /// Whether a target set now can be reached.
     pub(super) fn is_movable(self) -> bool {
         matches!(self, Self::Following | Self::Booting | Self::Stale | Self::Stuck)
+    }
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Following => "following",
+            Self::Static => "static",
+            Self::Booting => "booting",
+            Self::NoDriver => "no driver",
+            Self::NotAnswering => "not answering",
+            Self::Stale => "no reports",
+            Self::Stuck => "stuck",
+        })
     }
 }
 

@@ -1,0 +1,130 @@
+//! Asks the balancer how everything stands; where none answers, each VM for itself.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
+use balancer::driver::ballast::{Client, Error};
+use balancer::host::{HostMemory, MEMINFO};
+use balloon::limits::Limits;
+use balloon::runtime;
+use balloon::status::{MemoryStatus, VmState};
+use tokio::task::JoinSet;
+
+use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
+
+/// How long anyone may take to answer: nobody waits for longer than this for a picture.
+const PATIENCE: Duration = Duration::from_millis(800);
+
+/// How many pictures a balancer that hangs is left out of, as each try costs [`PATIENCE`].
+const REST: u32 = 10;
+
+/// Learns how things stand, again and again.
+pub struct Gatherer {
+    directory: PathBuf,
+    balancer: Balancer,
+    /// Pictures that still do without the balancer, and why.
+    rest: Option<(u32, String)>,
+    /// Connections to VMs, by name; those that did not answer in time are made anew.
+    vms: HashMap<String, Client>,
+}
+
+impl Gatherer {
+    /// For the VMs in `directory`.
+    pub fn new(directory: PathBuf) -> Self {
+        let balancer = Balancer::new(&directory, PATIENCE);
+        Self { directory, balancer, rest: None, vms: HashMap::new() }
+    }
+
+    /// How things stand now.
+    ///
+    /// # Errors
+    /// A sentence: no directory, or no word of the host's memory.
+    pub async fn gather(&mut self) -> Result<Snapshot, String> {
+        if let Some((pictures, because)) = self.rest.take()
+            && pictures > 0
+        {
+            self.rest = Some((pictures - 1, because.clone()));
+            return self.ask_vms(because).await;
+        }
+        match self.balancer.state().await {
+            Ok(state) => {
+                self.vms.clear();
+                Ok(Snapshot::of_balancer(state))
+            }
+            Err(BalancerError::NotRunning { .. }) => self.ask_vms("no balancer runs".to_owned()).await,
+            Err(error @ BalancerError::NotAnswering) => {
+                self.rest = Some((REST, error.to_string()));
+                self.ask_vms(error.to_string()).await
+            }
+            Err(error) => self.ask_vms(error.to_string()).await,
+        }
+    }
+
+    async fn ask_vms(&mut self, because: String) -> Result<Snapshot, String> {
+        let host = HostMemory::read(Path::new(MEMINFO)).map_err(|error| error.to_string())?;
+        let found = runtime::sockets(&self.directory).map_err(|error| error.to_string())?;
+        let mut known = std::mem::take(&mut self.vms);
+        let mut asked = JoinSet::new();
+        for (name, socket) in found {
+            let kept = known.remove(&name);
+            asked.spawn(async move {
+                let mut client = kept.unwrap_or_else(|| Client::new(&socket).with_timeout(PATIENCE));
+                let answer = client.memory().await;
+                // One that ended while it was asked took its socket with it.
+                let left = matches!(answer, Err(Error::NoSuchVm { .. })) && !socket.exists();
+                (name, client, answer, left)
+            });
+        }
+        let mut vms = Vec::with_capacity(asked.len());
+        for (name, client, answer, left) in asked.join_all().await {
+            if left {
+                continue;
+            }
+            vms.push(vm(&name, answer));
+            self.vms.insert(name, client);
+        }
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        let HostMemory { total, available } = host;
+        Ok(Snapshot { source: Source::Vms { because }, host: Host { total, available, budget: None }, vms })
+    }
+
+    /// Sets new limits; says what came of it.
+    pub async fn set_limits(&mut self, name: &str, limits: Limits) -> Result<String, String> {
+        self.vm(name)?.set_limits(limits).await.map_err(|error| error.to_string())?;
+        Ok(format!("{name} has new limits: {} to {}", limits.min(), limits.max()))
+    }
+
+    /// Pauses a VM that runs, lets one run on that is paused; says which.
+    pub async fn pause_or_resume(&mut self, name: &str) -> Result<String, String> {
+        let mut vm = self.vm(name)?;
+        let done = async {
+            if vm.status().await?.state == VmState::Paused {
+                vm.resume().await?;
+                return Ok(format!("{name} runs on"));
+            }
+            vm.pause().await?;
+            Ok(format!("{name} is paused: p lets it run on"))
+        };
+        done.await.map_err(|error: Error| error.to_string())
+    }
+
+    fn vm(&self, name: &str) -> Result<Client, String> {
+        let socket = runtime::socket_in(&self.directory, name).map_err(|error| error.to_string())?;
+        Ok(Client::new(socket))
+    }
+}
+
+fn vm(name: &str, answer: Result<MemoryStatus, Error>) -> Vm {
+    let name = name.to_owned();
+    let condition = match answer {
+        Ok(status) => return Vm::alone(name, &status),
+        Err(Error::NoSuchVm { .. }) => Condition::Dead,
+        Err(Error::NotAnswering { .. } | Error::HungUp { .. }) => Condition::NotAnswering,
+        Err(Error::Nonsense { .. } | Error::NotAllowed { .. } | Error::Refused { .. }) => {
+            Condition::Unreadable
+        }
+    };
+    Vm::mute(name, condition)
+}

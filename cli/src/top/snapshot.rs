@@ -1,0 +1,210 @@
+//! The host and its VMs at one moment, wherever that was learnt.
+
+use std::fmt;
+
+use balancer::daemon::{State, VmView};
+use balancer::policy::guards::Standing;
+use balancer::policy::host_state::HostState;
+use balancer::policy::reason::Reason;
+use balloon::limits::Limits;
+use balloon::status::{DriverState, MemoryStatus};
+use balloon::units::Bytes;
+use serde::{Serialize, Serializer};
+
+/// What there is to show.
+#[derive(Clone, Debug, Serialize)]
+pub struct Snapshot {
+    /// Who told it.
+    pub source: Source,
+    /// The host.
+    pub host: Host,
+    /// Its VMs.
+    pub vms: Vec<Vm>,
+}
+
+/// Who told it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
+pub enum Source {
+    /// The balancer.
+    Balancer {
+        /// Rounds since it started.
+        rounds: u64,
+    },
+    /// Each VM for itself.
+    Vms {
+        /// Why not the balancer.
+        because: String,
+    },
+}
+
+/// The host's side.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Host {
+    /// What its kernel manages.
+    pub total: Bytes,
+    /// What could be had without swapping.
+    pub available: Bytes,
+    /// How the balancer deals it out.
+    pub budget: Option<Budget>,
+}
+
+/// The balancer's accounts.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Budget {
+    /// What all VMs together may hold.
+    pub whole: Bytes,
+    /// What they may hold as things stand.
+    pub charged: Bytes,
+    /// What is left of it.
+    pub free: Bytes,
+    /// How far they are over it.
+    pub over: Bytes,
+    /// What VMs are entitled to and was not there to give.
+    pub unserved: Bytes,
+    /// How short the host is.
+    pub state: HostState,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Serialize)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// How it does.
+    pub condition: Condition,
+    /// What is known of its memory; absent where it does not answer.
+    pub memory: Option<Memory>,
+    /// The last decision about it.
+    pub reason: Option<Reason>,
+}
+
+/// The memory of one VM.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    /// What the administrator set.
+    pub limits: Limits,
+    /// What the guest uses, as far as it ever said.
+    pub used: Option<Bytes>,
+    /// Its use with its buffer; the balancer's finding.
+    pub demand: Option<Bytes>,
+    /// What it may have; the balancer's finding.
+    pub entitlement: Option<Bytes>,
+    /// What it is asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// What the host holds for it.
+    pub host_rss: Bytes,
+    /// How old its guest's last report is.
+    pub report_age_ms: Option<u64>,
+}
+
+/// How a VM does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// As the balancer sees it.
+    Balanced(Standing),
+    /// It answers; nobody balances it.
+    Alone(DriverState),
+    /// It answers something else.
+    Unreadable,
+    /// It does not answer.
+    NotAnswering,
+    /// Its process is gone; its socket is still there.
+    Dead,
+}
+
+impl Condition {
+    /// Whether somebody should look after it.
+    pub const fn is_trouble(self) -> bool {
+        match self {
+            Self::Balanced(standing) => {
+                !matches!(standing, Standing::Following | Standing::Static | Standing::Booting)
+            }
+            Self::Alone(driver) => !matches!(driver, DriverState::Active),
+            Self::Unreadable | Self::NotAnswering | Self::Dead => true,
+        }
+    }
+}
+
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Balanced(standing) => return standing.fmt(f),
+            Self::Alone(DriverState::Active) => "not balanced",
+            Self::Alone(DriverState::Absent) => "no driver",
+            Self::Alone(DriverState::Silent) => "no reports",
+            Self::Alone(DriverState::Broken) => "driver broken",
+            Self::Unreadable => "unreadable",
+            Self::NotAnswering => "not answering",
+            Self::Dead => "dead",
+        })
+    }
+}
+
+impl Serialize for Condition {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Snapshot {
+    /// What the balancer told.
+    pub fn of_balancer(state: State) -> Self {
+        let host = state.host;
+        Self {
+            source: Source::Balancer { rounds: state.rounds },
+            host: Host {
+                total: host.total,
+                available: host.available,
+                budget: Some(Budget {
+                    whole: host.budget,
+                    charged: host.charged,
+                    free: host.free,
+                    over: host.over,
+                    unserved: host.unserved,
+                    state: host.state,
+                }),
+            },
+            vms: state.vms.into_iter().map(Vm::of_balancer).collect(),
+        }
+    }
+}
+
+impl Vm {
+    fn of_balancer(vm: VmView) -> Self {
+        let report_age_ms = vm.report_age_ms;
+        let memory = vm.memory.map(|memory| Memory {
+            limits: memory.limits,
+            used: memory.used,
+            demand: Some(memory.demand),
+            entitlement: Some(memory.entitlement),
+            target: memory.target,
+            actual: memory.actual,
+            host_rss: memory.host_rss,
+            report_age_ms,
+        });
+        Self { name: vm.name, condition: Condition::Balanced(vm.standing), memory, reason: vm.last_reason }
+    }
+
+    /// What the VM itself told.
+    pub fn alone(name: String, status: &MemoryStatus) -> Self {
+        let memory = Memory {
+            limits: status.limits,
+            used: status.used(),
+            demand: None,
+            entitlement: None,
+            target: status.target,
+            actual: status.actual,
+            host_rss: status.host_rss,
+            report_age_ms: status.report.as_ref().map(|report| report.age_ms),
+        };
+        Self { name, condition: Condition::Alone(status.driver), memory: Some(memory), reason: None }
+    }
+
+    /// One that told nothing.
+    pub const fn mute(name: String, condition: Condition) -> Self {
+        Self { name, condition, memory: None, reason: None }
+    }
+}
