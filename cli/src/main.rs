@@ -14,7 +14,9 @@ mod memory;
 mod output;
 mod pause;
 mod ps;
+mod record;
 mod resume;
+mod roster;
 mod run;
 mod sim;
 mod slat;
@@ -80,6 +82,7 @@ enum Command {
     Slat(slat::Args),
     Balancer(balancer::Args),
     Sim(sim::Args),
+    Record(record::Args),
     Completions(completions::Args),
 }
 
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
         Command::Slat(args) => done(slat::run(&args)),
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),
+        Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)

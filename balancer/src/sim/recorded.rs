@@ -3,7 +3,7 @@
 //! | format | told by | what is read |
 //! |---|---|---|
 //! | own JSON | `.json` | [`Trace`] |
-//! | own CSV | `.csv` that begins with [`OWN_HEADER`] | a line a second and VM |
+//! | own CSV | `.csv` that begins with [`OWN_HEADER`] | a line a second and VM; columns behind those are for other readers |
 //! | Bitbrains GWA-T-12 | a directory, or `.csv` with `;` | one file a VM: `Timestamp [ms]` (in truth seconds in some files), `Memory capacity provisioned [KB]`, `Memory usage [KB]` |
 //! | Google 2019 | `.jsonl`, InstanceUsage as BigQuery exports it | `start_time`, `end_time` (microseconds), `collection_id`, `instance_index`, `average_usage.memory`, `maximum_usage.memory`, `assigned_memory` |
 //!
@@ -22,7 +22,8 @@ use serde::Deserialize;
 
 use super::trace::{Series, Trace};
 
-/// The first line of a recording in CSV. Amounts are bytes; `used` is without caches.
+/// How the first line of a recording in CSV begins. Amounts are bytes; `used` is without
+/// caches; what is not known of `cache` and `committed` is 0.
 pub const OWN_HEADER: &str = "second,vm,min,max,used,cache,committed";
 
 /// The largest file that is read.
@@ -170,7 +171,7 @@ fn own_csv(path: &Path, content: &str, found: &mut Found) -> Result<(), TraceErr
     for (index, row) in content.lines().enumerate().skip(1).filter(|(_, row)| !row.trim().is_empty()) {
         let line = index + 1;
         let fields: Vec<&str> = row.split(',').collect();
-        let [second, vm, min, max, used, cache, committed] = fields[..] else {
+        let [second, vm, min, max, used, cache, committed, ..] = fields[..] else {
             let what = format!("{} columns instead of those of `{OWN_HEADER}`", fields.len());
             return Err(TraceError::Line { path: path.into(), line, what });
         };

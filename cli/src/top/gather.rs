@@ -1,6 +1,5 @@
 //! Asks the balancer how everything stands; where none answers, each VM for itself.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,10 +8,10 @@ use balancer::driver::ballast::{Client, Error};
 use balancer::host::{HostMemory, MEMINFO};
 use balloon::limits::Limits;
 use balloon::runtime;
-use balloon::status::{MemoryStatus, VmState};
-use tokio::task::JoinSet;
+use balloon::status::VmState;
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
+use crate::roster::{Answer, Roster};
 
 /// How long anyone may take to answer: nobody waits for longer than this for a picture.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -26,15 +25,15 @@ pub struct Gatherer {
     balancer: Balancer,
     /// Pictures that still do without the balancer, and why.
     rest: Option<(u32, String)>,
-    /// Connections to VMs, by name; those that did not answer in time are made anew.
-    vms: HashMap<String, Client>,
+    vms: Roster,
 }
 
 impl Gatherer {
     /// For the VMs in `directory`.
     pub fn new(directory: PathBuf) -> Self {
         let balancer = Balancer::new(&directory, PATIENCE);
-        Self { directory, balancer, rest: None, vms: HashMap::new() }
+        let vms = Roster::new(directory.clone(), PATIENCE);
+        Self { directory, balancer, rest: None, vms }
     }
 
     /// How things stand now.
@@ -50,7 +49,7 @@ impl Gatherer {
         }
         match self.balancer.state().await {
             Ok(state) => {
-                self.vms.clear();
+                self.vms.rest();
                 Ok(Snapshot::of_balancer(state))
             }
             Err(BalancerError::NotRunning { .. }) => self.ask_vms("no balancer runs".to_owned()).await,
@@ -64,28 +63,8 @@ impl Gatherer {
 
     async fn ask_vms(&mut self, because: String) -> Result<Snapshot, String> {
         let host = HostMemory::read(Path::new(MEMINFO)).map_err(|error| error.to_string())?;
-        let found = runtime::sockets(&self.directory).map_err(|error| error.to_string())?;
-        let mut known = std::mem::take(&mut self.vms);
-        let mut asked = JoinSet::new();
-        for (name, socket) in found {
-            let kept = known.remove(&name);
-            asked.spawn(async move {
-                let mut client = kept.unwrap_or_else(|| Client::new(&socket).with_timeout(PATIENCE));
-                let answer = client.memory().await;
-                // One that ended while it was asked took its socket with it.
-                let left = matches!(answer, Err(Error::NoSuchVm { .. })) && !socket.exists();
-                (name, client, answer, left)
-            });
-        }
-        let mut vms = Vec::with_capacity(asked.len());
-        for (name, client, answer, left) in asked.join_all().await {
-            if left {
-                continue;
-            }
-            vms.push(vm(&name, answer));
-            self.vms.insert(name, client);
-        }
-        vms.sort_by(|a, b| a.name.cmp(&b.name));
+        let answers = self.vms.ask(|_| true).await.map_err(|error| error.to_string())?;
+        let vms = answers.into_iter().map(vm).collect();
         let HostMemory { total, available } = host;
         Ok(Snapshot { source: Source::Vms { because }, host: Host { total, available, budget: None }, vms })
     }
@@ -116,9 +95,8 @@ impl Gatherer {
     }
 }
 
-fn vm(name: &str, answer: Result<MemoryStatus, Error>) -> Vm {
-    let name = name.to_owned();
-    let condition = match answer {
+fn vm(Answer { name, memory }: Answer) -> Vm {
+    let condition = match memory {
         Ok(status) => return Vm::alone(name, &status),
         Err(Error::NoSuchVm { .. }) => Condition::Dead,
         Err(Error::NotAnswering { .. } | Error::HungUp { .. }) => Condition::NotAnswering,
