@@ -1,7 +1,10 @@
 //! The memory of one VM as its API tells it: the words between a VM and whoever balances it.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use crate::agent::AgentStatus;
 use crate::limits::Limits;
 use crate::report::Report;
 use crate::units::Bytes;
@@ -21,6 +24,9 @@ pub struct MemoryStatus {
     pub driver: DriverState,
     /// The guest's last report, if it ever sent one.
     pub report: Option<AgedReport>,
+    /// The guest's agent, if it was ever heard.
+    #[serde(default)]
+    pub agent: Option<AgentStatus>,
     /// What the balloon has counted since the VM started.
     pub counters: BalloonCounters,
 }
@@ -32,8 +38,18 @@ impl MemoryStatus {
     /// deflate-on-OOM leaves the balloon in `MemTotal`
     /// (`drivers/virtio/virtio_balloon.c`: `adjust_managed_page_count`).
     pub fn used(&self) -> Option<Bytes> {
-        let spare = self.report.as_ref()?.statistics.spare()?;
+        let (_, spare) = self.spare()?;
         Some(self.actual.saturating_sub(spare))
+    }
+
+    /// What the guest could give up without pain, and how old that news is: the agent's word or the
+    /// balloon driver's, whichever is newer. Both read the same figure of the guest's kernel.
+    pub fn spare(&self) -> Option<(Duration, Bytes)> {
+        let report = self.report.as_ref();
+        let report = report.and_then(|aged| Some((aged.age_ms, aged.statistics.spare()?)));
+        let agent = self.agent.as_ref().and_then(|agent| Some((agent.age_ms, agent.figures.available?)));
+        let (age, spare) = report.into_iter().chain(agent).min_by_key(|(age, _)| *age)?;
+        Some((Duration::from_millis(age), spare))
     }
 }
 
@@ -138,6 +154,7 @@ mod tests {
             host_rss: Bytes::mib(200),
             driver: DriverState::Active,
             report: None,
+            agent: None,
             counters: BalloonCounters::default(),
         };
         assert_eq!(status.used(), None);

@@ -84,6 +84,9 @@ pub struct Args {
     /// Don't let the guest hand over free pages by itself
     #[arg(long)]
     no_free_page_reporting: bool,
+    /// Don't give the guest a port on which ballast-agent can call for memory
+    #[arg(long)]
+    no_agent: bool,
     /// Don't listen on a socket: nobody can look at this VM or steer it
     #[arg(long)]
     no_api: bool,
@@ -122,6 +125,7 @@ impl Args {
                 reporting: !self.no_free_page_reporting,
                 statistics_interval: self.statistics_interval,
             },
+            agent: !self.no_agent,
             socket,
         })
     }

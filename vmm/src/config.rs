@@ -31,6 +31,8 @@ pub struct Config {
     pub memory: MemoryOptions,
     /// How the balloon behaves.
     pub balloon: BalloonOptions,
+    /// Whether the guest gets a port for its agent.
+    pub agent: bool,
     /// Where the API listens; `None` is a VM without an API.
     pub socket: Option<PathBuf>,
 }

@@ -3,14 +3,17 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use balloon::agent::AgentStatus;
 use balloon::device::{Handle, TargetError};
 use balloon::limits::Limits;
 use balloon::status::{BalloonCounters, DriverState, MemoryStatus, VmState, VmStatus};
 use balloon::units::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::agent::Agent;
 use crate::config::{Cpus, Name};
 use crate::exit::Exit;
+use crate::feed::{Feed, Subscription};
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
 use crate::vcpu::{Crew, VisitError};
@@ -92,12 +95,15 @@ pub struct Control {
     started: Instant,
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
+    feed: Arc<Feed>,
+    agent: Agent,
     parts: OnceLock<Parts>,
 }
 
 impl Control {
     /// The control of a VM that has not been set up yet.
     pub fn new(name: Name, cpus: Cpus, limits: Limits) -> Self {
+        let feed = Arc::new(Feed::default());
         Self {
             name,
             cpus,
@@ -105,6 +111,8 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
+            agent: Agent::new(Arc::clone(&feed)),
+            feed,
             parts: OnceLock::new(),
         }
     }
@@ -112,6 +120,25 @@ impl Control {
     /// Hands over what the VM is made of. Only the first call counts.
     pub fn attach(&self, parts: Parts) {
         let _ = self.parts.set(parts);
+    }
+
+    /// The guest's agent, heard where its device is wired up.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// What happens to the guest's memory, for those who wait for it.
+    pub fn feed(&self) -> &Arc<Feed> {
+        &self.feed
+    }
+
+    /// A place among the readers of the feed; `None` where all are taken.
+    pub fn subscribe(&self) -> Option<Subscription> {
+        self.feed.subscribe(self.agent_status())
+    }
+
+    fn agent_status(&self) -> Option<AgentStatus> {
+        self.agent.status(Instant::now())
     }
 
     /// Lets the vCPUs run for the first time.
@@ -151,6 +178,7 @@ impl Control {
                 host_rss: Bytes::ZERO,
                 driver: DriverState::Absent,
                 report: None,
+                agent: None,
                 counters: BalloonCounters::default(),
             };
         };
@@ -166,6 +194,7 @@ impl Control {
             host_rss,
             driver: balloon.driver(),
             report: balloon.report(),
+            agent: self.agent_status(),
             counters: balloon.counters(),
         }
     }

@@ -1,5 +1,6 @@
 //! One virtual machine in one process.
 
+pub mod agent;
 pub mod api;
 pub mod boot;
 pub mod bus;
@@ -9,6 +10,7 @@ pub mod control;
 pub mod cpuid;
 mod events;
 pub mod exit;
+pub mod feed;
 pub mod host;
 pub mod inspect;
 pub mod machine;

@@ -127,6 +127,11 @@ impl Machine {
         let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
         let balloon = wiring.virtio(Box::new(balloon))?;
         let rng = wiring.virtio(Box::new(Rng::new()))?;
+        let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
+        let mut devices: Vec<Subscriber> = vec![rng];
+        if config.agent {
+            devices.push(wiring.virtio(Box::new(control.agent().port()))?);
+        }
         let (buses, slots) = wiring.finish();
         acpi::write(ram.guest(), config.cpus, &slots)?;
         reset::write(ram.guest())?;
@@ -137,9 +142,7 @@ impl Machine {
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), crew: Arc::clone(&crew) })
             .collect();
-        let control = Arc::new(Control::new(config.name, config.cpus, config.limits));
         control.attach(Parts { crew: Arc::clone(&crew), ram, balloon: handle, power });
-        let mut devices: Vec<Subscriber> = vec![rng];
         if let Some(input) = &console.input {
             devices.push(input.clone());
         }

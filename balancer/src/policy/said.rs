@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use balloon::agent::AgentFigures;
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{DriverState, MemoryStatus};
@@ -75,6 +76,16 @@ pub struct Stalls {
     pub refaults: Option<u64>,
 }
 
+impl Stalls {
+    /// Takes over what an agent tells and the balloon's driver does not.
+    fn learn(&mut self, agent: &AgentFigures) {
+        self.waited = agent.stall_us.map(Duration::from_micros);
+        self.refaults = agent.refaults.map(|bytes| bytes.pages().0);
+        self.allocation_stalls = self.allocation_stalls.or(agent.allocation_stalls);
+        self.swap_in = self.swap_in.or(agent.swap_in);
+    }
+}
+
 impl From<&Report> for Stalls {
     fn from(report: &Report) -> Self {
         Self {
@@ -133,17 +144,19 @@ impl Said {
 impl From<&MemoryStatus> for Said {
     fn from(status: &MemoryStatus) -> Self {
         let statistics = status.report.as_ref().map(|aged| &aged.statistics);
-        let spare = status
-            .report
-            .as_ref()
-            .and_then(|aged| Some((Duration::from_millis(aged.age_ms), aged.statistics.spare()?)));
+        let mut stalls = statistics.map(Stalls::from).unwrap_or_default();
+        let agent = status.agent.as_ref().map(|agent| &agent.figures);
+        if let Some(agent) = agent {
+            stalls.learn(agent);
+        }
         Self {
             target: status.target,
             actual: status.actual,
             host_rss: status.host_rss,
             driver: status.driver,
-            spare,
-            stalls: statistics.map(Stalls::from).unwrap_or_default(),
+            spare: status.spare(),
+            stalls,
+            committed: agent.and_then(|agent| agent.committed),
             ..Self::of(status.limits)
         }
     }

@@ -81,6 +81,7 @@ impl FakeVm {
             host_rss: limits.startup(),
             driver: DriverState::Active,
             report: None,
+            agent: None,
             counters: BalloonCounters::default(),
         };
         let state = Arc::new(Mutex::new(State {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
 
 use super::http::{self, Parsed, Request, Response};
+use super::stream::Stream;
 
 /// How long a client may say nothing between two requests.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
@@ -21,6 +22,9 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// Steps of one client before the others have their turn.
 const MOST_STEPS: usize = 16;
+
+/// A client that waits for events may do so for as long as it likes.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 const CHUNK: usize = 4 << 10;
 
@@ -41,6 +45,8 @@ enum State {
     Reading,
     /// Sending a response.
     Writing { response: Vec<u8>, sent: usize, keep_alive: bool },
+    /// Sending lines as they come; `unsent` is what the socket has not taken yet.
+    Streaming { stream: Stream, unsent: Vec<u8>, sent: usize },
     /// The last response is out. Closing while the client still sends would make
     /// its next write fail before it could read that response.
     Draining,
@@ -75,6 +81,9 @@ impl Connection {
         match self.state {
             State::Reading | State::Draining => EventSet::IN,
             State::Writing { .. } => EventSet::OUT,
+            // Input is the word that the client has gone.
+            State::Streaming { ref unsent, .. } if unsent.is_empty() => EventSet::IN,
+            State::Streaming { .. } => EventSet::IN.union(EventSet::OUT),
         }
     }
 
@@ -88,12 +97,18 @@ impl Connection {
         matches!(self.state, State::Reading) && self.input.is_empty()
     }
 
+    /// Whether it waits for events.
+    pub const fn is_stream(&self) -> bool {
+        matches!(self.state, State::Streaming { .. })
+    }
+
     /// Goes on as far as the socket allows, a bounded number of steps.
     pub fn advance(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) -> Next {
         for _ in 0..MOST_STEPS {
             let step = match &self.state {
                 State::Reading => self.read(now, answer),
                 State::Writing { .. } => self.write(now),
+                State::Streaming { .. } => self.stream(now),
                 State::Draining => self.drain(),
             };
             match step {
@@ -129,8 +144,11 @@ impl Connection {
         };
         self.input.drain(..taken);
         self.input.shrink_to(CHUNK);
-        self.state = State::Writing { response: response.encode(keep_alive), sent: 0, keep_alive };
         self.deadline = now + TRANSFER_LIMIT;
+        self.state = match response.stream.clone() {
+            Some(stream) => State::Streaming { stream, unsent: response.encode(false), sent: 0 },
+            None => State::Writing { response: response.encode(keep_alive), sent: 0, keep_alive },
+        };
         Ok(Next::Again)
     }
 
@@ -166,6 +184,32 @@ impl Connection {
             (self.state, self.deadline) = (State::Draining, now + DRAIN_LIMIT);
         }
         Ok(Next::Again)
+    }
+
+    /// Sends what there is, then looks for more. Who does not take it in time is slow,
+    /// and slow readers are sent away.
+    fn stream(&mut self, now: Instant) -> io::Result<Next> {
+        let State::Streaming { stream, unsent, sent } = &mut self.state else {
+            return Ok(Next::Again);
+        };
+        while let Some(left) = unsent.get(*sent..).filter(|left| !left.is_empty()) {
+            match self.stream.write(left)? {
+                0 => return Ok(Next::Close),
+                count => *sent += count,
+            }
+        }
+        let Ok(lines) = stream.lines() else {
+            return Ok(Next::Close);
+        };
+        (*unsent, *sent) = (lines, 0);
+        if !unsent.is_empty() {
+            self.deadline = now + TRANSFER_LIMIT;
+            return Ok(Next::Again);
+        }
+        self.deadline = now + FOR_EVER;
+        // What such a client sends means nothing; that it has ended does.
+        let count = self.stream.read(&mut [0; CHUNK])?;
+        Ok(if count == 0 { Next::Close } else { Next::Again })
     }
 
     fn drain(&mut self) -> io::Result<Next> {

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use balloon::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus, VmState};
@@ -110,6 +111,40 @@ fn paths_and_methods_that_are_not_served_get_the_error_that_is_described() {
     }
 }
 
+/// An agent that has said all it can.
+fn agent() -> AgentStatus {
+    let figures = serde_json::to_value(AgentFigures::default()).unwrap();
+    let full: serde_json::Map<_, _> =
+        figures.as_object().unwrap().keys().map(|name| (name.clone(), json!(u64::MAX))).collect();
+    AgentStatus {
+        connected: true,
+        version: Some(Version::OWN),
+        age_ms: u64::MAX,
+        distress_age_ms: Some(u64::MAX),
+        figures: serde_json::from_value(Value::Object(full)).unwrap(),
+        heard: u64::MAX,
+        dropped: u64::MAX,
+        malformed: u64::MAX,
+    }
+}
+
+#[test]
+fn every_line_of_the_events_is_as_described() {
+    let document = document();
+    for event in [
+        EventKind::Subscribed,
+        EventKind::Figures,
+        EventKind::Distress,
+        EventKind::Stalls,
+        EventKind::AgentGone,
+    ] {
+        for agent in [None, Some(agent())] {
+            let line = serde_json::to_value(MemoryEvent { sequence: u64::MAX, event, agent }).unwrap();
+            check(&document, named(&document, "MemoryEvent"), &line);
+        }
+    }
+}
+
 #[test]
 fn a_full_answer_is_as_described() {
     let document = document();
@@ -125,6 +160,7 @@ fn a_full_answer_is_as_described() {
             host_rss: Bytes::ZERO,
             driver,
             report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),
+            agent: Some(agent()),
             counters: BalloonCounters::default(),
         };
         check(&document, named(&document, "MemoryStatus"), &serde_json::to_value(status).unwrap());

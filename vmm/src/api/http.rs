@@ -8,6 +8,8 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::stream::Stream;
+
 /// The longest request line with headers, in bytes.
 pub const LONGEST_HEAD: usize = 8 << 10;
 
@@ -57,6 +59,8 @@ pub struct Response {
     pub allow: Option<String>,
     /// The body.
     pub body: Vec<u8>,
+    /// What follows the body for as long as the client listens; the connection ends with it.
+    pub stream: Option<Stream>,
 }
 
 /// The status codes in use (RFC 9110, section 15).
@@ -85,6 +89,8 @@ pub enum Status {
     HeadersTooLarge = 431,
     /// The host failed.
     InternalError = 500,
+    /// As many clients as there may be have this already.
+    ServiceUnavailable = 503,
     /// Not HTTP/1.
     VersionNotSupported = 505,
 }
@@ -108,6 +114,7 @@ impl Status {
             Self::ExpectationFailed => "Expectation Failed",
             Self::HeadersTooLarge => "Request Header Fields Too Large",
             Self::InternalError => "Internal Server Error",
+            Self::ServiceUnavailable => "Service Unavailable",
             Self::VersionNotSupported => "HTTP Version Not Supported",
         }
     }
@@ -121,7 +128,7 @@ struct ErrorBody<'a> {
 impl Response {
     /// 204: done.
     pub const fn done() -> Self {
-        Self { status: Status::NoContent, content_type: None, allow: None, body: Vec::new() }
+        Self { status: Status::NoContent, content_type: None, allow: None, body: Vec::new(), stream: None }
     }
 
     /// 200 with `value` as JSON.
@@ -139,6 +146,11 @@ impl Response {
         Self::with_body(Status::Ok, content_type, text.into_bytes())
     }
 
+    /// 200 with a line of JSON for each event, as they come.
+    pub fn events(stream: Stream) -> Self {
+        Self { stream: Some(stream), ..Self::with_body(Status::Ok, "application/jsonl", Vec::new()) }
+    }
+
     /// An error with its sentence as `{"error": "..."}`.
     pub fn error(status: Status, sentence: &str) -> Self {
         // A struct with one string can always be encoded; an empty body would still be valid HTTP.
@@ -147,7 +159,7 @@ impl Response {
     }
 
     const fn with_body(status: Status, content_type: &'static str, body: Vec<u8>) -> Self {
-        Self { status, content_type: Some(content_type), allow: None, body }
+        Self { status, content_type: Some(content_type), allow: None, body, stream: None }
     }
 
     /// The bytes to send.
@@ -160,8 +172,9 @@ impl Response {
         if let Some(allow) = &self.allow {
             let _ = write!(head, "Allow: {allow}\r\n");
         }
-        // A 204 must not carry a length (RFC 9110, section 8.6).
-        if self.status != Status::NoContent {
+        // A 204 must not carry a length (RFC 9110, section 8.6). What has no end known beforehand
+        // ends with the connection (RFC 9112, section 6.3).
+        if self.status != Status::NoContent && self.stream.is_none() {
             let _ = write!(head, "Content-Length: {}\r\n", self.body.len());
         }
         head.push_str(if keep_alive {

@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod routes;
 mod server;
 mod socket;
+mod stream;
 
 pub use server::{MOST_CONNECTIONS, Server};
 pub use socket::BindError;

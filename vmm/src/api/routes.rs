@@ -18,7 +18,7 @@ pub struct Route {
 }
 
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
-pub const ROUTES: [Route; 11] = [
+pub const ROUTES: [Route; 12] = [
     Route { method: "GET", path: "/vm", act: |control, _| Response::json(&control.status()) },
     Route { method: "POST", path: "/vm/pause", act: |control, _| answer(control.pause()) },
     Route { method: "POST", path: "/vm/resume", act: |control, _| answer(control.resume()) },
@@ -31,6 +31,7 @@ pub const ROUTES: [Route; 11] = [
         act: |control, body| with(body, |asked| control.translate(asked).map(|seen| Response::json(&seen))),
     },
     Route { method: "GET", path: "/memory/map", act: |control, _| Response::json(&control.memory_map()) },
+    Route { method: "GET", path: "/memory/events", act: |control, _| events(control) },
     Route {
         method: "PUT",
         path: "/memory/target",
@@ -61,6 +62,16 @@ pub fn route(request: Request<'_>, control: &Control) -> Response {
     let allow = methods.join(", ");
     let sentence = format!("{} takes {allow}, not {}", request.path, request.method);
     Response { allow: Some(allow), ..Response::error(Status::MethodNotAllowed, &sentence) }
+}
+
+fn events(control: &Control) -> Response {
+    match control.subscribe() {
+        Some(subscription) => Response::events(subscription.into()),
+        None => Response::error(
+            Status::ServiceUnavailable,
+            "as many clients as may do so wait for this VM's events: end one of them",
+        ),
+    }
 }
 
 fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), ControlError>) -> Response {

@@ -22,6 +22,7 @@ pub const MOST_CONNECTIONS: usize = 16;
 /// Tokens below this are slots of connections.
 const LISTENER: u64 = MOST_CONNECTIONS as u64;
 const STOP: u64 = LISTENER + 1;
+const EVENTS: u64 = STOP + 1;
 
 /// How long to leave new clients alone after the kernel could not accept one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -60,16 +61,19 @@ impl Server {
     /// # Errors
     /// When the kernel refuses the event loop itself. What clients do is no error.
     pub fn run(self, control: &Control) -> io::Result<()> {
-        self.serve(&|request| route(request, control))
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        control.feed().wake_with(wake.try_clone()?);
+        self.serve(&wake, &|request| route(request, control))
     }
 
-    fn serve(self, answer: &dyn Fn(Request<'_>) -> Response) -> io::Result<()> {
+    fn serve(self, wake: &EventFd, answer: &dyn Fn(Request<'_>) -> Response) -> io::Result<()> {
         let epoll = Epoll::new()?;
         let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
         watch(self.stop.as_raw_fd(), STOP)?;
         watch(self.listener.as_raw_fd(), LISTENER)?;
+        watch(wake.as_raw_fd(), EVENTS)?;
         let mut clients = Clients::new(&epoll);
-        let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 2];
+        let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
         let mut door = Door::Open;
         loop {
             let count = match epoll.wait(clients.timeout(&door, Instant::now()), &mut events) {
@@ -86,6 +90,11 @@ impl Server {
                         return Ok(());
                     }
                     LISTENER => knocked = true,
+                    EVENTS => {
+                        // Empty already where an earlier event has read it.
+                        let _ = wake.read();
+                        clients.pass_on(now, answer);
+                    }
                     slot => clients.advance(slot as usize, now, answer),
                 }
             }
@@ -226,6 +235,20 @@ impl<'a> Clients<'a> {
             });
         if gone {
             self.close(index);
+        }
+    }
+
+    /// Something has happened that some clients wait for.
+    fn pass_on(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) {
+        for index in 0..MOST_CONNECTIONS {
+            if self
+                .slots
+                .get(index)
+                .and_then(Option::as_ref)
+                .is_some_and(|client| client.connection.is_stream())
+            {
+                self.advance(index, now, answer);
+            }
         }
     }
 

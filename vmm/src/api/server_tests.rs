@@ -1,6 +1,6 @@
 //! The server on a real socket, with the control of a real VM that has not been started.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use balloon::agent::{EventKind, MemoryEvent};
 use balloon::status::{MemoryStatus, VmState, VmStatus};
 use balloon::units::Bytes;
 use serde_json::Value;
@@ -15,10 +16,12 @@ use serde_json::Value;
 use super::super::connection::TRANSFER_LIMIT;
 use super::super::http::LONGEST_BODY;
 use super::*;
+use crate::feed::MOST_READERS;
 
 struct Running {
     path: PathBuf,
     stop: EventFd,
+    control: Arc<Control>,
     thread: Option<JoinHandle<io::Result<()>>>,
     _directory: tempfile::TempDir,
 }
@@ -30,8 +33,9 @@ impl Running {
         let server = Server::bind(&path).unwrap();
         let stop = server.stopper().unwrap();
         let control = Arc::new(super::super::document::control());
-        let thread = Some(thread::spawn(move || server.run(&control)));
-        Self { path, stop, thread, _directory: directory }
+        let served = Arc::clone(&control);
+        let thread = Some(thread::spawn(move || server.run(&served)));
+        Self { path, stop, thread, control, _directory: directory }
     }
 
     fn connect(&self) -> UnixStream {
@@ -262,4 +266,68 @@ fn metrics_are_text_that_names_the_vm() {
         assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
     }
     assert!(text.ends_with("# EOF\n"));
+}
+
+const EVENTS: &str = "GET /memory/events HTTP/1.1\r\n\r\n";
+
+/// Begins to listen for events, past the first line.
+fn listen(server: &Running) -> BufReader<UnixStream> {
+    let mut client = BufReader::new(server.connect());
+    client.get_mut().write_all(EVENTS.as_bytes()).unwrap();
+    let (status, head, _) = receive(&mut client);
+    assert_eq!(status, 200);
+    assert!(head.contains("application/jsonl") && !head.contains("Content-Length"), "{head}");
+    assert_eq!(event(&mut client).unwrap().event, EventKind::Subscribed);
+    client
+}
+
+/// The next line; `None` at the end, which may be in the middle of one.
+fn event(client: &mut impl BufRead) -> Option<MemoryEvent> {
+    let mut line = String::new();
+    client.read_line(&mut line).unwrap();
+    line.ends_with('\n').then(|| serde_json::from_str(&line).unwrap())
+}
+
+#[test]
+fn events_reach_everyone_who_listens_as_they_happen() {
+    let server = Running::start();
+    let mut clients = [listen(&server), listen(&server)];
+    for kind in [EventKind::Distress, EventKind::Figures] {
+        server.control.feed().push(kind, None);
+        for client in &mut clients {
+            assert_eq!(event(client).unwrap().event, kind);
+        }
+    }
+    assert_eq!(ask(&mut server.connect(), "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+}
+
+#[test]
+fn few_may_listen_and_who_goes_makes_room() {
+    let server = Running::start();
+    let mut clients: Vec<_> = (0..MOST_READERS).map(|_| listen(&server)).collect();
+    let (status, _, body) = ask(&mut server.connect(), EVENTS);
+    assert_eq!(status, 503);
+    assert!(sentence(&body).contains("end one of them"));
+    clients.pop();
+    // The server hears of it in its own time.
+    while ask(&mut server.connect(), EVENTS).0 != 200 {
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn who_does_not_keep_up_is_sent_away_and_costs_the_others_nothing() {
+    let server = Running::start();
+    let (mut slow, mut quick) = (listen(&server), listen(&server));
+    // More than the kernel buffers for one socket.
+    for sequence in 1..=20_000 {
+        server.control.feed().push(EventKind::Figures, None);
+        assert_eq!(event(&mut quick).unwrap().sequence, sequence);
+    }
+    let mut last = 0;
+    while let Some(event) = event(&mut slow) {
+        assert_eq!(event.sequence, last + 1, "no gap that nobody told of");
+        last = event.sequence;
+    }
+    assert!(last < 20_000, "it got all");
 }

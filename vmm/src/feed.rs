@@ -1,0 +1,158 @@
+//! What happens to a VM's memory, for those who wait for it: `GET /memory/events`.
+//!
+//! Only the latest events are kept. A reader that falls behind them has lost
+//! some, and is sent away: nobody's slowness costs the VM memory or time.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use balloon::agent::{AgentStatus, EventKind, MemoryEvent};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Events that are kept for readers.
+pub const MOST_EVENTS: usize = 64;
+
+/// Readers at a time.
+pub const MOST_READERS: usize = 4;
+
+#[derive(Debug, Default)]
+struct State {
+    events: VecDeque<MemoryEvent>,
+    /// The sequence number of the newest event; 0 before the first.
+    newest: u64,
+    readers: usize,
+    wake: Option<EventFd>,
+}
+
+/// The events of one VM.
+#[derive(Debug, Default)]
+pub struct Feed(Mutex<State>);
+
+impl Feed {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Events are pushed whole or not at all: nothing to distrust after a panic elsewhere.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `wake` written to whenever there is something for a reader.
+    pub fn wake_with(&self, wake: EventFd) {
+        self.state().wake = Some(wake);
+    }
+
+    /// Something has happened.
+    pub fn push(&self, event: EventKind, agent: Option<AgentStatus>) {
+        let mut state = self.state();
+        state.newest = state.newest.saturating_add(1);
+        let event = MemoryEvent { sequence: state.newest, event, agent };
+        if state.events.len() >= MOST_EVENTS {
+            state.events.pop_front();
+        }
+        state.events.push_back(event);
+        if let (Some(wake), 1..) = (&state.wake, state.readers) {
+            // The one failure is a full counter, which is a wake-up already pending.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// A reader of what happens from now on, whose first event tells how the agent stands;
+    /// `None` where there are [`MOST_READERS`] already.
+    pub fn subscribe(self: &Arc<Self>, agent: Option<AgentStatus>) -> Option<Subscription> {
+        let mut state = self.state();
+        if state.readers >= MOST_READERS {
+            return None;
+        }
+        state.readers += 1;
+        let first = MemoryEvent { sequence: state.newest, event: EventKind::Subscribed, agent };
+        Some(Subscription { feed: Arc::clone(self), first: Some(first), seen: state.newest })
+    }
+}
+
+/// One reader's place among the events. Its end makes room for another.
+#[derive(Debug)]
+pub struct Subscription {
+    feed: Arc<Feed>,
+    first: Option<MemoryEvent>,
+    seen: u64,
+}
+
+/// The reader was too slow: events it has not seen are no longer kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FellBehind;
+
+impl Subscription {
+    /// The events since the last call.
+    ///
+    /// # Errors
+    /// [`FellBehind`], again and again.
+    pub fn read(&mut self) -> Result<Vec<MemoryEvent>, FellBehind> {
+        let state = self.feed.state();
+        let oldest = state.events.front().map_or(state.newest, |event| event.sequence);
+        if self.seen.saturating_add(1) < oldest {
+            return Err(FellBehind);
+        }
+        let new = state.events.iter().filter(|event| event.sequence > self.seen);
+        let events = self.first.take().into_iter().chain(new.copied()).collect();
+        self.seen = state.newest;
+        Ok(events)
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut state = self.feed.state();
+        state.readers = state.readers.saturating_sub(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    fn kinds(events: &[MemoryEvent]) -> Vec<EventKind> {
+        events.iter().map(|event| event.event).collect()
+    }
+
+    #[test]
+    fn a_reader_sees_what_happens_after_it_came() {
+        let feed = Arc::new(Feed::default());
+        feed.push(EventKind::Figures, None);
+        let mut reader = feed.subscribe(None).unwrap();
+        assert_eq!(kinds(&reader.read().unwrap()), [EventKind::Subscribed]);
+        feed.push(EventKind::Distress, None);
+        feed.push(EventKind::Stalls, None);
+        let events = reader.read().unwrap();
+        assert_eq!(kinds(&events), [EventKind::Distress, EventKind::Stalls]);
+        assert_eq!(events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2, 3]);
+        assert!(reader.read().unwrap().is_empty());
+    }
+
+    #[test]
+    fn who_falls_behind_is_told_so() {
+        let feed = Arc::new(Feed::default());
+        let (mut slow, mut quick) = (feed.subscribe(None).unwrap(), feed.subscribe(None).unwrap());
+        for _ in 0..MOST_EVENTS {
+            feed.push(EventKind::Figures, None);
+        }
+        assert_eq!(quick.read().unwrap().len(), MOST_EVENTS + 1);
+        feed.push(EventKind::Figures, None);
+        assert_eq!(slow.read(), Err(FellBehind));
+        assert_eq!(slow.read(), Err(FellBehind));
+        assert_eq!(quick.read().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn readers_are_few_and_only_they_cause_wake_ups() {
+        let feed = Arc::new(Feed::default());
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        feed.wake_with(wake.try_clone().unwrap());
+        feed.push(EventKind::Figures, None);
+        assert!(wake.read().is_err(), "nobody reads");
+        let mut readers: Vec<_> = (0..MOST_READERS).map(|_| feed.subscribe(None).unwrap()).collect();
+        assert!(feed.subscribe(None).is_none());
+        feed.push(EventKind::Figures, None);
+        assert_eq!(wake.read().unwrap(), 1);
+        readers.pop();
+        assert!(feed.subscribe(None).is_some());
+    }
+}
