@@ -21,6 +21,10 @@ pub struct Discarded {
     pub calls: u64,
     /// Ranges that the host refused to take.
     pub failures: u64,
+    /// Blocks of 2 MiB that went in one go, so that no huge page had to be split.
+    pub huge_pages_whole: u64,
+    /// Blocks of 2 MiB of which only a part went, so that a huge page there was split.
+    pub huge_pages_broken: u64,
 }
 
 /// Ranges that wait to be given back, all with the same advice.
@@ -45,6 +49,12 @@ impl Batch {
 
     pub(crate) fn done(&self) -> Discarded {
         self.done
+    }
+
+    /// Counts blocks of 2 MiB that go whole, and those that are newly split.
+    pub(crate) fn count_blocks(&mut self, whole: u64, broken: u64) {
+        self.done.huge_pages_whole += whole;
+        self.done.huge_pages_broken += broken;
     }
 
     /// Puts a range down for [`flush`](Self::flush).
@@ -182,7 +192,7 @@ mod tests {
         let done = drop_every_second(Batch { process: None, ..Batch::new() });
         let ranges = PAGES as u64 / 2;
         let bytes = Bytes(ranges * PAGE as u64);
-        assert_eq!(done, Discarded { bytes, ranges, calls: ranges, failures: 0 });
+        assert_eq!(done, Discarded { bytes, ranges, calls: ranges, ..Discarded::default() });
     }
 
     #[test]
@@ -194,7 +204,7 @@ mod tests {
         }
         let ranges = PAGES as u64 / 2;
         let bytes = Bytes(ranges * PAGE as u64);
-        assert_eq!(drop_every_second(batch), Discarded { bytes, ranges, calls: 2, failures: 0 });
+        assert_eq!(drop_every_second(batch), Discarded { bytes, ranges, calls: 2, ..Discarded::default() });
     }
 
     #[test]

@@ -5,6 +5,8 @@ use vm_memory::GuestAddress;
 pub use crate::advise::Discarded;
 
 use crate::advise::Batch;
+use crate::blocks::{BLOCK, Blocks};
+use crate::pending::Pending;
 use crate::ranges::{self, PartlyGiven, Range};
 use crate::units::{Bytes, PAGE_SIZE};
 
@@ -13,9 +15,12 @@ use crate::units::{Bytes, PAGE_SIZE};
 pub enum Backing {
     /// Private anonymous memory: `MADV_DONTNEED`.
     Anonymous,
-    /// A memfd or tmpfs file, mapped shared and writable: `MADV_REMOVE`, which
-    /// punches a hole in the file; dropping the mapping alone would keep its pages.
-    SharedMemfd,
+    /// A memfd, or a file on tmpfs or a disk, mapped shared and writable:
+    /// `MADV_REMOVE`, which punches a hole in the file; dropping the mapping
+    /// alone would keep its pages. A file system that can't have holes refuses,
+    /// and that is counted. (A file mapped private is no backing for guest RAM:
+    /// what is dropped would read as the file says, not as zeros.)
+    SharedFile,
     /// Huge pages of `page` bytes, given back whole or not at all: a private
     /// mapping with `MADV_DONTNEED` (Linux 5.18 or later), a shared one with `MADV_REMOVE`.
     Hugetlb {
@@ -30,14 +35,14 @@ impl Backing {
     fn advice(self) -> libc::c_int {
         match self {
             Self::Anonymous | Self::Hugetlb { shared: false, .. } => libc::MADV_DONTNEED,
-            Self::SharedMemfd | Self::Hugetlb { shared: true, .. } => libc::MADV_REMOVE,
+            Self::SharedFile | Self::Hugetlb { shared: true, .. } => libc::MADV_REMOVE,
         }
     }
 
     /// The least that the host can take back.
     fn page(self) -> Bytes {
         match self {
-            Self::Anonymous | Self::SharedMemfd => Bytes(PAGE_SIZE),
+            Self::Anonymous | Self::SharedFile => Bytes(PAGE_SIZE),
             Self::Hugetlb { page, .. } => page,
         }
     }
@@ -61,6 +66,8 @@ struct Mapped {
     range: Range,
     /// Only for huge pages.
     partly_given: Option<PartlyGiven>,
+    /// What becomes of transparent huge pages.
+    blocks: Blocks,
 }
 
 impl Mapped {
@@ -69,13 +76,40 @@ impl Mapped {
             Backing::Hugetlb { page, .. } => Some(PartlyGiven::new(region.len, page)),
             _ => None,
         };
-        Self { region, range: Range { start: region.guest, len: region.len }, partly_given }
+        let range = Range { start: region.guest, len: region.len };
+        Self { region, range, partly_given, blocks: Blocks::new(range) }
+    }
+
+    /// Puts `part`, whole host pages of this region, down to go back to the host.
+    fn discard(&self, part: Range, batch: &mut Batch) {
+        let offset = usize::try_from(part.offset_in(&self.range));
+        let (Ok(offset), Ok(len)) = (offset, usize::try_from(part.len.0)) else { return };
+        // SAFETY: `part` lies in `range`, which is the region that `Discard::new`'s caller vouches for.
+        unsafe { batch.push(self.region.host.add(offset), len, self.region.backing.advice()) };
+    }
+
+    /// As [`discard`](Self::discard), with account of the transparent huge pages that this splits.
+    fn discard_small(&mut self, part: Range, batch: &mut Batch) {
+        let (whole, broken) = self.blocks.dropped(part);
+        batch.count_blocks(whole, broken);
+        self.discard(part, batch);
+    }
+
+    /// Marks `part` as given up and drops the huge pages that this completes.
+    fn give_part_of_huge(&mut self, part: Range, batch: &mut Batch) {
+        let Some(bits) = &mut self.partly_given else { return };
+        let from_start = Range { start: GuestAddress(part.offset_in(&self.range)), len: part.len };
+        for huge in bits.give(from_start) {
+            let start = GuestAddress(huge.start.0.saturating_add(self.range.start.0));
+            self.discard(Range { start, len: huge.len }, batch);
+        }
     }
 }
 
 /// Gives memory of one guest back to the host.
 pub struct Discard {
     regions: Vec<Mapped>,
+    pending: Pending,
     batch: Batch,
 }
 
@@ -91,7 +125,11 @@ impl Discard {
     /// memory that may change at any time, never through references: their
     /// content turns to zeros when the guest gives it up.
     pub unsafe fn new(regions: Vec<Region>) -> Self {
-        Self { regions: regions.into_iter().map(Mapped::new).collect(), batch: Batch::new() }
+        Self {
+            regions: regions.into_iter().map(Mapped::new).collect(),
+            pending: Pending::default(),
+            batch: Batch::new(),
+        }
     }
 
     /// What discards have done so far.
@@ -99,35 +137,68 @@ impl Discard {
         self.batch.done()
     }
 
-    /// The guest has put the pages `pfns` (of 4 KiB) into its balloon. Returns
-    /// how much of it is guest RAM. Pages elsewhere are left alone.
+    /// The guest has put the pages `pfns` (of 4 KiB) into its balloon: they go
+    /// back to the host now. Returns how much of it is guest RAM. Pages
+    /// elsewhere are left alone.
     pub fn give_up(&mut self, pfns: &mut [u32]) -> Bytes {
+        let given = self.give_up_soon(pfns);
+        self.finish();
+        given
+    }
+
+    /// As [`give_up`](Self::give_up), but the pages may wait for their
+    /// neighbours until [`finish`](Self::finish), so that many go with one
+    /// system call, and huge pages whole. Only for a driver that doesn't touch
+    /// a page again before it has said so.
+    pub fn give_up_soon(&mut self, pfns: &mut [u32]) -> Bytes {
         let mut given = Bytes::ZERO;
+        let mut full = false;
         for range in ranges::of_pages(pfns) {
             for mapped in &mut self.regions {
                 let Some(part) = range.within(&mapped.range) else { continue };
                 given += part.len;
-                match &mut mapped.partly_given {
-                    None => discard(&mapped.region, &mapped.range, part, &mut self.batch),
-                    Some(bits) => {
-                        let from_start =
-                            Range { start: GuestAddress(part.offset_in(&mapped.range)), len: part.len };
-                        for huge in bits.give(from_start) {
-                            let start = GuestAddress(huge.start.0.saturating_add(mapped.range.start.0));
-                            let whole = Range { start, len: huge.len };
-                            discard(&mapped.region, &mapped.range, whole, &mut self.batch);
-                        }
-                    }
+                match mapped.partly_given {
+                    None => full |= self.pending.push(part),
+                    Some(_) => mapped.give_part_of_huge(part, &mut self.batch),
                 }
             }
+        }
+        if full {
+            let whole = self.pending.take_whole(BLOCK);
+            self.drop_all(&whole);
         }
         self.batch.flush();
         given
     }
 
+    /// What was given up and the host still holds.
+    pub fn waiting(&self) -> Bytes {
+        self.pending.waiting()
+    }
+
+    /// Gives all that waits back to the host.
+    pub fn finish(&mut self) {
+        let waiting = self.pending.take_all();
+        self.drop_all(&waiting);
+    }
+
+    fn drop_all(&mut self, ranges: &[Range]) {
+        for range in ranges {
+            // Regions may lie side by side, and pages of both have been merged then.
+            for mapped in &mut self.regions {
+                if let Some(part) = range.within(&mapped.range) {
+                    mapped.discard_small(part, &mut self.batch);
+                }
+            }
+        }
+        self.batch.flush();
+    }
+
     /// The guest takes the pages `pfns` (of 4 KiB) out of its balloon; the host
     /// gives it memory when it touches them. Returns how much of it is guest RAM.
     pub fn take_back(&mut self, pfns: &mut [u32]) -> Bytes {
+        // Nothing may go any more once the driver has its pages.
+        self.finish();
         let mut taken = Bytes::ZERO;
         for range in ranges::of_pages(pfns) {
             for mapped in &mut self.regions {
@@ -144,8 +215,9 @@ impl Discard {
         taken
     }
 
-    /// The guest has nothing in its balloon any more.
+    /// The guest has nothing in its balloon any more, and uses all of it again.
     pub fn take_back_all(&mut self) {
+        self.pending.clear();
         for bits in self.regions.iter_mut().filter_map(|mapped| mapped.partly_given.as_mut()) {
             bits.clear();
         }
@@ -158,24 +230,17 @@ impl Discard {
         free.sort_unstable();
         let mut reported = Bytes::ZERO;
         for range in ranges::merged(free.iter().copied()) {
-            for mapped in &self.regions {
+            for mapped in &mut self.regions {
                 let Some(part) = range.within(&mapped.range) else { continue };
                 reported += part.len;
-                if let Some(whole) = part.whole_pages(mapped.region.backing.page()) {
-                    discard(&mapped.region, &mapped.range, whole, &mut self.batch);
+                let Some(whole) = part.whole_pages(mapped.region.backing.page()) else { continue };
+                match mapped.partly_given {
+                    None => mapped.discard_small(whole, &mut self.batch),
+                    Some(_) => mapped.discard(whole, &mut self.batch),
                 }
             }
         }
         self.batch.flush();
         reported
     }
-}
-
-/// Puts `part`, whole host pages inside `range`, down to go back to the host.
-fn discard(region: &Region, range: &Range, part: Range, batch: &mut Batch) {
-    let (Ok(offset), Ok(len)) = (usize::try_from(part.offset_in(range)), usize::try_from(part.len.0)) else {
-        return;
-    };
-    // SAFETY: `part` lies in `range`, which is the region that `Discard::new`'s caller vouches for.
-    unsafe { batch.push(region.host.add(offset), len, region.backing.advice()) };
 }

@@ -8,10 +8,14 @@
 mod advise;
 pub mod agent;
 #[cfg(feature = "device")]
+pub mod blocks;
+#[cfg(feature = "device")]
 pub mod device;
 #[cfg(feature = "device")]
 pub mod discard;
 pub mod limits;
+#[cfg(feature = "device")]
+pub mod pending;
 #[cfg(feature = "device")]
 pub mod ranges;
 pub mod report;
@@ -21,4 +25,6 @@ pub mod runtime;
 #[cfg(feature = "device")]
 mod statistics;
 pub mod status;
+#[cfg(feature = "device")]
+mod timer;
 pub mod units;

@@ -37,6 +37,16 @@ impl Range {
         Self::between(start, self.end() & !mask)
     }
 
+    /// The part of this range in front of `other`; `None` where there is none.
+    pub fn before(&self, other: &Self) -> Option<Self> {
+        Self::between(self.start.0, self.end().min(other.start.0))
+    }
+
+    /// The part of this range behind `other`; `None` where there is none.
+    pub fn behind(&self, other: &Self) -> Option<Self> {
+        Self::between(self.start.0.max(other.end()), self.end())
+    }
+
     /// The same range, counted from the start of `region`, which holds it.
     pub(crate) fn offset_in(&self, region: &Self) -> u64 {
         self.start.0.saturating_sub(region.start.0)

@@ -2,17 +2,17 @@
 //! buffer with the device, which gives it back to ask for fresh values.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::virtio::device::Active;
 use devices::virtio::queue::{Chain, Head, Verdict, give_back};
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::timerfd::TimerFd;
 
 use crate::device::{Driver, Shared};
 use crate::report::Report;
+use crate::timer::Timer;
 
 /// One statistic in the buffer: a tag of 2 bytes and a value of 8, packed (section 5.5.6.3.1).
 const ENTRY: usize = 10;
@@ -23,28 +23,21 @@ const MOST_ENTRIES: usize = 256;
 /// Asks for statistics at an interval and keeps the buffer between the questions.
 pub(crate) struct Statistics {
     shared: Arc<Shared>,
-    interval: Duration,
-    timer: TimerFd,
+    timer: Timer,
     held: Option<Head>,
 }
 
 impl Statistics {
     pub(crate) fn new(shared: Arc<Shared>, interval: Duration) -> io::Result<Self> {
-        let timer = TimerFd::new()?;
-        // A reset may disarm it between its expiry and the read of it, which must not wait then.
-        // SAFETY: fcntl on a descriptor that we own, with no pointer.
-        if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { shared, interval, timer, held: None })
+        Ok(Self { shared, timer: Timer::new(interval)?, held: None })
     }
 
     pub(crate) fn timer(&self) -> RawFd {
-        self.timer.as_raw_fd()
+        self.timer.descriptor()
     }
 
     pub(crate) fn start(&mut self) {
-        if let Err(error) = self.timer.reset(self.interval, Some(self.interval)) {
+        if let Err(error) = self.timer.run(true) {
             tracing::warn!("no statistics from the guest: its timer can't be set: {error}");
         }
     }
@@ -52,7 +45,7 @@ impl Statistics {
     pub(crate) fn stop(&mut self) {
         self.held = None;
         // Disarming fails only for a bad descriptor.
-        let _ = self.timer.clear();
+        let _ = self.timer.run(false);
     }
 
     /// The driver's buffer, with its answer.
@@ -72,8 +65,7 @@ impl Statistics {
 
     /// Asks for fresh values, where the driver has answered the last question.
     pub(crate) fn tick(&mut self, queue: usize, active: Option<&mut Active>) {
-        // Not expired after all where a reset has disarmed it.
-        let _ = self.timer.wait();
+        self.timer.read();
         let Some(active) = active else { return };
         let Some(head) = self.held.take() else { return };
         {

@@ -18,6 +18,9 @@ pub struct MemoryStatus {
     pub target: Bytes,
     /// What the guest has: its memory map less the balloon, as its driver says.
     pub actual: Bytes,
+    /// The guest could not reach the target: it stays at `actual` until a target is set anew.
+    #[serde(default)]
+    pub settled: bool,
     /// Guest memory that the host really holds (resident pages of the mapping).
     pub host_rss: Bytes,
     /// How the guest's balloon driver is doing.
@@ -94,6 +97,10 @@ pub struct BalloonCounters {
     pub discard_calls: u64,
     /// Discards the host refused.
     pub discard_failures: u64,
+    /// Blocks of 2 MiB that went back in one go, so that no huge page was split.
+    pub huge_pages_whole: u64,
+    /// Blocks of 2 MiB of which only a part went back, so that a huge page there was split.
+    pub huge_pages_broken: u64,
     /// Malformed descriptor chains handed back to the guest.
     pub malformed: u64,
     /// Requests for statistics sent to the guest.
@@ -151,6 +158,7 @@ mod tests {
             limits: Limits::fixed(Bytes::mib(512)).unwrap(),
             target: Bytes::mib(300),
             actual: Bytes::mib(300),
+            settled: false,
             host_rss: Bytes::mib(200),
             driver: DriverState::Active,
             report: None,

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use balloon::device::{Config, DEFLATE_ON_OOM, PAGE_REPORTING, SILENT_AFTER, STATS_VQ, TargetError};
+use balloon::device::{
+    Config, DEFLATE_ON_OOM, MUST_TELL_HOST, PAGE_POISON, PAGE_REPORTING, SILENT_AFTER, STATS_VQ, TargetError,
+};
 use balloon::status::DriverState;
 use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::{BUFFERS, Guest, HIGH, NEEDS_RESET, REGION, RUNNING};
@@ -16,6 +18,9 @@ use room::{MAP, config, guest};
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
+
+/// What a driver refuses whose pages must go before it gets its answer.
+const AT_ONCE: u64 = 1 << MUST_TELL_HOST;
 
 const NUM_PAGES: u32 = VIRTIO_MMIO_CONFIG;
 const ACTUAL: u32 = VIRTIO_MMIO_CONFIG + 4;
@@ -52,11 +57,12 @@ fn byte(guest: &Guest, address: u64) -> u8 {
 fn offers_only_what_it_was_given() {
     let transport = 1u64 << 32 | 1 << 28 | 1 << 29;
     let (guest_with_all, _) = guest(config());
-    let all = 1u64 << STATS_VQ | 1 << DEFLATE_ON_OOM | 1 << PAGE_REPORTING;
+    let always = 1u64 << MUST_TELL_HOST | 1 << PAGE_POISON;
+    let all = always | 1 << STATS_VQ | 1 << DEFLATE_ON_OOM | 1 << PAGE_REPORTING;
     assert_eq!(guest_with_all.offered(), transport | all);
     let bare =
         Config { deflate_on_oom: false, reporting: false, statistics_interval: Duration::ZERO, ..config() };
-    assert_eq!(guest(bare).0.offered(), transport);
+    assert_eq!(guest(bare).0.offered(), transport | always);
 }
 
 #[test]
@@ -117,7 +123,7 @@ fn only_actual_is_the_guests_to_write() {
 #[test]
 fn pages_put_into_the_balloon_leave_the_host() {
     let (mut guest, handle) = guest(config());
-    guest.start(0);
+    guest.start(AT_ONCE);
     let mut pfns = touched(&guest, HIGH + 0x1_0000, 16);
     pfns.reverse();
     // Twice, in the hole, past the end, nowhere.
@@ -152,7 +158,7 @@ fn pages_put_into_the_balloon_leave_the_host() {
 #[test]
 fn page_numbers_may_be_spread_over_buffers() {
     let (mut guest, handle) = guest(config());
-    guest.start(0);
+    guest.start(AT_ONCE);
     let pfns = touched(&guest, HIGH, 3);
     for (place, pfn) in pfns.iter().enumerate() {
         guest.ram.memory.write_obj(pfn.to_le(), GuestAddress(BUFFERS + 4 * place as u64)).unwrap();
@@ -170,7 +176,7 @@ fn page_numbers_may_be_spread_over_buffers() {
 #[test]
 fn more_than_a_batch_of_pages_goes() {
     let (mut guest, handle) = guest(config());
-    guest.start(0);
+    guest.start(AT_ONCE);
     let one_page = u32::try_from(HIGH / PAGE_SIZE).unwrap();
     let pfns: Vec<u32> = (0..1500).map(|n| one_page + n % 256).collect();
     send_pages(&mut guest, INFLATE, &pfns);

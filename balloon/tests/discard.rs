@@ -116,7 +116,7 @@ fn shared_pages_leave_the_file_too() {
     let mapping = Mapping::new(8 * PAGE, libc::MAP_SHARED, file).unwrap();
     let before = Mapping::held(file);
     assert_eq!(before, 8 * PAGE_SIZE);
-    let mut discard = mapping.discard(Backing::SharedMemfd);
+    let mut discard = mapping.discard(Backing::SharedFile);
     discard.give_up(&mut pfns(&[0, 1, 6]));
     assert_eq!(discard.done().failures, 0);
     assert_eq!(before - Mapping::held(file), 3 * PAGE_SIZE);
@@ -142,7 +142,7 @@ fn reported_memory_goes_whole_pages_only() {
 fn what_the_host_refuses_is_counted() {
     // MADV_REMOVE works on shared mappings only: claim that this private one is such.
     let private = Mapping::anonymous(PAGE);
-    let mut discard = private.discard(Backing::SharedMemfd);
+    let mut discard = private.discard(Backing::SharedFile);
     discard.give_up(&mut pfns(&[0]));
     assert_eq!((discard.done().failures, discard.done().bytes), (1, Bytes::ZERO));
     assert_eq!(private.byte(0), 1);

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use balloon::device::{Config, Handle};
+use balloon::device::{Config, Handle, MUST_TELL_HOST};
 use balloon::status::DriverState;
 use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::hostile::{Act, any_act, chain_act};
@@ -55,7 +55,8 @@ fn hostile_room() -> (Guest, Handle) {
 
 fn assert_usable(guest: &mut Guest, handle: &Handle) {
     guest.ram.assert_canaries();
-    guest.start(0);
+    // So that the page goes at once.
+    guest.start(1 << MUST_TELL_HOST);
     assert_eq!(handle.actual(), MAP);
     assert_eq!(handle.driver(), DriverState::Active);
     let wanted = u64::from(guest.read(VIRTIO_MMIO_CONFIG));

@@ -2,6 +2,7 @@
 //!
 //! It runs in the deterministic lab, where a nanosecond is an instruction, so noise can't touch it.
 
+mod balloon;
 mod memory;
 
 use std::fs;
@@ -10,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use ::balloon::units::Bytes;
 use anyhow::{Context, Result, bail, ensure};
-use balloon::units::Bytes;
 use lab::emulator::{Emulator, Terminal};
 use lab::{GuestImages, Kernel, inside};
 
@@ -33,8 +34,17 @@ const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet ballast.end=hang";
 /// Ten times what it usually takes: virtual time stands still for minutes now and then.
 const LIMIT: Duration = Duration::from_secs(3000);
 
+/// What can be measured, by the words that name it on the command line; with none, all of it.
+const BENCHMARKS: &[(&str, Benchmark)] = &[("boot", boot), ("balloon", balloon)];
+type Benchmark = fn() -> Result<()>;
+
 fn main() -> ExitCode {
-    match if inside() { measure() } else { emulated() } {
+    let names: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(name) = names.iter().find(|name| BENCHMARKS.iter().all(|(known, _)| known != name)) {
+        eprintln!("bench: `{name}` is no benchmark: use boot, balloon, or none for all of them");
+        return ExitCode::from(2);
+    }
+    match if inside() { measure(&names) } else { emulated(&names) } {
         Ok(code) => code,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -43,7 +53,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn emulated() -> Result<ExitCode> {
+fn emulated(names: &[String]) -> Result<ExitCode> {
     let emulator = Emulator {
         deterministic: true,
         memory: Bytes::gib(3),
@@ -53,7 +63,8 @@ fn emulated() -> Result<ExitCode> {
         limit: LIMIT,
         ..Emulator::default()
     };
-    let outcome = emulator.run(&std::env::current_exe()?, &[])?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let outcome = emulator.run(&std::env::current_exe()?, &names)?;
     Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
 }
 
@@ -77,7 +88,20 @@ struct Measured {
     beside: Beside,
 }
 
-fn measure() -> Result<ExitCode> {
+fn measure(names: &[String]) -> Result<ExitCode> {
+    for (name, benchmark) in BENCHMARKS {
+        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            benchmark().with_context(|| (*name).to_owned())?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn balloon() -> Result<()> {
+    balloon::compare(&Kernel::V6_1.guest_images())
+}
+
+fn boot() -> Result<()> {
     let images = Kernel::V6_1.guest_images();
     // Once without looking: the first VMM pays for caches and entropy that the others find ready.
     run(ballast(&images))?;
@@ -95,7 +119,7 @@ fn measure() -> Result<ExitCode> {
             measured.beside.anonymous.to_string(),
         );
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn ballast(images: &GuestImages) -> Command {

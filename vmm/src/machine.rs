@@ -247,7 +247,7 @@ fn create_vm(kvm_fd: &Kvm, ram: &Ram) -> Result<VmFd, MachineError> {
 fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
     let backing = match ram.backing() {
         Backing::Anonymous => discard::Backing::Anonymous,
-        Backing::Memfd => discard::Backing::SharedMemfd,
+        Backing::Memfd => discard::Backing::SharedFile,
         Backing::HugePages2M => discard::Backing::Hugetlb { shared: true, page: Bytes::mib(2) },
     };
     let regions = ram

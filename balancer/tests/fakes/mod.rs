@@ -78,6 +78,7 @@ impl FakeVm {
             limits,
             target: limits.startup(),
             actual: limits.startup(),
+            settled: false,
             host_rss: limits.startup(),
             driver: DriverState::Active,
             report: None,

@@ -45,6 +45,11 @@ pub(crate) enum Driver {
 /// What the device and its handles share; held for moments only.
 pub(crate) struct State {
     pub(crate) target: Bytes,
+    /// Counts requests for a target, as the same one may be asked for again.
+    pub(crate) requests: u64,
+    /// The guest could not reach the target, and is no longer asked to.
+    pub(crate) settled: bool,
+    /// In the balloon, and gone from the host.
     pub(crate) actual: Pages,
     pub(crate) driver: Driver,
     pub(crate) report: Option<(Instant, Report)>,
@@ -62,6 +67,8 @@ impl Shared {
     pub(crate) fn new(map: Bytes, target: Bytes) -> io::Result<Self> {
         let state = State {
             target,
+            requests: 0,
+            settled: false,
             actual: Pages(0),
             driver: Driver::Absent,
             report: None,
@@ -81,7 +88,8 @@ impl Shared {
 pub struct Handle(pub(super) Arc<Shared>);
 
 impl Handle {
-    /// Asks the guest to have `target` of its memory map; how far it gets shows in [`actual`](Self::actual).
+    /// Asks the guest to have `target` of its memory map; how far it gets shows
+    /// in [`actual`](Self::actual). It replaces what was asked before at once.
     ///
     /// # Errors
     /// There is no driver, or `target` is nothing or more than the map.
@@ -96,6 +104,8 @@ impl Handle {
                 return Err(TargetError::NoDriver);
             }
             state.target = target;
+            state.requests = state.requests.wrapping_add(1);
+            state.settled = false;
         }
         // The one failure is a full counter, which is a wake-up already pending.
         let _ = self.0.wake.write(1);
@@ -107,7 +117,14 @@ impl Handle {
         self.0.state().target
     }
 
-    /// What the guest has, as its driver says: the map less the balloon.
+    /// Whether the guest could not reach the target: it is asked for no more than
+    /// [`actual`](Self::actual), until the next target is set.
+    pub fn settled(&self) -> bool {
+        self.0.state().settled
+    }
+
+    /// What the guest has: the map less the balloon, as its driver says. What
+    /// the host has not got back yet is not in the balloon yet.
     pub fn actual(&self) -> Bytes {
         self.0.map.saturating_sub(self.0.state().actual.bytes())
     }

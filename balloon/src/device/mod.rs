@@ -1,9 +1,23 @@
 //! The traditional memory balloon (virtio 1.2, section 5.5).
 //!
-//! The guest's driver names pages that it gives up; the host drops them at
-//! once. Statistics and free page reporting stand in their own modules.
+//! The guest's driver names pages that it gives up; the host drops them as soon
+//! as enough of them have come together to go in one go (`pending`). Where the
+//! host wants the balloon, and what the driver is told on the way there, is in
+//! `pace`. Statistics and free page reporting stand in their own modules.
+//!
+//! # Why free page hints are not offered
+//! VIRTIO_BALLOON_F_FREE_PAGE_HINT (section 5.5.6.5) names pages that were free
+//! a moment ago. Linux's driver keeps them allocated while it hints, but its
+//! shrinker gives them back to the guest under memory pressure at any time,
+//! hints that the device has not seen yet included
+//! (`drivers/virtio/virtio_balloon.c`: `virtio_balloon_shrinker_scan`). A device
+//! that drops a hinted page can so drop one that is in use again. Only who
+//! copies a guest's memory, and sees what is written meanwhile, can use hints;
+//! nobody here does. Free page reporting is the safe way: there the driver keeps
+//! the pages until the device has answered.
 
 mod handle;
+mod pace;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -21,12 +35,21 @@ pub use handle::{Handle, SILENT_AFTER, TargetError};
 use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
+use crate::timer::Timer;
 use crate::units::{Bytes, Pages};
+use pace::Pace;
 
-/// Feature bits (virtio 1.2, section 5.5.3).
+/// Feature bits (virtio 1.2, section 5.5.3). This one: the driver says that it
+/// takes a page back before it touches it. What it gives up can wait for its
+/// neighbours then, as nobody misses it meanwhile.
+pub const MUST_TELL_HOST: u32 = 0;
+/// The driver tells how the guest's memory is doing.
 pub const STATS_VQ: u32 = 1;
 /// The driver may take pages back when the guest is out of memory.
 pub const DEFLATE_ON_OOM: u32 = 2;
+/// The driver tells what it fills free pages with. Without this, Linux reports no free pages
+/// where it fills them (`init_on_free`, `page_poison`).
+pub const PAGE_POISON: u32 = 4;
 /// The driver reports free pages that the host may drop.
 pub const PAGE_REPORTING: u32 = 5;
 
@@ -51,9 +74,13 @@ const BUDGET: Budget = Budget { chains: 64, bytes: MOST_PAGES * 4 };
 /// Of reported memory, which costs by the buffer rather than by the byte.
 const REPORTING_BUDGET: Budget = Budget { chains: 16, bytes: 1 << 30 };
 
-/// num_pages and actual (section 5.5.4).
-const CONFIG_SIZE: usize = 8;
+/// The configuration space (section 5.5.4): num_pages, actual, free_page_hint_cmd_id, poison_val.
+const CONFIG_SIZE: usize = 16;
 const ACTUAL: usize = 4;
+const POISON: usize = 12;
+
+/// How often the device looks after a balloon on its way. Never while it rests.
+const TICK: Duration = Duration::from_millis(100);
 
 /// What a balloon is made with.
 #[derive(Clone, Debug)]
@@ -79,11 +106,15 @@ enum Role {
     Reporting,
 }
 
-/// Page numbers flow one of two ways.
+/// What becomes of the pages whose numbers a driver sends.
 #[derive(Clone, Copy)]
 enum Flow {
-    ToHost,
-    ToGuest,
+    /// They go to the host now.
+    Give,
+    /// They go to the host when that suits it.
+    GiveSoon,
+    /// The guest uses them again.
+    TakeBack,
 }
 
 /// The balloon device.
@@ -93,8 +124,14 @@ pub struct Balloon {
     discard: Discard,
     faults: Faults,
     statistics: Statistics,
-    /// num_pages as the guest was last told: what the balloon should hold.
-    wanted: Pages,
+    pace: Pace,
+    /// num_pages as the guest was last told: what the balloon should hold now.
+    told: Pages,
+    /// The last of the host's requests that was taken up.
+    request: u64,
+    timer: Timer,
+    /// What the guest fills free pages with (poison_val).
+    poison: u32,
 }
 
 impl Balloon {
@@ -110,14 +147,28 @@ impl Balloon {
         let shared = Arc::new(Shared::new(config.map, config.target)?);
         let statistics = Statistics::new(shared.clone(), config.statistics_interval)?;
         let offered = [
+            (MUST_TELL_HOST, true),
+            (PAGE_POISON, true),
             (STATS_VQ, !config.statistics_interval.is_zero()),
             (DEFLATE_ON_OOM, config.deflate_on_oom),
             (PAGE_REPORTING, config.reporting),
         ];
         let features = offered.iter().filter(|(_, on)| *on).fold(0, |bits, (bit, _)| bits | 1 << bit);
         let handle = Handle(shared.clone());
-        let wanted = wanted_pages(config.map, config.target);
-        Ok((Self { shared, features, discard, faults: Faults::default(), statistics, wanted }, handle))
+        let pace = Pace::new(config.map, wanted_pages(config.map, config.target));
+        let device = Self {
+            shared,
+            features,
+            discard,
+            faults: Faults::default(),
+            statistics,
+            told: pace.asked(),
+            pace,
+            request: 0,
+            timer: Timer::new(TICK)?,
+            poison: 0,
+        };
+        Ok((device, handle))
     }
 
     /// Section 5.5.2, and the numbering without gaps that Linux uses.
@@ -134,18 +185,27 @@ impl Balloon {
 
     fn serve_role(&mut self, role: Role, index: usize, active: &mut Active) -> Progress {
         let (faults, discard, shared) = (&mut self.faults, &mut self.discard, &self.shared);
+        let inflate = if active.features & 1 << MUST_TELL_HOST != 0 { Flow::GiveSoon } else { Flow::Give };
+        // The guest expects to find its pattern there (section 5.5.6.7): nothing may go.
+        let keep_reported = active.features & 1 << PAGE_POISON != 0 && self.poison != 0;
         match role {
             Role::Inflate => serve(active, index, faults, BUDGET, |memory, chain| {
-                move_pages(memory, chain, discard, shared, Flow::ToHost)
+                move_pages(memory, chain, discard, shared, inflate)
             }),
             Role::Deflate => serve(active, index, faults, BUDGET, |memory, chain| {
-                move_pages(memory, chain, discard, shared, Flow::ToGuest)
+                move_pages(memory, chain, discard, shared, Flow::TakeBack)
             }),
             Role::Statistics => {
                 let statistics = &mut self.statistics;
-                serve(active, index, faults, BUDGET, |memory, chain| statistics.take(memory, chain))
+                let progress =
+                    serve(active, index, faults, BUDGET, |memory, chain| statistics.take(memory, chain));
+                self.pace.heard(free(&self.shared));
+                progress
             }
             Role::Reporting => serve(active, index, faults, REPORTING_BUDGET, |_, chain| {
+                if keep_reported {
+                    return Verdict::Used(0);
+                }
                 let Some(reported) = reporting::drop_reported(chain, discard) else {
                     return Verdict::Malformed;
                 };
@@ -164,6 +224,10 @@ impl Balloon {
         state.counters.discard_ranges = done.ranges;
         state.counters.discard_calls = done.calls;
         state.counters.discard_failures = done.failures;
+        state.counters.huge_pages_whole = done.huge_pages_whole;
+        state.counters.huge_pages_broken = done.huge_pages_broken;
+        state.actual = Pages(self.pace.reached().0.saturating_sub(self.discard.waiting().pages().0));
+        state.settled = self.pace.is_settled();
         state.counters.malformed = self.faults.total();
         if broken {
             state.driver = Driver::Broken;
@@ -172,11 +236,51 @@ impl Balloon {
 
     fn config(&self) -> [u8; CONFIG_SIZE] {
         let mut config = [0; CONFIG_SIZE];
-        let (wanted, actual) = config.split_at_mut(ACTUAL);
-        wanted.copy_from_slice(&register(self.wanted));
-        actual.copy_from_slice(&register(self.shared.state().actual));
+        for (at, value) in [
+            (0, register(self.told)),
+            (ACTUAL, register(self.pace.reached())),
+            (POISON, self.poison.to_le_bytes()),
+        ] {
+            for (byte, value) in config.iter_mut().skip(at).zip(value) {
+                *byte = value;
+            }
+        }
         config
     }
+
+    /// Takes up what the host has asked for since the last time.
+    fn take_request(&mut self) {
+        let (target, request) = {
+            let state = self.shared.state();
+            (state.target, state.requests)
+        };
+        if request != self.request {
+            self.request = request;
+            self.pace.aim(wanted_pages(self.shared.map, target), free(&self.shared));
+        }
+    }
+
+    /// After any event: lets go what waits for nothing more, tells the guest what it is asked for
+    /// now, and keeps time while there is something to come.
+    fn follow_up(&mut self, active: &mut Active, quiet: bool) {
+        if quiet || self.pace.reached() >= self.pace.asked() {
+            self.discard.finish();
+        }
+        if self.pace.asked() != self.told {
+            self.told = self.pace.asked();
+            active.interrupt.config_changed();
+        }
+        let wanted = self.pace.is_moving() || self.discard.waiting() > Bytes::ZERO;
+        if let Err(error) = self.timer.run(wanted) {
+            tracing::warn!("the balloon may not get where it should: its timer can't be set: {error}");
+        }
+    }
+}
+
+/// What the guest has free, as far as it said.
+fn free(shared: &Shared) -> Bytes {
+    let state = shared.state();
+    state.report.as_ref().and_then(|(_, report)| report.free).unwrap_or_default()
 }
 
 /// Pages as a 32-bit little-endian register holds them; saturates.
@@ -216,12 +320,15 @@ fn move_pages(
             return Verdict::Used(0);
         };
         match flow {
-            Flow::ToHost => {
-                let given = discard.give_up(batch);
+            Flow::Give | Flow::GiveSoon => {
+                let given = match flow {
+                    Flow::GiveSoon => discard.give_up_soon(batch),
+                    _ => discard.give_up(batch),
+                };
                 let mut state = shared.state();
                 state.counters.inflated = state.counters.inflated.saturating_add(given);
             }
-            Flow::ToGuest => {
+            Flow::TakeBack => {
                 let taken = discard.take_back(batch);
                 let mut state = shared.state();
                 state.counters.deflated = state.counters.deflated.saturating_add(taken);
@@ -232,7 +339,8 @@ fn move_pages(
 
 /// The device's own descriptors, by their place.
 const WAKE: usize = 0;
-const TIMER: usize = 1;
+const STATISTICS_TIMER: usize = 1;
+const TIMER: usize = 2;
 
 impl VirtioDevice for Balloon {
     fn device_id(&self) -> u32 {
@@ -256,18 +364,25 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    /// Only `actual` is the driver's to write.
+    /// Only `actual` and `poison_val` are the driver's to write.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let Some(offset) = usize::try_from(offset).ok().filter(|offset| *offset < CONFIG_SIZE) else {
             return;
         };
-        let mut actual = register(self.shared.state().actual);
-        for (place, value) in (offset..).zip(data) {
-            if let Some(byte) = place.checked_sub(ACTUAL).and_then(|place| actual.get_mut(place)) {
-                *byte = *value;
-            }
+        let mut config = self.config();
+        for (byte, value) in config.iter_mut().skip(offset).zip(data) {
+            *byte = *value;
         }
-        self.shared.state().actual = Pages(u64::from(u32::from_le_bytes(actual)));
+        let field =
+            |at| config.iter().skip(at).take(4).rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
+        self.poison = field(POISON);
+        self.pace.arrived(Pages(u64::from(field(ACTUAL))));
+        self.publish(false);
+        let there = self.pace.reached() >= self.pace.asked();
+        if self.pace.asked() != self.told || there && self.discard.waiting() > Bytes::ZERO {
+            // The rest is for the event loop. The one failure is a wake-up already pending.
+            let _ = self.shared.wake.write(1);
+        }
     }
 
     fn activate(&mut self, active: &mut Active) {
@@ -283,36 +398,46 @@ impl VirtioDevice for Balloon {
         self.faults.forgive();
         self.statistics.stop();
         self.discard.take_back_all();
-        let mut state = self.shared.state();
-        state.driver = Driver::Absent;
-        state.actual = Pages(0);
-        self.wanted = wanted_pages(self.shared.map, state.target);
+        self.poison = 0;
+        self.take_request();
+        self.pace.restart();
+        self.told = self.pace.asked();
+        // Disarming fails only for a bad descriptor.
+        let _ = self.timer.run(false);
+        self.publish(false);
+        self.shared.state().driver = Driver::Absent;
     }
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
         let Some(role) = self.role(index, active.features) else { return Progress::Done };
         let progress = self.serve_role(role, index, active);
-        self.publish(progress == Progress::Broken);
+        let broken = progress == Progress::Broken;
+        self.follow_up(active, broken);
+        self.publish(broken);
         progress
     }
 
     fn own_events(&self) -> Vec<RawFd> {
-        vec![self.shared.wake.as_raw_fd(), self.statistics.timer()]
+        vec![self.shared.wake.as_raw_fd(), self.statistics.timer(), self.timer.descriptor()]
     }
 
     fn own_event(&mut self, index: usize, active: Option<&mut Active>) {
         match index {
-            WAKE => {
-                let _ = self.shared.wake.read();
-                let wanted = wanted_pages(self.shared.map, self.shared.state().target);
-                let changed = wanted != self.wanted;
-                self.wanted = wanted;
-                if let (Some(active), true) = (active, changed) {
-                    active.interrupt.config_changed();
-                }
-            }
-            TIMER => self.statistics.tick(STATISTICS, active),
-            _ => {}
+            WAKE => drop(self.shared.wake.read()),
+            STATISTICS_TIMER => return self.statistics.tick(STATISTICS, active),
+            TIMER => self.timer.read(),
+            _ => return,
         }
+        self.take_request();
+        let Some(active) = active else {
+            // Nobody to ask: a driver that comes finds it in the configuration space.
+            self.told = self.pace.asked();
+            return;
+        };
+        if index == TIMER {
+            self.pace.tick();
+        }
+        self.follow_up(active, index == TIMER);
+        self.publish(false);
     }
 }

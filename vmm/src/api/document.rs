@@ -157,6 +157,7 @@ fn a_full_answer_is_as_described() {
             limits: Limits::fixed(Bytes::gib(1)).unwrap(),
             target: Bytes::gib(1),
             actual: Bytes(u64::MAX),
+            settled: true,
             host_rss: Bytes::ZERO,
             driver,
             report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),

@@ -114,6 +114,16 @@ impl Snapshot {
             ("balloon_discard_ranges", "Ranges given back to the host.", counters.discard_ranges),
             ("balloon_discard_calls", "System calls that giving back took.", counters.discard_calls),
             ("balloon_discard_failures", "Ranges that the host refused.", counters.discard_failures),
+            (
+                "balloon_huge_pages_whole",
+                "Blocks of 2 MiB given back in one go, so that no huge page was split.",
+                counters.huge_pages_whole,
+            ),
+            (
+                "balloon_huge_pages_broken",
+                "Blocks of 2 MiB given back in part, so that a huge page there was split.",
+                counters.huge_pages_broken,
+            ),
             ("balloon_malformed_chains", "Malformed chains handed back to the guest.", counters.malformed),
             ("balloon_statistics_requests", "Requests for a report.", counters.statistics_requests),
             ("balloon_reports", "Reports received.", counters.reports),

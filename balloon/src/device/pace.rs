@@ -1,0 +1,239 @@
+//! How the balloon moves to where the host wants it. Pure: no clock, no device.
+//!
+//! What a guest has free it can give at once. What it must first make free
+//! (caches to drop, pages to swap out) is asked for in steps, so that one large
+//! request doesn't stop everything in the guest. A request that the guest can't
+//! meet ends: Linux's driver tries again five times a second for as long as the
+//! device asks for more than it has ("Out of puff!"), and takes pages from a
+//! guest that has just got them back to stay alive. So what was reached becomes
+//! what is asked for, until the host asks anew.
+
+use crate::units::{Bytes, Pages};
+
+/// Of the guest's free memory so much is asked for at once, in percent: the
+/// report is a moment old, and the guest goes on living.
+const FREE_PERCENT: u64 = 80;
+/// The smallest step.
+const LEAST_STEP: Bytes = Bytes::mib(64);
+/// A step is at least this part of the guest's memory map.
+const STEPS_IN_MAP: u64 = 64;
+/// Ticks without a page until a guest counts as unable. With ten ticks a
+/// second the driver has tried and failed several times by then.
+const PATIENCE: u32 = 15;
+
+/// What the guest is asked for on the way to a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// What the balloon shall hold in the end.
+    wanted: Pages,
+    /// What the driver is told to hold now.
+    asked: Pages,
+    /// What it holds, as it says.
+    reached: Pages,
+    step: Pages,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// There, or on the way.
+    Moving {
+        /// Ticks in which nothing came.
+        idle: u32,
+        /// What was there at the last tick.
+        before: Pages,
+    },
+    /// The guest gave up.
+    Settled,
+}
+
+impl Pace {
+    /// For a guest with memory of `map`, of which `wanted` shall be in the balloon.
+    pub fn new(map: Bytes, wanted: Pages) -> Self {
+        let step = LEAST_STEP.pages().max(Pages(map.pages().0 / STEPS_IN_MAP));
+        let start = State::Moving { idle: 0, before: Pages(0) };
+        let mut pace = Self { wanted, asked: Pages(0), reached: Pages(0), step, state: start };
+        pace.restart();
+        pace
+    }
+
+    /// The driver starts anew, with an empty balloon.
+    pub fn restart(&mut self) {
+        self.reached = Pages(0);
+        self.aim(self.wanted, Bytes::ZERO);
+    }
+
+    /// The host wants the balloon to hold `wanted`. The guest has said that it has `free`.
+    /// A release goes at once, whatever was asked for before.
+    pub fn aim(&mut self, wanted: Pages, free: Bytes) {
+        self.wanted = wanted;
+        self.state = State::Moving { idle: 0, before: self.reached };
+        let step = self.step.max(free.percent(FREE_PERCENT).pages());
+        self.asked = wanted.min(Pages(self.reached.0.saturating_add(step.0)));
+    }
+
+    /// The guest has just said that it has `free`.
+    pub fn heard(&mut self, free: Bytes) {
+        if let State::Moving { .. } = self.state {
+            let at_once = self.reached.0.saturating_add(free.percent(FREE_PERCENT).pages().0);
+            self.asked = self.wanted.min(self.asked.max(Pages(at_once)));
+        }
+    }
+
+    /// The driver says that the balloon holds `reached`. One that takes pages
+    /// back although more is asked for can't spare them (deflate-on-OOM).
+    pub fn arrived(&mut self, reached: Pages) {
+        let shrank = reached < self.reached;
+        self.reached = reached;
+        if shrank && reached < self.asked {
+            self.settle();
+        }
+    }
+
+    /// A tenth of a second has passed.
+    pub fn tick(&mut self) {
+        let State::Moving { idle, before } = self.state else { return };
+        if self.reached >= self.asked {
+            self.asked = self.wanted.min(Pages(self.reached.0.saturating_add(self.step.0)));
+            self.state = State::Moving { idle: 0, before: self.reached };
+            return;
+        }
+        let idle = if self.reached == before { idle.saturating_add(1) } else { 0 };
+        self.state = State::Moving { idle, before: self.reached };
+        if idle >= PATIENCE {
+            self.settle();
+        }
+    }
+
+    /// What the driver is to be told: num_pages (virtio 1.2, section 5.5.4).
+    pub fn asked(&self) -> Pages {
+        self.asked
+    }
+
+    /// What the driver has said last.
+    pub fn reached(&self) -> Pages {
+        self.reached
+    }
+
+    /// The guest could not give what was wanted, and is no longer asked for it.
+    pub fn is_settled(&self) -> bool {
+        self.state == State::Settled
+    }
+
+    /// Whether a tick can change anything.
+    pub fn is_moving(&self) -> bool {
+        !self.is_settled() && self.reached < self.wanted
+    }
+
+    fn settle(&mut self) {
+        self.asked = self.reached;
+        self.state = State::Settled;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MAP: Bytes = Bytes::gib(1);
+
+    fn mib(amount: u64) -> Pages {
+        Bytes::mib(amount).pages()
+    }
+
+    #[test]
+    fn what_is_free_goes_at_once_and_the_rest_in_steps() {
+        let mut pace = Pace::new(MAP, Pages(0));
+        pace.aim(mib(600), Bytes::mib(500));
+        assert_eq!(pace.asked(), mib(400));
+        pace.tick();
+        assert_eq!(pace.asked(), mib(400), "the guest isn't there yet");
+        pace.arrived(mib(400));
+        assert_eq!(pace.asked(), mib(400), "a step takes a tick");
+        pace.tick();
+        assert_eq!(pace.asked(), mib(464));
+        pace.heard(Bytes::mib(100));
+        assert_eq!(pace.asked(), mib(480));
+        for _ in 0..2 {
+            pace.arrived(pace.asked());
+            pace.tick();
+        }
+        assert_eq!((pace.asked(), pace.is_moving()), (mib(600), true));
+        pace.arrived(mib(600));
+        assert!(!pace.is_moving() && !pace.is_settled());
+    }
+
+    #[test]
+    fn a_large_guest_takes_large_steps() {
+        let pace = Pace::new(Bytes::gib(64), Bytes::gib(60).pages());
+        assert_eq!(pace.asked(), Bytes::gib(1).pages());
+    }
+
+    #[test]
+    fn a_release_goes_at_once() {
+        let mut pace = Pace::new(MAP, Pages(0));
+        pace.aim(mib(600), Bytes::mib(900));
+        pace.arrived(mib(300));
+        pace.aim(mib(10), Bytes::ZERO);
+        assert_eq!((pace.asked(), pace.is_moving()), (mib(10), false));
+        // On its way down it isn't mistaken for one that can't.
+        pace.arrived(mib(200));
+        pace.arrived(mib(10));
+        assert!(!pace.is_settled());
+    }
+
+    #[test]
+    fn what_can_not_be_met_settles_and_a_new_request_tries_anew() {
+        let mut pace = Pace::new(MAP, mib(600));
+        pace.arrived(mib(50));
+        let ticks = (0..100).take_while(|_| {
+            pace.tick();
+            pace.is_moving()
+        });
+        assert_eq!(ticks.count(), PATIENCE as usize);
+        assert_eq!((pace.asked(), pace.is_settled()), (mib(50), true));
+        pace.aim(mib(600), Bytes::ZERO);
+        assert_eq!((pace.asked(), pace.is_settled()), (mib(114), false));
+    }
+
+    #[test]
+    fn a_guest_that_takes_pages_back_to_live_is_left_alone() {
+        let mut pace = Pace::new(MAP, mib(60));
+        pace.arrived(mib(60));
+        pace.arrived(mib(59));
+        assert_eq!((pace.asked(), pace.is_settled()), (mib(59), true));
+        pace.arrived(mib(40));
+        assert_eq!(pace.asked(), mib(40));
+        pace.heard(Bytes::gib(1));
+        pace.tick();
+        assert_eq!(pace.asked(), mib(40), "until the host asks anew");
+    }
+
+    proptest! {
+        /// Whatever a guest says and does, it is never asked for more than is wanted, never for
+        /// what is far from what it has, and every request comes to an end.
+        #[test]
+        fn every_request_ends(steps in vec((0u8..4, 0u64..1 << 19, 0u64..2 << 30), 0..60), wanted in 0u64..1 << 18) {
+            let mut pace = Pace::new(MAP, Pages(0));
+            let mut goal = Pages(0);
+            for (what, pages, free) in steps {
+                match what {
+                    0 => { goal = Pages(pages % (1 << 18)); pace.aim(goal, Bytes(free)); }
+                    1 => pace.heard(Bytes(free)),
+                    2 => pace.arrived(Pages(pages)),
+                    _ => pace.tick(),
+                }
+                prop_assert!(pace.asked() <= goal || pace.is_settled());
+                prop_assert!(!pace.is_settled() || pace.asked() <= pace.reached());
+            }
+            pace.aim(Pages(wanted), Bytes::ZERO);
+            for _ in 0..10 * PATIENCE * STEPS_IN_MAP as u32 {
+                pace.tick();
+            }
+            prop_assert!(!pace.is_moving());
+        }
+    }
+}
