@@ -4,8 +4,10 @@
 //! the VMs each round, so that after `kill -9` a new daemon carries on from there.
 
 pub mod client;
+mod command;
 mod complaint;
 mod config;
+mod history;
 mod metrics;
 mod roster;
 mod rounds;
@@ -24,18 +26,24 @@ use balloon::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::info;
 
 pub use self::config::{Config, ConfigError, LONGEST_INTERVAL, SHORTEST_INTERVAL};
+pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
 pub use self::state::{HostView, MemoryView, State, VmView};
 
 use self::rounds::Daemon;
+use self::server::Api;
 use self::state::Shared;
 use crate::host::{HostError, HostMemory};
 
 /// The daemon's own place in the runtime directory, which no VM's socket can be.
 const OWN_DIRECTORY: &str = "balancer";
+
+/// How many commands may wait for the end of a round; more clients than that wait longer.
+const COMMANDS: usize = 64;
 
 /// Why the daemon can't start.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +83,7 @@ pub enum DaemonError {
     },
 }
 
-/// Where the daemon that looks after the VMs in `directory` is asked for `/state` and `/metrics`.
+/// Where the daemon that looks after the VMs in `directory` is asked, as `resources/balancer-openapi.yaml` says.
 pub fn socket_in(directory: &Path) -> PathBuf {
     directory.join(OWN_DIRECTORY).join("balancer.sock")
 }
@@ -107,8 +115,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let lock = lock(&directory)?;
     let host = HostMemory::read(&config.meminfo)?;
     let shared = Shared::default();
-    let mut servers = serve(&config, &directory, &shared).await?;
-    let mut daemon = Daemon::new(&config, directory, host, shared);
+    let (commands, asked) = mpsc::channel(COMMANDS);
+    let mut servers = serve(&config, &directory, &Api { shared: shared.clone(), commands }).await?;
+    let mut daemon = Daemon::new(&config, directory, host, shared, asked);
     daemon.introduce();
 
     tokio::pin!(shutdown);
@@ -157,7 +166,7 @@ fn lock(directory: &Path) -> Result<File, DaemonError> {
 }
 
 /// Serves the last state. The lock is held, so that a socket found there is a dead daemon's.
-async fn serve(config: &Config, directory: &Path, shared: &Shared) -> Result<JoinSet<()>, DaemonError> {
+async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<()>, DaemonError> {
     let path = socket_in(directory);
     let own = |source| DaemonError::Own { path: path.clone(), source };
     match fs::remove_file(&path) {
@@ -167,12 +176,12 @@ async fn serve(config: &Config, directory: &Path, shared: &Shared) -> Result<Joi
     let listener = UnixListener::bind(&path).map_err(own)?;
     fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
     let mut servers = JoinSet::new();
-    let router = server::private(shared.clone());
+    let router = server::private(api.clone());
     servers.spawn(async move { drop(axum::serve(listener, router).await) });
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
-        let router = server::public(shared.clone());
+        let router = server::public(api.clone());
         servers.spawn(async move { drop(axum::serve(listener, router).await) });
     }
     Ok(servers)

@@ -8,7 +8,7 @@
 
 pub mod ballast;
 mod error;
-mod http;
+pub(crate) mod http;
 
 use std::fmt;
 use std::future::Future;

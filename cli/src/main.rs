@@ -23,6 +23,7 @@ mod slat;
 mod stop;
 mod table;
 mod top;
+mod why;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -76,6 +77,7 @@ enum Command {
     Ps(ps::Args),
     Top(top::Args),
     Memory(memory::Args),
+    Why(why::Args),
     Stop(stop::Args),
     Pause(pause::Args),
     Resume(resume::Args),
@@ -103,6 +105,7 @@ fn main() -> ExitCode {
         Command::Ps(args) => done(ps::run(&args)),
         Command::Top(args) => done(top::run(&args)),
         Command::Memory(args) => done(memory::run(&args)),
+        Command::Why(args) => done(why::run(&args)),
         Command::Stop(args) => done(stop::run(&args)),
         Command::Pause(args) => done(pause::run(&args)),
         Command::Resume(args) => done(resume::run(&args)),

@@ -1,13 +1,19 @@
-//! Asking the daemon that looks after a directory what it knows.
+//! Asking the daemon that looks after a directory what it knows, and to do things.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use balloon::limits::Limits;
+use hyper::Method;
+use serde::Deserialize;
+
+use super::history::{Decisions, Why};
 use super::{State, socket_in};
-use crate::driver::ballast;
+use crate::driver::http::Http;
+use crate::driver::{self, Kind};
 
 /// The largest answer that is read, in bytes: some tens of thousands of VMs.
-const LARGEST_BODY: usize = 32 << 20;
+const LARGEST_ANSWER: usize = 32 << 20;
 
 /// Why the daemon said nothing that could be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,37 +27,87 @@ pub enum Error {
     /// It is there and says nothing.
     #[error("the balancer does not answer: it hangs or this host is overloaded")]
     NotAnswering,
+    /// It understood and said no.
+    #[error("{0}")]
+    Refused(String),
     /// It said something else.
     #[error("the balancer gave no answer that could be used: {0}")]
     Failed(String),
 }
 
+impl From<driver::Error> for Error {
+    fn from(error: driver::Error) -> Self {
+        match error {
+            driver::Error::NoSuchVm { socket, .. } => Self::NotRunning { socket },
+            driver::Error::NotAnswering { .. } => Self::NotAnswering,
+            driver::Error::HungUp { cause, .. } => Self::Failed(format!("it hung up ({cause})")),
+            driver::Error::Nonsense { what, .. } => {
+                Self::Failed(format!("{what}; is it of this version of ballast?"))
+            }
+            driver::Error::Refused { error, .. } => Self::Refused(error),
+            driver::Error::NotAllowed { socket } => Self::Failed(format!(
+                "not allowed to connect to {}: run as the user who runs it, or as root",
+                socket.display()
+            )),
+        }
+    }
+}
+
+/// The body of every refusal.
+#[derive(Deserialize)]
+struct Refusal {
+    error: String,
+}
+
+fn sentence(body: &[u8]) -> Option<String> {
+    serde_json::from_slice(body).ok().map(|refusal: Refusal| refusal.error)
+}
+
 /// A client of one daemon. Keeps its connection open, and makes a new one when that broke.
 pub struct Client {
-    http: ballast::Client,
+    http: Http,
 }
 
 impl Client {
     /// A client of the daemon for the VMs in `directory`. Connects at the first request.
+    ///
+    /// What is asked for is done between two rounds, each of which takes less than the
+    /// daemon's interval: leave it `timeout` enough.
     pub fn new(directory: &Path, timeout: Duration) -> Self {
-        let http = ballast::Client::new(socket_in(directory));
-        Self { http: http.with_timeout(timeout).with_largest_body(LARGEST_BODY) }
+        let mut http = Http::new(Kind::Ballast, socket_in(directory), timeout, sentence);
+        http.set_largest_answer(LARGEST_ANSWER);
+        Self { http }
     }
 
     /// `GET /state`: the host and every VM at the end of the last round.
     ///
     /// # Errors
-    /// See [`Error`].
+    /// See [`Error`]; the same holds for every request.
     pub async fn state(&mut self) -> Result<State, Error> {
-        self.http.get("/state").await.map_err(|error| match error {
-            ballast::Error::NoSuchVm { socket, .. } => Error::NotRunning { socket },
-            ballast::Error::NotAnswering { .. } => Error::NotAnswering,
-            ballast::Error::HungUp { cause, .. } => Error::Failed(format!("it hung up ({cause})")),
-            ballast::Error::Nonsense { what, .. } => {
-                Error::Failed(format!("{what}; is it of this version of ballast?"))
-            }
-            ballast::Error::Refused { error, .. } => Error::Failed(error),
-            error @ ballast::Error::NotAllowed { .. } => Error::Failed(error.to_string()),
-        })
+        Ok(self.http.get("/state").await?)
+    }
+
+    /// `GET /decisions`: the last decisions about any VM.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn decisions(&mut self) -> Result<Decisions, Error> {
+        Ok(self.http.get("/decisions").await?)
+    }
+
+    /// `GET /vms/NAME/why`: how one VM came to have what it has.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the daemon knows no such VM; else see [`Error`].
+    pub async fn why(&mut self, vm: &str) -> Result<Why, Error> {
+        Ok(self.http.get(&format!("/vms/{vm}/why")).await?)
+    }
+
+    /// `PUT /vms/NAME/limits`: gives a VM other limits.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the VM's own sentence; else see [`Error`].
+    pub async fn set_limits(&mut self, vm: &str, limits: Limits) -> Result<(), Error> {
+        Ok(self.http.send(Method::PUT, &format!("/vms/{vm}/limits"), &limits).await?)
     }
 }

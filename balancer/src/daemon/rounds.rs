@@ -6,18 +6,21 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::units::Bytes;
-use tokio::task::JoinSet;
+use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
+use super::command::{Command, Refusal};
 use super::complaint::Complaint;
 use super::config::Config;
+use super::history::Fate;
 use super::roster::{self, Watch};
 use super::slot::{Outcome, Slot};
 use super::state::{HostView, Shared, State};
-use crate::driver::Driver;
+use crate::driver::{Driver, Error};
 use crate::host::{Budget, HostMemory};
-use crate::policy::reason::Decision;
+use crate::policy::reason::{Decision, Reason};
 use crate::policy::{Balance, Host, Policy, STALE_TICKS, Settings, Vm};
 
 /// The directory is read this often even where no change was told.
@@ -37,7 +40,7 @@ pub struct Daemon {
     policy: Policy,
     slots: BTreeMap<u64, Slot>,
     next_id: u64,
-    requests: JoinSet<(u64, Box<dyn Driver>, Outcome)>,
+    requests: JoinSet<Done>,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
@@ -46,11 +49,18 @@ pub struct Daemon {
     rounds: u64,
     rounds_over_budget: u64,
     shared: Shared,
+    commands: mpsc::Receiver<Command>,
 }
 
 impl Daemon {
     /// A daemon that has asked nobody yet.
-    pub fn new(config: &Config, directory: PathBuf, host: HostMemory, shared: Shared) -> Self {
+    pub fn new(
+        config: &Config,
+        directory: PathBuf,
+        host: HostMemory,
+        shared: Shared,
+        commands: mpsc::Receiver<Command>,
+    ) -> Self {
         Self {
             directory,
             meminfo: config.meminfo.clone(),
@@ -70,6 +80,7 @@ impl Daemon {
             rounds: 0,
             rounds_over_budget: 0,
             shared,
+            commands,
         }
     }
 
@@ -124,6 +135,34 @@ impl Daemon {
                     self.rescan(true);
                 }
                 _ = ticks.tick() => self.round().await,
+                Some(done) = self.requests.join_next() => self.take(done),
+                Some(command) = self.commands.recv() => self.obey(command),
+            }
+        }
+    }
+
+    /// Begins what a client asked for.
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::SetLimits { vm, limits, answer } => {
+                let found = self.slots.iter_mut().find(|(_, slot)| slot.name == vm && !slot.gone);
+                // Whoever asked may have hung up, here and below.
+                let Some((&id, slot)) = found else {
+                    let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
+                    return;
+                };
+                let Some(mut driver) = slot.driver.take() else {
+                    let _ = answer.send(Err(Refusal::Busy(vm)));
+                    return;
+                };
+                self.requests.spawn(async move {
+                    let result = driver.set_limits(limits).await;
+                    if result.is_ok() {
+                        info!(vm, "{vm} has new limits: {limits}");
+                    }
+                    let _ = answer.send(result.map_err(Refusal::from));
+                    (id, driver, Outcome::Asked)
+                });
             }
         }
     }
@@ -144,6 +183,9 @@ impl Daemon {
             let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
             if !stays && slot.vm.is_some() {
                 info!(vm = slot.name, "{} has gone", slot.name);
+            }
+            if !stays {
+                self.shared.history().forget(&slot.name);
             }
             stays
         });
@@ -192,14 +234,21 @@ impl Daemon {
     async fn gather(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await {
-            // A panic in a request is a bug, and costs that VM its driver.
-            let Ok((id, driver, outcome)) = done else { continue };
-            let now = self.now();
-            if let Some(slot) = self.slots.get_mut(&id) {
-                slot.driver = Some(driver);
-                slot.take(now, outcome);
-            }
+            self.take(done);
         }
+    }
+
+    /// Takes in what one request came to.
+    fn take(&mut self, done: Result<Done, JoinError>) {
+        // A panic in a request is a bug, and costs that VM its driver.
+        let Ok((id, driver, outcome)) = done else { return };
+        let now = self.now();
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        slot.driver = Some(driver);
+        if let Outcome::Told(reason, result) = &outcome {
+            remember(&self.shared, &slot.name, *reason, result);
+        }
+        slot.take(now, outcome);
     }
 
     fn read_host(&mut self) {
@@ -249,7 +298,10 @@ impl Daemon {
         for Decision { vm, reason } in self.decisions.drain(..) {
             let Some(slot) = self.slots.get_mut(&vm) else { continue };
             // While an earlier request is under way, the decision is made anew next time.
-            let Some(mut driver) = slot.driver.take() else { continue };
+            let Some(mut driver) = slot.driver.take() else {
+                self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
+                continue;
+            };
             if let Some(vm) = &mut slot.vm {
                 // Until it is known to be done, the larger of both is what it may hold.
                 vm.said.target = reason.old.max(reason.new);
@@ -277,8 +329,26 @@ impl Daemon {
         };
         let mut vms: Vec<_> = self.slots.values().filter(|slot| !slot.gone).map(Slot::view).collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut history = self.shared.history();
+        for vm in &vms {
+            history.stands(&vm.name, vm.standing);
+        }
+        drop(history);
         self.shared.set(State { rounds: self.rounds, host, vms });
     }
+}
+
+/// A request that is over: whose, the driver that made it, and what came of it.
+type Done = (u64, Box<dyn Driver>, Outcome);
+
+/// Keeps what became of a decision, for those who ask why.
+fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error>) {
+    let (fate, complaint) = match result {
+        Ok(()) => (Fate::Taken, None),
+        Err(error @ Error::Refused { .. }) => (Fate::Refused, Some(error.to_string())),
+        Err(error) => (Fate::Unanswered, Some(error.to_string())),
+    };
+    shared.history().decided(vm, reason, fate, complaint);
 }
 
 /// A change in the watched directory; never, where nothing is watched.

@@ -1,32 +1,161 @@
-//! The daemon's own socket: `GET /state` as JSON, `GET /metrics` for Prometheus.
+//! The daemon's own socket; `resources/balancer-openapi.yaml` says the same to the world.
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State as Given;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, Path, State as Given};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{MethodFilter, MethodRouter, get, on};
+use balloon::limits::Limits;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::{mpsc, oneshot};
 
+use super::command::{Command, Refusal};
 use super::metrics;
 use super::state::Shared;
 
+/// The largest body that is read; the largest that makes sense has some hundred bytes.
+const LARGEST_BODY: usize = 64 << 10;
+
+/// What the handlers have: the last state, and the way to the rounds.
+#[derive(Clone)]
+pub struct Api {
+    /// What can be read at any time.
+    pub shared: Shared,
+    /// What is to be done.
+    pub commands: mpsc::Sender<Command>,
+}
+
+/// One thing that the socket does.
+pub struct Route {
+    /// The method it takes.
+    pub method: MethodFilter,
+    /// Its path, with names in braces.
+    pub path: &'static str,
+    handler: fn(MethodFilter) -> MethodRouter<Api>,
+}
+
+/// Everything that the socket does.
+pub const ROUTES: [Route; 5] = [
+    Route { method: MethodFilter::GET, path: "/state", handler: |method| on(method, state) },
+    Route { method: MethodFilter::GET, path: "/decisions", handler: |method| on(method, decisions) },
+    Route { method: MethodFilter::GET, path: "/vms/{name}/why", handler: |method| on(method, why) },
+    Route { method: MethodFilter::PUT, path: "/vms/{name}/limits", handler: |method| on(method, set_limits) },
+    Route { method: MethodFilter::GET, path: "/metrics", handler: |method| on(method, metrics) },
+];
+
 /// What is served to the daemon's user.
-pub fn private(shared: Shared) -> Router {
-    Router::new().route("/state", get(state)).route("/metrics", get(metrics)).with_state(shared)
+pub fn private(api: Api) -> Router {
+    let router = ROUTES
+        .iter()
+        .fold(Router::new(), |router, route| router.route(route.path, (route.handler)(route.method)));
+    finish(router, api)
 }
 
 /// What is served over TCP, to anyone who can connect.
-pub fn public(shared: Shared) -> Router {
-    Router::new().route("/metrics", get(metrics)).with_state(shared)
+pub fn public(api: Api) -> Router {
+    finish(Router::new().route("/metrics", get(metrics)), api)
 }
 
-async fn state(Given(shared): Given<Shared>) -> Response {
-    Json(&*shared.get()).into_response()
+fn finish(router: Router<Api>, api: Api) -> Router {
+    router
+        .fallback(
+            |uri: Uri| async move { refuse(StatusCode::NOT_FOUND, format!("there is no {}", uri.path())) },
+        )
+        .method_not_allowed_fallback(|method: Method, uri: Uri| async move {
+            refuse(StatusCode::METHOD_NOT_ALLOWED, format!("{} does not take {method}", uri.path()))
+        })
+        .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .with_state(api)
 }
 
-async fn metrics(Given(shared): Given<Shared>) -> Response {
-    match metrics::page(shared) {
-        Ok(page) => ([(CONTENT_TYPE, metrics::OPENMETRICS)], page).into_response(),
-        Err(error) => (axum::http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+/// The body of every answer that is not what was asked for.
+#[derive(Serialize)]
+struct Complaint {
+    error: String,
+}
+
+fn refuse(status: StatusCode, error: impl ToString) -> Response {
+    (status, Json(Complaint { error: error.to_string() })).into_response()
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::NoSuchVm(_) => StatusCode::NOT_FOUND,
+            // A VM's "no" is the client's mistake or a conflict; whatever else it says is its own trouble.
+            Self::OfVm { status, .. } if status == "400" => StatusCode::BAD_REQUEST,
+            Self::OfVm { .. } | Self::Busy(_) => StatusCode::CONFLICT,
+            Self::Body { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_REQUEST),
+            Self::NoAnswer(_) => StatusCode::BAD_GATEWAY,
+            Self::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        refuse(status, self)
     }
 }
+
+async fn state(Given(api): Given<Api>) -> Response {
+    Json(&*api.shared.get()).into_response()
+}
+
+async fn decisions(Given(api): Given<Api>) -> Response {
+    let decisions = api.shared.history().decisions();
+    Json(decisions).into_response()
+}
+
+async fn why(Given(api): Given<Api>, Path(name): Path<String>) -> Response {
+    let state = api.shared.get();
+    match state.vms.iter().find(|vm| vm.name == name) {
+        Some(vm) => {
+            let why = api.shared.history().why(vm);
+            Json(why).into_response()
+        }
+        None => Refusal::NoSuchVm(name).into_response(),
+    }
+}
+
+async fn set_limits(
+    Given(api): Given<Api>,
+    Path(vm): Path<String>,
+    body: Body,
+) -> Result<StatusCode, Refusal> {
+    let limits: Limits = read(body)?;
+    ask(&api, |answer| Command::SetLimits { vm, limits, answer }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn metrics(Given(api): Given<Api>) -> Response {
+    match metrics::page(api.shared) {
+        Ok(page) => ([(CONTENT_TYPE, metrics::OPENMETRICS)], page).into_response(),
+        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+/// A body, or why there is none.
+type Body = Result<Bytes, BytesRejection>;
+
+fn read<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
+    let body = body.map_err(|rejection| Refusal::Body {
+        status: rejection.status().as_u16(),
+        error: rejection.body_text(),
+    })?;
+    serde_json::from_slice(&body).map_err(|error| Refusal::Body { status: 400, error: error.to_string() })
+}
+
+/// Hands a command to the rounds and waits for its end.
+async fn ask<T>(
+    api: &Api,
+    command: impl FnOnce(oneshot::Sender<Result<T, Refusal>>) -> Command,
+) -> Result<T, Refusal> {
+    let (answer, answered) = oneshot::channel();
+    api.commands.send(command(answer)).await.map_err(|_| Refusal::Stopping)?;
+    answered.await.unwrap_or(Err(Refusal::Stopping))
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -19,6 +19,8 @@ pub enum Outcome {
     Polled(Result<Box<Status>, Error>),
     /// Whether it took a new target.
     Told(Reason, Result<(), Error>),
+    /// Somebody else asked for something, and was told.
+    Asked,
 }
 
 /// One VM.
@@ -79,6 +81,7 @@ impl Slot {
         match outcome {
             Outcome::Polled(Ok(status)) => self.answered(now, &status),
             Outcome::Polled(Err(error)) => self.failed(now, &error),
+            Outcome::Asked => {}
             Outcome::Told(reason, Ok(())) => self.took(&reason),
             Outcome::Told(reason, Err(error)) => {
                 // A refusal changed nothing; after any other error either target may hold,

@@ -1,11 +1,12 @@
 //! What the daemon tells about itself: `GET /state`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use balloon::limits::Limits;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::history::History;
 use crate::policy::guards::Standing;
 use crate::policy::host_state::HostState;
 use crate::policy::reason::Reason;
@@ -86,18 +87,29 @@ pub struct MemoryView {
     pub charge: Bytes,
 }
 
-/// The last [`State`], for whoever asks while the next round runs.
+/// The last [`State`] and the past, for whoever asks while the next round runs.
 #[derive(Clone, Debug, Default)]
-pub struct Shared(Arc<Mutex<Arc<State>>>);
+pub struct Shared(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: Mutex<Arc<State>>,
+    history: Mutex<History>,
+}
 
 impl Shared {
     /// The last one.
     pub fn get(&self) -> Arc<State> {
-        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Puts a newer one in its place.
     pub fn set(&self, state: State) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+        *self.0.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+    }
+
+    /// The past. Don't hold it for long: rounds wait for it.
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.0.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -64,13 +64,6 @@ impl Client {
         self
     }
 
-    /// The same client with another bound on what is read of one answer, in bytes.
-    #[must_use]
-    pub(crate) fn with_largest_body(mut self, bytes: usize) -> Self {
-        self.http.set_largest_answer(bytes);
-        self
-    }
-
     /// Where the VM listens.
     pub fn socket(&self) -> &Path {
         self.http.socket()
@@ -144,7 +137,7 @@ impl Client {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
         self.http.get(path).await
     }
 

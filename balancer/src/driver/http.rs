@@ -69,7 +69,7 @@ impl Http {
     }
 
     /// `GET path`.
-    pub async fn get<T: DeserializeOwned>(&mut self, path: &'static str) -> Result<T, Error> {
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
         let (request, body) = self.exchange(Method::GET, path, Bytes::new()).await?;
         serde_json::from_slice(&body).map_err(|error| self.nonsense(request, &error.to_string()))
     }
@@ -77,7 +77,7 @@ impl Http {
     /// `POST path` with a JSON body and a JSON answer. It must do no harm when it is asked twice.
     pub async fn ask<T: DeserializeOwned>(
         &mut self,
-        path: &'static str,
+        path: &str,
         question: &impl Serialize,
     ) -> Result<T, Error> {
         let json = serde_json::to_vec(question)
@@ -87,19 +87,14 @@ impl Http {
     }
 
     /// A request with a JSON body, whose answer's body means nothing.
-    pub async fn send(
-        &mut self,
-        method: Method,
-        path: &'static str,
-        body: &impl Serialize,
-    ) -> Result<(), Error> {
+    pub async fn send(&mut self, method: Method, path: &str, body: &impl Serialize) -> Result<(), Error> {
         let json = serde_json::to_vec(body)
             .map_err(|error| self.nonsense(format!("{method} {path}"), &error.to_string()))?;
         self.exchange(method, path, json.into()).await.map(drop)
     }
 
     /// `POST path` without a body.
-    pub async fn post(&mut self, path: &'static str) -> Result<(), Error> {
+    pub async fn post(&mut self, path: &str) -> Result<(), Error> {
         self.exchange(Method::POST, path, Bytes::new()).await.map(drop)
     }
 
@@ -109,12 +104,7 @@ impl Http {
     }
 
     /// One request and its whole answer, within the time limit.
-    async fn exchange(
-        &mut self,
-        method: Method,
-        path: &'static str,
-        body: Bytes,
-    ) -> Result<(String, Bytes), Error> {
+    async fn exchange(&mut self, method: Method, path: &str, body: Bytes) -> Result<(String, Bytes), Error> {
         let request = format!("{method} {path}");
         let within = self.timeout;
         let outcome = tokio::time::timeout(within, self.try_twice(&method, path, &request, body)).await;
@@ -148,22 +138,24 @@ impl Http {
     async fn try_twice(
         &mut self,
         method: &Method,
-        path: &'static str,
+        path: &str,
         request: &str,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), Error> {
+        let uri: Uri =
+            path.parse().map_err(|error| self.nonsense(request.to_owned(), &format!("{error}: {path}")))?;
         let kept = self.connection.take();
         let reused = kept.is_some();
         let mut connection = match kept {
             Some(connection) => connection,
             None => self.connect(request).await?,
         };
-        let mut response = connection.sender.send_request(build(method, path, body.clone())).await;
+        let mut response = connection.sender.send_request(build(method, uri.clone(), body.clone())).await;
         // A server may close a connection that stood idle; only a fresh one tells how it is doing.
         // Every request here asks for a state, so that sending it twice does no harm.
         if reused && response.as_ref().is_err_and(|error| !error.is_parse()) {
             connection = self.connect(request).await?;
-            response = connection.sender.send_request(build(method, path, body)).await;
+            response = connection.sender.send_request(build(method, uri, body)).await;
         }
         let response = response.map_err(|error| self.broken(request, &error))?;
         let (status, body) = self.collect(request, response).await?;
@@ -218,11 +210,11 @@ impl Http {
     }
 }
 
-fn build(method: &Method, path: &'static str, body: Bytes) -> Request<Full<Bytes>> {
+fn build(method: &Method, uri: Uri, body: Bytes) -> Request<Full<Bytes>> {
     let has_body = !body.is_empty();
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = method.clone();
-    *request.uri_mut() = Uri::from_static(path);
+    *request.uri_mut() = uri;
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
     if has_body {
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -1,0 +1,192 @@
+//! The daemon's socket, held against `resources/balancer-openapi.yaml`.
+
+mod fakes;
+
+use std::path::Path;
+use std::time::Duration;
+
+use balancer::daemon::client::{self, Error};
+use balancer::daemon::{self, Config, Fate};
+use balloon::units::Bytes;
+use fakes::{FakeVm, Manner};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+const LIMITS: &str = "256M,min=128M,max=1G";
+
+/// Every wait is for an event; this is only when to give up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn start(directory: &Path) -> JoinHandle<()> {
+    let config = Config {
+        directory: Some(directory.to_owned()),
+        budget: Some(Bytes::gib(1)),
+        interval: Duration::from_millis(100),
+        ..Config::default()
+    };
+    tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() })
+}
+
+async fn until<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() -> F) {
+    let waited = tokio::time::timeout(PATIENCE, async {
+        while !done().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(waited.await.is_ok(), "gave up waiting until {what}");
+}
+
+fn client(directory: &Path) -> client::Client {
+    client::Client::new(directory, PATIENCE)
+}
+
+struct Answer {
+    status: u16,
+    content_type: Option<String>,
+    body: String,
+}
+
+/// One request as bytes, so that any can be made.
+async fn ask(directory: &Path, method: &str, path: &str, body: &str) -> Answer {
+    let mut stream = UnixStream::connect(daemon::socket_in(directory)).await.unwrap();
+    let length = body.len();
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut bytes = Vec::new();
+    loop {
+        let text = String::from_utf8_lossy(&bytes);
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let field =
+                |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+            let length = field("content-length").map_or(0, |length| length.parse().unwrap());
+            if body.len() >= length {
+                let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+                return Answer {
+                    status,
+                    content_type: field("content-type").map(str::to_owned),
+                    body: body.to_owned(),
+                };
+            }
+        }
+        assert_ne!(stream.read_buf(&mut bytes).await.unwrap(), 0, "it hung up in mid answer");
+    }
+}
+
+fn document() -> Value {
+    serde_saphyr::from_str(include_str!("../../resources/balancer-openapi.yaml")).unwrap()
+}
+
+/// A schema of the document, with everything that it refers to.
+fn check(document: &Value, schema: &Value, instance: &Value) {
+    assert!(schema.is_object());
+    let mut whole = schema.clone();
+    whole["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    whole["components"] = document["components"].clone();
+    let validator = jsonschema::validator_for(&whole).unwrap();
+    let errors: Vec<String> =
+        validator.iter_errors(instance).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(errors.is_empty(), "{errors:#?}\nin {instance:#}");
+}
+
+/// Asks, and holds the answer against what the document says of `template`.
+async fn described(directory: &Path, method: &str, path: &str, template: &str, body: &str) -> Answer {
+    let document = document();
+    let answer = ask(directory, method, path, body).await;
+    let responses = &document["paths"][template][method.to_lowercase()]["responses"];
+    let mut response = &responses[answer.status.to_string()];
+    assert!(response.is_object(), "{method} {path} answered {}: {}", answer.status, answer.body);
+    if let Some(reference) = response["$ref"].as_str() {
+        response = document.pointer(reference.strip_prefix('#').unwrap()).unwrap();
+    }
+    match &answer.content_type {
+        None => assert!(response["content"].is_null() && answer.body.is_empty(), "{method} {path}"),
+        Some(content_type) => {
+            let schema = &response["content"][content_type.as_str()]["schema"];
+            assert!(schema.is_object(), "{method} {path} answered {content_type}");
+            let instance = serde_json::from_str(&answer.body).unwrap_or_else(|_| json!(answer.body));
+            check(&document, schema, &instance);
+        }
+    }
+    answer
+}
+
+#[tokio::test]
+async fn every_answer_is_as_described() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let web = FakeVm::start(path, "web", LIMITS, Bytes::mib(300));
+    let bad = FakeVm::start(path, "bad", LIMITS, Bytes::mib(300));
+    bad.state().manner = Manner::RefusesTargets;
+    let _daemon = start(path);
+    until("both have a past", || async {
+        match client(path).decisions().await {
+            Ok(past) => [Fate::Taken, Fate::Refused]
+                .iter()
+                .all(|&fate| past.decisions.iter().any(|decision| decision.fate == fate)),
+            Err(_) => false,
+        }
+    })
+    .await;
+    for (method, path_, template, body, status) in [
+        ("GET", "/state", "/state", "", 200),
+        ("GET", "/decisions", "/decisions", "", 200),
+        ("GET", "/vms/web/why", "/vms/{name}/why", "", 200),
+        ("GET", "/vms/bad/why", "/vms/{name}/why", "", 200),
+        ("GET", "/vms/nobody/why", "/vms/{name}/why", "", 404),
+        ("GET", "/metrics", "/metrics", "", 200),
+        ("PUT", "/vms/web/limits", "/vms/{name}/limits", "", 400),
+        ("PUT", "/vms/web/limits", "/vms/{name}/limits", r#"{"startup":1,"min":2,"max":3}"#, 400),
+        ("PUT", "/vms/nobody/limits", "/vms/{name}/limits", FIXED, 404),
+        ("PUT", "/vms/web/limits", "/vms/{name}/limits", FIXED, 204),
+    ] {
+        let answer = described(path, method, path_, template, body).await;
+        assert_eq!(answer.status, status, "{method} {path_} {body}: {}", answer.body);
+    }
+    assert_eq!(web.state().memory.limits.max(), Bytes::mib(256), "the VM itself was told");
+    bad.state().manner = Manner::Silent;
+    let answer = described(path, "PUT", "/vms/bad/limits", "/vms/{name}/limits", FIXED).await;
+    // By chance it owes an answer just then, and is not asked at all.
+    assert!([409, 502].contains(&answer.status), "{}", answer.body);
+}
+
+const FIXED: &str = r#"{"startup":268435456,"min":134217728,"max":268435456}"#;
+
+#[tokio::test]
+async fn what_is_not_served_gets_a_sentence() {
+    let directory = tempfile::tempdir().unwrap();
+    let _daemon = start(directory.path());
+    until("it serves", || async { client(directory.path()).state().await.is_ok() }).await;
+    let error = document()["components"]["schemas"]["Error"].clone();
+    for (method, path, status) in [
+        ("GET", "/", 404),
+        ("POST", "/state", 405),
+        ("GET", "/vms/web", 404),
+        ("GET", "/vms/web/limits", 405),
+    ] {
+        let answer = ask(directory.path(), method, path, "").await;
+        assert_eq!(answer.status, status, "{method} {path}");
+        check(&document(), &error, &serde_json::from_str(&answer.body).unwrap());
+    }
+    let answer = ask(directory.path(), "PUT", "/vms/web/limits", &"x".repeat(70_000)).await;
+    assert_eq!(answer.status, 413, "a large body is not read");
+    check(&document(), &error, &serde_json::from_str(&answer.body).unwrap());
+}
+
+#[tokio::test]
+async fn the_client_says_why_it_got_no_answer() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut client = client(directory.path());
+    let error = client.state().await.unwrap_err();
+    assert!(matches!(error, Error::NotRunning { .. }), "{error}");
+    let web = FakeVm::start(directory.path(), "web", LIMITS, Bytes::mib(300));
+    let _daemon = start(directory.path());
+    while !client.why("web").await.is_ok_and(|why| why.memory.is_some()) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let error = client.why("nobody").await.unwrap_err();
+    assert!(matches!(error, Error::Refused(_)), "{error}");
+    client.set_limits("web", "512M,min=256M,max=512M".parse().unwrap()).await.unwrap();
+    assert_eq!(web.state().memory.limits.min(), Bytes::mib(256));
+}
