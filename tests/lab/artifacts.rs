@@ -38,6 +38,19 @@ pub fn guest_init() -> Result<PathBuf> {
     Ok(BUILT.get_or_init(|| path).clone())
 }
 
+/// The agent that guests may run.
+///
+/// # Errors
+/// Where it can't be built.
+pub fn agent() -> Result<PathBuf> {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(path) = BUILT.get() {
+        return Ok(path.clone());
+    }
+    let path = build("agent", "guest", "ballast-agent")?;
+    Ok(BUILT.get_or_init(|| path).clone())
+}
+
 fn build(package: &str, profile: &str, binary: &str) -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in a workspace")?;
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

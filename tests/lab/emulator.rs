@@ -188,6 +188,7 @@ impl Emulator {
             let (here, inside) = (kernel.images()?, kernel.images_inside());
             archive.file(&inside.bzimage.to_string_lossy(), &here.bzimage)?;
             archive.file(&inside.initrd.to_string_lossy(), &here.initrd)?;
+            archive.file(&inside.agent_initrd.to_string_lossy(), &here.agent_initrd)?;
             if let (Some(here), Some(inside)) = (here.elf, inside.elf) {
                 archive.file(&inside.to_string_lossy(), &here)?;
             }

@@ -12,6 +12,12 @@ use crate::{artifacts, cache, modules, packages};
 const GUEST_MODULES: &[&str] =
     &["virtio_mmio", "virtio_balloon", "virtio_rng", "pvpanic-mmio", "button", "evdev"];
 
+/// What the agent's port needs beside; built into 6.12.
+const AGENT_MODULES: &[&str] = &["virtio_console"];
+
+/// Where the agent lies in a guest.
+const AGENT_INSIDE: &str = "/bin/ballast-agent";
+
 /// A kernel that the lab can boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Kernel {
@@ -32,6 +38,8 @@ pub struct GuestImages {
     pub elf: Option<PathBuf>,
     /// The lab's init with the kernel's modules.
     pub initrd: PathBuf,
+    /// The same with `ballast-agent` and the module of its port.
+    pub agent_initrd: PathBuf,
 }
 
 impl Kernel {
@@ -58,6 +66,7 @@ impl Kernel {
             bzimage: directory.join("bzImage"),
             elf: (self == Self::V6_1).then(|| directory.join("vmlinux")),
             initrd: directory.join("initrd"),
+            agent_initrd: directory.join("initrd-agent"),
         }
     }
 
@@ -70,7 +79,16 @@ impl Kernel {
             Self::V6_1 => Some(self.elf()?),
             Self::V6_12 => None,
         };
-        Ok(GuestImages { bzimage: self.bzimage()?, elf, initrd: self.initrd()? })
+        Ok(GuestImages {
+            bzimage: self.bzimage()?,
+            elf,
+            initrd: self.initrd(self.series(), GUEST_MODULES, &[])?,
+            agent_initrd: self.initrd(
+                &format!("{}-agent", self.series()),
+                &[GUEST_MODULES, AGENT_MODULES].concat(),
+                &[(AGENT_INSIDE, artifacts::agent()?)],
+            )?,
+        })
     }
 
     fn root(self) -> Result<PathBuf> {
@@ -102,17 +120,20 @@ impl Kernel {
         Ok(path)
     }
 
-    fn initrd(self) -> Result<PathBuf> {
+    fn initrd(self, name: &str, modules: &[&str], files: &[(&str, PathBuf)]) -> Result<PathBuf> {
         let mut archive = Archive::with_init(&fs::read(artifacts::guest_init()?)?)?;
         let mut order = String::new();
-        for module in self.modules(GUEST_MODULES)? {
+        for module in self.modules(modules)? {
             let path = format!("/lib/modules/{}.ko", module.name);
             archive.contents(&path, 0o644, &module.contents)?;
             order.push_str(&path);
             order.push('\n');
         }
         archive.contents("/lib/modules/order", 0o644, order.as_bytes())?;
-        let path = cache::directory("initrd")?.join(self.series());
+        for (inside, path) in files {
+            archive.file(inside, path)?;
+        }
+        let path = cache::directory("initrd")?.join(name);
         let bytes = archive.finish()?;
         // Rewritten only where it differs: another test may be reading it.
         if fs::read(&path).ok().as_deref() != Some(&bytes[..]) {

@@ -27,7 +27,7 @@ mod modules;
 mod packages;
 mod vm;
 
-pub use artifacts::ballast;
+pub use artifacts::{agent, ballast};
 pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};

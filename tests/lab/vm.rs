@@ -83,6 +83,13 @@ impl VmSettings {
         self
     }
 
+    /// Has the guest run the agent.
+    pub fn agent(mut self, images: &GuestImages) -> Self {
+        self.initrd = images.agent_initrd.clone();
+        self.cmdline.push_str(" ballast.agent");
+        self
+    }
+
     /// Adds arguments of `ballast run`.
     pub fn with(mut self, arguments: &[&str]) -> Self {
         self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));

@@ -5,6 +5,7 @@
 //! ballast.repeat=N            does the steps N times (default 1)
 //! ballast.console             afterwards takes steps from the console, one a line;
 //!                             answers `DONE step` or `ERROR reason`
+//! ballast.agent               starts /bin/ballast-agent first
 //! ballast.hostile=...         first of all attacks the guest's devices (see `hostile`)
 //! ballast.end=END             then: poweroff (default), reboot, panic or hang
 //! ```
@@ -38,12 +39,14 @@ struct Orders {
     load: String,
     repeat: u32,
     console: bool,
+    agent: bool,
     end: End,
 }
 
 impl Orders {
     fn parse(cmdline: &str) -> Result<Self, String> {
-        let mut orders = Self { load: String::new(), repeat: 1, console: false, end: End::PowerOff };
+        let mut orders =
+            Self { load: String::new(), repeat: 1, console: false, agent: false, end: End::PowerOff };
         for word in cmdline.split_whitespace() {
             let Some(order) = word.strip_prefix("ballast.") else { continue };
             match order.split_once('=') {
@@ -59,7 +62,8 @@ impl Orders {
                 // Done before any other order is read.
                 Some(("hostile", _)) => {}
                 None if order == "console" => orders.console = true,
-                _ => return Err(format!("`{word}` is no order: use load=, repeat=, console or end=")),
+                None if order == "agent" => orders.agent = true,
+                _ => return Err(format!("`{word}` is no order: use load=, repeat=, console, agent or end=")),
             }
         }
         Ok(orders)
@@ -88,6 +92,11 @@ pub fn main() -> ! {
             end(End::PowerOff)
         }
     };
+    if orders.agent
+        && let Err(error) = Command::new("/bin/ballast-agent").spawn()
+    {
+        println!("ERROR the agent does not start: {error}");
+    }
     println!("{}", ready());
     if !orders.load.is_empty() || orders.console {
         let console = if orders.console { "console" } else { "" };
@@ -179,10 +188,16 @@ mod tests {
 
     #[test]
     fn orders_are_read_among_the_kernels_own_words() {
-        let orders =
-            Orders::parse("console=ttyS0 ballast.load=grow:64M:2s,hold:1s ballast.end=panic quiet\n");
-        let expected =
-            Orders { load: "grow:64M:2s,hold:1s".to_owned(), repeat: 1, console: false, end: End::Panic };
+        let orders = Orders::parse(
+            "console=ttyS0 ballast.load=grow:64M:2s,hold:1s ballast.agent ballast.end=panic quiet\n",
+        );
+        let expected = Orders {
+            load: "grow:64M:2s,hold:1s".to_owned(),
+            repeat: 1,
+            console: false,
+            agent: true,
+            end: End::Panic,
+        };
         assert_eq!(orders, Ok(expected));
     }
 

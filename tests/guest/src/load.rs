@@ -3,6 +3,8 @@
 //! ```text
 //! rest:TIME                 nothing
 //! grow:SIZE[:TIME]          takes SIZE more and touches it, spread over TIME
+//! spike:SIZE[:TIME]         as grow; prints when tasks of the guest began to wait for memory
+//! clock                     prints the guest's clock
 //! hold:TIME[:PATTERN]       keeps touching all it holds: sequential (default) or random
 //! release[:TIME]            gives all of it back, spread over TIME
 //! file:SIZE                 writes a file of SIZE into memory (tmpfs)
@@ -12,9 +14,12 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::memory::Block;
 
@@ -22,6 +27,8 @@ use crate::memory::Block;
 const PIECE: usize = 1 << 20;
 /// Where a `file` step writes.
 const FILE: &str = "/tmp/file";
+/// A guest has begun to wait for memory when its tasks have waited this long, in microseconds.
+const ONSET_US: u64 = 1000;
 /// How long a `hold` rests between two passes over its memory.
 const BETWEEN_PASSES: Duration = Duration::from_millis(200);
 
@@ -41,6 +48,10 @@ pub enum Step {
     Rest(Duration),
     /// Takes bytes, spread over a time.
     Grow(usize, Duration),
+    /// The same, and tells when the guest began to wait for memory.
+    Spike(usize, Duration),
+    /// Tells what time it is.
+    Clock,
     /// Touches what is held for this long.
     Hold(Duration, Pattern),
     /// Gives back all, spread over a time.
@@ -67,6 +78,9 @@ impl FromStr for Step {
             ["rest", time] => Ok(Self::Rest(duration(time)?)),
             ["grow", bytes] => Ok(Self::Grow(size(bytes)?, Duration::ZERO)),
             ["grow", bytes, time] => Ok(Self::Grow(size(bytes)?, duration(time)?)),
+            ["spike", bytes] => Ok(Self::Spike(size(bytes)?, Duration::ZERO)),
+            ["spike", bytes, time] => Ok(Self::Spike(size(bytes)?, duration(time)?)),
+            ["clock"] => Ok(Self::Clock),
             ["hold", time] | ["hold", time, "sequential"] => {
                 Ok(Self::Hold(duration(time)?, Pattern::Sequential))
             }
@@ -76,7 +90,8 @@ impl FromStr for Step {
             ["file", bytes] => Ok(Self::File(size(bytes)?)),
             ["remove"] => Ok(Self::Remove),
             _ => Err(format!(
-                "`{text}` is no step: use rest:TIME, grow:SIZE[:TIME], hold:TIME[:sequential|random], \
+                "`{text}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
+                 hold:TIME[:sequential|random], \
                  release[:TIME], file:SIZE or remove"
             )),
         }
@@ -120,7 +135,9 @@ impl Load {
     pub fn run(&mut self, step: &Step) -> Result<(), String> {
         match *step {
             Step::Rest(time) => thread::sleep(time),
-            Step::Grow(bytes, time) => self.grow(bytes, time)?,
+            Step::Grow(bytes, time) => self.grow(bytes, time, || ())?,
+            Step::Spike(bytes, time) => self.spike(bytes, time)?,
+            Step::Clock => println!("CLOCK us={}", microseconds()),
             Step::Hold(time, pattern) => self.hold(time, pattern),
             Step::Release(time) => self.release(time),
             Step::File(bytes) => write_file(bytes).map_err(|error| format!("{FILE}: {error}"))?,
@@ -129,7 +146,24 @@ impl Load {
         Ok(())
     }
 
-    fn grow(&mut self, bytes: usize, time: Duration) -> Result<(), String> {
+    /// Grows, and prints `SPIKE onset_us=T waited_us=T`: when the guest began to wait, and for how long it did.
+    fn spike(&mut self, bytes: usize, time: Duration) -> Result<(), String> {
+        let pressure = Pressure::open().map_err(|error| format!("/proc/pressure/memory: {error}"))?;
+        let before = pressure.waited_us();
+        let (mut onset, mut last) = (None, microseconds());
+        self.grow(bytes, time, || {
+            let now = microseconds();
+            if onset.is_none() && pressure.waited_us() >= before + ONSET_US {
+                onset = Some(last);
+            }
+            last = now;
+        })?;
+        let onset = onset.map_or_else(|| "none".to_owned(), |at| at.to_string());
+        println!("SPIKE onset_us={onset} waited_us={}", pressure.waited_us() - before);
+        Ok(())
+    }
+
+    fn grow(&mut self, bytes: usize, time: Duration, mut grown: impl FnMut()) -> Result<(), String> {
         let pieces = bytes.div_ceil(PIECE);
         let pace = Pace::new(time, pieces);
         for piece in 0..pieces {
@@ -137,6 +171,7 @@ impl Load {
                 .map_err(|error| format!("the kernel gave no memory: {error}"))?;
             block.touch_all();
             self.blocks.push(block);
+            grown();
             pace.wait(piece + 1);
         }
         Ok(())
@@ -199,6 +234,29 @@ impl Pace {
         let due = self.start + self.piece.saturating_mul(done as u32);
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
+}
+
+/// The kernel's account of waiting for memory.
+struct Pressure(File);
+
+impl Pressure {
+    fn open() -> std::io::Result<Self> {
+        File::open("/proc/pressure/memory").map(Self)
+    }
+
+    /// `some avg10=0.00 avg60=0.00 avg300=0.00 total=N`, its N.
+    fn waited_us(&self) -> u64 {
+        let mut text = [0; 256];
+        let length = self.0.read_at(&mut text, 0).unwrap_or(0);
+        let text = String::from_utf8_lossy(&text[..length]);
+        text.split_whitespace().find_map(|word| word.strip_prefix("total=")?.parse().ok()).unwrap_or(0)
+    }
+}
+
+/// The guest's clock.
+fn microseconds() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
 }
 
 fn write_file(bytes: usize) -> std::io::Result<()> {
