@@ -3,6 +3,7 @@
 //! It keeps nothing that a restart could lose: targets and limits are read from
 //! the VMs each round, so that after `kill -9` a new daemon carries on from there.
 
+mod calls;
 pub mod client;
 mod command;
 mod complaint;

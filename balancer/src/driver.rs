@@ -7,6 +7,7 @@
 //! bound, and text that ends up in a log or on a terminal is cleaned first.
 
 pub mod ballast;
+mod calls;
 mod error;
 pub(crate) mod http;
 
@@ -21,6 +22,7 @@ use balloon::status::MemoryStatus;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::calls::Calls;
 pub use self::error::Error;
 
 /// How long one request may take where nobody says otherwise.
@@ -79,4 +81,9 @@ pub trait Driver: Send {
     /// Sets what the administrator allows this VM. A VMM that keeps no limits
     /// has them kept by its driver, for as long as that lives.
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()>;
+
+    /// A way to hear what the VM says unasked, where its VMM has one.
+    fn calls(&self) -> Option<Calls> {
+        None
+    }
 }

@@ -1,6 +1,6 @@
 //! Round after round: ask every VM, decide, tell those whose target changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
+use super::calls::Switchboard;
 use super::command::{Command, Refusal};
 use super::complaint::Complaint;
 use super::config::Config;
@@ -29,6 +30,15 @@ const RESCAN: Duration = Duration::from_secs(10);
 /// Where the daemon's clock starts, so that a report of before its time has a moment too.
 const EPOCH: Duration = Duration::from_secs(24 * 3600);
 
+/// How long answers are waited for where a guest can't wait.
+const HURRY: Duration = Duration::from_millis(100);
+
+/// While others still pay for what a calling guest is to get, they are looked at this often,
+const CHASE_EVERY: Duration = Duration::from_millis(50);
+
+/// and for this long; after that, the rounds have it.
+const CHASE_FOR: Duration = Duration::from_secs(2);
+
 /// The daemon at work.
 pub struct Daemon {
     directory: PathBuf,
@@ -40,6 +50,8 @@ pub struct Daemon {
     policy: Policy,
     slots: BTreeMap<u64, Slot>,
     next_id: u64,
+    switchboard: Switchboard,
+    chase: Option<Chase>,
     requests: JoinSet<Done>,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
@@ -71,6 +83,8 @@ impl Daemon {
             policy: Policy::new(Settings { tick: config.interval, ..Settings::default() }),
             slots: BTreeMap::new(),
             next_id: 0,
+            switchboard: Switchboard::default(),
+            chase: None,
             requests: JoinSet::new(),
             vms: Vec::new(),
             decisions: Vec::new(),
@@ -135,6 +149,8 @@ impl Daemon {
                     self.rescan(true);
                 }
                 _ = ticks.tick() => self.round().await,
+                callers = self.switchboard.next() => self.answer(&callers).await,
+                () = due(self.chase) => self.answer(&BTreeSet::new()).await,
                 Some(done) = self.requests.join_next() => self.take(done),
                 Some(command) = self.commands.recv() => self.obey(command),
             }
@@ -189,6 +205,7 @@ impl Daemon {
             }
             stays
         });
+        self.switchboard.retain(|id| self.slots.contains_key(&id));
         for found in found {
             match self.slots.values_mut().find(|slot| slot.name == found.name) {
                 Some(slot) => slot.gone &= !revive,
@@ -198,6 +215,9 @@ impl Daemon {
                     debug!(vm = found.name, "found {}", found.socket.display());
                     let driver = found.driver();
                     let slot = Slot::new(id, found.name, found.incarnation, driver);
+                    if let Some(calls) = slot.driver.as_ref().and_then(|driver| driver.calls()) {
+                        self.switchboard.connect(id, calls);
+                    }
                     self.slots.insert(id, slot);
                 }
             }
@@ -206,7 +226,7 @@ impl Daemon {
 
     /// Asks, decides, tells. No VM can make it longer than the tick.
     async fn round(&mut self) {
-        self.ask();
+        self.ask(|_, _| true);
         self.gather(self.tick / 2).await;
         self.read_host();
         self.decide();
@@ -216,9 +236,9 @@ impl Daemon {
         self.publish();
     }
 
-    fn ask(&mut self) {
+    fn ask(&mut self, whom: impl Fn(u64, &Slot) -> bool) {
         for (&id, slot) in &mut self.slots {
-            if slot.gone {
+            if slot.gone || !whom(id, slot) {
                 continue;
             }
             // Without a driver its last request is still under way.
@@ -228,6 +248,25 @@ impl Daemon {
                 (id, driver, outcome)
             });
         }
+    }
+
+    /// A round between the rounds: for guests that call, and then until others have paid what these are
+    /// to get. Only VMs that have something new to say are asked.
+    async fn answer(&mut self, callers: &BTreeSet<u64>) {
+        self.ask(|id, slot| callers.contains(&id) || slot.moves());
+        self.gather(HURRY).await;
+        self.read_host();
+        self.decide();
+        self.tell();
+        self.gather(HURRY).await;
+        self.publish();
+        let now = Instant::now();
+        let until = match self.chase {
+            Some(chase) if callers.is_empty() => chase.until,
+            _ => now + CHASE_FOR,
+        };
+        let goes_on = self.balance.unserved > Bytes::ZERO && now < until;
+        self.chase = goes_on.then_some(Chase { next: now + CHASE_EVERY, until });
     }
 
     /// Takes in answers until all are there or `patience` is over.
@@ -349,6 +388,21 @@ fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error
         Err(error) => (Fate::Unanswered, Some(error.to_string())),
     };
     shared.history().decided(vm, reason, fate, complaint);
+}
+
+/// Short rounds that follow a call.
+#[derive(Clone, Copy)]
+struct Chase {
+    next: Instant,
+    until: Instant,
+}
+
+/// Waits for the next of them; never, where there is none.
+async fn due(chase: Option<Chase>) {
+    match chase {
+        Some(chase) => tokio::time::sleep_until(chase.next).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// A change in the watched directory; never, where nothing is watched.

@@ -165,6 +165,11 @@ impl Slot {
         }
     }
 
+    /// Whether its guest is on the way to its target.
+    pub fn moves(&self) -> bool {
+        self.vm.as_ref().is_some_and(|vm| vm.said.actual != vm.said.target)
+    }
+
     /// Hands the VM over for a round's decision, with its news as old as it is by now.
     pub fn lend(&mut self, now: Duration, patience: Duration) -> Option<Vm> {
         let mut vm = self.vm.take()?;

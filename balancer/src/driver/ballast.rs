@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::Error;
 use super::http::Http;
-use super::{Answer, DEFAULT_TIMEOUT, Driver, Kind, Status};
+use super::{Answer, Calls, DEFAULT_TIMEOUT, Driver, Kind, Status};
 
 /// A client for one VM.
 ///
@@ -174,6 +174,10 @@ impl Client {
 impl Driver for Client {
     fn socket(&self) -> &Path {
         self.http.socket()
+    }
+
+    fn calls(&self) -> Option<Calls> {
+        Some(Calls::new(self.socket().to_owned()))
     }
 
     fn report(&mut self) -> Answer<'_, Box<Status>> {

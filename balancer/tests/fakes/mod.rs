@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use balloon::agent::{EventKind, MemoryEvent};
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{
@@ -16,6 +17,7 @@ use balloon::status::{
 use balloon::units::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 
 /// How a fake answers.
@@ -61,6 +63,8 @@ pub struct State {
     pub connections: u64,
     /// Every target it was asked for.
     pub targets: Vec<Bytes>,
+    /// Who waits for its events.
+    listeners: Vec<UnboundedSender<EventKind>>,
 }
 
 /// A fake VM; gone when dropped.
@@ -94,6 +98,7 @@ impl FakeVm {
             requests: 0,
             connections: 0,
             targets: Vec::new(),
+            listeners: Vec::new(),
         }));
         let socket = directory.join(format!("{name}.sock"));
         let listener = UnixListener::bind(&socket).unwrap();
@@ -126,6 +131,12 @@ impl Drop for FakeVm {
 }
 
 impl State {
+    /// The guest can't wait: tells everybody who listens. False where nobody does.
+    pub fn call(&mut self) -> bool {
+        self.listeners.retain(|listener| listener.send(EventKind::Distress).is_ok());
+        !self.listeners.is_empty()
+    }
+
     /// Sets limits, target and actual as if the VM had just started so.
     pub fn place(&mut self, target: Bytes, actual: Bytes) {
         self.memory.target = target;
@@ -179,10 +190,27 @@ async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) 
             }
             _ => {}
         }
+        if head.starts_with("get /memory/events ") {
+            return tell_events(&mut stream, &shared).await;
+        }
         let answer = answer(&shared, manner, &name, &head, &body);
         if stream.write_all(&answer).await.is_err() || manner == Manner::OneAnswerAConnection {
             return;
         }
+    }
+}
+
+async fn tell_events(stream: &mut UnixStream, shared: &Mutex<State>) {
+    let (sender, mut calls) = unbounded_channel();
+    shared.lock().unwrap().listeners.push(sender);
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n";
+    let mut open = stream.write_all(head.as_bytes()).await.is_ok();
+    let mut sequence = 0;
+    while let (true, Some(event)) = (open, calls.recv().await) {
+        sequence += 1;
+        let event = MemoryEvent { sequence, event, agent: None };
+        let line = serde_json::to_string(&event).unwrap() + "\n";
+        open = stream.write_all(line.as_bytes()).await.is_ok();
     }
 }
 

@@ -1,0 +1,85 @@
+//! Guests that can't wait for the daemon's next round.
+
+mod fakes;
+
+use std::time::{Duration, Instant};
+
+use balancer::daemon::{self, Config};
+use balloon::units::Bytes;
+use fakes::{FakeVm, Manner};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+const LIMITS: &str = "256M,min=128M,max=1G";
+
+/// The daemon's rounds are a minute apart. What happens sooner than half of
+/// that after the first was not for a round.
+const INTERVAL: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(30);
+
+/// A daemon after its first round.
+async fn daemon(directory: &TempDir, budget: Bytes, vms: &[&FakeVm]) -> (JoinHandle<()>, Instant) {
+    let config = Config {
+        directory: Some(directory.path().to_owned()),
+        budget: Some(budget),
+        interval: INTERVAL,
+        ..Config::default()
+    };
+    let start = Instant::now();
+    let task = tokio::spawn(async move { drop(daemon::run(config, std::future::pending()).await) });
+    for vm in vms {
+        until(start, "the first round", || vm.state().requests >= 2).await;
+    }
+    (task, start)
+}
+
+/// Waits for what must happen before the second round.
+async fn until(start: Instant, what: &str, mut done: impl FnMut() -> bool) {
+    while !done() {
+        assert!(start.elapsed() < SOON, "gave up waiting for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_calls_is_granted_memory_between_the_rounds() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
+    let (_daemon, start) = daemon(&directory, Bytes::gib(2), &[&vm]).await;
+    vm.state().used = Bytes::mib(250);
+    until(start, "the daemon to listen", || vm.state().call()).await;
+    until(start, "the grant", || vm.state().memory.target > Bytes::mib(270)).await;
+}
+
+#[tokio::test]
+async fn others_pay_between_the_rounds_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let poor = FakeVm::start(directory.path(), "poor", LIMITS, Bytes::mib(200));
+    let rich = FakeVm::start(directory.path(), "rich", LIMITS, Bytes::mib(500));
+    rich.state().place(Bytes::mib(700), Bytes::mib(700));
+    let (_daemon, start) = daemon(&directory, Bytes::mib(980), &[&poor, &rich]).await;
+    // Nothing says that `rich` needs less by now but the rounds between the rounds.
+    rich.state().used = Bytes::mib(100);
+    poor.state().used = Bytes::mib(250);
+    until(start, "the daemon to listen", || poor.state().call()).await;
+    until(start, "the payment", || rich.state().memory.actual < Bytes::mib(680)).await;
+    until(start, "the grant", || {
+        poor.state().call();
+        poor.state().memory.target > Bytes::mib(270)
+    })
+    .await;
+    let held = poor.state().memory.actual.saturating_add(rich.state().memory.actual);
+    assert!(held <= Bytes::mib(980), "{held} is over the budget");
+}
+
+#[tokio::test]
+async fn a_vm_that_tells_nonsense_or_nothing_is_balanced_by_polling() {
+    let directory = tempfile::tempdir().unwrap();
+    let mute = FakeVm::start(directory.path(), "mute", LIMITS, Bytes::mib(100));
+    let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
+    mute.state().manner = Manner::Garbage;
+    let (_daemon, start) = daemon(&directory, Bytes::gib(2), &[&vm]).await;
+    vm.state().used = Bytes::mib(250);
+    until(start, "the daemon to listen", || vm.state().call()).await;
+    until(start, "the grant", || vm.state().memory.target > Bytes::mib(270)).await;
+}
