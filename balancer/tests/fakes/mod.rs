@@ -202,7 +202,13 @@ async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) 
 
 async fn tell_events(stream: &mut UnixStream, shared: &Mutex<State>) {
     let (sender, mut calls) = unbounded_channel();
-    shared.lock().unwrap().listeners.push(sender);
+    {
+        let mut state = shared.lock().unwrap();
+        state.listeners.push(sender);
+        // What is counted are the daemon's questions, not its ear.
+        state.requests -= 1;
+        state.connections -= 1;
+    }
     let head = "HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nConnection: close\r\n\r\n";
     let mut open = stream.write_all(head.as_bytes()).await.is_ok();
     let mut sequence = 0;
