@@ -23,6 +23,10 @@ pub struct MemoryStatus {
     pub settled: bool,
     /// Guest memory that the host really holds (resident pages of the mapping).
     pub host_rss: Bytes,
+    /// How much of that lies in huge pages of the host and is mapped as such, which makes every
+    /// walk of the second-level page tables shorter; `None` where it is not known.
+    #[serde(default)]
+    pub host_huge: Option<Bytes>,
     /// How the guest's balloon driver is doing.
     pub driver: DriverState,
     /// The guest's last report, if it ever sent one.
@@ -53,6 +57,17 @@ impl MemoryStatus {
         let agent = self.agent.as_ref().and_then(|agent| Some((agent.age_ms, agent.figures.available?)));
         let (age, spare) = report.into_iter().chain(agent).min_by_key(|(age, _)| *age)?;
         Some((Duration::from_millis(age), spare))
+    }
+
+    /// The share of what the host holds that lies in huge pages, in percent.
+    pub fn huge_percent(&self) -> Option<u8> {
+        let huge = u128::from(self.host_huge?.0);
+        let whole = u128::from(self.host_rss.0);
+        if whole == 0 {
+            return None;
+        }
+        // The two are counted one after the other.
+        Some(u8::try_from(huge * 100 / whole).unwrap_or(100).min(100))
     }
 }
 
@@ -160,6 +175,7 @@ mod tests {
             actual: Bytes::mib(300),
             settled: false,
             host_rss: Bytes::mib(200),
+            host_huge: None,
             driver: DriverState::Active,
             report: None,
             agent: None,
@@ -174,5 +190,12 @@ mod tests {
         statistics.available = Some(Bytes(u64::MAX));
         status.report = Some(AgedReport { age_ms: 1, statistics });
         assert_eq!(status.used(), Some(Bytes::ZERO), "a liar can't make it wrap");
+        assert_eq!(status.huge_percent(), None);
+        for (huge, percent) in [(0, 0), (50, 25), (200, 100), (300, 100)] {
+            status.host_huge = Some(Bytes::mib(huge));
+            assert_eq!(status.huge_percent(), Some(percent));
+        }
+        status.host_rss = Bytes::ZERO;
+        assert_eq!(status.huge_percent(), None);
     }
 }

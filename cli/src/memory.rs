@@ -60,6 +60,11 @@ pub const fn driver(state: DriverState) -> &'static str {
     }
 }
 
+/// The share of what the host holds that lies in huge pages.
+pub fn huge(memory: &MemoryStatus) -> String {
+    memory.huge_percent().map_or_else(|| "-".to_owned(), |percent| format!("{percent}%"))
+}
+
 fn describe(memory: &MemoryStatus) -> String {
     let limits = &memory.limits;
     let mut lines: Vec<(&str, String)> = vec![
@@ -71,6 +76,7 @@ fn describe(memory: &MemoryStatus) -> String {
         ("target", memory.target.to_string()),
         ("actual", memory.actual.to_string()),
         ("host rss", memory.host_rss.to_string()),
+        ("in huge pages", huge(memory)),
         ("driver", driver(memory.driver).to_owned()),
     ];
     if let Some(report) = &memory.report {

@@ -22,8 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 #[derive(clap::Args)]
 #[command(after_help = "\
 Columns: LIMITS is min to max; TARGET what the guest was asked to have, ACTUAL what it has; USED
-what it can't give up without pain, as it says itself; HOST what the host really holds of it;
-REPORT how long ago the guest last spoke; DRIVER how its balloon driver does.")]
+what it can't give up without pain, as it says itself; HOST what the host really holds of it, HUGE
+the share of that in huge pages; REPORT how long ago the guest last spoke; DRIVER how its balloon
+driver does.")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -83,7 +84,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         output::say(format_args!("no VMs in {}", directory.display()));
         return Ok(());
     }
-    let head = ["NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "REPORT", "DRIVER"];
+    let head =
+        ["NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "HUGE", "REPORT", "DRIVER"];
     let cells: Vec<_> = rows.iter().map(cells).collect();
     output::text(&table::render(head, &cells))
 }
@@ -106,7 +108,7 @@ async fn ask(name: String, socket: PathBuf) -> Row {
     Row { name, socket, answer }
 }
 
-fn cells(row: &Row) -> [String; 10] {
+fn cells(row: &Row) -> [String; 11] {
     let (vm, memory) = match &row.answer {
         Answer::Full { vm, memory } => (vm, memory),
         Answer::Dead => return without_answer(&row.name, "dead"),
@@ -125,12 +127,13 @@ fn cells(row: &Row) -> [String; 10] {
         memory.actual.to_string(),
         used.map_or_else(none, |used: Bytes| used.to_string()),
         memory.host_rss.to_string(),
+        memory::huge(memory),
         age.unwrap_or_else(none),
         memory::driver(memory.driver).to_owned(),
     ]
 }
 
-fn without_answer(name: &str, state: &str) -> [String; 10] {
+fn without_answer(name: &str, state: &str) -> [String; 11] {
     std::array::from_fn(|column| match column {
         0 => name.to_owned(),
         1 => state.to_owned(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ::balancer::daemon;
 use balancer::sim::recorded::{LONGEST, OWN_HEADER};
 use balloon::runtime;
-use balloon::status::{AgedReport, MemoryStatus};
+use balloon::status::MemoryStatus;
 use balloon::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -25,7 +25,7 @@ const STALE: u32 = 3;
 const FRESH: Duration = Duration::from_secs(3);
 
 /// The columns behind those that the simulator reads.
-const MORE: [&str; 11] = [
+const MORE: [&str; 13] = [
     "actual",
     "target",
     "available",
@@ -37,6 +37,8 @@ const MORE: [&str; 11] = [
     "allocation_stalls",
     "direct_reclaims",
     "oom_kills",
+    "refaults",
+    "stall_us",
 ];
 
 /// Record what VMs use, second by second, for `ballast sim --trace`
@@ -45,8 +47,9 @@ const MORE: [&str; 11] = [
 It records all VMs, or those named; ones that start later join, ones that end leave. Ctrl-C ends
 it, and what was taken until then is in the file.
 
-The file is CSV: a line an interval and VM. Amounts are bytes, faults, stalls and reclaims are counts
-since the guest booted; what the guest does not tell is empty, or 0 for cache and committed.
+The file is CSV: a line an interval and VM. Amounts are bytes; swap, faults, stalls, reclaims, kills
+and refaults count from when the guest booted. What the guest does not tell is empty, or 0 for cache
+and committed; committed, refaults and stall_us need the guest's agent.
 
 Examples:
   ballast record -o today.csv
@@ -129,31 +132,33 @@ async fn take(
 }
 
 fn is_fresh(memory: &MemoryStatus, patience: Duration) -> bool {
-    memory.report.as_ref().is_some_and(|report| Duration::from_millis(report.age_ms) <= patience)
+    memory.spare().is_some_and(|(age, _)| age <= patience)
 }
 
 /// One line of the file; nothing where the guest does not say what it uses.
 fn row(at: Duration, name: &str, memory: &MemoryStatus) -> Option<String> {
     let used = memory.used()?;
-    let AgedReport { statistics, .. } = memory.report.as_ref()?;
     let bytes = |amount: Option<Bytes>| amount.map(|amount| amount.0);
-    let cache = statistics.disk_caches.unwrap_or_default();
+    let report = memory.report.as_ref().map(|report| report.statistics.clone()).unwrap_or_default();
+    let agent = memory.agent.as_ref().map(|agent| agent.figures).unwrap_or_default();
+    let cache = report.disk_caches.unwrap_or_default();
+    let committed = agent.committed.unwrap_or_default();
     let limits = &memory.limits;
-    // What is committed the balloon's statistics don't tell.
-    let committed = Bytes::ZERO;
     let read = [limits.min(), limits.max(), used, cache, committed].map(|amount| Some(amount.0));
     let more = [
         Some(memory.actual.0),
         Some(memory.target.0),
-        bytes(statistics.available),
-        bytes(statistics.free),
+        bytes(report.available.or(agent.available)),
+        bytes(report.free),
         Some(memory.host_rss.0),
-        bytes(statistics.swap_in),
-        bytes(statistics.swap_out),
-        statistics.major_faults,
-        statistics.allocation_stalls,
-        statistics.direct_reclaims,
-        statistics.oom_kills,
+        bytes(report.swap_in.or(agent.swap_in)),
+        bytes(report.swap_out.or(agent.swap_out)),
+        report.major_faults,
+        report.allocation_stalls.or(agent.allocation_stalls),
+        report.direct_reclaims,
+        report.oom_kills.or(agent.oom_kills),
+        bytes(agent.refaults),
+        agent.stall_us,
     ];
     let figures = read.into_iter().chain(more).map(|figure: Option<u64>| match figure {
         Some(figure) => format!(",{figure}"),

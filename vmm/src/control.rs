@@ -177,23 +177,25 @@ impl Control {
                 actual: self.map,
                 settled: false,
                 host_rss: Bytes::ZERO,
+                host_huge: None,
                 driver: DriverState::Absent,
                 report: None,
                 agent: None,
                 counters: BalloonCounters::default(),
             };
         };
-        let host_rss = parts.ram.resident().unwrap_or_else(|error| {
-            tracing::warn!("resident guest memory can't be counted: {error}");
-            Bytes::ZERO
+        let held = parts.ram.held().inspect_err(|error| {
+            tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
         });
+        let held = held.ok();
         let balloon = &parts.balloon;
         MemoryStatus {
             limits,
             target: balloon.target(),
             actual: balloon.actual(),
             settled: balloon.settled(),
-            host_rss,
+            host_rss: held.map(|held| held.resident).unwrap_or_default(),
+            host_huge: held.map(|held| held.huge),
             driver: balloon.driver(),
             report: balloon.report(),
             agent: self.agent_status(),

@@ -1,12 +1,16 @@
 //! Guest memory: mapped lazily, of the kind that the user chose, and measured.
 
+mod accounts;
+
 use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr;
 use std::sync::Arc;
 
+use self::accounts::Accounts;
+pub use self::accounts::Held;
 use balloon::units::Bytes;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -75,6 +79,7 @@ pub struct Ram {
     // Held for its file: what is resident of a shared mapping is what the file holds.
     file: Option<File>,
     backing: Backing,
+    accounts: Accounts,
 }
 
 /// One region of RAM, as KVM and the balloon need to know it.
@@ -119,7 +124,12 @@ impl Ram {
             offset += size;
         }
         let guest = Arc::new(compose(&regions)?);
-        Ok(Self { guest, regions, size, file, backing: options.backing })
+        let mappings = regions.iter().map(|region| {
+            let start = region.host as u64;
+            start..start.saturating_add(region.size.0)
+        });
+        let accounts = Accounts::new(mappings.collect());
+        Ok(Self { guest, regions, size, file, backing: options.backing, accounts })
     }
 
     /// The memory as devices and loaders reach it.
@@ -147,47 +157,27 @@ impl Ram {
         self.file.as_ref().map(AsRawFd::as_raw_fd)
     }
 
-    /// How much of it the host really holds.
+    /// How much of it the host really holds, and in huge pages.
     ///
-    /// A memfd is asked for its blocks: pages that only KVM has touched, or that this
+    /// What a memfd holds is told by its blocks: pages that only KVM has touched, or that this
     /// process has unmapped and not punched out, count as well. Anonymous memory is
-    /// counted by the kernel (`/proc/self/smaps`); mincore(2) would not tell, as it
-    /// reports the page cache.
+    /// counted by the kernel, not long ago (see [`Accounts::held`]); mincore(2) would not tell,
+    /// as it reports the page cache.
     ///
     /// # Errors
     /// When the kernel's accounts can't be read.
-    pub fn resident(&self) -> io::Result<Bytes> {
-        match &self.file {
-            // st_blocks counts 512 bytes, whatever the file system's block is (stat(2)).
-            Some(file) => Ok(Bytes(file.metadata()?.blocks().saturating_mul(512))),
-            None => self.resident_by_smaps(BufReader::new(File::open("/proc/self/smaps")?)),
-        }
-    }
-
-    fn resident_by_smaps(&self, smaps: impl BufRead) -> io::Result<Bytes> {
-        let mut inside = false;
-        let mut resident = Bytes::ZERO;
-        for line in smaps.lines() {
-            let line = line?;
-            if let Some(range) = mapping_line(&line) {
-                inside = self.regions.iter().any(|region| {
-                    let start = region.host as u64;
-                    start <= range.start && range.end <= start.saturating_add(region.size.0)
-                });
-            } else if inside && let Some(rest) = line.strip_prefix("Rss:") {
-                let kib = rest.trim().trim_end_matches(" kB").parse().unwrap_or(0);
-                resident = resident.saturating_add(Bytes::kib(kib));
+    pub fn held(&self) -> io::Result<Held> {
+        // st_blocks counts 512 bytes, whatever the file system's block is (stat(2)).
+        let blocks = |file: &File| Ok::<_, io::Error>(Bytes(file.metadata()?.blocks().saturating_mul(512)));
+        match (&self.file, self.backing) {
+            (Some(file), Backing::HugePages2M) => {
+                let resident = blocks(file)?;
+                Ok(Held { resident, huge: resident })
             }
+            (Some(file), _) => Ok(Held { resident: blocks(file)?, ..self.accounts.held()? }),
+            (None, _) => self.accounts.held(),
         }
-        Ok(resident)
     }
-}
-
-/// The addresses in the first line of a mapping in smaps, such as `7f00-7f01 rw-p ...`.
-fn mapping_line(line: &str) -> Option<std::ops::Range<u64>> {
-    let (start, rest) = line.split_once('-')?;
-    let (end, _) = rest.split_once(' ')?;
-    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
 }
 
 /// An anonymous file of `size` bytes, with nothing in it yet.
@@ -296,19 +286,25 @@ fn compose(regions: &[Region]) -> Result<GuestMemoryMmap, MemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes as _;
+    use vm_memory::{Bytes as _, GuestMemoryBackend as _};
+
+    /// What is held at this moment, and not some milliseconds ago.
+    fn held(ram: &Ram) -> Held {
+        *ram.accounts.last() = None;
+        ram.held().expect("accounts")
+    }
 
     /// Touches a few MiB and sees just them become resident.
     fn follows_touches(options: MemoryOptions) {
         let ram = Ram::new(Bytes::gib(6), options).expect("lazily mapped");
         assert_eq!(ram.regions().len(), 2);
-        assert_eq!(ram.resident().expect("accounts"), Bytes::ZERO);
+        assert_eq!(held(&ram), Held::default());
         let touched = Bytes::mib(8);
         for page in 0..touched.pages().0 {
             let address = GuestAddress(layout::HOLE.end + page * 4096);
             ram.guest().write_obj(1u8, address).expect("RAM");
         }
-        assert_eq!(ram.resident().expect("accounts"), touched);
+        assert_eq!(held(&ram).resident, touched);
     }
 
     #[test]
@@ -325,7 +321,46 @@ mod tests {
     fn prefault_fills_everything() {
         let size = Bytes::mib(64);
         let ram = Ram::new(size, MemoryOptions { prefault: true, ..Default::default() }).expect("mapped");
-        assert_eq!(ram.resident().expect("accounts"), size);
+        assert_eq!(held(&ram).resident, size);
+    }
+
+    /// A huge page of the host backs one of the guest only where both begin at such an address
+    /// (Linux's mm/khugepaged.c and KVM's mapping level agree on that).
+    #[test]
+    fn guest_and_host_addresses_agree_in_their_huge_page() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let ram =
+                Ram::new(Bytes::gib(6), MemoryOptions { backing, ..Default::default() }).expect("mapped");
+            for region in ram.regions() {
+                for address in [region.host as u64, region.guest.0, region.offset.0] {
+                    assert!(address.is_multiple_of(ALIGNMENT.0), "{region:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_counted_and_a_hole_in_one_is_too() {
+        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        if !setting.is_ok_and(|setting| setting.contains("[always]") || setting.contains("[madvise]")) {
+            eprintln!("this host gives no transparent huge pages, so there are none to count");
+            return;
+        }
+        let options = MemoryOptions { thp: true, ..Default::default() };
+        let ram = Ram::new(Bytes::mib(64), options).expect("mapped");
+        for page in 0..Bytes::mib(8).pages().0 {
+            ram.guest().write_obj(1u8, GuestAddress(Bytes::mib(16).0 + page * 4096)).expect("RAM");
+        }
+        let before = held(&ram);
+        assert_eq!(before.resident, Bytes::mib(8));
+        assert!(before.huge >= Bytes::mib(2), "{before:?}");
+        let hole = ram.guest().get_host_address(GuestAddress(Bytes::mib(17).0)).expect("RAM");
+        // SAFETY: a page of this test's own mapping, of which nobody holds a reference.
+        let result = unsafe { libc::madvise(hole.cast(), 4096, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
+        let after = held(&ram);
+        assert_eq!(after.resident, before.resident - Bytes::kib(4));
+        assert_eq!(after.huge, before.huge - Bytes::mib(2), "the one with the hole is none any more");
     }
 
     #[test]

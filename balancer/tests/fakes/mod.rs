@@ -84,6 +84,7 @@ impl FakeVm {
             actual: limits.startup(),
             settled: false,
             host_rss: limits.startup(),
+            host_huge: None,
             driver: DriverState::Active,
             report: None,
             agent: None,

@@ -159,6 +159,7 @@ fn a_full_answer_is_as_described() {
             actual: Bytes(u64::MAX),
             settled: true,
             host_rss: Bytes::ZERO,
+            host_huge: Some(Bytes::ZERO),
             driver,
             report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),
             agent: Some(agent()),
