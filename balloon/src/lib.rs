@@ -15,7 +15,11 @@ pub mod device;
 pub mod discard;
 pub mod limits;
 #[cfg(feature = "device")]
+pub mod means;
+#[cfg(feature = "device")]
 pub mod pending;
+#[cfg(feature = "device")]
+pub mod plug;
 #[cfg(feature = "device")]
 pub mod ranges;
 pub mod report;

@@ -16,7 +16,8 @@ pub struct MemoryStatus {
     pub limits: Limits,
     /// What the guest was last asked to have.
     pub target: Bytes,
-    /// What the guest has: its memory map less the balloon, as its driver says.
+    /// What the guest has: what it started with and what it has plugged, less the balloon, as
+    /// its driver says.
     pub actual: Bytes,
     /// The guest could not reach the target: it stays at `actual` until a target is set anew.
     #[serde(default)]
@@ -36,9 +37,24 @@ pub struct MemoryStatus {
     pub agent: Option<AgentStatus>,
     /// What the balloon has counted since the VM started.
     pub counters: BalloonCounters,
+    /// How the guest's memory is plugged; `None` for a VM that grows by its balloon alone.
+    #[serde(default)]
+    pub plug: Option<PlugStatus>,
 }
 
 impl MemoryStatus {
+    /// The most that the guest can have with the drivers that it has: its limit, or, in a VM
+    /// that grows by plugging and whose guest lacks the driver for it, what it has already.
+    pub fn ceiling(&self) -> Bytes {
+        let max = self.limits.max();
+        match &self.plug {
+            Some(plug) if plug.driver != DriverState::Active => {
+                max.min(plug.boot.saturating_add(plug.plugged))
+            }
+            _ => max,
+        }
+    }
+
     /// What the guest uses and can't give up without pain, as it last said.
     ///
     /// Counted from `actual`, not from the guest's own total: a Linux driver with
@@ -92,6 +108,42 @@ pub enum DriverState {
     Silent,
     /// It broke the protocol; the device asked for a reset and waits.
     Broken,
+}
+
+/// Memory that is plugged into a guest and unplugged again (virtio-mem).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlugStatus {
+    /// How the guest's virtio-mem driver is doing.
+    pub driver: DriverState,
+    /// What the guest booted with, which can't be unplugged.
+    pub boot: Bytes,
+    /// What is plugged and unplugged in.
+    pub block: Bytes,
+    /// What the guest was last asked to have plugged.
+    pub requested: Bytes,
+    /// What it has plugged, by the device's own count. More than `requested` is what the guest
+    /// has not unplugged yet, or can't.
+    pub plugged: Bytes,
+    /// What the device has counted since the VM started.
+    pub counters: PlugCounters,
+}
+
+/// What the virtio-mem device has counted since the VM started; monotonic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlugCounters {
+    /// Memory plugged by the guest, in bytes.
+    pub plugged: Bytes,
+    /// Memory unplugged by the guest, in bytes.
+    pub unplugged: Bytes,
+    /// Unplugged memory given back to the host, in bytes.
+    pub discarded: Bytes,
+    /// Discards the host refused.
+    pub discard_failures: u64,
+    /// Requests that the host could not carry out.
+    pub refused: u64,
+    /// Malformed descriptor chains handed back to the guest.
+    pub malformed: u64,
 }
 
 /// What the balloon device has counted since the VM started; monotonic.
@@ -180,6 +232,7 @@ mod tests {
             report: None,
             agent: None,
             counters: BalloonCounters::default(),
+            plug: None,
         };
         assert_eq!(status.used(), None);
         // The guest's total still holds the balloon.
@@ -197,5 +250,31 @@ mod tests {
         }
         status.host_rss = Bytes::ZERO;
         assert_eq!(status.huge_percent(), None);
+    }
+    #[test]
+    fn a_guest_without_the_driver_grows_no_further() {
+        let plug = PlugStatus {
+            driver: DriverState::Active,
+            boot: Bytes::mib(256),
+            block: Bytes::mib(2),
+            requested: Bytes::mib(300),
+            plugged: Bytes::mib(64),
+            counters: PlugCounters::default(),
+        };
+        let mut status = MemoryStatus {
+            limits: "256M,max=1G".parse().unwrap(),
+            target: Bytes::mib(556),
+            actual: Bytes::mib(320),
+            host_rss: Bytes::mib(200),
+            driver: DriverState::Active,
+            report: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+        };
+        assert_eq!(status.ceiling(), Bytes::gib(1));
+        status.plug = Some(plug);
+        assert_eq!(status.ceiling(), Bytes::gib(1));
+        status.plug = Some(PlugStatus { driver: DriverState::Absent, ..plug });
+        assert_eq!(status.ceiling(), Bytes::mib(320));
     }
 }
