@@ -173,6 +173,12 @@ impl Limits {
     pub fn clamp(&self, bytes: Bytes) -> Bytes {
         bytes.page_floor().clamp(self.min, self.max)
     }
+
+    /// The same limits for a guest that can have no more than `ceiling` at the moment; min stays.
+    pub fn capped(self, ceiling: Bytes) -> Self {
+        let max = self.max.min(ceiling.page_floor()).max(self.min);
+        Self { max, startup: self.startup.min(max), ..self }
+    }
 }
 
 impl TryFrom<Unchecked> for Limits {
@@ -280,5 +286,15 @@ mod tests {
             assert!(text.parse::<Limits>().is_err(), "{text}");
         }
         assert!(serde_json::from_str::<Limits>(r#"{"startup":1,"min":2,"max":3}"#).is_err());
+    }
+
+    #[test]
+    fn a_cap_keeps_the_limits_valid() {
+        let limits: Limits = "256M,min=128M,max=1G".parse().unwrap();
+        for (ceiling, startup, max) in [(2048, 256, 1024), (300, 256, 300), (200, 200, 200), (0, 128, 128)] {
+            let capped = limits.capped(Bytes::mib(ceiling));
+            assert_eq!((capped.startup(), capped.max()), (Bytes::mib(startup), Bytes::mib(max)));
+            assert_eq!(capped.min(), Bytes::mib(128));
+        }
     }
 }

@@ -5,12 +5,13 @@
 //! guest reports free pages. Beyond that:
 //!
 //! 1. **Growing** plugs memory up to the target and lets go of the balloon.
-//! 2. **Shrinking** to what the guest booted with asks it to unplug: blocks of
-//!    2 MiB go whole, and the host need not trust that they stay gone.
-//! 3. **The balloon** takes what is left: what lies below the boot memory at
-//!    once, and what the guest could not unplug once it has made no progress
-//!    for [`PATIENCE`]. It works page by page, and can squeeze a guest whose
-//!    free memory lies scattered.
+//! 2. **Shrinking** asks it to unplug: blocks of 2 MiB go whole, and the host
+//!    need not trust that they stay gone.
+//! 3. **The balloon** takes what is left: what lies below the boot memory, and
+//!    what the guest could not unplug once it has made no progress for
+//!    [`PATIENCE`]. It works page by page, and can squeeze a guest whose free
+//!    memory lies scattered. It does not work at the same time as unplugging:
+//!    Linux takes the pages for it from the very blocks that are to go.
 //!
 //! A VM without pluggable memory has the balloon alone.
 
@@ -24,7 +25,7 @@ use crate::units::Bytes;
 ///
 /// A driver answers within milliseconds; one block of 128 MiB that has to be
 /// emptied first takes longer. A balancer calls a guest stuck after 5 s.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How a guest's memory stands, as far as it matters for what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +38,8 @@ pub struct Standing {
     pub driver: bool,
     /// How long ago it last plugged or unplugged, or was asked for something new.
     pub waited: Duration,
-    /// How much the balloon holds in place of memory that is not unplugged yet.
-    pub help: Bytes,
+    /// What its balloon was last asked to hold.
+    pub held: Bytes,
 }
 
 /// What to ask of the guest.
@@ -48,8 +49,6 @@ pub struct Steps {
     pub requested: Bytes,
     /// What its balloon should hold.
     pub held: Bytes,
-    /// How much of that stands in for memory that is not unplugged yet.
-    pub help: Bytes,
     /// When to look again if nothing happens until then.
     pub look_again: Option<Duration>,
 }
@@ -59,12 +58,12 @@ pub struct Steps {
 pub fn steps(standing: Standing, target: Bytes) -> Steps {
     let requested = target.saturating_sub(standing.boot);
     let surplus = standing.plugged.saturating_sub(requested);
-    let stalled = !standing.driver || standing.waited >= PATIENCE;
-    // Once it helps it goes on helping: to let go while blocks leave one by one would be to and fro.
-    let help = if stalled { surplus } else { standing.help.min(surplus) };
-    let held = standing.boot.saturating_sub(target).saturating_add(help);
-    let look_again = (surplus > help).then(|| PATIENCE.saturating_sub(standing.waited));
-    Steps { requested, held, help, look_again }
+    // With what is plugged now, the balloon must hold so much for the target to be met.
+    let needed = standing.boot.saturating_sub(target).saturating_add(surplus);
+    let unplugs = surplus > Bytes::ZERO && standing.driver && standing.waited < PATIENCE;
+    let held = if unplugs { needed.min(standing.held) } else { needed };
+    let look_again = (held < needed).then(|| PATIENCE.saturating_sub(standing.waited));
+    Steps { requested, held, look_again }
 }
 
 #[cfg(test)]
@@ -81,33 +80,31 @@ mod tests {
             plugged: Bytes::mib(plugged),
             driver: true,
             waited: Duration::ZERO,
-            help: Bytes::ZERO,
+            held: Bytes::ZERO,
         }
     }
 
     #[test]
     fn growing_plugs() {
         let grown = steps(standing(0), Bytes::gib(1));
-        let plug =
-            Steps { requested: Bytes::mib(768), held: Bytes::ZERO, help: Bytes::ZERO, look_again: None };
-        assert_eq!(grown, plug);
+        assert_eq!(grown, Steps { requested: Bytes::mib(768), held: Bytes::ZERO, look_again: None });
     }
 
     #[test]
     fn shrinking_unplugs_first_and_the_balloon_takes_what_is_left() {
         let target = Bytes::mib(200);
         let first = steps(standing(512), target);
-        assert_eq!((first.requested, first.held), (Bytes::ZERO, Bytes::mib(56)));
-        assert_eq!(first.look_again, Some(PATIENCE));
+        assert_eq!(first, Steps { requested: Bytes::ZERO, held: Bytes::ZERO, look_again: Some(PATIENCE) });
+        // All went: the rest lies below the boot memory.
+        assert_eq!(steps(standing(0), target).held, Bytes::mib(56));
         // 100 MiB won't go.
-        let stalled = Standing { waited: PATIENCE, ..standing(100) };
-        let second = steps(stalled, target);
-        assert_eq!((second.held, second.help, second.look_again), (Bytes::mib(156), Bytes::mib(100), None));
+        let second = steps(Standing { waited: PATIENCE, ..standing(100) }, target);
+        assert_eq!((second.held, second.look_again), (Bytes::mib(156), None));
         // One more block goes after all: the balloon gives back as much, and no more.
-        let third = steps(Standing { help: second.help, ..standing(98) }, target);
-        assert_eq!((third.held, third.help), (Bytes::mib(154), Bytes::mib(98)));
+        let third = steps(Standing { held: second.held, ..standing(98) }, target);
+        assert_eq!((third.held, third.look_again), (Bytes::mib(154), None));
         // A guest that may grow again gets the balloon's part first.
-        let fourth = steps(Standing { help: third.help, ..standing(98) }, Bytes::mib(300));
+        let fourth = steps(Standing { held: third.held, ..standing(98) }, Bytes::mib(300));
         assert_eq!((fourth.requested, fourth.held), (Bytes::mib(44), Bytes::mib(54)));
     }
 
@@ -120,20 +117,20 @@ mod tests {
     proptest! {
         #[test]
         fn a_guest_that_does_as_it_is_asked_has_its_target(
-            plugged in 0u64..600, target in 64u64..2000, driver: bool, waited in 0u64..4, help in 0u64..600,
+            plugged in 0u64..600, target in 64u64..2000, driver: bool, waited in 0u64..4, held in 0u64..600,
         ) {
             let target = Bytes::mib(target);
             let standing = Standing {
-                driver, waited: Duration::from_secs(waited), help: Bytes::mib(help), ..standing(plugged)
+                driver, waited: Duration::from_secs(waited), held: Bytes::mib(held), ..standing(plugged)
             };
-            let Steps { requested, held, help, look_again } = steps(standing, target);
+            let Steps { requested, held, look_again } = steps(standing, target);
             // It has unplugged all that it was asked to.
-            let settled = Standing { plugged: requested, waited: Duration::ZERO, help, ..standing };
+            let settled = Standing { plugged: requested, waited: Duration::ZERO, held, ..standing };
             let done = steps(settled, target);
             prop_assert_eq!(BOOT + requested - done.held, target);
             prop_assert_eq!(done.look_again, None);
             // It can't unplug: the balloon makes up for it in the end.
-            let stuck = steps(Standing { waited: PATIENCE, help, ..standing }, target);
+            let stuck = steps(Standing { waited: PATIENCE, held, ..standing }, target);
             prop_assert_eq!(BOOT + standing.plugged.max(requested) - stuck.held, target);
             // Before that the balloon never takes more than is too much.
             prop_assert!(BOOT + standing.plugged.max(requested) - held >= target);

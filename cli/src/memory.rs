@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use balloon::limits::Limits;
 use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus};
+use balloon::status::{DriverState, MemoryStatus, PlugStatus};
 use balloon::units::Bytes;
 
 use crate::client;
@@ -79,6 +79,9 @@ fn describe(memory: &MemoryStatus) -> String {
         ("in huge pages", huge(memory)),
         ("driver", driver(memory.driver).to_owned()),
     ];
+    if let Some(plug) = &memory.plug {
+        lines.extend(plugged(memory, plug));
+    }
     if let Some(report) = &memory.report {
         lines.push(("report age", format!("{:.1} s", report.age_ms as f64 / 1000.0)));
         lines.extend(memory.used().map(|used| ("guest used", used.to_string())));
@@ -99,6 +102,22 @@ fn describe(memory: &MemoryStatus) -> String {
         let _ = writeln!(text, "{name:<width$}  {value}");
         text
     })
+}
+
+fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, String)> {
+    let mut lines = vec![
+        ("booted with", plug.boot.to_string()),
+        ("plugged", plug.plugged.to_string()),
+        ("plug driver", driver(plug.driver).to_owned()),
+    ];
+    if plug.plugged > plug.requested {
+        lines.push(("to be unplugged", (plug.plugged - plug.requested).to_string()));
+    }
+    if memory.ceiling() < memory.limits.max() {
+        let has = memory.ceiling();
+        lines.push(("can grow to", format!("{has} (no working virtio_mem driver in the guest)")));
+    }
+    lines
 }
 
 fn figures(report: &Report) -> Vec<(&'static str, String)> {

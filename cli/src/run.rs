@@ -7,7 +7,7 @@ use std::time::Duration;
 use balloon::limits::Limits;
 use balloon::runtime;
 use vmm::config::{
-    Backing, BalloonOptions, Config, ConfigError, Console, Cpus, DEFAULT_CMDLINE, MemoryOptions, Name,
+    Backing, BalloonOptions, Config, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Grow, MemoryOptions, Name,
 };
 use vmm::machine::Machine;
 
@@ -54,6 +54,9 @@ pub struct Args {
     /// what the guest uses, and divides by `weight` when memory is short.
     #[arg(long, value_name = "SPEC")]
     memory: Limits,
+    /// How the guest gets memory beyond what it starts with
+    #[arg(long, value_name = "HOW", default_value = "balloon")]
+    grow: GrowBy,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -93,6 +96,15 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
+enum GrowBy {
+    /// It boots with max in its memory map, and the balloon holds back what is above SIZE
+    Balloon,
+    /// It boots with SIZE and plugs the rest: faster, and it can't reach memory that it was not
+    /// given; the guest needs the module virtio_mem (Linux 5.17 or later)
+    Plug,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
 enum MemoryBacking {
     Anonymous,
     Memfd,
@@ -117,6 +129,10 @@ impl Args {
             initrd: self.initrd,
             cmdline: self.cmdline,
             limits: self.memory,
+            grow: match self.grow {
+                GrowBy::Balloon => Grow::Balloon,
+                GrowBy::Plug => Grow::Plug,
+            },
             cpus: self.cpus,
             console: self.console,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },

@@ -29,6 +29,8 @@ pub struct Config {
     pub console: Console,
     /// What the guest's memory is made of.
     pub memory: MemoryOptions,
+    /// How the guest gets memory beyond what it starts with.
+    pub grow: Grow,
     /// How the balloon behaves.
     pub balloon: BalloonOptions,
     /// Whether the guest gets a port for its agent.
@@ -170,6 +172,31 @@ impl Backing {
     }
 }
 
+/// How a guest gets memory beyond what it starts with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Grow {
+    /// It boots with the memory of `max`, and a balloon holds back what is above `startup`. Any
+    /// guest with a balloon driver can.
+    #[default]
+    Balloon,
+    /// It boots with `startup` and plugs the rest (virtio-mem). It needs the driver for it, and
+    /// can't reach memory that it was not given.
+    Plug,
+}
+
+/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
+/// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
+/// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
+/// A word that the user gave as well stays as it is.
+pub fn plug_cmdline(cmdline: &str) -> String {
+    let words = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
+    words.iter().fold(cmdline.to_owned(), |line, word| {
+        let name = word.split_once('=').map_or(*word, |(name, _)| name);
+        let given = line.split_whitespace().any(|other| other.split('=').next() == Some(name));
+        if given { line } else { format!("{line} {word}") }
+    })
+}
+
 /// How the balloon behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonOptions {
@@ -199,6 +226,13 @@ mod tests {
         for bad in ["", "-a", "A", "a.b", "../x", "a/b", &"x".repeat(64)] {
             assert!(bad.parse::<Name>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_the_user_says_about_plugged_memory_stands() {
+        let line = plug_cmdline("quiet memhp_default_state=online_movable");
+        let expected = "quiet memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable";
+        assert_eq!(line, expected);
     }
 
     #[test]

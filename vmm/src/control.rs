@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use balloon::agent::AgentStatus;
-use balloon::device::{Handle, TargetError};
 use balloon::limits::Limits;
+use balloon::means::steering::{Steering, SteeringError};
 use balloon::status::{BalloonCounters, DriverState, MemoryStatus, VmState, VmStatus};
 use balloon::units::Bytes;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,6 +32,9 @@ pub enum ControlError {
     /// No driver works on the balloon. A conflict: one may come.
     #[error("the guest has no balloon driver: load virtio_balloon in the guest")]
     NoDriver,
+    /// No driver can plug what the target is above. A conflict: one may come.
+    #[error(transparent)]
+    CanNotGrow(SteeringError),
     /// The target lies outside the limits.
     #[error("the target {target} lies outside the limits {min} to {max}: change the limits first")]
     OutsideLimits {
@@ -61,7 +64,7 @@ pub enum ControlError {
 impl ControlError {
     /// Whether the same request may succeed later without being changed (HTTP 409).
     pub const fn is_conflict(&self) -> bool {
-        matches!(self, Self::State { .. } | Self::NoDriver)
+        matches!(self, Self::State { .. } | Self::NoDriver | Self::CanNotGrow(_))
     }
 }
 
@@ -81,8 +84,8 @@ pub struct Parts {
     pub crew: Arc<Crew>,
     /// Its memory.
     pub ram: Arc<Ram>,
-    /// Its balloon.
-    pub balloon: Handle,
+    /// What moves its memory.
+    pub steering: Steering,
     /// The interrupt line of the power button.
     pub power: EventFd,
 }
@@ -182,17 +185,19 @@ impl Control {
                 report: None,
                 agent: None,
                 counters: BalloonCounters::default(),
+                plug: None,
             };
         };
         let held = parts.ram.held().inspect_err(|error| {
             tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
         });
         let held = held.ok();
-        let balloon = &parts.balloon;
+        let steering = &parts.steering;
+        let balloon = steering.balloon();
         MemoryStatus {
             limits,
-            target: balloon.target(),
-            actual: balloon.actual(),
+            target: steering.target(),
+            actual: steering.actual(),
             settled: balloon.settled(),
             host_rss: held.map(|held| held.resident).unwrap_or_default(),
             host_huge: held.map(|held| held.huge),
@@ -200,6 +205,7 @@ impl Control {
             report: balloon.report(),
             agent: self.agent_status(),
             counters: balloon.counters(),
+            plug: steering.plug(),
         }
     }
 
@@ -242,9 +248,10 @@ impl Control {
             return Err(ControlError::OutsideLimits { target, min, max });
         }
         let parts = self.parts("have a target")?;
-        parts.balloon.set_target(target.page_floor()).map_err(|error| match error {
-            TargetError::NoDriver => ControlError::NoDriver,
-            TargetError::OutOfMap { .. } => ControlError::OutsideLimits { target, min, max },
+        parts.steering.set_target(target.page_floor()).map_err(|error| match error {
+            SteeringError::NoBalloon => ControlError::NoDriver,
+            SteeringError::NoPlug { .. } => ControlError::CanNotGrow(error),
+            SteeringError::OutOfMap { .. } => ControlError::OutsideLimits { target, min, max },
         })
     }
 
@@ -259,11 +266,11 @@ impl Control {
         let mut current = lock(&self.limits);
         *current = limits;
         if let Some(parts) = self.parts.get() {
-            let target = parts.balloon.target();
+            let target = parts.steering.target();
             let inside = limits.clamp(target);
             if inside != target {
                 // Without a driver nobody follows any target; the next one set will be inside.
-                let _ = parts.balloon.set_target(inside);
+                let _ = parts.steering.set_target(inside);
             }
         }
         Ok(())

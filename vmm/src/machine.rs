@@ -1,11 +1,13 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 
 use balloon::device::{Balloon, Handle};
 use balloon::discard::{self, Discard};
+use balloon::means::steering::Steering;
+use balloon::plug::{self, Plug};
 use balloon::units::Bytes;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
@@ -15,15 +17,18 @@ use crate::api;
 use crate::boot::kernel::{self, Entry, Files, KernelError};
 use crate::boot::{acpi, layout, registers, reset};
 use crate::bus::{Buses, EndPorts};
-use crate::config::{Backing, Config};
+use crate::config::{Backing, Config, Grow, plug_cmdline};
 use crate::console::{Console, ConsoleError};
 use crate::control::{Control, Parts};
 use crate::cpuid;
 use crate::events::{EventLoop, STACK, Subscriber};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
-use crate::memory::{MemoryError, Ram};
+use crate::memory::{self, MemoryError, Ram};
+use crate::pluggable::Pluggable;
 use crate::signals::Signals;
+use crate::steering::Steered;
+use crate::trespass::Trespass;
 use crate::vcpu::{Crew, Vcpu};
 use crate::wiring::{Wiring, WiringError};
 
@@ -99,7 +104,8 @@ pub struct Machine {
     _console: Console,
     api: Option<api::Server>,
     devices: Vec<Subscriber>,
-    balloon: Subscriber,
+    /// What moves memory, on an event loop of its own.
+    memory: Vec<Subscriber>,
     // Closed last: the vCPUs and the memory slots hang on it.
     _vm: VmFd,
 }
@@ -111,10 +117,13 @@ impl Machine {
     /// [`MachineError`] is the sentence for the user.
     pub fn new(config: Config) -> Result<Self, MachineError> {
         let kvm_fd = host::open_for_guests()?;
-        let ram = Arc::new(Ram::new(config.limits.max(), config.memory)?);
-        let files =
-            Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
-        let entry = kernel::load(files, ram.guest(), ram.size())?;
+        let ram = Arc::new(ram(&config)?);
+        let cmdline = match ram.pluggable() {
+            Some(_) => plug_cmdline(&config.cmdline),
+            None => config.cmdline.clone(),
+        };
+        let files = Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline };
+        let entry = kernel::load(files, ram.guest(), ram.boot())?;
         let api = config.socket.as_deref().map(api::Server::bind).transpose()?;
 
         let vm = create_vm(&kvm_fd, &ram)?;
@@ -125,15 +134,27 @@ impl Machine {
         wiring.serial(Arc::clone(&console.port))?;
         EndPorts::register(wiring.buses(), &crew).map_err(WiringError::from)?;
         let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
-        let balloon = wiring.virtio(Box::new(balloon))?;
+        let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
         let rng = wiring.virtio(Box::new(Rng::new()))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let mut devices: Vec<Subscriber> = vec![rng];
         if config.agent {
             devices.push(wiring.virtio(Box::new(control.agent().port()))?);
         }
+        let steering = match ram.pluggable() {
+            None => Steering::by_balloon(handle),
+            Some(pluggable) => {
+                let (device, plug) = plug(&ram, pluggable).map_err(refused("memory to plug"))?;
+                memory.push(wiring.virtio(Box::new(device))?);
+                let trespass = Trespass::watch(pluggable.region(), Arc::clone(&crew));
+                devices
+                    .push(Arc::new(Mutex::new(trespass.map_err(refused("a handler of memory accesses"))?)));
+                Steering::by_plug(handle, plug, ram.boot()).map_err(refused("a timer"))?
+            }
+        };
+        memory.push(Arc::new(Mutex::new(Steered(steering.clone()))));
         let (buses, slots) = wiring.finish();
-        acpi::write(ram.guest(), config.cpus, &slots)?;
+        acpi::write(ram.guest(), config.cpus, &slots, &domain(&ram))?;
         reset::write(ram.guest())?;
 
         let buses = Arc::new(buses);
@@ -142,11 +163,11 @@ impl Machine {
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), crew: Arc::clone(&crew) })
             .collect();
-        control.attach(Parts { crew: Arc::clone(&crew), ram, balloon: handle, power });
+        control.attach(Parts { crew: Arc::clone(&crew), ram, steering, power });
         if let Some(input) = &console.input {
             devices.push(input.clone());
         }
-        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, balloon, _vm: vm })
+        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, _vm: vm })
     }
 
     /// What can be asked of this VM while it runs.
@@ -160,10 +181,9 @@ impl Machine {
     /// When a thread can't be started; the guest has not run then.
     pub fn run(mut self) -> Result<Exit, MachineError> {
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
-        self.devices.push(Arc::new(std::sync::Mutex::new(signals)));
+        self.devices.push(Arc::new(Mutex::new(signals)));
         let devices = EventLoop::start("devices", self.devices).map_err(refused("a thread for devices"))?;
-        let balloon =
-            EventLoop::start("balloon", vec![self.balloon]).map_err(refused("a thread for the balloon"))?;
+        let memory = EventLoop::start("balloon", self.memory).map_err(refused("a thread for the balloon"))?;
         for vcpu in self.vcpus {
             Builder::new()
                 .name(format!("vcpu{}", vcpu.index))
@@ -180,7 +200,7 @@ impl Machine {
             api.stop();
         }
         devices.stop();
-        balloon.stop();
+        memory.stop();
         // vCPU threads are not waited for: one may hang in a write to a console that nobody
         // reads. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
@@ -244,29 +264,76 @@ fn create_vm(kvm_fd: &Kvm, ram: &Ram) -> Result<VmFd, MachineError> {
     Ok(vm)
 }
 
-fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
+/// What the guest boots with, and room for what it may plug.
+fn ram(config: &Config) -> Result<Ram, MemoryError> {
+    let (startup, max) = (config.limits.startup(), config.limits.max());
+    match config.grow {
+        Grow::Plug => Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory),
+        Grow::Balloon => Ram::new(max, config.memory),
+    }
+}
+
+/// The memory of the guest's proximity domain.
+fn domain(ram: &Ram) -> Vec<acpi::Domain> {
+    let pluggable = ram.pluggable().map(|pluggable| pluggable.region().guest);
+    ram.regions()
+        .iter()
+        .map(|region| acpi::Domain {
+            start: region.guest,
+            size: region.size,
+            pluggable: Some(region.guest) == pluggable,
+        })
+        .collect()
+}
+
+/// A region as [`Discard`] drops its memory, with `host` to do it by.
+fn dropped(ram: &Ram, region: &memory::Region, host: *mut u8) -> discard::Region {
     let backing = match ram.backing() {
         Backing::Anonymous => discard::Backing::Anonymous,
         Backing::Memfd => discard::Backing::SharedFile,
         Backing::HugePages2M => discard::Backing::Hugetlb { shared: true, page: Bytes::mib(2) },
     };
+    discard::Region { guest: region.guest, host, len: region.size, backing }
+}
+
+fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
+    let pluggable = ram.pluggable();
     let regions = ram
         .regions()
         .iter()
-        .map(|region| discard::Region { guest: region.guest, host: region.host, len: region.size, backing })
+        .map(|region| match pluggable.filter(|pluggable| pluggable.region().guest == region.guest) {
+            // Pages of plugged memory go into the balloon as well.
+            Some(pluggable) => dropped(ram, region, pluggable.dropping()),
+            None => dropped(ram, region, region.host),
+        })
         .collect();
     // SAFETY: the regions are guest RAM, which stays mapped for the life of the process; what is
     // in it belongs to the guest, and nothing here relies on it after set-up.
     let discard = unsafe { Discard::new(regions) };
     let options = config.balloon;
+    // Where memory is plugged, nothing is held back at the start.
+    let target = if pluggable.is_some() { ram.most() } else { config.limits.startup() };
     let config = balloon::device::Config {
-        map: ram.size(),
-        target: config.limits.startup(),
+        map: ram.most(),
+        target,
         deflate_on_oom: options.deflate_on_oom,
         reporting: options.reporting,
         statistics_interval: options.statistics_interval,
     };
     Balloon::new(config, discard)
+}
+
+fn plug(ram: &Ram, pluggable: &Pluggable) -> io::Result<(Plug, plug::Handle)> {
+    let region = pluggable.region();
+    // SAFETY: as for the balloon.
+    let discard = unsafe { Discard::new(vec![dropped(ram, &region, pluggable.dropping())]) };
+    let config = plug::Config {
+        address: region.guest,
+        size: region.size,
+        most: pluggable.most(),
+        block: plug::block_size(region.size),
+    };
+    Plug::new(config, discard, pluggable.set_access()?)
 }
 
 // SDM volume 4, table 2-2.

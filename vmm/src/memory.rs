@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::boot::layout;
 use crate::config::{Backing, MemoryOptions};
 use crate::host::HugePages;
+use crate::pluggable::Pluggable;
 
 /// Mappings start at such an address, so that the host can use huge pages from the first byte on.
 const ALIGNMENT: Bytes = Bytes::mib(2);
@@ -75,7 +76,8 @@ pub enum MemoryError {
 pub struct Ram {
     guest: Arc<GuestMemoryMmap>,
     regions: Vec<Region>,
-    size: Bytes,
+    boot: Bytes,
+    pluggable: Option<Pluggable>,
     // Held for its file: what is resident of a shared mapping is what the file holds.
     file: Option<File>,
     backing: Backing,
@@ -107,29 +109,50 @@ impl Ram {
     /// # Errors
     /// [`MemoryError`] says what the host refused.
     pub fn new(size: Bytes, options: MemoryOptions) -> Result<Self, MemoryError> {
+        Self::with_pluggable(size, Bytes::ZERO, options)
+    }
+
+    /// Maps `boot` bytes of RAM as [`new`](Self::new) does, and address space into which up to
+    /// `more` can be plugged; none of that can be reached yet.
+    ///
+    /// # Errors
+    /// [`MemoryError`] says what the host refused.
+    pub fn with_pluggable(boot: Bytes, more: Bytes, options: MemoryOptions) -> Result<Self, MemoryError> {
+        let place = (more > Bytes::ZERO).then(|| layout::pluggable(boot, more));
+        let size = place.map_or(boot, |(_, size)| boot.saturating_add(size));
         let file = match options.backing {
             Backing::Anonymous => None,
             Backing::Memfd => Some(memfd(size, 0)?),
             Backing::HugePages2M => {
-                check_huge_pages(size)?;
+                check_huge_pages(boot)?;
                 Some(memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?)
             }
         };
         let mut regions = Vec::new();
         let mut offset = Bytes::ZERO;
-        for (guest, size) in layout::ram(size) {
-            let host = map(size, file.as_ref().map(|file| (file.as_raw_fd(), offset)))?;
+        for (guest, size) in layout::ram(boot) {
+            let host = map(size, file.as_ref().map(|file| (file.as_raw_fd(), offset)), Use::Boot)?;
             advise(host, size, options)?;
             regions.push(Region { guest, host, size, offset });
             offset += size;
         }
+        let pluggable = place
+            .map(|(guest, size)| {
+                let at = file.as_ref().map(|file| (file.as_raw_fd(), offset));
+                let host = map(size, at, Use::Pluggable)?;
+                advise(host, size, MemoryOptions { prefault: false, ..options })?;
+                let region = Region { guest, host, size, offset };
+                Pluggable::new(region, more, file.as_ref(), options.backing)
+            })
+            .transpose()?;
+        regions.extend(pluggable.as_ref().map(Pluggable::region));
         let guest = Arc::new(compose(&regions)?);
         let mappings = regions.iter().map(|region| {
             let start = region.host as u64;
             start..start.saturating_add(region.size.0)
         });
         let accounts = Accounts::new(mappings.collect());
-        Ok(Self { guest, regions, size, file, backing: options.backing, accounts })
+        Ok(Self { guest, regions, boot, pluggable, file, backing: options.backing, accounts })
     }
 
     /// The memory as devices and loaders reach it.
@@ -137,14 +160,24 @@ impl Ram {
         &self.guest
     }
 
-    /// Its regions.
+    /// Its regions; one into which memory can be plugged is the last.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 
-    /// All of it.
-    pub const fn size(&self) -> Bytes {
-        self.size
+    /// What the guest boots with.
+    pub const fn boot(&self) -> Bytes {
+        self.boot
+    }
+
+    /// What can be plugged, if anything.
+    pub const fn pluggable(&self) -> Option<&Pluggable> {
+        self.pluggable.as_ref()
+    }
+
+    /// All that the guest could have.
+    pub fn most(&self) -> Bytes {
+        self.boot.saturating_add(self.pluggable.as_ref().map_or(Bytes::ZERO, Pluggable::most))
     }
 
     /// What it is made of.
@@ -204,9 +237,20 @@ fn check_huge_pages(size: Bytes) -> Result<(), MemoryError> {
     if free < needed { Err(MemoryError::HugePages { needed, free }) } else { Ok(()) }
 }
 
+/// What a mapping is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Memory that the guest boots with: reserved where it is huge pages, so that no touch can fail.
+    Boot,
+    /// Memory that may be plugged: can't be reached, and reserves nothing.
+    Pluggable,
+    /// Another view of pluggable memory in a file, to drop it by; nobody reads or writes there.
+    Dropping,
+}
+
 /// Maps `size` bytes at an aligned address, with inaccessible space left and right of
 /// them: a stray access faults, and the kernel can't merge a neighbour into the mapping.
-fn map(size: Bytes, file: Option<(RawFd, Bytes)>) -> Result<*mut u8, MemoryError> {
+pub(crate) fn map(size: Bytes, file: Option<(RawFd, Bytes)>, to: Use) -> Result<*mut u8, MemoryError> {
     let failed = |source| MemoryError::Map { size, source };
     let too_large = || failed(io::Error::from(io::ErrorKind::OutOfMemory));
     let length = usize::try_from(size.0).map_err(|_| too_large())?;
@@ -228,16 +272,15 @@ fn map(size: Bytes, file: Option<(RawFd, Bytes)>) -> Result<*mut u8, MemoryError
     }
     let inner = outer.wrapping_byte_add(alignment - (outer as usize) % alignment);
     let (flags, fd, offset) = match file {
-        // Huge pages stay reserved for the guest, so that no later touch can fail.
-        Some((fd, offset)) => (libc::MAP_SHARED, fd, offset),
+        Some((fd, offset)) if to == Use::Boot => (libc::MAP_SHARED, fd, offset),
+        Some((fd, offset)) => (libc::MAP_SHARED | libc::MAP_NORESERVE, fd, offset),
         None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, Bytes::ZERO),
     };
     let offset = libc::off_t::try_from(offset.0).map_err(|_| too_large())?;
+    let protection = if to == Use::Pluggable { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
     // SAFETY: `inner` lies at most `alignment` into the mapping just made, which has room for
     // `length` from there on, and which nothing else knows yet.
-    let mapped = unsafe {
-        libc::mmap(inner, length, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_FIXED, fd, offset)
-    };
+    let mapped = unsafe { libc::mmap(inner, length, protection, flags | libc::MAP_FIXED, fd, offset) };
     if mapped == libc::MAP_FAILED {
         return Err(failed(io::Error::last_os_error()));
     }
@@ -273,7 +316,8 @@ fn compose(regions: &[Region]) -> Result<GuestMemoryMmap, MemoryError> {
         let builder = MmapRegionBuilder::new(region.size.0 as usize)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_NORESERVE);
-        // SAFETY: the pointer is a mapping of this size, readable and writable, and never unmapped.
+        // SAFETY: the pointer is a mapping of this size, never unmapped, readable and writable but
+        // for what is not plugged; a device that a guest sends there ends the VM (`trespass`).
         let builder = unsafe { builder.with_raw_mmap_pointer(region.host) };
         let mapping = builder.build().map_err(|error| failed(&error))?;
         let part = GuestRegionMmap::new(mapping, region.guest)

@@ -331,7 +331,7 @@ impl Vcpu {
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) if error.errno() == libc::EFAULT => {
                     return failed(format!(
-                        "the host could not provide memory that vCPU {} touched (out of memory or huge pages?)",
+                        "the host could not provide memory that vCPU {} touched (out of memory or huge pages, or memory that the guest has not plugged?)",
                         self.index
                     ));
                 }

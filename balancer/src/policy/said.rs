@@ -157,7 +157,8 @@ impl From<&MemoryStatus> for Said {
             spare: status.spare(),
             stalls,
             committed: agent.and_then(|agent| agent.committed),
-            ..Self::of(status.limits)
+            // Not more than its guest has the drivers for.
+            ..Self::of(status.limits.capped(status.ceiling()))
         }
     }
 }

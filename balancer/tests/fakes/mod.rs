@@ -89,6 +89,7 @@ impl FakeVm {
             report: None,
             agent: None,
             counters: BalloonCounters::default(),
+            plug: None,
         };
         let state = Arc::new(Mutex::new(State {
             manner: Manner::Sound,

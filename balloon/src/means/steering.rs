@@ -59,7 +59,8 @@ struct Pluggable {
 
 struct Course {
     target: Bytes,
-    help: Bytes,
+    /// What the balloon was last asked to hold.
+    held: Bytes,
     plugged: Bytes,
     /// When the guest last moved or was asked for something new.
     since: Instant,
@@ -94,7 +95,7 @@ impl Steering {
         if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        let course = Course { target: boot, help: Bytes::ZERO, plugged: Bytes::ZERO, since: Instant::now() };
+        let course = Course { target: boot, held: Bytes::ZERO, plugged: Bytes::ZERO, since: Instant::now() };
         let pluggable = Pluggable { plug, boot, timer: Mutex::new(timer), course: Mutex::new(course) };
         Ok(Self { balloon, pluggable: Some(Arc::new(pluggable)) })
     }
@@ -130,7 +131,7 @@ impl Steering {
         let mut course = pluggable.course();
         course.target = if target < *boot { target } else { boot.saturating_add(above) };
         course.since = Instant::now();
-        pluggable.step(&mut course, &self.balloon);
+        pluggable.step(&mut course, &self.balloon, true);
         Ok(())
     }
 
@@ -142,9 +143,10 @@ impl Steering {
     /// What the guest has: boot memory and what is plugged, less what its driver says that the balloon holds.
     pub fn actual(&self) -> Bytes {
         // The balloon counts from all that could be plugged.
-        let unplugged = self.pluggable.as_ref().map_or(Bytes::ZERO, |pluggable| {
-            pluggable.plug.most().saturating_sub(pluggable.plug.plugged())
-        });
+        let unplugged = self
+            .pluggable
+            .as_ref()
+            .map_or(Bytes::ZERO, |pluggable| pluggable.plug.most().saturating_sub(pluggable.plug.plugged()));
         self.balloon.actual().saturating_sub(unplugged)
     }
 
@@ -182,7 +184,7 @@ impl Steering {
         if std::mem::replace(&mut course.plugged, plugged) != plugged {
             course.since = Instant::now();
         }
-        pluggable.step(&mut course, &self.balloon);
+        pluggable.step(&mut course, &self.balloon, false);
     }
 }
 
@@ -196,21 +198,23 @@ impl Pluggable {
         self.timer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the guest for what it takes to get on from where it stands.
-    fn step(&self, course: &mut Course, balloon: &Handle) {
+    /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked
+    /// for before it is asked for again only `anew`.
+    fn step(&self, course: &mut Course, balloon: &Handle, anew: bool) {
         let standing = Standing {
             boot: self.boot,
             plugged: self.plug.plugged(),
             driver: self.plug.driver() == DriverState::Active,
             waited: course.since.elapsed(),
-            help: course.help,
+            held: course.held,
         };
         let steps = steps(standing, course.target);
         self.plug.request(steps.requested);
         let map = self.boot.saturating_add(self.plug.most());
+        let asks = anew || steps.held != course.held;
         // Without a driver the balloon holds nothing; what happens next brings another look.
-        if balloon.set_target(map.saturating_sub(steps.held)).is_ok() {
-            course.help = steps.help;
+        if asks && balloon.set_target(map.saturating_sub(steps.held)).is_ok() {
+            course.held = steps.held;
         }
         self.look_again(steps.look_again);
     }

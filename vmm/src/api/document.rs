@@ -6,7 +6,9 @@ use std::collections::BTreeSet;
 use balloon::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use balloon::limits::Limits;
 use balloon::report::Report;
-use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus, VmState};
+use balloon::status::{
+    AgedReport, BalloonCounters, DriverState, MemoryStatus, PlugCounters, PlugStatus, VmState,
+};
 use balloon::units::Bytes;
 use serde_json::{Value, json};
 
@@ -164,6 +166,14 @@ fn a_full_answer_is_as_described() {
             report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),
             agent: Some(agent()),
             counters: BalloonCounters::default(),
+            plug: Some(PlugStatus {
+                driver,
+                boot: Bytes::mib(256),
+                block: Bytes::mib(2),
+                requested: Bytes::mib(64),
+                plugged: Bytes::mib(66),
+                counters: PlugCounters::default(),
+            }),
         };
         check(&document, named(&document, "MemoryStatus"), &serde_json::to_value(status).unwrap());
     }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus, VmState, VmStatus};
+use balloon::status::{DriverState, MemoryStatus, PlugStatus, VmState, VmStatus};
 use balloon::units::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
@@ -16,6 +16,13 @@ use super::http::{Response, Status};
 
 /// The text format's media type; Prometheus understands it since version 2.5.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+const DRIVER_STATES: [(&str, DriverState); 4] = [
+    ("absent", DriverState::Absent),
+    ("active", DriverState::Active),
+    ("silent", DriverState::Silent),
+    ("broken", DriverState::Broken),
+];
 
 /// The answer to `GET /metrics`.
 pub fn response(vm: VmStatus, memory: MemoryStatus) -> Response {
@@ -43,6 +50,9 @@ impl Collector for Snapshot {
         self.vm_figures(&mut page)?;
         self.memory_figures(&mut page)?;
         self.balloon_figures(&mut page)?;
+        if let Some(plug) = &self.memory.plug {
+            plug_figures(plug, &mut page)?;
+        }
         if let Some(report) = &self.memory.report {
             page.gauge("report_age", "Time since the guest's last report.", Some(Unit::Seconds), {
                 report.age_ms as f64 / 1000.0
@@ -94,12 +104,7 @@ impl Snapshot {
             "balloon_driver_state",
             "1 for the state that the guest's balloon driver is in.",
             self.memory.driver,
-            &[
-                ("absent", DriverState::Absent),
-                ("active", DriverState::Active),
-                ("silent", DriverState::Silent),
-                ("broken", DriverState::Broken),
-            ],
+            &DRIVER_STATES,
         )
     }
 
@@ -135,6 +140,30 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+fn plug_figures(plug: &PlugStatus, page: &mut Page<'_>) -> fmt::Result {
+    page.bytes("memory_boot", "Memory that the guest booted with.", plug.boot)?;
+    page.bytes("plug_requested", "Memory that the guest was last asked to have plugged.", plug.requested)?;
+    page.bytes("plug_plugged", "Memory that the guest has plugged.", plug.plugged)?;
+    let help = "1 for the state that the guest's virtio-mem driver is in.";
+    page.states("plug_driver_state", help, plug.driver, &DRIVER_STATES)?;
+    let counters = &plug.counters;
+    for (name, help, bytes) in [
+        ("plug_added", "Memory plugged by the guest.", counters.plugged),
+        ("plug_removed", "Memory unplugged by the guest.", counters.unplugged),
+        ("plug_discarded", "Unplugged memory given back to the host.", counters.discarded),
+    ] {
+        page.count(name, help, Some(Unit::Bytes), bytes.0)?;
+    }
+    for (name, help, count) in [
+        ("plug_discard_failures", "Ranges that the host refused.", counters.discard_failures),
+        ("plug_refused", "Requests that the host could not carry out.", counters.refused),
+        ("plug_malformed_chains", "Malformed chains handed back to the guest.", counters.malformed),
+    ] {
+        page.count(name, help, None, count)?;
+    }
+    Ok(())
 }
 
 fn report_figures(report: &Report, page: &mut Page<'_>) -> fmt::Result {

@@ -11,8 +11,10 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
+use acpi_tables::srat::{MemoryAffinity, SRAT};
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
+use balloon::units::Bytes;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use crate::boot::layout;
@@ -54,6 +56,17 @@ impl VirtioSlot {
     }
 }
 
+/// Memory of the one proximity domain that there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Domain {
+    /// Where it starts.
+    pub start: GuestAddress,
+    /// How long it is.
+    pub size: Bytes,
+    /// It is not there at boot, and may come later.
+    pub pluggable: bool,
+}
+
 /// Writes all tables into guest memory, the root pointer at [`layout::ACPI`].
 ///
 /// # Errors
@@ -62,6 +75,7 @@ pub fn write(
     memory: &GuestMemoryMmap,
     cpus: Cpus,
     virtio: &[VirtioSlot],
+    domain: &[Domain],
 ) -> Result<(), vm_memory::GuestMemoryError> {
     let mut tables = Vec::new();
     let first = layout::ACPI.0 + Rsdp::len().next_multiple_of(16) as u64;
@@ -74,9 +88,13 @@ pub fn write(
     let dsdt = place(dsdt(virtio));
     let fadt = place(fadt(dsdt));
     let madt = place(madt(cpus));
+    let srat = domain.iter().any(|memory| memory.pluggable).then(|| place(srat(domain)));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(srat) = srat {
+        xsdt.add_entry(srat);
+    }
     let xsdt = place(bytes(&xsdt));
     memory.write_slice(&bytes(&Rsdp::new(OEM, xsdt)), layout::ACPI)?;
     memory.write_slice(&tables, GuestAddress(first))
@@ -113,6 +131,17 @@ fn madt(cpus: Cpus) -> Vec<u8> {
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC, 0));
     bytes(&madt)
+}
+
+/// Says where memory may come later (ACPI 6.5, section 5.2.16), so that the kernel knows the
+/// proximity domain of what is plugged, and how far addresses may go.
+fn srat(domain: &[Domain]) -> Vec<u8> {
+    let mut srat = SRAT::new(OEM, TABLE, REVISION);
+    for memory in domain {
+        let affinity = MemoryAffinity::new(0, memory.start.0, memory.size.0).enabled();
+        srat.add_memory_affinity(if memory.pluggable { affinity.hotpluggable() } else { affinity });
+    }
+    bytes(&srat)
 }
 
 fn dsdt(virtio: &[VirtioSlot]) -> Vec<u8> {
@@ -224,7 +253,11 @@ mod tests {
     fn the_tables_hang_together() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("guest memory");
         let slots: Vec<_> = (0..2).filter_map(VirtioSlot::nth).collect();
-        write(&memory, "4".parse().expect("vCPUs"), &slots).expect("written");
+        let domain = [
+            Domain { start: GuestAddress(0), size: Bytes::mib(1), pluggable: false },
+            Domain { start: GuestAddress(1 << 27), size: Bytes::mib(128), pluggable: true },
+        ];
+        write(&memory, "4".parse().expect("vCPUs"), &slots, &domain).expect("written");
         let read = |address: u64, length: usize| {
             let mut bytes = vec![0; length];
             memory.read_slice(&mut bytes, GuestAddress(address)).expect("in memory");
@@ -242,7 +275,7 @@ mod tests {
         let xsdt = table(pointer(&root, 24));
         let names: Vec<_> =
             xsdt[36..].chunks(8).map(|entry| table(pointer(entry, 0))[..4].to_vec()).collect();
-        assert_eq!(names, [b"FACP", b"APIC"]);
+        assert_eq!(names, [b"FACP", b"APIC", b"SRAT"]);
         let dsdt = table(pointer(&table(pointer(&xsdt, 36)), 140));
         assert_eq!(dsdt.windows(8).filter(|text| text == b"LNRO0005").count(), 2);
     }

@@ -78,6 +78,24 @@ pub fn ram(size: Bytes) -> Vec<(GuestAddress, Bytes)> {
     regions
 }
 
+/// Where memory can be plugged into a guest that boots with `boot`, for up to `more`.
+///
+/// Whole memory blocks of Linux on x86 (`probe_memory_block_size`: 128 MiB, up to 2 GiB in a
+/// guest that boots with 64 GiB), as its driver uses only those. Below the hole where they fit:
+/// a guest without memory above 4 GiB spares the 64 MiB that Linux sets aside for devices which
+/// can't reach there.
+pub fn pluggable(boot: Bytes, more: Bytes) -> (GuestAddress, Bytes) {
+    let block = if boot < Bytes::gib(64) { Bytes::mib(128) } else { Bytes::gib(2) };
+    let up = |value: u64| value.div_ceil(block.0).saturating_mul(block.0);
+    let size = Bytes(up(more.0));
+    let start = up(boot.0);
+    if start.saturating_add(size.0) <= HOLE.start {
+        return (GuestAddress(start), size);
+    }
+    let high = boot.saturating_sub(Bytes(HOLE.start));
+    (GuestAddress(up(HOLE.end.saturating_add(high.0))), size)
+}
+
 /// One range of the guest's memory map, and whether it is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapEntry {
@@ -112,7 +130,27 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn a_small_guest_is_plugged_below_the_hole() {
+        let (start, size) = pluggable(Bytes::mib(200), Bytes::mib(500));
+        assert_eq!((start, size), (GuestAddress(256 << 20), Bytes::mib(512)));
+        let (start, size) = pluggable(Bytes::mib(256), Bytes::gib(3));
+        assert_eq!((start, size), (GuestAddress(4 << 30), Bytes::gib(3)));
+    }
+
     proptest! {
+        #[test]
+        fn pluggable_memory_stands_apart(mib in 64u64..1 << 20, more in 1u64..1 << 20) {
+            let boot = Bytes::mib(mib);
+            let (start, size) = pluggable(boot, Bytes::mib(more));
+            let end = start.0 + size.0;
+            prop_assert!(size >= Bytes::mib(more) && size.0 % (128 << 20) == 0 && start.0 % (128 << 20) == 0);
+            prop_assert!(end <= HOLE.start || start.0 >= HOLE.end);
+            for (ram, len) in ram(boot) {
+                prop_assert!(ram.0 + len.0 <= start.0 || end <= ram.0);
+            }
+        }
+
         #[test]
         fn the_map_covers_ram_and_leaves_the_hole(mib in 64u64..1 << 20) {
             let size = Bytes::mib(mib);

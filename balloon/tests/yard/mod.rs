@@ -1,0 +1,117 @@
+//! A guest with memory to plug, for the tests.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use balloon::discard::{Backing, Discard, Region};
+use balloon::plug::{Access, Config, Handle, Plug};
+use balloon::ranges::Range;
+use balloon::units::Bytes;
+use devices::testing::{BUFFERS, Guest, HIGH, REGION};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use vm_memory::{Bytes as _, GuestAddress};
+
+/// A block; the test guest's upper region has 16 of them.
+pub const BLOCK: u64 = 64 << 10;
+
+pub const PLUG: u16 = 0;
+pub const UNPLUG_ALL: u16 = 2;
+
+pub const ACK: u16 = 0;
+
+/// Which blocks the host has opened, and whether it refuses to open or close any.
+#[derive(Default)]
+pub struct Gate {
+    pub open: BTreeSet<u64>,
+    pub refuses: bool,
+}
+
+impl Gate {
+    fn set(&mut self, range: Range, access: Access) -> io::Result<()> {
+        if self.refuses {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        assert!(range.start.0 >= HIGH && range.end() <= HIGH + REGION as u64, "{range:x?}");
+        assert!(range.start.0.is_multiple_of(BLOCK) && range.len.0.is_multiple_of(BLOCK));
+        for block in (range.start.0 - HIGH) / BLOCK..(range.end() - HIGH) / BLOCK {
+            match access {
+                Access::Granted => assert!(self.open.insert(block), "block {block} is opened twice"),
+                Access::Revoked => drop(self.open.remove(&block)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The guest, the host's handle, and what the host let it reach.
+pub struct Yard {
+    pub guest: Guest,
+    pub handle: Handle,
+    pub gate: Arc<Mutex<Gate>>,
+}
+
+impl Yard {
+    pub fn new() -> Self {
+        let mut handle = None;
+        let gate = Arc::new(Mutex::new(Gate::default()));
+        let guest = Guest::new(|ram| {
+            let region = Region {
+                guest: GuestAddress(HIGH),
+                host: ram.host(HIGH),
+                len: Bytes(REGION as u64),
+                backing: Backing::Anonymous,
+            };
+            // SAFETY: the test guest's RAM, which goes after the device.
+            let discard = unsafe { Discard::new(vec![region]) };
+            let size = Bytes(REGION as u64);
+            let config = Config { address: GuestAddress(HIGH), size, most: size, block: Bytes(BLOCK) };
+            let gate = gate.clone();
+            let set_access = Box::new(move |range, access| gate.lock().unwrap().set(range, access));
+            let (device, its_handle) = Plug::new(config, discard, set_access).unwrap();
+            handle = Some(its_handle);
+            Box::new(device)
+        });
+        Self { guest, handle: handle.unwrap(), gate }
+    }
+
+    /// Asks the guest for so many blocks.
+    pub fn request(&mut self, blocks: u64) {
+        self.handle.request(Bytes(blocks * BLOCK));
+        self.guest.run();
+    }
+
+    /// Writes a request into guest memory.
+    pub fn write_request(&self, kind: u16, address: u64, blocks: u16) {
+        let mut bytes = [0; 24];
+        bytes[..2].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&address.to_le_bytes());
+        bytes[16..18].copy_from_slice(&blocks.to_le_bytes());
+        self.guest.ram.memory.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
+    }
+
+    /// Sends a request about blocks by their number; returns the answer's type and state.
+    pub fn ask(&mut self, kind: u16, first: u64, blocks: u16) -> (u16, u16) {
+        self.ask_at(kind, HIGH + first * BLOCK, blocks)
+    }
+
+    /// Sends a request about any address.
+    pub fn ask_at(&mut self, kind: u16, address: u64, blocks: u16) -> (u16, u16) {
+        self.write_request(kind, address, blocks);
+        let answer = BUFFERS + 64;
+        self.guest.ram.memory.write_slice(&[0xee; 10], GuestAddress(answer)).unwrap();
+        self.guest.describe(0, 0, BUFFERS, 24, VRING_DESC_F_NEXT, 1);
+        self.guest.describe(0, 1, answer, 10, VRING_DESC_F_WRITE, 0);
+        self.guest.send(0, 0);
+        assert_eq!(self.guest.used(0), [(0, 10)]);
+        let bytes: [u8; 10] = self.guest.ram.memory.read_obj(GuestAddress(answer)).unwrap();
+        assert_eq!(bytes[2..8], [0; 6], "padding");
+        (u16::from_le_bytes([bytes[0], bytes[1]]), u16::from_le_bytes([bytes[8], bytes[9]]))
+    }
+
+    /// What the host opened is what the device calls plugged.
+    pub fn assert_books(&self) {
+        let open = self.gate.lock().unwrap().open.len() as u64;
+        assert_eq!(self.handle.plugged(), Bytes(open * BLOCK));
+    }
+}

@@ -1,0 +1,127 @@
+//! Memory that can be plugged into a guest: where it lies, and who can reach it.
+//!
+//! One memory slot of KVM covers all of it. What is not plugged is closed by
+//! its protection in this process (`PROT_NONE`): KVM, which reaches guest
+//! memory through this process's mappings, then can't bring it in for the
+//! guest, and no device can touch it. To open or close a block costs one
+//! system call and leaves the second-level tables of all else alone, where
+//! deleting a memory slot would have KVM build them anew
+//! (`kvm_mmu_zap_all_fast`).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use balloon::plug::{self, Access, SetAccess};
+use balloon::ranges::Range;
+use balloon::units::Bytes;
+
+use crate::config::Backing;
+use crate::memory::{MemoryError, Region, Use, map};
+
+/// A region of guest memory into which blocks can be plugged.
+pub struct Pluggable {
+    region: Region,
+    most: Bytes,
+    dropping: *mut u8,
+    /// Huge pages are had from the host when they are plugged.
+    huge_pages: Option<File>,
+}
+
+// SAFETY: the pointers are only addresses here, of memory that stays mapped for the life of the process.
+unsafe impl Send for Pluggable {}
+// SAFETY: as above; nothing is reached through a shared `Pluggable` without further unsafe code.
+unsafe impl Sync for Pluggable {}
+
+/// An address to pass between threads.
+#[derive(Clone, Copy)]
+struct Host(*mut u8);
+
+// SAFETY: only an address, of memory that stays mapped for the life of the process.
+unsafe impl Send for Host {}
+
+impl Pluggable {
+    /// For a region of which at most `most` shall be plugged, at its place in `file` if it has one.
+    pub(crate) fn new(
+        region: Region,
+        most: Bytes,
+        file: Option<&File>,
+        backing: Backing,
+    ) -> Result<Self, MemoryError> {
+        // MADV_REMOVE takes a writable mapping, and the guest's is closed by then.
+        let dropping = match file {
+            Some(file) => map(region.size, Some((file.as_raw_fd(), region.offset)), Use::Dropping)?,
+            None => region.host,
+        };
+        let huge_pages = file
+            .filter(|_| backing == Backing::HugePages2M)
+            .map(File::try_clone)
+            .transpose()
+            .map_err(|source| MemoryError::Memfd { size: region.size, source })?;
+        // Whole blocks: what is left of the last one is never plugged.
+        let block = plug::block_size(region.size).0;
+        let most = Bytes(most.0 - most.0 % block);
+        Ok(Self { region, most, dropping, huge_pages })
+    }
+
+    /// The region.
+    pub const fn region(&self) -> Region {
+        self.region
+    }
+
+    /// The most of it that shall be plugged.
+    pub const fn most(&self) -> Bytes {
+        self.most
+    }
+
+    /// Where this process drops the region's memory; not where the guest's accesses go, if it lies in a file.
+    pub const fn dropping(&self) -> *mut u8 {
+        self.dropping
+    }
+
+    /// What opens and closes blocks of the region.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub fn set_access(&self) -> io::Result<SetAccess> {
+        let Region { guest, host, size, offset } = self.region;
+        let host = Host(host);
+        let huge_pages = self.huge_pages.as_ref().map(File::try_clone).transpose()?;
+        let region = Range { start: guest, len: size };
+        Ok(Box::new(move |range, access| {
+            let host = host;
+            let part = range.within(&region).filter(|part| *part == range);
+            let part = part.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+            let from_start = part.start.0.saturating_sub(region.start.0);
+            if let (Some(file), Access::Granted) = (&huge_pages, access) {
+                allocate(file.as_raw_fd(), offset.saturating_add(Bytes(from_start)), part.len)?;
+            }
+            let at = host.0.wrapping_add(to_usize(from_start)?);
+            protect(at, to_usize(part.len.0)?, access)
+        }))
+    }
+}
+
+fn to_usize(value: u64) -> io::Result<usize> {
+    usize::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Has the host set memory of a file aside, so that no later touch of it can fail.
+fn allocate(file: RawFd, offset: Bytes, len: Bytes) -> io::Result<()> {
+    let number = |bytes: Bytes| libc::off_t::try_from(bytes.0).map_err(io::Error::other);
+    // SAFETY: a descriptor that the caller holds, and no pointer.
+    let done = unsafe { libc::fallocate(file, 0, number(offset)?, number(len)?) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Opens or closes a part of the region, which starts and ends at a block.
+fn protect(at: *mut u8, len: usize, access: Access) -> io::Result<()> {
+    let protection = match access {
+        Access::Granted => libc::PROT_READ | libc::PROT_WRITE,
+        Access::Revoked => libc::PROT_NONE,
+    };
+    // SAFETY: inside the region's own mapping, of which no reference exists: guest memory is
+    // reached through raw accesses alone, and one that comes too late is caught (`trespass`).
+    let done = unsafe { libc::mprotect(at.cast(), len, protection) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
