@@ -125,3 +125,50 @@ fn protect(at: *mut u8, len: usize, access: Access) -> io::Result<()> {
     let done = unsafe { libc::mprotect(at.cast(), len, protection) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::config::MemoryOptions;
+    use crate::memory::Ram;
+
+    /// `rw` or `--`, for the byte at `address` of this process.
+    fn rights(address: u64) -> String {
+        let maps = fs::read_to_string("/proc/self/maps").expect("own maps");
+        let line = maps.lines().find(|line| {
+            let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+            let number = |text| u64::from_str_radix(text, 16).expect("an address");
+            (number(start)..number(end)).contains(&address)
+        });
+        line.and_then(|line| line.split(' ').nth(1)).expect("mapped")[..2].to_owned()
+    }
+
+    #[test]
+    fn only_what_is_granted_can_be_reached() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let options = MemoryOptions { backing, ..Default::default() };
+            let ram = Ram::with_pluggable(Bytes::mib(64), Bytes::mib(100), options).expect("address space");
+            let pluggable = ram.pluggable().expect("asked for");
+            let Region { guest, host, size, .. } = pluggable.region();
+            assert_eq!((guest, size), (GuestAddress(128 << 20), Bytes::mib(128)));
+            assert_eq!((ram.boot(), pluggable.most(), ram.most()), {
+                (Bytes::mib(64), Bytes::mib(100), Bytes::mib(164))
+            });
+            assert_eq!((host as u64) % (2 << 20), 0, "huge pages of guest and host lie alike");
+            let mut set_access = pluggable.set_access().expect("descriptors");
+            let middle = Range { start: GuestAddress(guest.0 + (4 << 20)), len: Bytes::mib(2) };
+            let seen = || [2, 4, 6].map(|mib| rights(host as u64 + (mib << 20)));
+            assert_eq!(seen(), ["--", "--", "--"]);
+            set_access(middle, Access::Granted).expect("granted");
+            assert_eq!(seen(), ["--", "rw", "--"]);
+            set_access(middle, Access::Revoked).expect("revoked");
+            assert_eq!(seen(), ["--", "--", "--"]);
+            let past = Range { start: GuestAddress(guest.0 + (127 << 20)), len: Bytes::mib(2) };
+            assert!(set_access(past, Access::Granted).is_err());
+        }
+    }
+}

@@ -130,3 +130,28 @@ unsafe fn hand_on(
     // SAFETY: the access is made again and meets the action that was there before.
     unsafe { libc::sigaction(signal, before, ptr::null_mut()) };
 }
+
+#[cfg(test)]
+mod tests {
+    use balloon::units::Bytes;
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::*;
+    use crate::config::MemoryOptions;
+    use crate::memory::Ram;
+
+    /// The one test in this process that sets the handler.
+    #[test]
+    fn an_access_to_closed_memory_finishes_and_is_told() {
+        let ram = Ram::with_pluggable(Bytes::mib(64), Bytes::mib(128), MemoryOptions::default())
+            .expect("address space");
+        let region = ram.pluggable().expect("asked for").region();
+        let told = catch(region).expect("a handler");
+        assert!(told.read().is_err(), "nothing has happened");
+        let inside = GuestAddress(region.guest.0 + (5 << 20));
+        ram.guest().write_obj(7u8, inside).expect("in the region");
+        assert_eq!(told.read().expect("told"), 1);
+        assert_eq!(ram.guest().read_obj::<u8>(inside).expect("in the region"), 7);
+        assert!(catch(region).is_err(), "there is one VM in a process");
+    }
+}
