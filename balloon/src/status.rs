@@ -219,10 +219,9 @@ pub struct VmStatus {
 mod tests {
     use super::*;
 
-    #[test]
-    fn used_is_what_the_guest_has_less_what_it_could_spare() {
-        let mut status = MemoryStatus {
-            limits: Limits::fixed(Bytes::mib(512)).unwrap(),
+    fn status() -> MemoryStatus {
+        MemoryStatus {
+            limits: "256M,max=1G".parse().unwrap(),
             target: Bytes::mib(300),
             actual: Bytes::mib(300),
             settled: false,
@@ -233,7 +232,12 @@ mod tests {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
-        };
+        }
+    }
+
+    #[test]
+    fn used_is_what_the_guest_has_less_what_it_could_spare() {
+        let mut status = status();
         assert_eq!(status.used(), None);
         // The guest's total still holds the balloon.
         let mut statistics =
@@ -251,6 +255,7 @@ mod tests {
         status.host_rss = Bytes::ZERO;
         assert_eq!(status.huge_percent(), None);
     }
+
     #[test]
     fn a_guest_without_the_driver_grows_no_further() {
         let plug = PlugStatus {
@@ -261,16 +266,7 @@ mod tests {
             plugged: Bytes::mib(64),
             counters: PlugCounters::default(),
         };
-        let mut status = MemoryStatus {
-            limits: "256M,max=1G".parse().unwrap(),
-            target: Bytes::mib(556),
-            actual: Bytes::mib(320),
-            host_rss: Bytes::mib(200),
-            driver: DriverState::Active,
-            report: None,
-            counters: BalloonCounters::default(),
-            plug: None,
-        };
+        let mut status = status();
         assert_eq!(status.ceiling(), Bytes::gib(1));
         status.plug = Some(plug);
         assert_eq!(status.ceiling(), Bytes::gib(1));

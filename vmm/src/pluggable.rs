@@ -140,7 +140,8 @@ mod tests {
     fn rights(address: u64) -> String {
         let maps = fs::read_to_string("/proc/self/maps").expect("own maps");
         let line = maps.lines().find(|line| {
-            let (start, end) = line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
+            let (start, end) =
+                line.split(' ').next().and_then(|range| range.split_once('-')).expect("a range");
             let number = |text| u64::from_str_radix(text, 16).expect("an address");
             (number(start)..number(end)).contains(&address)
         });
