@@ -10,7 +10,7 @@ LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench slat lint lab setup
+.PHONY: help demo test bench prove slat lint lab setup
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,12 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 
 bench: setup ## Memory beside guest RAM, and instructions to the guest's init, beside QEMU microvm
 	$(CARGO) run --quiet --package tests --bin bench
+
+prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
+	if $(CARGO) kani --version >/dev/null 2>&1; \
+	then $(CARGO) kani --package balloon --features device && $(CARGO) kani --package devices; \
+	else echo 'cargo kani is not installed: checking all input within small bounds instead'; \
+	$(CARGO) test --quiet --package balloon --package devices --lib proofs -- --nocapture; fi
 
 slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/slat.html
 	$(CARGO) build --release --package cli

@@ -18,6 +18,8 @@ pub mod limits;
 pub mod means;
 #[cfg(feature = "device")]
 pub mod pending;
+#[cfg(all(feature = "device", any(test, kani)))]
+mod proofs;
 #[cfg(feature = "device")]
 pub mod plug;
 #[cfg(feature = "device")]

@@ -57,11 +57,28 @@ impl Range {
 /// virtio 1.2, section 5.5.6), which is sorted in place. A page that is named
 /// twice counts once.
 pub fn of_pages(pfns: &mut [u32]) -> impl Iterator<Item = Range> {
-    pfns.sort_unstable();
-    merged(
-        pfns.iter()
-            .map(|pfn| Range { start: GuestAddress(u64::from(*pfn) << PAGE_SHIFT), len: Bytes(PAGE_SIZE) }),
-    )
+    let run = run_of_pages(pfns);
+    let rest: &[u32] = if run.is_some() {
+        &[]
+    } else {
+        pfns.sort_unstable();
+        pfns
+    };
+    run.into_iter().chain(merged(rest.iter().map(|pfn| pages_from(*pfn, 1))))
+}
+
+/// The one range that `pfns` are where each follows the one before, as they mostly do. Looking
+/// for this first takes a fraction of what sorting and merging cost (see `benches/discard.rs`).
+fn run_of_pages(pfns: &[u32]) -> Option<Range> {
+    let first = pfns.first()?;
+    let follows = |pair: &[u32]| matches!(pair, [one, next] if next.wrapping_sub(*one) == 1 && *next != 0);
+    // No short cut: comparing all is faster than branching on each.
+    let run = pfns.windows(2).fold(true, |all, pair| all & follows(pair));
+    run.then(|| pages_from(*first, pfns.len() as u64))
+}
+
+fn pages_from(first: u32, count: u64) -> Range {
+    Range { start: GuestAddress(u64::from(first) << PAGE_SHIFT), len: Bytes(count << PAGE_SHIFT) }
 }
 
 /// Ranges that are sorted by their start, with those that touch or overlap made one.

@@ -3,33 +3,13 @@
 use devices::testing::hostile::{Act, any_act, chain_act};
 use devices::testing::{BUFFERS, Guest, NEEDS_RESET, RUNNING};
 use devices::virtio::queue::MOST_MALFORMED;
-use devices::virtio::rng::{MOST_BYTES, Rng};
+use devices::virtio::rng::MOST_BYTES;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{Bytes, GuestAddress};
 
-const SIZE: u16 = 64;
-
-fn guest() -> Guest {
-    let guest = Guest::new(|_| Box::new(Rng::new()));
-    assert_eq!(guest.size(0), SIZE);
-    guest
-}
-
-/// Whatever was before: after a reset an honest driver gets its randomness.
-fn assert_usable(guest: &mut Guest) {
-    guest.ram.assert_canaries();
-    guest.start(0);
-    guest.ram.memory.write_slice(&[0; 256], GuestAddress(BUFFERS)).unwrap();
-    guest.describe(0, 0, BUFFERS, 256, VRING_DESC_F_WRITE, 0);
-    guest.send(0, 0);
-    assert_eq!(guest.used(0), [(0, 256)]);
-    let mut bytes = [0; 256];
-    guest.ram.memory.read_slice(&mut bytes, GuestAddress(BUFFERS)).unwrap();
-    assert!(bytes.iter().filter(|byte| **byte != 0).count() > 128, "that is not random");
-    assert_eq!(guest.status(), RUNNING);
-}
+mod attack;
+use attack::{SIZE, assert_usable, guest};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]

@@ -3,6 +3,8 @@
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT,
@@ -12,8 +14,30 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{BUFFERS, Guest, HIGH, QUEUE_STRIDE, QUEUES, REGION, RUNNING};
 
+/// Bytes of dice that the longest story can use up.
+const MOST_DICE: usize = 256 << 10;
+
 /// Where hostile guests keep their indirect tables.
 const TABLES: u64 = BUFFERS + 0x4_0000;
+
+/// What `strategy` makes of `bytes` taken as its dice, for fuzzers: the stories that the
+/// property tests draw are the stories that a fuzzer looks for. `None` where the bytes
+/// lead to none.
+pub fn from_bytes<T: std::fmt::Debug>(strategy: &impl Strategy<Value = T>, bytes: &[u8]) -> Option<T> {
+    // proptest may ask for dice until it likes one: there must be more than it can use.
+    let mut dice = bytes.to_vec();
+    let mut noise = bytes.len() as u64;
+    dice.extend(
+        std::iter::repeat_with(|| {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (noise >> 56) as u8
+        })
+        .take(MOST_DICE),
+    );
+    let dice = TestRng::from_seed(RngAlgorithm::PassThrough, &dice);
+    let mut runner = TestRunner::new_with_rng(Config::default(), dice);
+    Some(strategy.new_tree(&mut runner).ok()?.current())
+}
 
 /// One thing a guest does.
 #[derive(Clone, Debug)]

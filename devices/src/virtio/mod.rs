@@ -4,5 +4,7 @@
 pub mod device;
 pub mod mmio;
 pub mod port;
+#[cfg(any(test, kani))]
+mod proofs;
 pub mod queue;
 pub mod rng;

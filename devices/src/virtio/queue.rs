@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -37,16 +38,27 @@ pub struct Chain {
 
 impl Chain {
     fn read(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>, size: u16) -> Option<Self> {
-        let head = chain.head_index();
+        let inside = |buffer: &Buffer| {
+            usize::try_from(buffer.len)
+                .is_ok_and(|len| GuestMemoryBackend::check_range(memory, buffer.address, len))
+        };
+        Self::check(chain.head_index(), chain, inside, size)
+    }
+
+    /// The rules, apart from where descriptors and memory are.
+    pub(super) fn check(
+        head: u16,
+        descriptors: impl Iterator<Item = Descriptor>,
+        inside: impl Fn(&Buffer) -> bool,
+        size: u16,
+    ) -> Option<Self> {
         let mut this = Self { head, readable: Vec::new(), writable: Vec::new() };
         // virtio-queue ends a broken chain as it ends a whole one, so the
         // last descriptor tells: if it has a next, the chain was cut short.
         let mut cut_short = true;
-        for (count, descriptor) in (1u16..=size.saturating_add(1)).zip(chain) {
+        for (count, descriptor) in (1u16..=size.saturating_add(1)).zip(descriptors) {
             let buffer = Buffer { address: descriptor.addr(), len: descriptor.len() };
-            let inside = usize::try_from(buffer.len)
-                .is_ok_and(|len| GuestMemoryBackend::check_range(memory, buffer.address, len));
-            if count > size || buffer.len == 0 || !inside {
+            if count > size || buffer.len == 0 || !inside(&buffer) {
                 return None;
             }
             match (descriptor.is_write_only(), this.writable.is_empty()) {

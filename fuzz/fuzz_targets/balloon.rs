@@ -1,0 +1,20 @@
+//! Any story of a hostile guest against the balloon.
+#![no_main]
+
+use devices::testing::hostile::{any_act, from_bytes};
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../balloon/tests/room/attack.rs"]
+mod attack;
+#[path = "../../balloon/tests/room/mod.rs"]
+mod room;
+
+fuzz_target!(|bytes: &[u8]| {
+    let story = attack::steps(any_act(attack::QUEUES, attack::SIZE));
+    let Some(steps) = from_bytes(&story, bytes) else { return };
+    let (mut guest, handle) = attack::hostile_room();
+    for step in &steps {
+        attack::take(step, &mut guest, &handle);
+    }
+    attack::assert_usable(&mut guest, &handle);
+});
