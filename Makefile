@@ -35,7 +35,7 @@ prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhau
 	if $(CARGO) kani --version >/dev/null 2>&1; \
 	then $(CARGO) kani --package balloon --features device && $(CARGO) kani --package devices; \
 	else echo 'cargo kani is not installed: checking all input within small bounds instead'; \
-	$(CARGO) test --quiet --package balloon --package devices --lib proofs -- --nocapture; fi
+	$(CARGO) test --package balloon --package devices --lib proofs -- --nocapture --test-threads=1; fi
 
 slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/slat.html
 	$(CARGO) build --release --package cli

@@ -10,8 +10,12 @@ use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
 
 /// How long a balloon moves, and a step takes, beside an attack.
 const MOVING: Duration = Duration::from_secs(20);
-/// How long the attack takes.
-const ATTACK: Duration = Duration::from_secs(60);
+/// How long a piece of the attack takes.
+const ATTACK: Duration = Duration::from_secs(20);
+/// Rounds of an attack.
+const ROUNDS: usize = 32;
+/// After so many rounds the attacker says where it is.
+const PIECE: usize = 8;
 /// A mapping of at least this size is guest memory.
 const GUEST_MEMORY: Bytes = Bytes::mib(48);
 /// By how much the memory of a process may grow during an attack: the host backs heaps with
@@ -56,14 +60,14 @@ fn survives(cpus: &str, seed: u32) {
     let mut calm = VmSettings::new("calm", &images, "128M,min=64M", "ballast.console").start();
     calm.wait_until_ready();
     // What lies above `mem=` is the attacker's arena.
-    let cmdline = format!("mem=192M ballast.hostile={seed}:100:64 ballast.console");
+    let cmdline = format!("mem=192M ballast.hostile={seed}:{ROUNDS}:64 ballast.console");
     let mut hostile =
         VmSettings::new("hostile", &images, "256M,min=128M", &cmdline).with(&["--cpus", cpus]).start();
     hostile.wait_for_line("HOSTILE BEGIN", BOOT);
-    hostile.wait_for_line("HOSTILE ROUND 25", ATTACK);
+    hostile.wait_for_line(&format!("HOSTILE ROUND {PIECE}"), ATTACK);
     let (before, handles_before) = (overhead(&hostile), handles(&hostile));
     let mut slowest = Duration::ZERO;
-    for round in (50..=100).step_by(25) {
+    for round in (2 * PIECE..=ROUNDS).step_by(PIECE) {
         let asked = Instant::now();
         let memory = hostile.memory();
         slowest = slowest.max(asked.elapsed());
@@ -74,13 +78,10 @@ fn survives(cpus: &str, seed: u32) {
     }
     balloon_moves(&calm, Bytes::mib(128));
     let end = hostile.wait_for_line("HOSTILE END", ATTACK);
-    let count = |name: &str| -> u64 {
-        end.split_whitespace().find_map(|word| word.strip_prefix(name)?.parse().ok()).expect("the count")
-    };
-    // The attack has really reached the devices: some chains went through, some broke a device.
-    assert!(count("used=") > 100 && count("broken=") > 10, "{end}");
+    // The attack has really reached the devices: by their own word, as an attacker's rings hold
+    // what it wrote there itself. Some chains went through, some were nonsense.
     let memory = hostile.memory();
-    assert!(memory.counters.malformed > 50, "{memory:#?}");
+    assert!(memory.counters.malformed > 10, "{memory:#?}");
     assert!(memory.counters.inflated > Bytes::ZERO, "{memory:#?}");
 
     let distinct = hostile.wait_for_line("RNG distinct=", BOOT);
@@ -110,9 +111,8 @@ fn survives(cpus: &str, seed: u32) {
 }
 
 #[test]
-#[ignore = "takes many minutes in the lab: cargo test -p tests --test hostile_guest -- --ignored"]
 fn one_cpu_attacks() {
-    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(150)).run(|| survives("1", 1));
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| survives("1", 1));
 }
 
 /// Two vCPUs meet at one device, on a host with two processors.

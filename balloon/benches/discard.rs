@@ -6,7 +6,7 @@
 //! everything. Criterion measures one thing at a time, and so can't tell such ratios on a machine
 //! that others use; hence a loop of its own, and medians.
 //!
-//! `cargo bench -p balloon --bench discard`
+//! `cargo bench -p balloon --bench discard`, or with `-- WORD` only what has that word in its name.
 
 use std::ptr;
 use std::time::Duration;
@@ -53,11 +53,16 @@ enum Given {
 }
 
 fn report(name: &str, huge: bool, given: &Given) {
-    let memory = Memory::new(huge);
+    let mut words = std::env::args().skip(1).filter(|word| !word.starts_with('-')).peekable();
+    if words.peek().is_some() && !words.any(|word| name.contains(&word)) {
+        return;
+    }
     let (mut ours, mut single, mut limit) = (Vec::new(), Vec::new(), Vec::new());
-    // The first round of each pays for page tables: not counted.
+    // The first round finds caches cold: not counted.
     for round in 0..=ROUNDS {
-        let times = [memory.ballast(given), memory.page_by_page(given), memory.one_call()];
+        // A new mapping for each: where a huge page was split, older kernels never put one again.
+        let memory = || Memory::new(huge);
+        let times = [memory().ballast(given), memory().page_by_page(given), memory().one_call()];
         if round > 0 {
             ours.push(times[0]);
             single.push(times[1]);
@@ -90,30 +95,32 @@ fn processor_time() -> Duration {
 }
 
 struct Memory {
+    mapping: *mut u8,
+    /// The first multiple of 2 MiB in it.
     start: *mut u8,
 }
+
+/// Room to find such a multiple.
+const LENGTH: usize = MEMORY + HUGE as usize;
 
 impl Memory {
     fn new(huge: bool) -> Self {
         let (rights, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        let length = MEMORY + HUGE as usize;
         // SAFETY: a new mapping, wherever the kernel likes.
-        let start = unsafe { libc::mmap(ptr::null_mut(), length, rights, flags, -1, 0) };
-        assert_ne!(start, libc::MAP_FAILED);
-        let start: *mut u8 = start.cast();
+        let mapping = unsafe { libc::mmap(ptr::null_mut(), LENGTH, rights, flags, -1, 0) };
+        assert_ne!(mapping, libc::MAP_FAILED);
+        let mapping: *mut u8 = mapping.cast();
         // SAFETY: less than 2 MiB further; the mapping has so much more.
-        let start = unsafe { start.add(start.align_offset(HUGE as usize)) };
+        let start = unsafe { mapping.add(mapping.align_offset(HUGE as usize)) };
         let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: inside the mapping.
         unsafe { libc::madvise(start.cast(), MEMORY, advice) };
-        Self { start }
+        Self { mapping, start }
     }
 
     /// Times `discard` on memory that is all there.
     fn time(&self, discard: impl FnOnce()) -> Duration {
-        // SAFETY: inside the mapping. Emptied first, so that huge pages come back whole.
-        unsafe { libc::madvise(self.start.cast(), MEMORY, libc::MADV_DONTNEED) };
-        // SAFETY: as above.
+        // SAFETY: inside the mapping.
         let filled = unsafe { libc::madvise(self.start.cast(), MEMORY, libc::MADV_POPULATE_WRITE) };
         assert_eq!(filled, 0, "1 GiB of memory is needed");
         let start = processor_time();
@@ -180,8 +187,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: ours; what lies before `start` is less than 2 MiB and goes with the process.
-        unsafe { libc::munmap(self.start.cast(), MEMORY) };
+        // SAFETY: ours, and nobody uses it any more.
+        unsafe { libc::munmap(self.mapping.cast(), LENGTH) };
     }
 }
 

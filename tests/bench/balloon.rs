@@ -58,6 +58,8 @@ pub struct Step {
 /// The three steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Steps {
+    /// Guest memory that huge pages of the host back before the first step.
+    pub huge: Bytes,
     /// 512 MiB taken for the first time.
     pub inflate: Step,
     /// Given back.
@@ -71,17 +73,29 @@ pub struct Steps {
 /// # Errors
 /// Where the VM can't be started or does not do as it is asked.
 pub fn measure(vmm: Vmm, images: &GuestImages, init_on_alloc: bool) -> Result<Steps> {
+    // Each VM finds the host's memory in large pieces, whatever the one before left.
+    fs::write("/proc/sys/vm/compact_memory", "1")?;
     let mut vm = Vm::start(vmm, images, init_on_alloc)?;
     for step in LOAD {
         vm.type_in(step)?;
         vm.wait_for(&format!("DONE {step}"))?;
     }
     let mut balloon = Balloon::connect(vmm)?;
+    let huge = huge_pages(vm.child.id())?;
     Ok(Steps {
+        huge,
         inflate: balloon.hold(TAKEN)?,
         deflate: balloon.hold(Bytes::ZERO)?,
         again: balloon.hold(TAKEN)?,
     })
+}
+
+/// What of a process's memory is in huge pages.
+fn huge_pages(pid: u32) -> Result<Bytes> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()).context("no AnonHugePages")?;
+    Ok(Bytes::kib(kib.parse()?))
 }
 
 /// A VM and its console.
@@ -337,6 +351,7 @@ pub fn compare(images: &GuestImages) -> Result<()> {
                 Vmm::Ballast => "ballast",
                 Vmm::Qemu => "QEMU",
             };
+            println!("{name:<8} {zeroing:<16} has {} in huge pages", steps.huge);
             for (step, what) in
                 [(steps.inflate, "inflate"), (steps.deflate, "deflate"), (steps.again, "again")]
             {

@@ -14,29 +14,25 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{BUFFERS, Guest, HIGH, QUEUE_STRIDE, QUEUES, REGION, RUNNING};
 
-/// Bytes of dice that the longest story can use up.
-const MOST_DICE: usize = 256 << 10;
+/// Steps of the longest story.
+const MOST_STEPS: usize = 256;
 
 /// Where hostile guests keep their indirect tables.
 const TABLES: u64 = BUFFERS + 0x4_0000;
 
-/// What `strategy` makes of `bytes` taken as its dice, for fuzzers: the stories that the
-/// property tests draw are the stories that a fuzzer looks for. `None` where the bytes
-/// lead to none.
-pub fn from_bytes<T: std::fmt::Debug>(strategy: &impl Strategy<Value = T>, bytes: &[u8]) -> Option<T> {
-    // proptest may ask for dice until it likes one: there must be more than it can use.
-    let mut dice = bytes.to_vec();
-    let mut noise = bytes.len() as u64;
-    dice.extend(
-        std::iter::repeat_with(|| {
-            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (noise >> 56) as u8
-        })
-        .take(MOST_DICE),
-    );
-    let dice = TestRng::from_seed(RngAlgorithm::PassThrough, &dice);
-    let mut runner = TestRunner::new_with_rng(Config::default(), dice);
-    Some(strategy.new_tree(&mut runner).ok()?.current())
+/// A story for fuzzers: four bytes are the dice that draw one step of it. So the steps of the
+/// property tests are those that a fuzzer combines, and leaving bytes out or adding some leaves
+/// the other steps as they are.
+pub fn from_bytes<T: std::fmt::Debug>(step: &impl Strategy<Value = T>, bytes: &[u8]) -> Vec<T> {
+    let mut steps = Vec::new();
+    for number in bytes.chunks_exact(4).take(MOST_STEPS) {
+        let mut seed = [0; 32];
+        seed[..4].copy_from_slice(number);
+        let dice = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+        let mut runner = TestRunner::new_with_rng(Config::default(), dice);
+        steps.extend(step.new_tree(&mut runner).map(|tree| tree.current()));
+    }
+    steps
 }
 
 /// One thing a guest does.
