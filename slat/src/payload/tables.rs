@@ -167,16 +167,29 @@ pub fn translate(
     depth: Depth,
     address: u64,
 ) -> Result<Translation, Error> {
+    let (entries, end) = follow(|at| memory.read_obj(GuestAddress(at)).ok(), cr3, depth, address);
+    end.map(|(page, physical)| Translation { entries, page, physical })
+}
+
+/// Walks tables of which `read` tells the entries: those that it met, from the root down, and the page's
+/// size and the guest physical address that came out, or why none did.
+pub fn follow(
+    read: impl Fn(u64) -> Option<u64>,
+    cr3: u64,
+    depth: Depth,
+    address: u64,
+) -> (Vec<Entry>, Result<(PageSize, u64), Error>) {
     let mut entries = Vec::new();
     let mut table = cr3 & ADDRESS;
     let mut level = depth.levels();
     loop {
         let at = table + index(address, level) * 8;
-        let value: u64 =
-            memory.read_obj(GuestAddress(at)).map_err(|_| Error::Outside { level, address: at })?;
+        let Some(value) = read(at) else {
+            return (entries, Err(Error::Outside { level, address: at }));
+        };
         entries.push(Entry { level, index: index(address, level), at, value });
         if value & PRESENT == 0 {
-            return Err(Error::NotPresent { address, level, entry: value });
+            return (entries, Err(Error::NotPresent { address, level, entry: value }));
         }
         let page = match level {
             1 => Some(PageSize::Size4K),
@@ -187,7 +200,7 @@ pub fn translate(
         if let Some(page) = page {
             let offset = page.bytes() - 1;
             let physical = (value & ADDRESS & !offset) | (address & offset);
-            return Ok(Translation { entries, page, physical });
+            return (entries, Ok((page, physical)));
         }
         table = value & ADDRESS;
         level -= 1;

@@ -1,5 +1,7 @@
 //! `ballast slat`.
 
+mod walk;
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,7 +15,7 @@ use slat::payload::memory::Backing;
 use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan};
-use slat::walk::{Depth, PageSize, Shape, Walk};
+use slat::walk::PageSize;
 use slat::{host, interrupt, linux};
 
 use crate::failure::Failure;
@@ -36,8 +38,7 @@ pub struct Args {
 enum Command {
     /// Say what this host has, what is switched on, and how a guest behaves on it
     Probe(ProbeArgs),
-    /// Draw a two-dimensional page walk and count its memory references
-    Walk(WalkArgs),
+    Walk(walk::Args),
     /// Run payloads in a micro-VM, and natively where they can
     Run(RunArgs),
     /// Run with SLAT on and off in throw-away emulated hosts
@@ -85,28 +86,6 @@ impl Size {
             Self::Huge => PageSize::Size1G,
         }
     }
-}
-
-#[derive(clap::Args)]
-struct WalkArgs {
-    /// Levels of the guest's tables; 0: the guest runs without paging
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(0..=5))]
-    guest_levels: u8,
-    /// Page size of the guest's tables
-    #[arg(long, default_value = "4K", ignore_case = true)]
-    guest_page: Size,
-    /// Levels of the host's tables; 0: native, or shadow paging
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(0..=5))]
-    host_levels: u8,
-    /// Page size of the host's tables
-    #[arg(long, default_value = "4K", ignore_case = true)]
-    host_page: Size,
-    /// List every reference
-    #[arg(long)]
-    steps: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -265,7 +244,7 @@ fn payload(name: &str) -> Result<Payload, String> {
 pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::Probe(args) => probe(args),
-        Command::Walk(args) => walk(args),
+        Command::Walk(args) => walk::run(args),
         Command::Run(args) => measure(args),
         Command::Lab(args) => in_lab(args),
         Command::Report(args) => tell(args),
@@ -296,24 +275,6 @@ fn probe(args: &ProbeArgs) -> Result<(), Failure> {
         Verdict::Unknown => Err(Failure::host_cannot(probe.why.unwrap_or_default())),
         _ => Ok(()),
     }
-}
-
-fn shape(levels: u8, page: Size) -> Result<Option<Shape>, Failure> {
-    let depth = match levels {
-        0 => return Ok(None),
-        4 => Depth::Four,
-        5 => Depth::Five,
-        other => return Err(Failure::usage(format!("x86-64 has tables of 4 or 5 levels, not {other}"))),
-    };
-    Ok(Some(Shape { depth, page: page.page() }))
-}
-
-fn walk(args: &WalkArgs) -> Result<(), Failure> {
-    let walk = Walk {
-        guest: shape(args.guest_levels, args.guest_page)?,
-        host: shape(args.host_levels, args.host_page)?,
-    };
-    if args.json { output::json(&walk.account()) } else { output::text(&walk.text(args.steps)) }
 }
 
 fn setups(set: Set) -> Vec<slat::payload::Setup> {
