@@ -5,6 +5,8 @@
 //! descriptors and a block of data. Statistics that this code never heard of
 //! are kept by name; those it knows and a kernel lacks are simply absent.
 
+pub mod reasons;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};

@@ -179,12 +179,17 @@ pub struct KernelMemory {
     pub tables: Option<Bytes>,
     /// Reverse maps and tracking, among all else in vmalloc (`VmallocUsed`).
     pub vmalloc: Option<Bytes>,
+    /// All kernel memory of this process's control group (cgroup 2, `kernel` in `memory.stat`); `None`
+    /// without one, or in the root, which counts none.
+    #[serde(default)]
+    pub cgroup: Option<Bytes>,
 }
 
 impl KernelMemory {
     /// As it is now, of the whole host.
     pub fn now() -> Self {
-        Self::parse(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
+        let whole = Self::parse(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
+        Self { cgroup: of_cgroup(), ..whole }
     }
 
     fn total() -> Option<Bytes> {
@@ -198,14 +203,35 @@ impl KernelMemory {
     }
 
     fn parse(text: &str) -> Self {
-        Self { tables: Self::field(text, "SecPageTables"), vmalloc: Self::field(text, "VmallocUsed") }
+        Self {
+            tables: Self::field(text, "SecPageTables"),
+            vmalloc: Self::field(text, "VmallocUsed"),
+            cgroup: None,
+        }
     }
 
     /// What was added since `earlier`.
     pub fn since(self, earlier: Self) -> Self {
         let grown = |now: Option<Bytes>, then: Option<Bytes>| Some(now?.saturating_sub(then?));
-        Self { tables: grown(self.tables, earlier.tables), vmalloc: grown(self.vmalloc, earlier.vmalloc) }
+        Self {
+            tables: grown(self.tables, earlier.tables),
+            vmalloc: grown(self.vmalloc, earlier.vmalloc),
+            cgroup: grown(self.cgroup, earlier.cgroup),
+        }
     }
+}
+
+/// Host memory that could still be given out (`MemAvailable`).
+pub fn available_memory() -> Option<Bytes> {
+    KernelMemory::field(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable")
+}
+
+/// `kernel` of this process's control group, where it is not the root (Documentation/admin-guide/cgroup-v2.rst).
+fn of_cgroup() -> Option<Bytes> {
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let stat = fs::read_to_string(format!("/sys/fs/cgroup/{path}/memory.stat")).ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("kernel ")?.trim().parse().ok()).map(Bytes)
 }
 
 #[cfg(test)]
@@ -219,7 +245,7 @@ mod tests {
         assert_eq!(memory.vmalloc, Some(Bytes::kib(3)));
         assert_eq!(KernelMemory::parse("SecPageTables"), KernelMemory::default());
         assert_eq!(KernelMemory::parse("SecPageTables: 99999999999999999999 kB").tables, None);
-        let grown = memory.since(KernelMemory { tables: Some(Bytes::kib(2)), vmalloc: None });
+        let grown = memory.since(KernelMemory { tables: Some(Bytes::kib(2)), ..KernelMemory::default() });
         assert_eq!((grown.tables, grown.vmalloc), (Some(Bytes::kib(10)), None));
     }
 

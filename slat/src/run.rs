@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::figure::{Figure, Quality, Spread};
 use crate::host::{self, Fingerprint, KernelMemory};
 use crate::linux::Workload;
+use crate::linux::density::Density;
 use crate::payload::machine::{Failure, Machine, Round};
 use crate::payload::memory::Backing;
 use crate::payload::{Between, Payload, Place, Setup, native};
@@ -18,7 +19,7 @@ use crate::probe::{self, Probe, Verdict};
 use crate::walk::PageSize;
 
 /// Version of the JSON that a run is written in.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// What the host's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +84,8 @@ pub struct Measurement {
     pub tables: Figure,
     /// Kernel memory from vmalloc, in bytes: reverse maps and tracking.
     pub vmalloc: Figure,
+    /// All kernel memory that the process's control group was charged for the machine, in bytes.
+    pub cgroup: Figure,
     /// KVM's statistics of the vCPUs in the middle round, those that are not zero.
     pub counts: BTreeMap<String, u64>,
     /// KVM's statistics of the machine at the end of that round, those that are not zero.
@@ -115,6 +118,9 @@ pub struct Run {
     /// Why there are none, where they were asked for.
     #[serde(default)]
     pub linux_failure: Option<String>,
+    /// How many sessions the host bore, in the lab.
+    #[serde(default)]
+    pub density: Option<Density>,
 }
 
 /// Size of a plan.
@@ -124,8 +130,12 @@ pub enum Extent {
     Quick,
     /// And what the lab can tell: series that count, none that only time.
     Lab,
-    /// And churn and faults on 1 to N vCPUs alone.
+    /// Churn and faults on 1 to N vCPUs alone.
     Scaling,
+    /// What KVM's memory for a guest depends on, alone.
+    Memory,
+    /// Nothing but Linux guests.
+    Guests,
     /// All of it.
     Full,
 }
@@ -134,8 +144,13 @@ pub enum Extent {
 pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
     let mut setups = Vec::new();
     let scale = || scaling(cpus);
-    if extent == Extent::Scaling {
-        return scale().collect();
+    match extent {
+        Extent::Scaling => return scale().collect(),
+        Extent::Memory => {
+            return memory_series().filter(|s| touched(s) <= memory.0 / 4).collect();
+        }
+        Extent::Guests => return Vec::new(),
+        Extent::Quick | Extent::Lab | Extent::Full => {}
     }
     for payload in Payload::ALL {
         let usual = Setup::usual(payload);
@@ -181,11 +196,22 @@ fn counting() -> Vec<Setup> {
     for roots in [1, 8, 64] {
         setups.push(Setup { roots, ..usual(Payload::Cr3Reload) });
     }
-    for roots in [1, 4, 64] {
-        setups.push(Setup { roots, operations: roots * 8192, ..usual(Payload::Spaces) });
-    }
-    setups.push(untouched());
+    // One of the spaces is the payload's usual setup.
+    setups.extend(memory_series().filter(|s| *s != usual(Payload::Spaces)));
     setups
+}
+
+/// What KVM keeps for a guest: by its size, and by its address spaces.
+fn memory_series() -> impl Iterator<Item = Setup> {
+    SPACES.into_iter().map(spaces).chain([untouched()])
+}
+
+/// Numbers of address spaces in the series.
+pub const SPACES: [u64; 5] = [1, 4, 16, 32, 64];
+
+/// Every page of 32 MiB through each of `roots` address spaces.
+pub fn spaces(roots: u64) -> Setup {
+    Setup { roots, operations: roots * 8192, ..Setup::usual(Payload::Spaces) }
 }
 
 /// A guest of 512 MiB that touches next to none of it: what KVM sets aside for the memory alone.
@@ -274,6 +300,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
         measurements,
         linux: Vec::new(),
         linux_failure: None,
+        density: None,
     }
 }
 
@@ -329,6 +356,11 @@ fn figures(
             &kernel(|k| k.tables),
         ),
         vmalloc: figure(Quality::Exact, "there is no guest", &kernel(|k| k.vmalloc)),
+        cgroup: figure(
+            Quality::Exact,
+            "there is no guest, or no control group of its own with a memory controller (cgroup 2)",
+            &kernel(|k| k.cgroup),
+        ),
         counts: nonzero(middle.map(|r| &r.vcpus)),
         machine: nonzero(middle.map(|r| &r.vm)),
         failure,
@@ -432,7 +464,7 @@ mod tests {
 
     #[test]
     fn plans_fit_the_host_and_repeat_nothing() {
-        for extent in [Extent::Quick, Extent::Lab, Extent::Scaling, Extent::Full] {
+        for extent in [Extent::Quick, Extent::Lab, Extent::Scaling, Extent::Memory, Extent::Full] {
             let mut all = setups(extent, Bytes::gib(64), 8);
             let count = all.len();
             assert!(all.iter().all(|s| s.place != Place::Native || s.payload.runs_natively()));

@@ -116,6 +116,17 @@ impl Machine {
     /// # Errors
     /// [`MachineError`] is the sentence for the user.
     pub fn new(config: Config) -> Result<Self, MachineError> {
+        Self::with_ports(config, |_| Ok(()))
+    }
+
+    /// As [`Machine::new`], with what `add` puts on ports beside the VM's own devices.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn with_ports(
+        config: Config,
+        add: impl FnOnce(&mut Buses) -> Result<(), WiringError>,
+    ) -> Result<Self, MachineError> {
         let kvm_fd = host::open_for_guests()?;
         let ram = Arc::new(ram(&config)?);
         let cmdline = match ram.pluggable() {
@@ -133,6 +144,7 @@ impl Machine {
         let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &crew)?;
         wiring.serial(Arc::clone(&console.port))?;
         EndPorts::register(wiring.buses(), &crew).map_err(WiringError::from)?;
+        add(wiring.buses())?;
         let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
         let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
         let rng = wiring.virtio(Box::new(Rng::new()))?;

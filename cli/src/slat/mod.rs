@@ -10,13 +10,14 @@ use balloon::units::Bytes;
 use clap::{Subcommand, ValueEnum};
 use slat::claims::claims;
 use slat::lab::{self, inside};
+use slat::linux::{self, Guests, doorbell};
 use slat::payload::Payload;
 use slat::payload::memory::Backing;
 use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan};
 use slat::walk::PageSize;
-use slat::{host, interrupt, linux};
+use slat::{host, interrupt};
 
 use crate::failure::Failure;
 use crate::{output, table};
@@ -53,11 +54,29 @@ enum Command {
     /// Be the first process of a Linux guest
     #[command(hide = true)]
     Guest(GuestArgs),
+    /// Run a Linux guest with a doorbell
+    #[command(hide = true)]
+    Vm(VmArgs),
 }
 
 #[derive(clap::Args)]
 struct GuestArgs {
     /// Words of the kernel's command line
+    words: Vec<String>,
+}
+
+#[derive(clap::Args)]
+struct VmArgs {
+    #[arg(long)]
+    kernel: String,
+    #[arg(long)]
+    initrd: String,
+    #[arg(long)]
+    memory: String,
+    /// Read KVM's counters at each ring
+    #[arg(long)]
+    counting: bool,
+    /// Words for the guest's first process
     words: Vec<String>,
 }
 
@@ -119,8 +138,13 @@ enum Set {
     Lab,
     /// Page-table work on 1 to N vCPUs
     Scaling,
+    /// What KVM's memory depends on
+    Memory,
     /// Everything
     Full,
+    /// Nothing but Linux guests, in the lab
+    #[value(hide = true)]
+    Guests,
 }
 
 impl Set {
@@ -129,6 +153,8 @@ impl Set {
             Self::Quick => Extent::Quick,
             Self::Lab => Extent::Lab,
             Self::Scaling => Extent::Scaling,
+            Self::Memory => Extent::Memory,
+            Self::Guests => Extent::Guests,
             Self::Full => Extent::Full,
         }
     }
@@ -182,8 +208,11 @@ struct LabArgs {
     /// Do everything twice and fail where the counts differ
     #[arg(long)]
     twice: bool,
+    /// Also add Linux guests until they answer too late
+    #[arg(long)]
+    density: bool,
     /// Minutes one emulated host may take
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=120))]
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
     limit: u64,
     /// Write the result to this file
     #[arg(long)]
@@ -230,8 +259,33 @@ struct InsideArgs {
     instructions: bool,
     #[arg(long, default_value = "lab")]
     set: Set,
+    /// Load KVM with the MMU that also does shadow paging
+    #[arg(long)]
+    no_tdp_mmu: bool,
+    /// What Linux guests do
+    #[arg(long, default_value = "none")]
+    guests: GuestsArg,
     /// Words of the kernel's command line: it hands those that it doesn't know to its first process
     words: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum GuestsArg {
+    None,
+    Workloads,
+    Reasons,
+    Density,
+}
+
+impl GuestsArg {
+    fn guests(self) -> Guests {
+        match self {
+            Self::None => Guests::None,
+            Self::Workloads => Guests::Workloads,
+            Self::Reasons => Guests::Reasons,
+            Self::Density => Guests::Density,
+        }
+    }
 }
 
 fn payload(name: &str) -> Result<Payload, String> {
@@ -249,7 +303,17 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Lab(args) => in_lab(args),
         Command::Report(args) => tell(args),
         Command::Compare(args) => compare(args),
-        Command::Guest(_) => linux::guest().map_err(Failure::new),
+        Command::Guest(args) => linux::guest::guest(&args.words).map_err(Failure::new),
+        Command::Vm(args) => {
+            let guest = doorbell::Guest {
+                kernel: args.kernel.clone(),
+                initrd: args.initrd.clone(),
+                memory: args.memory.clone(),
+                words: args.words.clone(),
+                counting: args.counting,
+            };
+            doorbell::run(&guest).map_err(Failure::new)
+        }
         Command::Inside(args) => {
             // The host's memory can be asked for only once its file systems are there.
             let plan = || Plan {
@@ -259,7 +323,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 limit: Duration::from_secs(600),
                 clock: if args.instructions { Clock::Instructions } else { Clock::Emulated },
             };
-            inside::main(plan, args.nested_paging).map_err(Failure::new)
+            let job = inside::Job {
+                plan,
+                nested_paging: args.nested_paging,
+                tdp_mmu: !args.no_tdp_mmu,
+                guests: args.guests.guests(),
+            };
+            inside::main(job).map_err(Failure::new)
         }
     }
 }
@@ -337,7 +407,8 @@ fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Fai
 
 fn in_lab(args: &LabArgs) -> Result<(), Failure> {
     let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
-    let visit = lab::Visit { twice: args.twice, limit: Duration::from_secs(args.limit * 60) };
+    let visit =
+        lab::Visit { twice: args.twice, density: args.density, limit: Duration::from_secs(args.limit * 60) };
     let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
@@ -351,9 +422,7 @@ fn in_lab(args: &LabArgs) -> Result<(), Failure> {
         output::text(&table::render(head, &result.rows()))?;
         let head = ["LINUX GUEST", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "OFF/ON"];
         output::text(&format!("\n{}", table::render(head, &result.linux_rows())))?;
-        for why in
-            [&result.counted.on, &result.counted.off].into_iter().filter_map(|r| r.linux_failure.as_ref())
-        {
+        for why in result.failures() {
             output::text(&format!("{why}\n"))?;
         }
     }

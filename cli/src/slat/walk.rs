@@ -1,7 +1,7 @@
 //! `ballast slat walk`.
 
 use balancer::driver::ballast::Client;
-use slat::address::{Guide, Way};
+use slat::address::{Check, Guide, Way};
 use slat::walk::{Depth, Shape, Walk};
 use vmm::inspect::{MemoryMap, TranslateRequest, Translation};
 
@@ -123,7 +123,7 @@ async fn follow(vm: &mut Client, guide: &Guide<'_>, request: TranslateRequest) -
         let seen: Translation = vm.ask("/vm/translate", &request).await?;
         let way = guide.virtual_address(seen, request.address).map_err(Failure::new)?;
         tries += 1;
-        if way.agrees == Some(true) || tries == TRIES {
+        if way.kvm != Some(Check::Differs) || tries == TRIES {
             return Ok(way);
         }
     }

@@ -20,6 +20,7 @@ use host::{Process, Residence};
 const EFER_LONG_MODE: u64 = 1 << 10;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_LA57: u64 = 1 << 12;
+const CR4_SMAP: u64 = 1 << 21;
 
 /// Why an address could not be followed at all.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,29 @@ pub struct Stage {
     pub place: Place,
 }
 
+/// Our walk held against KVM_TRANSLATE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Check {
+    /// Both find the same.
+    Agrees,
+    /// They don't: the guest has changed its tables in between.
+    Differs,
+    /// KVM translates as for a read by ring 0, which the guest forbids for this page (CR4.SMAP).
+    Forbidden,
+}
+
+impl Check {
+    fn of(seen: &Translation, entries: &[Entry], physical: Option<u64>) -> Self {
+        let users = entries.iter().all(|entry| entry.value & tables::USER != 0);
+        match (seen.physical, physical) {
+            (theirs, ours) if theirs == ours => Self::Agrees,
+            (None, Some(_)) if users && seen.cr4 & CR4_SMAP != 0 => Self::Forbidden,
+            _ => Self::Differs,
+        }
+    }
+}
+
 /// The whole way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Way {
@@ -74,8 +98,8 @@ pub struct Way {
     pub word: Option<u64>,
     /// Why the way ended early.
     pub why: Option<String>,
-    /// Whether KVM_TRANSLATE finds the same; nothing for a guest physical address.
-    pub agrees: Option<bool>,
+    /// What KVM_TRANSLATE says to it; nothing for a guest physical address.
+    pub kvm: Option<Check>,
     /// Memory references on a miss of everything, with SLAT and tables of the host's page sizes; `None`
     /// where those are not known.
     pub references: Option<u32>,
@@ -123,7 +147,7 @@ impl<'v> Guide<'v> {
             end: Some(self.place(guest)?),
             word: None,
             why: None,
-            agrees: None,
+            kvm: None,
             references: None,
         })
     }
@@ -146,13 +170,14 @@ impl<'v> Guide<'v> {
                 (entries, result.map(|(page, physical)| (Some(page), physical)))
             }
         };
-        let stages = entries
-            .into_iter()
-            .map(|entry| Ok::<_, Error>(Stage { entry, flags: entry.flags(), place: self.place(entry.at)? }));
         let (page, physical, why) = match result {
             Ok((page, physical)) => (page, Some(physical), None),
             Err(error) => (None, None, Some(error.to_string())),
         };
+        let kvm = Some(Check::of(&seen, &entries, physical));
+        let stages = entries
+            .into_iter()
+            .map(|entry| Ok::<_, Error>(Stage { entry, flags: entry.flags(), place: self.place(entry.at)? }));
         self.arrive(Way {
             seen: Some(seen),
             address: Some(address),
@@ -161,7 +186,7 @@ impl<'v> Guide<'v> {
             end: physical.map(|at| self.place(at)).transpose()?,
             word: None,
             why,
-            agrees: Some(physical == seen.physical),
+            kvm,
             references: None,
         })
     }
@@ -276,17 +301,21 @@ impl Way {
         if let Some(why) = &self.why {
             let _ = writeln!(text, "The way ends: {why}.");
         }
-        match (self.agrees, self.seen.and_then(|s| s.physical)) {
-            (Some(true), Some(physical)) => {
+        match (self.kvm, self.seen.and_then(|s| s.physical)) {
+            (Some(Check::Agrees), Some(physical)) => {
                 let _ = writeln!(text, "KVM_TRANSLATE finds {physical:#x} too.");
             }
-            (Some(true), None) => text += "KVM_TRANSLATE finds nothing either.\n",
-            (Some(false), found) => {
+            (Some(Check::Agrees), None) => text += "KVM_TRANSLATE finds nothing either.\n",
+            (Some(Check::Differs), found) => {
                 let found = found.map_or_else(|| "nothing".into(), |p| format!("{p:#x}"));
                 let _ = writeln!(
                     text,
                     "KVM_TRANSLATE found {found}: the guest changes its tables; try again, or pause it first."
                 );
+            }
+            (Some(Check::Forbidden), _) => {
+                text += "KVM_TRANSLATE can't be asked: it reads as ring 0, which the guest forbids for pages of \
+                         ring 3 (SMAP).\n";
             }
             (None, _) => {}
         }
@@ -346,7 +375,12 @@ mod tests {
         let guide = Guide::new(std::process::id(), &guest.map).expect("one's own process");
         let way = guide.virtual_address(seen(Some(0x5008)), 0x7008).expect("followed");
         assert_eq!((way.end.as_ref().map(|e| e.guest), way.word), (Some(0x5008), Some(0xfeed)));
-        assert_eq!((way.agrees, way.page, way.stages.len()), (Some(true), Some(PageSize::Size4K), 4));
+        assert_eq!((way.kvm, way.page, way.stages.len()), (Some(Check::Agrees), Some(PageSize::Size4K), 4));
+        let smap = Translation { cr4: CR4_SMAP, ..seen(None) };
+        let forbidden = guide.virtual_address(smap, 0x7008).expect("followed");
+        assert_eq!((forbidden.kvm, forbidden.end), (Some(Check::Forbidden), way.end.clone()));
+        let differs = guide.virtual_address(seen(None), 0x7008).expect("followed");
+        assert_eq!(differs.kvm, Some(Check::Differs));
         assert_eq!(way.stages[3].flags, "P W U A D NX");
         let host = way.end.as_ref().and_then(|e| e.host);
         assert_eq!(host, Some(&raw const guest.memory[5][1] as u64));
@@ -362,10 +396,10 @@ mod tests {
         let follow = |address| guide.virtual_address(seen(None), address);
         let way = follow(0x6000).expect("followed");
         assert!(way.why.as_ref().is_some_and(|w| w.contains("not present")), "{way:?}");
-        assert_eq!((way.agrees, way.end.is_none(), way.stages.len()), (Some(true), true, 4));
+        assert_eq!((way.kvm, way.end.is_none(), way.stages.len()), (Some(Check::Agrees), true, 4));
         let way = follow(0x8000).expect("followed");
         assert!(way.why.as_ref().is_some_and(|w| w.contains("not guest RAM")), "{way:?}");
-        assert_eq!(way.agrees, Some(false));
+        assert_eq!(way.kvm, Some(Check::Differs));
         assert!(matches!(follow(1 << 50), Err(Error::NotCanonical(..))));
         let real_mode = Translation { efer: 0, ..seen(None) };
         assert!(matches!(guide.virtual_address(real_mode, 0), Err(Error::NotLongMode(0))));

@@ -8,7 +8,8 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::linux;
+use crate::linux::density::density;
+use crate::linux::{self, Guests};
 use crate::run::{Plan, Run, run};
 
 /// Where the archive keeps the modules, named so that they sort in the order of loading.
@@ -38,7 +39,27 @@ fn load(path: &std::path::Path, parameters: &str) -> io::Result<()> {
     }
 }
 
-fn load_all(nested_paging: bool) -> io::Result<()> {
+/// What the first process of an emulated host does.
+pub struct Job<P> {
+    /// Makes the plan once the file systems are there.
+    pub plan: P,
+    /// SLAT on or off.
+    pub nested_paging: bool,
+    /// Whether KVM may use the MMU that it has for SLAT alone, or must use the one it has for shadow paging too.
+    pub tdp_mmu: bool,
+    /// What Linux guests do.
+    pub guests: Guests,
+}
+
+/// A control group of this process's own, whose kernel memory is counted. Without one that figure is missing.
+fn own_cgroup() -> io::Result<()> {
+    mount(c"cgroup2", c"/sys/fs/cgroup")?;
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory")?;
+    fs::create_dir("/sys/fs/cgroup/slat")?;
+    fs::write("/sys/fs/cgroup/slat/cgroup.procs", "0")
+}
+
+fn load_all(nested_paging: bool, tdp_mmu: bool) -> io::Result<()> {
     let mut modules: Vec<_> =
         fs::read_dir(format!("/{MODULES}"))?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
     modules.sort();
@@ -47,6 +68,7 @@ fn load_all(nested_paging: bool) -> io::Result<()> {
         let parameters = match (name.contains("kvm-amd"), nested_paging) {
             (true, true) => "npt=1",
             (true, false) => "npt=0",
+            _ if name.ends_with("kvm.ko") && !tdp_mmu => "tdp_mmu=0",
             _ => "",
         };
         load(&module, parameters).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
@@ -72,15 +94,15 @@ fn send(run: &Run) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a plan once the file systems are there and runs it as the first process of an emulated host. Comes back only to say why it failed.
+/// Does its job as the first process of an emulated host. Comes back only to say why it failed.
 ///
 /// # Errors
 /// Where this is not an emulated host's first process, KVM can't be loaded, or the result can't be sent.
-pub fn main(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Result<()> {
+pub fn main(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
     if std::process::id() != 1 {
         return Err(io::Error::other("this is for the first process of an emulated host"));
     }
-    let result = prepare_and_run(plan, nested_paging);
+    let result = prepare_and_run(job);
     if let Err(error) = &result {
         eprintln!("ballast slat: {error}");
     }
@@ -93,14 +115,20 @@ pub fn main(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Result<()> 
     result
 }
 
-fn prepare_and_run(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Result<()> {
+fn prepare_and_run(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
     for (kind, at) in [(c"proc", c"/proc"), (c"sysfs", c"/sys"), (c"devtmpfs", c"/dev")] {
         mount(kind, at).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", at.to_string_lossy())))?;
     }
-    load_all(nested_paging)?;
+    // Only figures are lost without these.
+    let _ = mount(c"debugfs", c"/sys/kernel/debug");
+    let _ = mount(c"tracefs", c"/sys/kernel/tracing");
+    if let Err(error) = own_cgroup() {
+        eprintln!("ballast slat: no control group: {error}");
+    }
+    load_all(job.nested_paging, job.tdp_mmu)?;
     // Without them the payloads over huge pages say so themselves.
     let _ = fs::write("/proc/sys/vm/nr_hugepages", HUGE_PAGES);
-    let plan = plan();
+    let plan = (job.plan)();
     // The first machine pays for things that the kernel does once.
     let warm = Plan {
         setups: plan.setups.iter().take(3).cloned().collect(),
@@ -112,11 +140,20 @@ fn prepare_and_run(plan: impl FnOnce() -> Plan, nested_paging: bool) -> io::Resu
     let go_on = AtomicBool::new(false);
     run(&warm, &go_on, |_, _| {});
     let mut result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
-    // Only the host's counters in debugfs are lost without it.
-    let _ = mount(c"debugfs", c"/sys/kernel/debug");
-    match linux::host() {
-        Ok(workloads) => result.linux = workloads.unwrap_or_default(),
-        Err(error) => result.linux_failure = Some(error.to_string()),
-    }
+    let failure = match job.guests {
+        Guests::None => None,
+        Guests::Workloads => keep(linux::workloads(false), |found| result.linux = found),
+        Guests::Reasons => keep(linux::workloads(true), |found| result.linux = found),
+        Guests::Density => keep(density(), |found| result.density = Some(found)),
+    };
+    result.linux_failure = failure;
     send(&result)
+}
+
+fn keep<T>(found: io::Result<T>, keep: impl FnOnce(T)) -> Option<String> {
+    match found {
+        Ok(found) => keep(found),
+        Err(error) => return Some(error.to_string()),
+    }
+    None
 }

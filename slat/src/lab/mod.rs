@@ -26,6 +26,8 @@ use archive::Archive;
 const MODULE_FILES: [&str; 3] =
     ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko", "kernel/arch/x86/kvm/kvm-amd.ko"];
 const EMULATOR: &str = "qemu-system-x86_64";
+/// Emulated CPUs, all of them on one thread: exits are exact, and time says nothing of contention.
+const SCALING_CPUS: &str = "4";
 
 /// Why the lab gave nothing.
 #[derive(Debug, thiserror::Error)]
@@ -96,17 +98,74 @@ fn numbers(release: &str) -> Vec<u64> {
     release.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
 
+/// How an emulated host's KVM translates a guest's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paging {
+    /// `npt=1`: SLAT.
+    Nested,
+    /// `npt=1` and `tdp_mmu=0`: SLAT by the code that also does shadow paging. What is left of the difference
+    /// to [`Paging::Shadow`] is SLAT's own.
+    NestedOldMmu,
+    /// `npt=0`: shadow paging.
+    Shadow,
+}
+
+impl Paging {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Nested => "npt=1",
+            Self::NestedOldMmu => "npt=1 tdp_mmu=0",
+            Self::Shadow => "npt=0",
+        }
+    }
+}
+
+/// What an emulated host is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// Payloads and a Linux guest's workloads, counted: one CPU, the same to the bit each time.
+    Count,
+    /// KVM's memory for a guest, counted.
+    Memory,
+    /// More and more Linux guests, on the same clock.
+    Density,
+    /// Page-table work on more and more vCPUs, and a Linux guest's exits by reason; in emulated time.
+    Scale,
+}
+
+impl Errand {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Count => "counting",
+            Self::Memory => "memory",
+            Self::Density => "density",
+            Self::Scale => "vCPUs and reasons",
+        }
+    }
+
+    /// The set of payloads and the guests' work, as the hidden command takes them.
+    const fn arguments(self) -> [&'static str; 2] {
+        match self {
+            Self::Count => ["lab", "workloads"],
+            Self::Memory => ["memory", "none"],
+            Self::Density => ["guests", "density"],
+            Self::Scale => ["scaling", "reasons"],
+        }
+    }
+
+    /// Whether the clock counts instructions.
+    const fn is_counted(self) -> bool {
+        !matches!(self, Self::Scale)
+    }
+}
+
 /// One emulated host.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Host {
     /// SLAT on or off.
-    pub nested_paging: bool,
-    /// Count instructions instead of time: one CPU, the same to the bit each time.
-    pub deterministic: bool,
-    /// CPUs; 1 where deterministic.
-    pub cpus: u64,
-    /// Arguments of `ballast` inside.
-    pub arguments: Vec<String>,
+    pub paging: Paging,
+    /// What it is for.
+    pub errand: Errand,
     /// How long it may take.
     pub limit: Duration,
 }
@@ -127,6 +186,12 @@ pub struct Findings {
     pub counted: Pair,
     /// Page-table work on more and more vCPUs, in emulated time.
     pub scaling: Pair,
+    /// KVM's memory with SLAT on and `kvm.tdp_mmu=0`.
+    #[serde(default)]
+    pub old_mmu: Option<Run>,
+    /// How many sessions fit.
+    #[serde(default)]
+    pub density: Option<Pair>,
     /// Whether everything was counted twice.
     pub twice: bool,
     /// Where two deterministic runs differ; `None` where they are identical or there was only one.
@@ -138,12 +203,14 @@ pub struct Findings {
 pub struct Visit {
     /// Count everything twice and compare.
     pub twice: bool,
+    /// Add guests until they answer too late.
+    pub density: bool,
     /// How long one emulated host may take.
     pub limit: Duration,
 }
 
 impl Visit {
-    /// Runs SLAT on and off, counting; then the scaling over vCPUs.
+    /// Runs SLAT on and off, counting; then memory, the scaling over vCPUs, and density where asked for.
     ///
     /// # Errors
     /// Where an emulated host gives nothing, or the user stops it.
@@ -153,21 +220,23 @@ impl Visit {
         stop: &AtomicBool,
         mut progress: impl FnMut(&str),
     ) -> Result<Findings, Error> {
-        let mut pair = |deterministic, round: &str| {
-            let mut host = |nested_paging| {
-                let what = if deterministic { "counting" } else { "vCPUs" };
-                progress(&format!("{what}, npt={}{round}", u8::from(nested_paging)));
-                Host::new(nested_paging, deterministic, self.limit).run(kernel, stop)
-            };
-            Ok::<_, Error>(Pair { on: host(true)?, off: host(false)? })
+        let mut host = |paging: Paging, errand: Errand, round: &str| {
+            progress(&format!("{}, {}{round}", errand.words(), paging.words()));
+            Host { paging, errand, limit: self.limit }.run(kernel, stop)
         };
-        let counted = pair(true, "")?;
-        let again = if self.twice { Some(pair(true, ", again")?) } else { None };
-        let scaling = pair(false, "")?;
+        let mut pair = |errand, round: &str| {
+            let on = host(Paging::Nested, errand, round)?;
+            Ok::<_, Error>(Pair { on, off: host(Paging::Shadow, errand, round)? })
+        };
+        let counted = pair(Errand::Count, "")?;
+        let again = if self.twice { Some(pair(Errand::Count, ", again")?) } else { None };
+        let scaling = pair(Errand::Scale, "")?;
+        let density = if self.density { Some(pair(Errand::Density, "")?) } else { None };
+        let old_mmu = Some(host(Paging::NestedOldMmu, Errand::Memory, "")?);
         let difference = again.and_then(|again| {
             difference(&counted.on, &again.on).or_else(|| difference(&counted.off, &again.off))
         });
-        Ok(Findings { counted, scaling, twice: self.twice, difference })
+        Ok(Findings { counted, scaling, old_mmu, density, twice: self.twice, difference })
     }
 }
 
@@ -205,6 +274,13 @@ impl Pair {
 }
 
 impl Findings {
+    /// Why Linux guests gave nothing, where they should have.
+    pub fn failures(&self) -> impl Iterator<Item = &String> {
+        let pairs = [Some(&self.counted), Some(&self.scaling), self.density.as_ref()];
+        let runs = pairs.into_iter().flatten().flat_map(|pair| [&pair.on, &pair.off]);
+        runs.filter_map(|run| run.linux_failure.as_ref())
+    }
+
     /// Rows for a Linux guest's workloads: name, exits on and off, instructions on and off, off over on.
     pub fn linux_rows(&self) -> Vec<[String; 6]> {
         let exits = |w: &linux::Workload| w.exits.map_or("-".into(), short);
@@ -214,6 +290,25 @@ impl Findings {
                 let factor = format!("{:.3}", b.ticks / a.ticks.max(1.0));
                 [a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor]
             })
+            .collect()
+    }
+
+    /// Rows for why a Linux guest left: workload, reasons with SLAT on, and off, the most frequent first.
+    pub fn reason_rows(&self) -> Vec<[String; 3]> {
+        let list = |workload: &linux::Workload| {
+            let mut reasons: Vec<_> = workload.reasons.iter().collect();
+            reasons.sort_by(|a, b| b.1.total_cmp(a.1).then(a.0.cmp(b.0)));
+            let words: Vec<_> =
+                reasons.iter().take(5).map(|(reason, each)| format!("{reason} {}", short(**each))).collect();
+            if words.is_empty() { "none".to_owned() } else { words.join(", ") }
+        };
+        let traced = |(on, off): &(&linux::Workload, &linux::Workload)| {
+            !on.reasons.is_empty() || !off.reasons.is_empty()
+        };
+        self.scaling
+            .workloads()
+            .filter(traced)
+            .map(|(on, off)| [on.name.clone(), list(on), list(off)])
             .collect()
     }
 
@@ -231,37 +326,46 @@ impl Findings {
 }
 
 impl Host {
-    /// A host with SLAT on or off: one CPU that counts instructions, or four in emulated time.
-    pub fn new(nested_paging: bool, deterministic: bool, limit: Duration) -> Self {
-        let set = if deterministic { "lab" } else { "scaling" };
-        let mut arguments: Vec<String> = ["slat", "inside", "--set", set].map(Into::into).into();
-        arguments.extend(nested_paging.then(|| "--nested-paging".into()));
-        arguments.extend(deterministic.then(|| "--instructions".into()));
-        Self { nested_paging, deterministic, cpus: 4, arguments, limit }
+    /// What runs inside.
+    fn arguments(&self) -> Vec<&'static str> {
+        let [set, guests] = self.errand.arguments();
+        let mut arguments = vec!["slat", "inside", "--set", set, "--guests", guests];
+        if self.paging != Paging::Shadow {
+            arguments.push("--nested-paging");
+        }
+        if self.paging == Paging::NestedOldMmu {
+            arguments.push("--no-tdp-mmu");
+        }
+        if self.errand.is_counted() {
+            arguments.push("--instructions");
+        }
+        arguments
     }
 
     fn command(&self, kernel: &Kernel, directory: &Path) -> Command {
         let mut command = Command::new(EMULATOR);
-        let processor = if self.deterministic { "EPYC,+svm,+npt,-rdrand,-rdseed" } else { "EPYC,+svm,+npt" };
-        let cpus = if self.deterministic { 1 } else { self.cpus };
+        let counted = self.errand.is_counted();
+        let processor = if counted { "EPYC,+svm,+npt,-rdrand,-rdseed" } else { "EPYC,+svm,+npt" };
+        let cpus = if counted { "1" } else { SCALING_CPUS };
         let file = |name: &str| format!("file:{}", directory.join(name).display());
+        // QEMU 7.2 breaks hosts and guests where it emulates SVM on several threads at once.
         command
-            .args(["-M", "q35", "-accel", "tcg", "-cpu", processor, "-m", "2048"])
-            .args(["-smp", &cpus.to_string(), "-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-M", "q35", "-accel", "tcg,thread=single", "-cpu", processor, "-m", "2048"])
+            .args(["-smp", cpus, "-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-serial", &file("console"), "-serial", &file("result"), "-no-reboot"])
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")
             .arg(directory.join("initrd"));
         let mut line = String::from("console=ttyS0 reboot=t panic=1 quiet tsc=reliable rdinit=/ballast");
-        if self.deterministic {
+        if counted {
             command
                 .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
                 .args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
             line += " norandmaps random.trust_cpu=off";
         }
         line += " -- ";
-        line += &self.arguments.join(" ");
+        line += &self.arguments().join(" ");
         // The decompressor looks for this word everywhere; the kernel itself doesn't know it
         // and would hand it to the first process in front of all others.
         line += " nokaslr";
@@ -276,7 +380,7 @@ impl Host {
     pub fn run(&self, kernel: &Kernel, stop: &AtomicBool) -> Result<Run, Error> {
         let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
         let initrd = directory.path().join("initrd");
-        fs::write(&initrd, image(kernel, self.deterministic)?)
+        fs::write(&initrd, image(kernel, self.errand != Errand::Memory)?)
             .map_err(files("the emulated host's initramfs"))?;
         let mut child = self.command(kernel, directory.path()).spawn().map_err(Error::NoEmulator)?;
         let ended = wait(&mut child, self.limit, stop);
@@ -356,7 +460,7 @@ fn guest_image(this: &[u8]) -> Vec<u8> {
     archive.device("dev/console", 5, 1);
     archive.device("dev/null", 1, 3);
     archive.file("ballast", this);
-    let (path, program) = linux::program();
+    let (path, program) = linux::guest::program();
     archive.file(path, &program);
     archive.finish()
 }

@@ -1,33 +1,36 @@
 //! The micro-VM: a few pages of memory, tables, one payload, no devices but a doorbell.
 
-use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use balloon::units::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::code::{self, Label, Params};
+use super::failure::{kvm, memory_error};
 use super::memory::{Backing, Mapping};
 use super::native::chain;
 use super::tables::{self, Tables};
+use super::vcpu::{Shared, Vcpu, collect, end, install_kick};
 use super::{Between, Payload, Place, Setup};
-use crate::counters::{self, Counters, Counts};
+use crate::counters::Counters;
 use crate::host::KernelMemory;
 use crate::walk::PageSize;
+
+pub use super::failure::Failure;
+pub use super::vcpu::Round;
 
 const GDT: GuestAddress = GuestAddress(0x1000);
 const IDT: GuestAddress = GuestAddress(0x2000);
 const PARAMS: u64 = 0x3000;
 const PARAMS_SIZE: u64 = 0x100;
 const ROOTS: GuestAddress = GuestAddress(0x4000);
-const CODE: u64 = 0x8000;
+/// Where the code of all payloads begins.
+pub(super) const CODE: u64 = 0x8000;
 const STACKS: u64 = 0x1_0000;
 const STACK_SIZE: u64 = 0x1000;
 const TABLES: GuestAddress = GuestAddress(0x10_0000);
@@ -46,103 +49,6 @@ const OTHER_FRAME: u64 = 1 << 20;
 pub const MOST_VCPUS: u64 = 16;
 /// Most CR3 values.
 pub const MOST_ROOTS: u64 = 512;
-
-/// Why a payload gave no measurement.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The setup asks for something that can't be.
-    #[error("this payload can't be set up so: {0}")]
-    Setup(String),
-    /// Memory could not be had.
-    #[error("no {backing} memory for the guest ({size}): {source}{advice}", backing = backing.name(), advice = advice(*backing))]
-    Memory {
-        /// The backing asked for.
-        backing: Backing,
-        /// How much.
-        size: Bytes,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// /dev/kvm can't be used at all.
-    #[error("{0}")]
-    NoKvm(String),
-    /// KVM refused something.
-    #[error("KVM refused to {what}: {source}")]
-    Kvm {
-        /// What was asked of it.
-        what: &'static str,
-        /// Its answer.
-        source: kvm_ioctls::Error,
-    },
-    /// Guest memory could not be written.
-    #[error("guest memory could not be set up: {0}")]
-    GuestMemory(String),
-    /// Statistics could not be read.
-    #[error(transparent)]
-    Counters(#[from] counters::Error),
-    /// Nothing came back in time.
-    #[error("the payload did not finish within {} s and was stopped", .0.as_secs_f64())]
-    Hung(Duration),
-    /// The user asked to stop.
-    #[error("stopped before it finished")]
-    Interrupted,
-    /// The guest died.
-    #[error("the guest died of a triple fault")]
-    TripleFault,
-    /// The host emulates guest code and can't do this instruction.
-    #[error(
-        "this host emulates ring 0 and its emulator can't run the payload (offset {offset:#x}, bytes {bytes})"
-    )]
-    Emulator {
-        /// Bytes from the start of the payloads' code.
-        offset: u64,
-        /// The instruction's first bytes.
-        bytes: String,
-    },
-    /// The guest left for a reason that no payload has.
-    #[error("the guest left unexpectedly: {0}")]
-    Unexpected(String),
-    /// A vCPU's thread died.
-    #[error("a vCPU's thread ended without a word")]
-    Thread,
-}
-
-const fn advice(backing: Backing) -> &'static str {
-    match backing {
-        Backing::Small | Backing::Transparent => "",
-        Backing::Hugetlb2M => "; set some aside with `sysctl vm.nr_hugepages=N`",
-        Backing::Hugetlb1G => "; set some aside with `hugepagesz=1G hugepages=N` at boot",
-    }
-}
-
-fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Failure {
-    move |source| Failure::Kvm { what, source }
-}
-
-fn memory_error(error: impl std::fmt::Display) -> Failure {
-    Failure::GuestMemory(error.to_string())
-}
-
-impl From<tables::Error> for Failure {
-    fn from(error: tables::Error) -> Self {
-        memory_error(error)
-    }
-}
-
-/// One measured round of all vCPUs.
-#[derive(Clone, Debug, Default)]
-pub struct Round {
-    /// Host clock from the first vCPU's start to the last one's end.
-    pub elapsed: Duration,
-    /// Guest time-stamp counter ticks of the slowest vCPU, where they were taken.
-    pub ticks: Option<u64>,
-    /// The vCPUs' statistics of this round, added up.
-    pub vcpus: Counts,
-    /// The virtual machine's statistics at the end of the round.
-    pub vm: Counts,
-    /// What the host's kernel holds more than before the machine was made, at the end of the round.
-    pub kernel: KernelMemory,
-}
 
 /// A virtual machine with a payload in it, ready to run.
 pub struct Machine {
@@ -440,19 +346,6 @@ fn other(kvm_fd: &Kvm, setup: &Setup) -> Result<Option<Machine>, Failure> {
     Ok(Some(machine))
 }
 
-/// Keeps this thread on the CPU on which it runs: two machines that take turns must share a TLB.
-fn stay() {
-    // SAFETY: a zeroed set is an empty one; the kernel only reads it.
-    unsafe {
-        let cpu = libc::sched_getcpu();
-        if let Ok(cpu) = usize::try_from(cpu) {
-            let mut set: libc::cpu_set_t = std::mem::zeroed();
-            libc::CPU_SET(cpu, &mut set);
-            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
-        }
-    }
-}
-
 fn check(setup: &Setup) -> Result<(), Failure> {
     let wrong = |text: String| Err(Failure::Setup(text));
     if setup.place == Place::Native {
@@ -503,209 +396,11 @@ fn window(
     Ok(())
 }
 
-/// A signal that only interrupts `KVM_RUN`.
-fn install_kick() -> Result<(), Failure> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), nothing)
-        .map_err(|e| Failure::Unexpected(format!("no handler for the watchdog's signal: {e}")))
-}
-
-type Report = Result<(usize, Round), Failure>;
-
-/// Waits for every vCPU's rounds and puts them together.
-fn collect(
-    receive: &Receiver<Report>,
-    rounds: usize,
-    vcpus: usize,
-    limit: Duration,
-    stop: &AtomicBool,
-) -> Result<Vec<Round>, Failure> {
-    let deadline = Instant::now() + limit;
-    let mut all = vec![Round::default(); rounds];
-    let mut missing = rounds * vcpus;
-    while missing > 0 {
-        if stop.load(Ordering::SeqCst) {
-            return Err(Failure::Interrupted);
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Failure::Hung(limit));
-        }
-        let (number, part) = match receive.recv_timeout(left.min(Duration::from_millis(100))) {
-            Ok(report) => report?,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Thread),
-        };
-        let Some(whole) = all.get_mut(number) else { return Err(Failure::Thread) };
-        whole.elapsed = whole.elapsed.max(part.elapsed);
-        whole.ticks = whole.ticks.max(part.ticks);
-        whole.vcpus.add(&part.vcpus);
-        whole.vm.add(&part.vm);
-        if part.kernel != KernelMemory::default() {
-            whole.kernel = part.kernel;
-        }
-        missing -= 1;
-    }
-    Ok(all)
-}
-
-/// Ends the vCPUs' threads, which may be inside the guest.
-fn end(threads: Vec<JoinHandle<()>>, shared: &Shared) {
-    for thread in threads {
-        shared.gate.notify_all();
-        // A signal that comes just before KVM_RUN is lost: send it until the thread is gone.
-        while !thread.is_finished() {
-            let _ = thread.kill(SIGRTMIN());
-            shared.gate.notify_all();
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let _ = thread.join();
-    }
-}
-
-/// What the vCPUs of one machine share: a gate at which a round begins together.
-struct Shared {
-    stop: AtomicBool,
-    vcpus: usize,
-    /// vCPUs at the gate, and how often it has opened.
-    waiting: Mutex<(usize, u64)>,
-    gate: Condvar,
-}
-
-impl Shared {
-    fn new(vcpus: usize) -> Self {
-        Self { stop: AtomicBool::new(false), vcpus, waiting: Mutex::new((0, 0)), gate: Condvar::new() }
-    }
-
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    /// Waits for all vCPUs; false where the run was stopped meanwhile.
-    fn pass(&self) -> bool {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.0 += 1;
-        if waiting.0 == self.vcpus {
-            *waiting = (0, waiting.1 + 1);
-            self.gate.notify_all();
-            return !self.stopped();
-        }
-        let opened = waiting.1;
-        while waiting.1 == opened && !self.stopped() {
-            waiting = self.gate.wait(waiting).unwrap_or_else(PoisonError::into_inner);
-        }
-        !self.stopped()
-    }
-}
-
-/// One vCPU on its thread.
-struct Vcpu {
-    fd: VcpuFd,
-    /// Another machine's, which gets a turn at each ring for it.
-    other: Option<VcpuFd>,
-    counters: Counters,
-    /// The machine's counters and the kernel's memory before it: one of the vCPUs reads them.
-    machine: Option<(Counters, KernelMemory)>,
-    shared: Arc<Shared>,
-    memory: GuestMemoryMmap,
-    params: u64,
-    ticks: bool,
-    report: Sender<Report>,
-}
-
-impl Vcpu {
-    fn run(mut self, rounds: usize) {
-        if self.other.is_some() {
-            stay();
-        }
-        for number in 0..rounds {
-            match self.round() {
-                Ok(Some(round)) => {
-                    let _ = self.report.send(Ok((number, round)));
-                }
-                Ok(None) => return,
-                Err(failure) => {
-                    let _ = self.report.send(Err(failure));
-                    return;
-                }
-            }
-        }
-    }
-
-    /// To the start doorbell, through the gate, and to the end doorbell; `None` where it was stopped.
-    fn round(&mut self) -> Result<Option<Round>, Failure> {
-        if !self.until(code::BEGIN)? || !self.shared.pass() {
-            return Ok(None);
-        }
-        let before = self.counters.read()?;
-        let start = Instant::now();
-        if !self.until(code::END)? {
-            return Ok(None);
-        }
-        let elapsed = start.elapsed();
-        let vcpus = self.counters.read()?.since(&before);
-        let (vm, kernel) = match &self.machine {
-            Some((counters, earlier)) => (counters.read()?, KernelMemory::now().since(*earlier)),
-            None => Default::default(),
-        };
-        let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
-        let ticks = self.memory.read_obj(at).map_err(memory_error)?;
-        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm, kernel }))
-    }
-
-    /// Runs the guest until it rings `phase`; false where it was stopped.
-    fn until(&mut self, phase: u8) -> Result<bool, Failure> {
-        loop {
-            if self.shared.stopped() {
-                return Ok(false);
-            }
-            let other = match self.fd.run() {
-                Ok(VcpuExit::IoOut(code::DOORBELL, [rung])) if *rung == phase => return Ok(true),
-                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => {
-                    self.turn()?;
-                    continue;
-                }
-                Ok(VcpuExit::Intr) => continue,
-                Ok(VcpuExit::Shutdown) => return Err(Failure::TripleFault),
-                Ok(VcpuExit::InternalError) => return Err(self.emulator()),
-                Ok(other) => format!("{other:?}"),
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
-                Err(source) => return Err(Failure::Kvm { what: "run the guest", source }),
-            };
-            return Err(Failure::Unexpected(other));
-        }
-    }
-
-    /// Runs the other machine, where there is one, for one lap.
-    fn turn(&mut self) -> Result<(), Failure> {
-        let Some(other) = &mut self.other else { return Ok(()) };
-        while !self.shared.stopped() {
-            match other.run() {
-                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => return Ok(()),
-                Ok(VcpuExit::IoOut(code::DOORBELL, _) | VcpuExit::Intr) => {}
-                Ok(exit) => return Err(Failure::Unexpected(format!("the other machine: {exit:?}"))),
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
-                Err(source) => return Err(Failure::Kvm { what: "run the other machine", source }),
-            }
-        }
-        Ok(())
-    }
-
-    fn emulator(&self) -> Failure {
-        let Ok(regs) = self.fd.get_regs() else {
-            return Failure::Unexpected("an internal error of KVM".into());
-        };
-        let mut bytes = [0; 8];
-        let _ = self.memory.read_slice(&mut bytes, GuestAddress(regs.rip));
-        let bytes = bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
-        Failure::Emulator { offset: regs.rip.wrapping_sub(CODE), bytes }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::walk::Depth;
+    use std::time::Instant;
 
     const LIMIT: Duration = Duration::from_secs(20);
     static GO_ON: AtomicBool = AtomicBool::new(false);

@@ -1,10 +1,12 @@
 //! Freestanding payloads: what they do, where they run, and how one is set up.
 
 pub mod code;
+pub mod failure;
 pub mod machine;
 pub mod memory;
 pub mod native;
 pub mod tables;
+pub mod vcpu;
 
 use std::fmt;
 

@@ -10,6 +10,8 @@ pub const TABLE: u64 = 0x27;
 /// As [`TABLE`], and dirty: nothing for the processor or a shadow pager to write back.
 pub const LEAF: u64 = 0x67;
 const PRESENT: u64 = 1;
+/// Ring 3 may use it.
+pub const USER: u64 = 4;
 const HUGE: u64 = 0x80;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const TABLE_SIZE: u64 = 4096;

@@ -8,6 +8,8 @@ const FONT: &str = "sans-serif";
 pub const ON: RGBColor = RGBColor(0x1b, 0x6c, 0xa8);
 /// Without SLAT, or natively.
 pub const OFF: RGBColor = RGBColor(0xd9, 0x6b, 0x27);
+/// A third setting between the two.
+pub const THIRD: RGBColor = RGBColor(0x4d, 0x8f, 0x4a);
 const INK: RGBColor = RGBColor(0x22, 0x2b, 0x33);
 const FAINT: RGBColor = RGBColor(0xdd, 0xe2, 0xe6);
 

@@ -9,6 +9,7 @@
 //! release[:TIME]            gives all of it back, spread over TIME
 //! file:SIZE                 writes a file of SIZE into memory (tmpfs)
 //! remove                    removes that file
+//! show                      says where a page of this process is (see `show`)
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::memory::Block;
+use crate::show;
 
 /// In what pieces memory is taken and given back; small against every guest.
 const PIECE: usize = 1 << 20;
@@ -60,6 +62,8 @@ pub enum Step {
     File(usize),
     /// Removes it.
     Remove,
+    /// Says where a page of this process is.
+    Show,
 }
 
 impl Step {
@@ -89,10 +93,11 @@ impl FromStr for Step {
             ["release", time] => Ok(Self::Release(duration(time)?)),
             ["file", bytes] => Ok(Self::File(size(bytes)?)),
             ["remove"] => Ok(Self::Remove),
+            ["show"] => Ok(Self::Show),
             _ => Err(format!(
                 "`{text}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                  hold:TIME[:sequential|random], \
-                 release[:TIME], file:SIZE or remove"
+                 release[:TIME], file:SIZE, remove or show"
             )),
         }
     }
@@ -142,6 +147,7 @@ impl Load {
             Step::Release(time) => self.release(time),
             Step::File(bytes) => write_file(bytes).map_err(|error| format!("{FILE}: {error}"))?,
             Step::Remove => fs::remove_file(FILE).map_err(|error| format!("{FILE}: {error}"))?,
+            Step::Show => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
         }
         Ok(())
     }

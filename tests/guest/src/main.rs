@@ -13,6 +13,7 @@ mod memory;
 mod modules;
 mod ports;
 mod random;
+mod show;
 mod system;
 
 use std::path::Path;

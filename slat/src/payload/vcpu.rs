@@ -1,0 +1,244 @@
+//! The micro-VM's vCPUs: each on its thread, from doorbell to doorbell, all of them beginning a round together.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::code::{self, Params};
+use super::failure::{Failure, memory_error};
+use super::machine::CODE;
+use crate::counters::{Counters, Counts};
+use crate::host::KernelMemory;
+
+/// One measured round of all vCPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Round {
+    /// Host clock from the first vCPU's start to the last one's end.
+    pub elapsed: Duration,
+    /// Guest time-stamp counter ticks of the slowest vCPU, where they were taken.
+    pub ticks: Option<u64>,
+    /// The vCPUs' statistics of this round, added up.
+    pub vcpus: Counts,
+    /// The virtual machine's statistics at the end of the round.
+    pub vm: Counts,
+    /// What the host's kernel holds more than before the machine was made, at the end of the round.
+    pub kernel: KernelMemory,
+}
+
+/// Keeps this thread on the CPU on which it runs: two machines that take turns must share a TLB.
+fn stay() {
+    // SAFETY: a zeroed set is an empty one; the kernel only reads it.
+    unsafe {
+        let cpu = libc::sched_getcpu();
+        if let Ok(cpu) = usize::try_from(cpu) {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(cpu, &mut set);
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
+        }
+    }
+}
+
+/// A signal that only interrupts `KVM_RUN`.
+pub(super) fn install_kick() -> Result<(), Failure> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing)
+        .map_err(|e| Failure::Unexpected(format!("no handler for the watchdog's signal: {e}")))
+}
+
+pub(super) type Report = Result<(usize, Round), Failure>;
+
+/// Waits for every vCPU's rounds and puts them together.
+pub(super) fn collect(
+    receive: &Receiver<Report>,
+    rounds: usize,
+    vcpus: usize,
+    limit: Duration,
+    stop: &AtomicBool,
+) -> Result<Vec<Round>, Failure> {
+    let deadline = Instant::now() + limit;
+    let mut all = vec![Round::default(); rounds];
+    let mut missing = rounds * vcpus;
+    while missing > 0 {
+        if stop.load(Ordering::SeqCst) {
+            return Err(Failure::Interrupted);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Failure::Hung(limit));
+        }
+        let (number, part) = match receive.recv_timeout(left.min(Duration::from_millis(100))) {
+            Ok(report) => report?,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Thread),
+        };
+        let Some(whole) = all.get_mut(number) else { return Err(Failure::Thread) };
+        whole.elapsed = whole.elapsed.max(part.elapsed);
+        whole.ticks = whole.ticks.max(part.ticks);
+        whole.vcpus.add(&part.vcpus);
+        whole.vm.add(&part.vm);
+        if part.kernel != KernelMemory::default() {
+            whole.kernel = part.kernel;
+        }
+        missing -= 1;
+    }
+    Ok(all)
+}
+
+/// Ends the vCPUs' threads, which may be inside the guest.
+pub(super) fn end(threads: Vec<JoinHandle<()>>, shared: &Shared) {
+    for thread in threads {
+        shared.gate.notify_all();
+        // A signal that comes just before KVM_RUN is lost: send it until the thread is gone.
+        while !thread.is_finished() {
+            let _ = thread.kill(SIGRTMIN());
+            shared.gate.notify_all();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = thread.join();
+    }
+}
+
+/// What the vCPUs of one machine share: a gate at which a round begins together.
+pub(super) struct Shared {
+    pub(super) stop: AtomicBool,
+    vcpus: usize,
+    /// vCPUs at the gate, and how often it has opened.
+    waiting: Mutex<(usize, u64)>,
+    pub(super) gate: Condvar,
+}
+
+impl Shared {
+    pub(super) fn new(vcpus: usize) -> Self {
+        Self { stop: AtomicBool::new(false), vcpus, waiting: Mutex::new((0, 0)), gate: Condvar::new() }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Waits for all vCPUs; false where the run was stopped meanwhile.
+    fn pass(&self) -> bool {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.0 += 1;
+        if waiting.0 == self.vcpus {
+            *waiting = (0, waiting.1 + 1);
+            self.gate.notify_all();
+            return !self.stopped();
+        }
+        let opened = waiting.1;
+        while waiting.1 == opened && !self.stopped() {
+            waiting = self.gate.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        !self.stopped()
+    }
+}
+
+/// One vCPU on its thread.
+pub(super) struct Vcpu {
+    pub(super) fd: VcpuFd,
+    /// Another machine's, which gets a turn at each ring for it.
+    pub(super) other: Option<VcpuFd>,
+    pub(super) counters: Counters,
+    /// The machine's counters and the kernel's memory before it: one of the vCPUs reads them.
+    pub(super) machine: Option<(Counters, KernelMemory)>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) params: u64,
+    pub(super) ticks: bool,
+    pub(super) report: Sender<Report>,
+}
+
+impl Vcpu {
+    pub(super) fn run(mut self, rounds: usize) {
+        if self.other.is_some() {
+            stay();
+        }
+        for number in 0..rounds {
+            match self.round() {
+                Ok(Some(round)) => {
+                    let _ = self.report.send(Ok((number, round)));
+                }
+                Ok(None) => return,
+                Err(failure) => {
+                    let _ = self.report.send(Err(failure));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// To the start doorbell, through the gate, and to the end doorbell; `None` where it was stopped.
+    fn round(&mut self) -> Result<Option<Round>, Failure> {
+        if !self.until(code::BEGIN)? || !self.shared.pass() {
+            return Ok(None);
+        }
+        let before = self.counters.read()?;
+        let start = Instant::now();
+        if !self.until(code::END)? {
+            return Ok(None);
+        }
+        let elapsed = start.elapsed();
+        let vcpus = self.counters.read()?.since(&before);
+        let (vm, kernel) = match &self.machine {
+            Some((counters, earlier)) => (counters.read()?, KernelMemory::now().since(*earlier)),
+            None => Default::default(),
+        };
+        let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
+        let ticks = self.memory.read_obj(at).map_err(memory_error)?;
+        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm, kernel }))
+    }
+
+    /// Runs the guest until it rings `phase`; false where it was stopped.
+    fn until(&mut self, phase: u8) -> Result<bool, Failure> {
+        loop {
+            if self.shared.stopped() {
+                return Ok(false);
+            }
+            let other = match self.fd.run() {
+                Ok(VcpuExit::IoOut(code::DOORBELL, [rung])) if *rung == phase => return Ok(true),
+                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => {
+                    self.turn()?;
+                    continue;
+                }
+                Ok(VcpuExit::Intr) => continue,
+                Ok(VcpuExit::Shutdown) => return Err(Failure::TripleFault),
+                Ok(VcpuExit::InternalError) => return Err(self.emulator()),
+                Ok(other) => format!("{other:?}"),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
+                Err(source) => return Err(Failure::Kvm { what: "run the guest", source }),
+            };
+            return Err(Failure::Unexpected(other));
+        }
+    }
+
+    /// Runs the other machine, where there is one, for one lap.
+    fn turn(&mut self) -> Result<(), Failure> {
+        let Some(other) = &mut self.other else { return Ok(()) };
+        while !self.shared.stopped() {
+            match other.run() {
+                Ok(VcpuExit::IoOut(code::DOORBELL, [code::SWITCH])) => return Ok(()),
+                Ok(VcpuExit::IoOut(code::DOORBELL, _) | VcpuExit::Intr) => {}
+                Ok(exit) => return Err(Failure::Unexpected(format!("the other machine: {exit:?}"))),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+                Err(source) => return Err(Failure::Kvm { what: "run the other machine", source }),
+            }
+        }
+        Ok(())
+    }
+
+    fn emulator(&self) -> Failure {
+        let Ok(regs) = self.fd.get_regs() else {
+            return Failure::Unexpected("an internal error of KVM".into());
+        };
+        let mut bytes = [0; 8];
+        let _ = self.memory.read_slice(&mut bytes, GuestAddress(regs.rip));
+        let bytes = bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
+        Failure::Emulator { offset: regs.rip.wrapping_sub(CODE), bytes }
+    }
+}
