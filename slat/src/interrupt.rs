@@ -10,10 +10,10 @@ extern "C" fn note(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void
     STOP.store(true, Ordering::SeqCst);
 }
 
-/// A flag that SIGINT and SIGTERM set from now on.
+/// A flag that SIGINT, SIGTERM and SIGHUP (a terminal that closes) set from now on.
 pub fn flag() -> &'static AtomicBool {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        // Fails only for signals that nobody may catch; these two may be.
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // Fails only for signals that nobody may catch; these may be.
         let _ = register_signal_handler(signal, note);
     }
     &STOP

@@ -17,6 +17,7 @@ pub mod lab;
 pub mod linux;
 pub mod payload;
 pub mod probe;
+pub mod reload;
 pub mod report;
 pub mod run;
 pub mod walk;

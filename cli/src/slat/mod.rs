@@ -1,5 +1,6 @@
 //! `ballast slat`.
 
+mod reload;
 mod walk;
 
 use std::fs;
@@ -192,6 +193,16 @@ struct RunArgs {
     /// Seconds one machine may take
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     limit: u64,
+    /// Measure a second time with SLAT the other way round, by reloading KVM's module (root, no VM running)
+    ///
+    /// For real hosts. Refuses where anything is in the way: an emulated host, users of the module, another run
+    /// of this kind. Puts the module back with all its parameters in the end, after Ctrl-C too, and asks a guest
+    /// whether it is. With --output NAME.json it writes NAME.slat-on.json and NAME.slat-off.json.
+    #[arg(long)]
+    reload_module: bool,
+    /// Reload in an emulated host too: for tests
+    #[arg(long, hide = true, requires = "reload_module")]
+    even_if_emulated: bool,
     /// Also write the JSON to this file
     #[arg(long)]
     output: Option<PathBuf>,
@@ -299,6 +310,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::Probe(args) => probe(args),
         Command::Walk(args) => walk::run(args),
+        Command::Run(args) if args.reload_module => reload::run(args),
         Command::Run(args) => measure(args),
         Command::Lab(args) => in_lab(args),
         Command::Report(args) => tell(args),

@@ -129,6 +129,7 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         memory: MemoryOptions::default(),
         balloon: BalloonOptions::default(),
         socket: None,
+        agent: false,
     };
     let bell = Doorbell { start: Instant::now(), counting: guest.counting, notes: Vec::new() };
     let bell = Arc::new(Mutex::new(bell));
