@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::PioManager;
-use vmm::config::{BalloonOptions, Config, Console, Cpus, MemoryOptions};
+use vmm::config::{BalloonOptions, Config, Console, Cpus, Grow, MemoryOptions};
 use vmm::machine::Machine;
 
 use crate::counters::reasons;
@@ -130,6 +130,7 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         balloon: BalloonOptions::default(),
         socket: None,
         agent: false,
+        grow: Grow::default(),
     };
     let bell = Doorbell { start: Instant::now(), counting: guest.counting, notes: Vec::new() };
     let bell = Arc::new(Mutex::new(bell));
