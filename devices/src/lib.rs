@@ -1,6 +1,7 @@
 //! What a guest sees beside memory and CPUs. Nothing here knows KVM.
 
 pub mod serial;
+pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod virtio;

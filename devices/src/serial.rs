@@ -11,11 +11,14 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::state::{StateError, Version};
 
 /// Ports that the device takes.
 pub const PORTS: u16 = 8;
@@ -50,6 +53,38 @@ impl SerialEvents for Lost {
     fn in_buffer_empty(&self) {}
 }
 
+/// What a serial port knows, as data. The registers are those of a 16550.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortState {
+    /// Of this struct.
+    pub version: Version<1>,
+    /// The divisor latch, low byte.
+    pub divisor_low: u8,
+    /// The divisor latch, high byte.
+    pub divisor_high: u8,
+    /// Interrupt enable.
+    pub interrupt_enable: u8,
+    /// Interrupt identification.
+    pub interrupt_identification: u8,
+    /// Line control.
+    pub line_control: u8,
+    /// Line status.
+    pub line_status: u8,
+    /// Modem control.
+    pub modem_control: u8,
+    /// Modem status.
+    pub modem_status: u8,
+    /// Scratch.
+    pub scratch: u8,
+    /// Input in the port's own queue: at most 64 bytes.
+    pub input: Vec<u8>,
+    /// Input that waits for room there: at most [`BACKLOG`] bytes.
+    pub backlog: Vec<u8>,
+    /// Bytes of output that could not be written.
+    pub lost_output: u64,
+}
+
 /// A serial port.
 pub struct Serial {
     uart: Uart<Edge, Arc<Lost>, Box<dyn Write + Send>>,
@@ -74,6 +109,63 @@ impl Serial {
             room: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             refused: false,
         })
+    }
+
+    /// What the port knows. The guest's vCPUs must stand still.
+    pub fn save(&self) -> PortState {
+        let uart = self.uart.state();
+        PortState {
+            version: Version,
+            divisor_low: uart.baud_divisor_low,
+            divisor_high: uart.baud_divisor_high,
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            input: uart.in_buffer,
+            backlog: self.backlog.iter().copied().collect(),
+            lost_output: self.lost_output(),
+        }
+    }
+
+    /// A port that goes on where `state` was saved. An interrupt that stood is raised again.
+    ///
+    /// # Errors
+    /// [`StateError::Unreadable`] where more input waits than a port has room for;
+    /// [`StateError::Host`] where no eventfd can be had.
+    pub fn restore(
+        irq: EventFd,
+        output: Box<dyn Write + Send>,
+        state: &PortState,
+    ) -> Result<Self, StateError> {
+        let unreadable =
+            |what: &str| StateError::Unreadable { device: "the serial port", what: what.to_owned() };
+        if state.backlog.len() > BACKLOG {
+            return Err(unreadable("more input waits for the guest than there is room for"));
+        }
+        let uart = SerialState {
+            baud_divisor_low: state.divisor_low,
+            baud_divisor_high: state.divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        let lost = Arc::new(Lost(AtomicU64::new(state.lost_output)));
+        let uart = Uart::from_state(&uart, Edge(irq), lost.clone(), output)
+            .map_err(|_| unreadable("more input lies in the port than it has room for"))?;
+        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let backlog = state.backlog.iter().copied().collect();
+        let mut serial = Self { uart, backlog, lost, room, refused: false };
+        serial.refill();
+        Ok(serial)
     }
 
     /// Takes input for the guest and returns how many bytes there was room for.

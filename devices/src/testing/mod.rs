@@ -17,8 +17,10 @@ use vm_device::bus::MmioAddress;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::state::StateError;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::Mmio;
+use crate::virtio::mmio::saved::MmioState;
 
 /// Bytes in each of the two regions of RAM.
 pub const REGION: usize = 1 << 20;
@@ -159,6 +161,24 @@ impl Guest {
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(mmio.clone());
         Self { mmio, events, irq, available: vec![0; queues], used: vec![0; queues], ram }
+    }
+
+    /// The device's state, as it goes to another process.
+    pub fn save(&self) -> Result<MmioState, StateError> {
+        self.mmio.lock().unwrap().save()
+    }
+
+    /// The same guest with a new device that was restored from `state`.
+    ///
+    /// # Errors
+    /// As [`Mmio::restore`].
+    pub fn restore(self, device: Box<dyn VirtioDevice>, state: MmioState) -> Result<Self, StateError> {
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mmio = Mmio::restore(device, self.ram.memory.clone(), irq.try_clone().unwrap(), state)?;
+        let mmio = Arc::new(Mutex::new(mmio));
+        let mut events = EventManager::new().unwrap();
+        events.add_subscriber(mmio.clone());
+        Ok(Self { mmio, events, irq, ..self })
     }
 
     /// How many queues the device has.

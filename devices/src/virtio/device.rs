@@ -3,8 +3,11 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
+
+use crate::state::StateError;
 
 /// How a device asks for the guest's attention; the transport implements it.
 pub trait Interrupt: Send + Sync {
@@ -79,4 +82,22 @@ pub trait VirtioDevice: Send {
     /// `active` is `None` while no driver has set the device up, or once
     /// it has broken the protocol. The device reads the descriptor empty.
     fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
+
+    /// What the device itself knows, beside the transport's registers and queues. It begins
+    /// with its [`Version`](crate::state::Version).
+    ///
+    /// # Errors
+    /// [`StateError::NotSaved`] for a device that has not learnt it.
+    fn save(&self) -> Result<Value, StateError> {
+        Err(StateError::NotSaved { device: self.device_id() })
+    }
+
+    /// Takes in what [`save`](Self::save) gave, instead of [`activate`](Self::activate).
+    /// `active` is there where a driver had set the device up. Nothing in `state` is to be trusted.
+    ///
+    /// # Errors
+    /// [`StateError`] says what is wrong with it; the device is of no use then.
+    fn restore(&mut self, _state: Value, _active: Option<&mut Active>) -> Result<(), StateError> {
+        Err(StateError::NotSaved { device: self.device_id() })
+    }
 }

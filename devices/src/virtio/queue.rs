@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -160,8 +161,9 @@ pub struct Budget {
     pub bytes: u64,
 }
 
-/// Counts what a driver did wrong.
-#[derive(Clone, Copy, Debug, Default)]
+/// Counts what a driver did wrong. Saved and restored as it is: no value of it is a wrong one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Faults {
     total: u64,
     since_reset: u32,

@@ -2,11 +2,14 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::device::{Active, Progress, VirtioDevice};
 use super::queue::{Budget, Buffer, Chain, Faults, Verdict, serve};
+use crate::state::{self, StateError, Version};
 
 /// Bytes that one request gets at most; the driver sees from the used length
 /// that it got less than it asked for, and asks again.
@@ -18,6 +21,14 @@ const PIECE: usize = 4096;
 const QUEUE_SIZES: [u16; 1] = [64];
 
 const BUDGET: Budget = Budget { chains: 64, bytes: 4 * MOST_BYTES as u64 };
+
+/// What an entropy device knows, as data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngState {
+    version: Version<1>,
+    faults: Faults,
+}
 
 /// Gives the guest the host's randomness (`getrandom(2)`).
 #[derive(Default)]
@@ -62,6 +73,16 @@ impl VirtioDevice for Rng {
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
         serve(active, index, &mut self.faults, BUDGET, answer)
+    }
+
+    fn save(&self) -> Result<Value, StateError> {
+        state::to_value(&RngState { version: Version, faults: self.faults })
+    }
+
+    fn restore(&mut self, state: Value, _active: Option<&mut Active>) -> Result<(), StateError> {
+        let state: RngState = state::from_value::<_, 1>("the entropy device", state)?;
+        self.faults = state.faults;
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::saved::LineState;
 use crate::virtio::device::Interrupt;
 
 /// The interrupt line of one device with the registers that tell its reason.
@@ -66,6 +67,21 @@ impl Line {
         self.broken.store(true, Ordering::Release);
         if self.driver_ok.load(Ordering::Acquire) {
             self.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
+    pub(super) fn save(&self) -> LineState {
+        LineState { reasons: self.reasons(), generation: self.generation(), broken: self.is_broken() }
+    }
+
+    /// Takes in what [`save`](Self::save) gave, and interrupts again where a reason stands: the
+    /// edge may have been lost.
+    pub(super) fn restore(&self, state: LineState, driver_ok: bool) {
+        self.generation.store(state.generation, Ordering::Release);
+        self.broken.store(state.broken, Ordering::Release);
+        self.driver_ok.store(driver_ok, Ordering::Release);
+        if state.reasons != 0 {
+            self.raise(state.reasons);
         }
     }
 

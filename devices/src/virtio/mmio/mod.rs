@@ -5,6 +5,7 @@
 //! forbids at this moment is ignored, and a reset (zero to Status) works always.
 
 mod interrupt;
+pub mod saved;
 mod setup;
 
 use std::io;
@@ -249,18 +250,17 @@ impl Mmio {
     }
 
     fn run(&mut self) {
-        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let mut active = Active {
-            memory: self.memory.clone(),
-            queues: self.queues.iter_mut().map(|queue| queue.take(event_idx)).collect(),
-            interrupt: self.line.clone(),
-            features: self.driver_features,
-        };
+        let mut active = self.activate();
         self.line.set_driver_ok();
         self.device.activate(&mut active);
         self.state = State::Running(active);
         // Linux's balloon driver fills its statistics queue before DRIVER_OK,
         // when notifications count for nothing: look at every queue once.
+        self.ring_all();
+    }
+
+    /// As if the driver had notified every queue.
+    fn ring_all(&self) {
         for notifier in &self.notifiers {
             let _ = notifier.write(1);
         }

@@ -3,6 +3,8 @@
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use super::saved::QueueState;
+
 /// Which half of a 64-bit register an access means.
 #[derive(Clone, Copy)]
 pub(super) enum Half {
@@ -92,6 +94,42 @@ impl QueueSetup {
         queue.try_set_used_ring_address(GuestAddress(self.used)).ok()?;
         queue.set_ready(true);
         queue.is_valid(memory).then_some(queue)
+    }
+
+    /// The registers and, of a queue that is ready, how far it has come.
+    pub(super) fn save(&self, running: Option<&Queue>) -> QueueState {
+        let queue = running.or(self.ready.as_ref()).filter(|queue| queue.ready());
+        QueueState {
+            size: self.size,
+            descriptors: self.descriptors,
+            available: self.available,
+            used: self.used,
+            ready: queue.is_some(),
+            next_available: queue.map_or(0, Queue::next_avail),
+            next_used: queue.map_or(0, Queue::next_used),
+        }
+    }
+
+    /// Takes in what [`save`](Self::save) gave, by the checks that a driver has to pass.
+    /// Returns whether it is a queue that a driver could have made.
+    pub(super) fn restore(&mut self, state: &QueueState, memory: &GuestMemoryMmap, taken: &[Area]) -> bool {
+        self.size = state.size;
+        self.descriptors = state.descriptors;
+        self.available = state.available;
+        self.used = state.used;
+        if !state.ready {
+            return true;
+        }
+        // What the device took and has not given back is at most the whole queue.
+        let taken_chains = state.next_available.wrapping_sub(state.next_used);
+        if u32::from(taken_chains) > state.size || !self.enable(memory, taken) {
+            return false;
+        }
+        if let Some(queue) = &mut self.ready {
+            queue.set_next_avail(state.next_available);
+            queue.set_next_used(state.next_used);
+        }
+        true
     }
 
     /// The queue for the device; one that was never enabled is not `ready`.

@@ -1,0 +1,314 @@
+//! Devices that are saved in one process and restored in another, and states that nobody saved.
+
+use std::io;
+
+use devices::serial::{BACKLOG, PortState, Serial};
+use devices::state::{StateError, Version};
+use devices::testing::{BUFFERS, Guest, RUNNING};
+use devices::virtio::mmio::saved::{LineState, MmioState, QueueState, Stage};
+use devices::virtio::rng::Rng;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use virtio_bindings::virtio_mmio::*;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_WRITE};
+use vm_device::MutDevicePio;
+use vm_device::bus::PioAddress;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+fn guest() -> Guest {
+    Guest::new(|_| Box::new(Rng::new()))
+}
+
+/// Through text, as a file or a socket would carry it.
+fn carried(state: &MmioState) -> MmioState {
+    serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap()
+}
+
+fn moved(guest: Guest) -> Guest {
+    let state = carried(&guest.save().unwrap());
+    let there = guest.restore(Box::new(Rng::new()), state.clone()).unwrap();
+    assert_eq!(there.save().unwrap(), state, "nothing is lost on the way");
+    there
+}
+
+#[test]
+fn a_driver_does_not_notice_that_its_device_has_moved() {
+    let mut guest = guest();
+    // Without EVENT_IDX, so that every used buffer is worth an interrupt.
+    guest.start(1 << VIRTIO_RING_F_EVENT_IDX);
+    for round in 0..200_u16 {
+        guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+        // Offered before the move, with a notification that is lost on the way.
+        guest.offer(0, 0);
+        guest = moved(guest);
+        guest.run();
+        assert_eq!(guest.used(0), [(0, 64)], "in round {round}");
+        assert!(guest.interrupts() > 0, "in round {round}");
+        guest.write(VIRTIO_MMIO_INTERRUPT_ACK, 1);
+        assert_eq!(guest.status(), RUNNING);
+    }
+}
+
+#[test]
+fn an_interrupt_that_stood_is_raised_again() {
+    let mut guest = guest();
+    guest.start(0);
+    guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+    guest.send(0, 0);
+    let guest = moved(guest);
+    assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+    assert!(guest.interrupts() > 0);
+}
+
+#[test]
+fn a_driver_can_be_moved_at_every_step_of_its_way() {
+    let mut guest = moved(guest());
+    guest.write(VIRTIO_MMIO_STATUS, 1);
+    guest = moved(guest);
+    guest.write(VIRTIO_MMIO_STATUS, 3);
+    guest = moved(guest);
+    guest.agree(0);
+    guest = moved(guest);
+    guest.set_up(0);
+    guest = moved(guest);
+    assert_eq!(guest.read(VIRTIO_MMIO_QUEUE_READY), 1);
+    guest.write(VIRTIO_MMIO_STATUS, RUNNING);
+    guest = moved(guest);
+    guest.write(VIRTIO_MMIO_QUEUE_READY, 0);
+    guest = moved(guest);
+    assert_eq!(guest.read(VIRTIO_MMIO_QUEUE_READY), 0);
+    guest.write(VIRTIO_MMIO_STATUS, RUNNING | 0x80);
+    guest = moved(guest);
+    assert_eq!(guest.status(), RUNNING | 0x80);
+    guest.start(0);
+}
+
+#[test]
+fn malformed_chains_stay_counted() {
+    let mut guest = guest();
+    guest.start(0);
+    // A buffer to read has no place in a request for entropy.
+    guest.describe(0, 0, BUFFERS, 64, 0, 0);
+    guest.send(0, 0);
+    let state = guest.save().unwrap();
+    assert_eq!(state.device["faults"], json!({"total": 1, "since_reset": 1}));
+    moved(guest);
+}
+
+/// A running device's state with one thing changed.
+fn spoilt(spoil: impl FnOnce(&mut MmioState)) -> StateError {
+    let mut guest = guest();
+    guest.start(0);
+    let mut state = guest.save().unwrap();
+    spoil(&mut state);
+    guest.restore(Box::new(Rng::new()), state).err().expect("it is refused")
+}
+
+#[test]
+fn what_no_device_can_have_come_to_is_refused_by_name() {
+    type Spoil = fn(&mut MmioState);
+    let cases: [(Spoil, &str); 12] = [
+        (|s| s.device_id = 5, "type 5"),
+        (|s| s.queues.clear(), "0 queues"),
+        (|s| s.queues[0].size = 3, "queue 0"),
+        (|s| s.queues[0].size = 1 << 20, "queue 0"),
+        (|s| s.queues[0].descriptors = 8, "queue 0"),
+        (|s| s.queues[0].used = 1 << 40, "queue 0"),
+        (|s| s.queues[0].used = s.queues[0].descriptors, "queue 0"),
+        (|s| s.queues[0].next_available = s.queues[0].next_used.wrapping_sub(1), "queue 0"),
+        (|s| s.driver_features |= 1, "features"),
+        (|s| s.driver_features = 0, "features"),
+        (|s| s.line.reasons = 4, "InterruptStatus"),
+        (|s| s.stage = Stage::Failed(16), "Status"),
+    ];
+    for (spoil, word) in cases {
+        let sentence = spoilt(spoil).to_string();
+        assert!(sentence.contains(word), "{word} is missing in {sentence}");
+    }
+}
+
+#[test]
+fn another_version_is_refused_with_a_sentence() {
+    let error = spoilt(|state| state.device = json!({"version": 2, "entropy": "more"})).to_string();
+    assert!(error.contains("version 2") && error.contains("knows version 1"), "{error}");
+    let error = spoilt(|state| state.device = Value::Null).to_string();
+    assert!(error.contains("the entropy device can't be read"), "{error}");
+    let mut state = serde_json::to_value(guest().save().unwrap()).unwrap();
+    state["version"] = json!(7);
+    let error = serde_json::from_value::<MmioState>(state).unwrap_err().to_string();
+    assert!(error.contains("version 7"), "{error}");
+    let port = serde_json::to_value(serial().0.save()).unwrap();
+    let mut other = port.clone();
+    other["version"] = json!(2);
+    assert!(serde_json::from_value::<PortState>(other).unwrap_err().to_string().contains("version 2"));
+    let mut more = port;
+    more["surprise"] = json!(1);
+    assert!(serde_json::from_value::<PortState>(more).is_err());
+}
+
+fn stage() -> impl Strategy<Value = Stage> {
+    prop_oneof![
+        1 => Just(Stage::Reset),
+        1 => Just(Stage::Acknowledged),
+        1 => Just(Stage::Driver),
+        1 => Just(Stage::FeaturesAgreed),
+        4 => Just(Stage::Running),
+        1 => (0_u32..20).prop_map(Stage::Failed),
+    ]
+}
+
+/// Where rings may stand, and where they mustn't.
+fn place() -> impl Strategy<Value = u64> {
+    prop_oneof![4 => (0_u64..0x4_0000).prop_map(|place| place & !15), 1 => any::<u64>()]
+}
+
+fn queue() -> impl Strategy<Value = QueueState> {
+    let size = prop_oneof![4 => (0_u32..7).prop_map(|shift| 1 << shift), 1 => any::<u32>()];
+    (size, place(), place(), place(), prop::bool::weighted(0.9), any::<u16>(), 0_u16..70).prop_map(
+        |(size, descriptors, available, used, ready, next_used, ahead)| QueueState {
+            size,
+            descriptors,
+            available,
+            used,
+            ready,
+            next_available: next_used.wrapping_add(ahead),
+            next_used,
+        },
+    )
+}
+
+fn state() -> impl Strategy<Value = MmioState> {
+    let selects = (any::<u32>(), 0_u32..3, 0_u32..3);
+    let line = (0_u32..4, any::<u32>(), any::<bool>());
+    let features = prop_oneof![9 => Just(0x1_3000_0000_u64), 1 => any::<u64>()];
+    let faults = (any::<u64>(), any::<u32>());
+    (stage(), selects, features, queue(), line, faults).prop_map(
+        |(
+            stage,
+            (queue_select, device_features_select, driver_features_select),
+            driver_features,
+            queue,
+            line,
+            faults,
+        )| {
+            let (reasons, generation, broken) = line;
+            MmioState {
+                version: Version,
+                device_id: 4,
+                stage,
+                queue_select,
+                device_features_select,
+                driver_features_select,
+                driver_features,
+                queues: vec![queue],
+                line: LineState { reasons, generation, broken },
+                device: json!({"version": 1, "faults": {"total": faults.0, "since_reset": faults.1}}),
+            }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Whatever is restored, the device comes to rest, keeps to guest memory, and a driver that
+    /// starts anew gets on with it.
+    #[test]
+    fn no_state_breaks_a_device(state in state(), ring: u8) {
+        let guest = guest();
+        let memory = guest.ram.memory.clone();
+        vm_memory::Bytes::write_slice(&*memory, &[ring; 0x4_0000], vm_memory::GuestAddress(0)).unwrap();
+        drop(memory);
+        if let Ok(mut guest) = guest.restore(Box::new(Rng::new()), state) {
+            guest.run();
+            guest.notify(0);
+            guest.write(VIRTIO_MMIO_QUEUE_READY, 0);
+            guest.notify(0);
+            let again = carried(&guest.save().unwrap());
+            let mut guest = guest.restore(Box::new(Rng::new()), again).expect("what was saved is restored");
+            guest.ram.assert_canaries();
+            guest.start(0);
+            guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+            guest.send(0, 0);
+            prop_assert_eq!(guest.used(0), [(0, 64)]);
+        }
+    }
+
+    #[test]
+    fn no_state_breaks_a_port(
+        registers: [u8; 9],
+        input in prop::collection::vec(any::<u8>(), 0..80),
+        backlog in prop::collection::vec(any::<u8>(), 0..300),
+        accesses in prop::collection::vec((0_u16..8, any::<Option<u8>>()), 0..50),
+    ) {
+        let state = PortState {
+            version: Version,
+            divisor_low: registers[0],
+            divisor_high: registers[1],
+            interrupt_enable: registers[2],
+            interrupt_identification: registers[3],
+            line_control: registers[4],
+            line_status: registers[5],
+            modem_control: registers[6],
+            modem_status: registers[7],
+            scratch: registers[8],
+            input,
+            backlog,
+            lost_output: u64::MAX,
+        };
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        match Serial::restore(irq, Box::new(io::sink()), &state) {
+            Err(_) => prop_assert!(state.input.len() > 64),
+            Ok(mut serial) => {
+                for (register, value) in accesses {
+                    match value {
+                        Some(value) => serial.pio_write(BASE, register, &[value]),
+                        None => serial.pio_read(BASE, register, &mut [0]),
+                    }
+                }
+                serial.enqueue(b"input");
+                let saved = serial.save();
+                prop_assert!(saved.input.len() <= 64 && saved.backlog.len() <= BACKLOG);
+            }
+        }
+    }
+}
+
+const BASE: PioAddress = PioAddress(0x3f8);
+
+fn serial() -> (Serial, EventFd) {
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    (Serial::new(irq.try_clone().unwrap(), Box::new(io::sink())).unwrap(), irq)
+}
+
+#[test]
+fn input_that_waits_moves_with_the_port() {
+    let (mut here, _) = serial();
+    // Interrupts for input that has come.
+    here.pio_write(BASE, 1, &[1]);
+    let input: Vec<u8> = (0..200).collect();
+    assert_eq!(here.enqueue(&input), 200);
+    let text = serde_json::to_string(&here.save()).unwrap();
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let state: PortState = serde_json::from_str(&text).unwrap();
+    let mut there = Serial::restore(irq.try_clone().unwrap(), Box::new(io::sink()), &state).unwrap();
+    assert_eq!(there.save(), state);
+    assert!(irq.read().unwrap() > 0, "the guest is told that input waits");
+    let read = (0..200).map(|_| {
+        let mut byte = [0];
+        there.pio_read(BASE, 0, &mut byte);
+        byte[0]
+    });
+    assert_eq!(read.collect::<Vec<u8>>(), input);
+}
+
+#[test]
+fn a_port_has_room_for_so_much_input_only() {
+    let (port, _) = serial();
+    for (input, backlog, fits) in [(64, BACKLOG, true), (65, 0, false), (0, BACKLOG + 1, false)] {
+        let state = PortState { input: vec![7; input], backlog: vec![7; backlog], ..port.save() };
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let restored = Serial::restore(irq, Box::new(io::sink()), &state);
+        assert_eq!(restored.is_ok(), fits, "{input} and {backlog} bytes");
+    }
+}
