@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::info;
 
-pub use self::config::{Config, ConfigError, LONGEST_INTERVAL, SHORTEST_INTERVAL};
+pub use self::config::{Config, ConfigError, Foreign, LONGEST_INTERVAL, SHORTEST_INTERVAL, Sockets};
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
 pub use self::state::{HostView, MemoryView, State, VmView};
 

@@ -8,8 +8,14 @@
 
 pub mod ballast;
 mod calls;
+pub mod cloud_hypervisor;
 mod error;
+pub mod firecracker;
 pub(crate) mod http;
+mod kept;
+mod process;
+pub mod qemu;
+mod statistics;
 
 use std::fmt;
 use std::future::Future;
@@ -41,12 +47,21 @@ pub enum Kind {
     /// ballast itself.
     #[default]
     Ballast,
+    /// QEMU, over QMP.
+    Qemu,
+    /// Firecracker, over its API.
+    Firecracker,
+    /// Cloud Hypervisor, over its API.
+    CloudHypervisor,
 }
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ballast => "ballast",
+            Self::Qemu => "QEMU",
+            Self::Firecracker => "Firecracker",
+            Self::CloudHypervisor => "Cloud Hypervisor",
         })
     }
 }

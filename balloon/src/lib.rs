@@ -18,10 +18,10 @@ pub mod limits;
 pub mod means;
 #[cfg(feature = "device")]
 pub mod pending;
-#[cfg(all(feature = "device", any(test, kani)))]
-mod proofs;
 #[cfg(feature = "device")]
 pub mod plug;
+#[cfg(all(feature = "device", any(test, kani)))]
+mod proofs;
 #[cfg(feature = "device")]
 pub mod ranges;
 pub mod report;

@@ -202,31 +202,91 @@ impl FromStr for Limits {
     type Err = LimitsError;
 
     fn from_str(text: &str) -> Result<Self, LimitsError> {
+        let wanted: Wanted = text.parse()?;
+        wanted.with_max(wanted.max.unwrap_or(wanted.startup))
+    }
+}
+
+/// Settings as somebody wrote them for a VM whose size somebody else knows.
+///
+/// Reads the same text as [`Limits`] does, but a missing `max` is left open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    startup: Bytes,
+    min: Option<Bytes>,
+    max: Option<Bytes>,
+    buffer_percent: Option<u32>,
+    weight: Option<u32>,
+}
+
+impl Wanted {
+    /// A VM whose memory nobody moves.
+    pub const fn fixed(size: Bytes) -> Self {
+        Self { startup: size, min: Some(size), max: Some(size), buffer_percent: None, weight: None }
+    }
+
+    /// The limits of a VM that `has` this much memory at most: a missing `max` is that, a missing
+    /// `min` is the startup size, and nothing is larger than what the VM has.
+    pub fn of_vm(&self, has: Bytes) -> Limits {
+        let has = has.page_floor().max(SMALLEST);
+        let max = self.max.unwrap_or(has).min(has);
+        let min = self.min.unwrap_or(self.startup).max(SMALLEST).min(max);
+        Limits {
+            startup: self.startup.clamp(min, max),
+            min,
+            max,
+            buffer_percent: self.buffer_percent.unwrap_or(DEFAULT_BUFFER_PERCENT),
+            weight: self.weight.unwrap_or(DEFAULT_WEIGHT),
+        }
+    }
+
+    fn with_max(&self, max: Bytes) -> Result<Limits, LimitsError> {
+        Limits::new(
+            self.startup,
+            self.min.unwrap_or(self.startup),
+            max,
+            self.buffer_percent.unwrap_or(DEFAULT_BUFFER_PERCENT),
+            self.weight.unwrap_or(DEFAULT_WEIGHT),
+        )
+    }
+}
+
+impl From<Limits> for Wanted {
+    fn from(limits: Limits) -> Self {
+        Self {
+            startup: limits.startup,
+            min: Some(limits.min),
+            max: Some(limits.max),
+            buffer_percent: Some(limits.buffer_percent),
+            weight: Some(limits.weight),
+        }
+    }
+}
+
+impl FromStr for Wanted {
+    type Err = LimitsError;
+
+    fn from_str(text: &str) -> Result<Self, LimitsError> {
         let mut parts = text.split(',');
         let startup: Bytes = parts.next().unwrap_or_default().parse()?;
-        let (mut min, mut max, mut buffer, mut weight) = (None, None, None, None);
+        let mut wanted = Self { startup, min: None, max: None, buffer_percent: None, weight: None };
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| LimitsError::Unknown(part.to_owned()))?;
+            let percent = value.strip_suffix('%').unwrap_or(value);
             let twice = match key {
-                "min" => min.replace(value.parse::<Bytes>()?).is_some(),
-                "max" => max.replace(value.parse::<Bytes>()?).is_some(),
-                "buffer" => {
-                    buffer.replace(number("buffer", value.strip_suffix('%').unwrap_or(value))?).is_some()
-                }
-                "weight" => weight.replace(number("weight", value)?).is_some(),
+                "min" => wanted.min.replace(value.parse::<Bytes>()?).is_some(),
+                "max" => wanted.max.replace(value.parse::<Bytes>()?).is_some(),
+                "buffer" => wanted.buffer_percent.replace(number("buffer", percent)?).is_some(),
+                "weight" => wanted.weight.replace(number("weight", value)?).is_some(),
                 _ => return Err(LimitsError::Unknown(key.to_owned())),
             };
             if twice {
                 return Err(LimitsError::Twice(key.to_owned()));
             }
         }
-        Self::new(
-            startup,
-            min.unwrap_or(startup),
-            max.unwrap_or(startup),
-            buffer.unwrap_or(DEFAULT_BUFFER_PERCENT),
-            weight.unwrap_or(DEFAULT_WEIGHT),
-        )
+        // What would be wrong for every VM is refused here, where it was written.
+        wanted.with_max(wanted.max.unwrap_or(wanted.startup))?;
+        Ok(wanted)
     }
 }
 
@@ -268,6 +328,32 @@ mod tests {
         assert_eq!(limits.to_string().parse::<Limits>().unwrap(), limits);
         let json = serde_json::to_string(&limits).unwrap();
         assert_eq!(serde_json::from_str::<Limits>(&json).unwrap(), limits);
+    }
+
+    #[test]
+    fn settings_for_somebody_elses_vm_fit_into_what_it_has() {
+        let of_vm = |text: &str, has| text.parse::<Wanted>().unwrap().of_vm(has);
+        let limits = of_vm("1G,min=256M,weight=50", Bytes::gib(2));
+        assert_eq!(
+            (limits.min(), limits.startup(), limits.max()),
+            (Bytes::mib(256), Bytes::gib(1), Bytes::gib(2))
+        );
+        assert_eq!(limits.weight(), 50);
+        let limits = of_vm("1G,min=256M,max=4G", Bytes(Bytes::mib(128).0 + 5));
+        assert_eq!(
+            (limits.min(), limits.startup(), limits.max()),
+            (Bytes::mib(128), Bytes::mib(128), Bytes::mib(128))
+        );
+        // Too small for any kernel we know, and still a VM that somebody runs.
+        assert_eq!(of_vm("1G", Bytes::mib(8)).max(), SMALLEST);
+        for wrong in ["1G,min=2G", "1G,max=512M", "1G,min=1M", "1G,buffer=x", "x"] {
+            assert!(wrong.parse::<Wanted>().is_err(), "{wrong}");
+        }
+        // What was taken is a valid set of limits, whatever the VM has.
+        for has in [0, 1, 100, 300, 1000, 5000].map(Bytes::mib) {
+            let limits = of_vm("1G,min=256M,max=2G", has);
+            assert_eq!(limits.to_string().parse::<Limits>().unwrap(), limits);
+        }
     }
 
     #[test]

@@ -9,8 +9,16 @@ use crate::archive::Archive;
 use crate::{artifacts, cache, modules, packages};
 
 /// What a guest of the lab may need, in the order wanted where nothing else decides.
-const GUEST_MODULES: &[&str] =
-    &["virtio_mmio", "virtio_balloon", "virtio_mem", "virtio_rng", "pvpanic-mmio", "button", "evdev"];
+const GUEST_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_balloon",
+    "virtio_mem",
+    "virtio_rng",
+    "pvpanic-mmio",
+    "button",
+    "evdev",
+];
 
 /// What the agent's port needs beside; built into 6.12.
 const AGENT_MODULES: &[&str] = &["virtio_console"];

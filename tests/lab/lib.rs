@@ -25,10 +25,12 @@ mod host;
 mod kernels;
 mod modules;
 mod packages;
+mod qemu;
 mod vm;
 
 pub use artifacts::{agent, ballast};
 pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};
+pub use qemu::{Qemu, QemuSettings, qemu_with_libraries};
 pub use vm::{BOOT, Vm, VmSettings, wait_for};

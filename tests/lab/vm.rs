@@ -101,26 +101,16 @@ impl VmSettings {
     /// # Panics
     /// Where `ballast` can't be run.
     pub fn start(&self) -> Vm {
-        let mut child = Command::new(artifacts::ballast())
+        let mut command = Command::new(artifacts::ballast());
+        command
             .args(["run", "--name", &self.name, "--memory", &self.memory])
             .arg("--kernel")
             .arg(&self.kernel)
             .arg("--initrd")
             .arg(&self.initrd)
             .args(["--cmdline", &format!("console=ttyS0 panic=-1 quiet {}", self.cmdline)])
-            .args(&self.arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("ballast can be run");
-        let console = Lines::default();
-        let output = child.stdout.take().expect("it is piped");
-        let errors = child.stderr.take().expect("it is piped");
-        console.follow(output, format!("{}| ", self.name));
-        console.follow(errors, format!("{}! ", self.name));
-        let input = child.stdin.take().expect("it is piped");
-        Vm { name: self.name.clone(), child, input, console, seen: 0 }
+            .args(&self.arguments);
+        Vm::spawn(&self.name, command)
     }
 }
 
@@ -168,6 +158,19 @@ impl Drop for Vm {
 }
 
 impl Vm {
+    /// Starts any VMM whose guest's console is its standard input and output.
+    pub(crate) fn spawn(name: &str, mut command: Command) -> Self {
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.unwrap_or_else(|error| panic!("{command:?} can't be run: {error}"));
+        let console = Lines::default();
+        let output = child.stdout.take().expect("it is piped");
+        let errors = child.stderr.take().expect("it is piped");
+        console.follow(output, format!("{name}| "));
+        console.follow(errors, format!("{name}! "));
+        let input = child.stdin.take().expect("it is piped");
+        Self { name: name.to_owned(), child, input, console, seen: 0 }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

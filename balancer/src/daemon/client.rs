@@ -45,6 +45,7 @@ impl From<driver::Error> for Error {
                 Self::Failed(format!("{what}; is it of this version of ballast?"))
             }
             driver::Error::Refused { error, .. } => Self::Refused(error),
+            error @ driver::Error::Busy { .. } => Self::Failed(error.to_string()),
             driver::Error::NotAllowed { socket } => Self::Failed(format!(
                 "not allowed to connect to {}: run as the user who runs it, or as root",
                 socket.display()

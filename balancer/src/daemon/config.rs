@@ -1,5 +1,7 @@
 //! How the daemon is set up: a TOML file, and what the command line says on top.
 
+mod foreign;
+
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -8,6 +10,8 @@ use std::time::Duration;
 
 use balloon::units::Bytes;
 use serde::{Deserialize, Deserializer, de};
+
+pub use self::foreign::{Foreign, Sockets};
 
 use crate::host::{self, Budget};
 
@@ -54,6 +58,11 @@ pub enum ConfigError {
 /// host_reserve = "512M"   # what the host keeps
 /// interval = "1s"         # between two rounds
 /// metrics = "127.0.0.1:9090"
+///
+/// [[vms]]                 # VMs of another VMM
+/// driver = "qemu"
+/// sockets = "/run/qemu/*.qmp"
+/// memory = "1G,min=256M"
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -71,6 +80,8 @@ pub struct Config {
     pub interval: Duration,
     /// Where Prometheus may fetch `/metrics` over TCP, besides the daemon's own socket.
     pub metrics: Option<SocketAddr>,
+    /// VMs of other VMMs, and where they are spoken to.
+    pub vms: Vec<Foreign>,
     /// Where the host's memory is read; another file only in tests.
     #[serde(skip)]
     pub meminfo: PathBuf,
@@ -84,6 +95,7 @@ impl Default for Config {
             host_reserve: host::DEFAULT_RESERVE,
             interval: Duration::from_secs(1),
             metrics: None,
+            vms: Vec::new(),
             meminfo: PathBuf::from(host::MEMINFO),
         }
     }

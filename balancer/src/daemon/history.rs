@@ -281,6 +281,7 @@ mod tests {
     fn view(name: &str) -> VmView {
         VmView {
             name: name.to_owned(),
+            vmm: crate::driver::Kind::Ballast,
             standing: Standing::Following,
             memory: None,
             report_age_ms: None,
@@ -341,6 +342,7 @@ mod tests {
             target: Bytes::mib(200),
             actual: Bytes::mib(200),
             host_rss: Bytes::mib(190),
+            overhead: Bytes::ZERO,
             charge: Bytes::mib(200),
         };
         assert!(explain(&view("web")).contains("not answered yet"));

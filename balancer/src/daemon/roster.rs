@@ -1,21 +1,48 @@
-//! Which VMs there are: the sockets in the runtime directory, and word of their coming and going.
+//! Which VMs there are: the sockets in the runtime directory and those that the configuration
+//! names, and word of their coming and going.
 
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use balloon::limits::Wanted;
 use balloon::runtime;
 use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, sleep_until};
+use tracing::warn;
 
-use crate::driver::{Driver, ballast};
+use super::complaint::Complaint;
+use super::config::Foreign;
+use crate::driver::cloud_hypervisor::CloudHypervisor;
+use crate::driver::firecracker::Firecracker;
+use crate::driver::qemu::Qemu;
+use crate::driver::{Driver, Kind, ballast};
+
+/// How long after one change the next is told: a directory that is not ours may change all the time.
+const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
 
 /// Tells a socket from another one that took its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incarnation {
+    device: u64,
     inode: u64,
     changed: (i64, i64),
+}
+
+impl Incarnation {
+    /// The socket at `path`; `None` where none is.
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        metadata.file_type().is_socket().then(|| Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
 }
 
 /// A socket that may be a VM's.
@@ -27,64 +54,195 @@ pub struct Found {
     pub socket: PathBuf,
     /// Which one of that name.
     pub incarnation: Incarnation,
+    /// Which VMM it is.
+    pub kind: Kind,
+    /// What it may have, where its VMM does not say.
+    memory: Option<Wanted>,
 }
 
 impl Found {
     /// The way to it.
     pub fn driver(&self) -> Box<dyn Driver> {
-        Box::new(ballast::Client::new(&self.socket))
-    }
-}
-
-/// Every socket in `directory` that is named as a VM's.
-///
-/// # Errors
-/// Where the directory can't be read.
-pub fn scan(directory: &Path) -> Result<Vec<Found>, runtime::RuntimeError> {
-    let mut found = Vec::new();
-    for (name, socket) in runtime::sockets(directory)? {
-        // It may have gone since.
-        let Ok(metadata) = fs::symlink_metadata(&socket) else { continue };
-        if metadata.file_type().is_socket() {
-            let incarnation =
-                Incarnation { inode: metadata.ino(), changed: (metadata.ctime(), metadata.ctime_nsec()) };
-            found.push(Found { name, socket, incarnation });
+        let Self { name, socket, memory, .. } = self;
+        match self.kind {
+            Kind::Ballast => Box::new(ballast::Client::new(socket)),
+            Kind::Qemu => Box::new(Qemu::new(name, socket, *memory)),
+            Kind::Firecracker => Box::new(Firecracker::new(socket, *memory)),
+            Kind::CloudHypervisor => Box::new(CloudHypervisor::new(socket, *memory)),
         }
     }
-    Ok(found)
 }
 
-/// Word of changes in the directory.
+/// Where VMs are looked for.
+pub struct Roster {
+    directory: PathBuf,
+    foreign: Vec<Foreign>,
+    clashes: BTreeMap<PathBuf, Complaint>,
+}
+
+impl Roster {
+    /// Looks in ballast's own directory, and where other VMMs' sockets are.
+    pub fn new(directory: PathBuf, foreign: Vec<Foreign>) -> Self {
+        Self { directory, foreign, clashes: BTreeMap::new() }
+    }
+
+    /// ballast's own directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Every socket there is. Of two VMs of one name the second is left out, which is said.
+    ///
+    /// # Errors
+    /// Where ballast's own directory can't be read.
+    pub fn scan(&mut self, now: Duration) -> Result<Vec<Found>, runtime::RuntimeError> {
+        let own = runtime::sockets(&self.directory)?;
+        let mut found = BTreeMap::new();
+        for (name, socket) in own {
+            self.add(&mut found, now, name, socket, Kind::Ballast, None);
+        }
+        for index in 0..self.foreign.len() {
+            let Some(Foreign { driver, sockets, memory }) = self.foreign.get(index) else { continue };
+            let (driver, memory) = (*driver, *memory);
+            for (name, socket) in sockets.find() {
+                self.add(&mut found, now, name, socket, driver, memory);
+            }
+        }
+        self.clashes.retain(|socket, _| socket.exists());
+        Ok(found.into_values().collect())
+    }
+
+    fn add(
+        &mut self,
+        found: &mut BTreeMap<String, Found>,
+        now: Duration,
+        name: String,
+        socket: PathBuf,
+        kind: Kind,
+        memory: Option<Wanted>,
+    ) {
+        // It may be no socket, or have gone since.
+        let Some(incarnation) = Incarnation::of(&socket) else { return };
+        match found.entry(name) {
+            Entry::Vacant(place) => {
+                let name = place.key().clone();
+                self.clashes.remove(&socket);
+                place.insert(Found { name, socket, incarnation, kind, memory });
+            }
+            // Two entries of the configuration may well name one socket: the first counts.
+            Entry::Occupied(first) if first.get().socket == socket => {}
+            Entry::Occupied(first) => {
+                let (name, other) = (first.key(), &first.get().socket);
+                if self.clashes.entry(socket.clone()).or_default().is_due(now, "clash") {
+                    warn!(
+                        "the VM at {} is LEFT OUT, and its memory not counted: it would be called {name}, \
+                         as the one at {} is; give its socket another name",
+                        socket.display(),
+                        other.display()
+                    );
+                }
+            }
+        }
+    }
+
+    /// Watches all of it.
+    ///
+    /// # Errors
+    /// As [`Watch::new`].
+    pub fn watch(&self) -> io::Result<Watch> {
+        Watch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
+    }
+}
+
+/// Word of changes in directories.
 pub struct Watch {
     inotify: AsyncFd<Inotify>,
+    quiet: Instant,
 }
 
 impl Watch {
-    /// Watches `directory`.
+    /// Watches `directory`, and of the others those that exist.
     ///
     /// # Errors
-    /// Where it does not exist, or the user has no inotify watches left.
-    pub fn new(directory: &Path) -> io::Result<Self> {
+    /// Where `directory` does not exist, or the user has no inotify watches left.
+    pub fn new(directory: &Path, others: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let changes = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::DELETE_SELF;
         inotify.watches().add(directory, changes)?;
+        for other in others {
+            // Looked for again with the next watch; until then the rescans see it.
+            let _ = inotify.watches().add(other, changes);
+        }
         // SAFETY: `Inotify` owns its descriptor until it is dropped, and nothing here replaces it.
         let inotify = unsafe { AsyncFd::register(inotify) }?;
-        Ok(Self { inotify })
+        Ok(Self { inotify, quiet: Instant::now() })
     }
 
-    /// Waits for a change. What changed is left to [`scan`].
+    /// Waits for a change. What changed is left to [`Roster::scan`].
     ///
     /// # Errors
     /// Where the watch is lost; make a new one.
     pub async fn changed(&mut self) -> io::Result<()> {
+        sleep_until(self.quiet).await;
         let mut buffer = [0; 4096];
         loop {
             let mut ready = self.inotify.readable_mut().await?;
             match ready.try_io(|inotify| inotify.get_mut().read_events(&mut buffer).map(drop)) {
-                Ok(result) => return result,
+                Ok(result) => {
+                    self.quiet = Instant::now() + BETWEEN_CHANGES;
+                    return result;
+                }
                 Err(_would_block) => {}
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::daemon::config::Sockets;
+
+    fn foreign(pattern: String) -> Foreign {
+        Foreign { driver: Kind::Qemu, sockets: Sockets::new(&pattern).unwrap(), memory: None }
+    }
+
+    #[test]
+    fn names_are_unique_over_all_vmms() {
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let listen = |path: PathBuf| UnixListener::bind(path).unwrap();
+        let _sockets = [
+            listen(own.path().join("web.sock")),
+            listen(other.path().join("web.qmp")),
+            listen(other.path().join("db.qmp")),
+        ];
+        fs::write(other.path().join("file.qmp"), "").unwrap();
+        let pattern = format!("{}/*.qmp", other.path().display());
+        // The same sockets twice: that is no clash.
+        let entries = vec![foreign(pattern.clone()), foreign(pattern)];
+        let mut roster = Roster::new(own.path().to_owned(), entries);
+        let found = roster.scan(Duration::ZERO).unwrap();
+        let names: Vec<_> = found.iter().map(|found| (found.name.as_str(), found.kind)).collect();
+        assert_eq!(names, [("db", Kind::Qemu), ("web", Kind::Ballast)]);
+        assert_eq!(roster.clashes.keys().collect::<Vec<_>>(), [&other.path().join("web.qmp")]);
+
+        // Its name is free again.
+        fs::remove_file(own.path().join("web.sock")).unwrap();
+        let found = roster.scan(Duration::ZERO).unwrap();
+        assert!(found.iter().any(|found| found.name == "web" && found.kind == Kind::Qemu));
+        assert!(roster.clashes.is_empty());
+    }
+
+    #[tokio::test]
+    async fn changes_in_every_directory_are_told() {
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let missing = other.path().join("missing");
+        let mut watch = Watch::new(own.path(), [missing, other.path().to_owned()]).unwrap();
+        for directory in [&own, &other] {
+            fs::write(directory.path().join("file"), "").unwrap();
+            tokio::time::timeout(Duration::from_secs(60), watch.changed()).await.unwrap().unwrap();
         }
     }
 }

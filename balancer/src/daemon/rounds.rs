@@ -16,7 +16,7 @@ use super::command::{Command, Refusal};
 use super::complaint::Complaint;
 use super::config::Config;
 use super::history::Fate;
-use super::roster::{self, Watch};
+use super::roster::{Roster, Watch};
 use super::slot::{Outcome, Slot};
 use super::state::{HostView, Shared, State};
 use crate::driver::{Driver, Error};
@@ -41,7 +41,7 @@ const CHASE_FOR: Duration = Duration::from_secs(2);
 
 /// The daemon at work.
 pub struct Daemon {
-    directory: PathBuf,
+    roster: Roster,
     meminfo: PathBuf,
     tick: Duration,
     began: Instant,
@@ -74,7 +74,7 @@ impl Daemon {
         commands: mpsc::Receiver<Command>,
     ) -> Self {
         Self {
-            directory,
+            roster: Roster::new(directory, config.vms.clone()),
             meminfo: config.meminfo.clone(),
             tick: config.interval,
             began: Instant::now(),
@@ -100,7 +100,7 @@ impl Daemon {
 
     /// Where the VMs' sockets are.
     pub fn directory(&self) -> &Path {
-        &self.directory
+        self.roster.directory()
     }
 
     /// Says what it is about to do, and what is odd about it.
@@ -108,7 +108,7 @@ impl Daemon {
         let budget = self.budget.now(self.host, Bytes::ZERO);
         info!(
             "looking after the VMs in {}: budget {budget} of the host's {}, every {} ms",
-            self.directory.display(),
+            self.roster.directory().display(),
             self.host.total,
             self.tick.as_millis()
         );
@@ -132,7 +132,7 @@ impl Daemon {
         let mut watch = None;
         loop {
             if watch.is_none() {
-                watch = Watch::new(&self.directory).ok();
+                watch = self.roster.watch().ok();
             }
             tokio::select! {
                 biased;
@@ -185,7 +185,7 @@ impl Daemon {
 
     /// Finds out who came and who went; with `revive`, tries those again that had ended.
     fn rescan(&mut self, revive: bool) {
-        let found = match roster::scan(&self.directory) {
+        let found = match self.roster.scan(self.now()) {
             Ok(found) => found,
             Err(error) => {
                 if self.blind.is_due(self.now(), "directory") {
@@ -213,8 +213,7 @@ impl Daemon {
                     let id = self.next_id;
                     self.next_id += 1;
                     debug!(vm = found.name, "found {}", found.socket.display());
-                    let driver = found.driver();
-                    let slot = Slot::new(id, found.name, found.incarnation, driver);
+                    let slot = Slot::new(id, found);
                     if let Some(calls) = slot.driver.as_ref().and_then(|driver| driver.calls()) {
                         self.switchboard.connect(id, calls);
                     }
@@ -307,7 +306,10 @@ impl Daemon {
         self.vms.clear();
         self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience)));
         let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
-        let host = Host::of(self.budget.now(self.host, resident));
+        // What VMMs hold beside guest memory can be given to no guest.
+        let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
+        let budget = self.budget.now(self.host, resident.saturating_add(overhead));
+        let host = Host::of(budget.saturating_sub(overhead));
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
         for vm in self.vms.drain(..) {

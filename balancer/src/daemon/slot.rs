@@ -6,9 +6,9 @@ use balloon::units::Bytes;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;
-use super::roster::Incarnation;
+use super::roster::{Found, Incarnation};
 use super::state::{MemoryView, VmView};
-use crate::driver::{Driver, Error, Status};
+use crate::driver::{Driver, Error, Kind, Status};
 use crate::policy::guards::Standing;
 use crate::policy::reason::Reason;
 use crate::policy::{Said, Vm};
@@ -27,6 +27,8 @@ pub enum Outcome {
 pub struct Slot {
     /// Its name.
     pub name: String,
+    /// Which VMM it runs in.
+    pub vmm: Kind,
     /// Which socket of that name this is.
     pub incarnation: Incarnation,
     /// `None` while a request is under way.
@@ -53,10 +55,13 @@ pub struct Slot {
 
 impl Slot {
     /// A socket that was just found.
-    pub fn new(id: u64, name: String, incarnation: Incarnation, driver: Box<dyn Driver>) -> Self {
+    pub fn new(id: u64, found: Found) -> Self {
+        let driver = found.driver();
+        let Found { name, kind: vmm, incarnation, .. } = found;
         Self {
             id,
             name,
+            vmm,
             incarnation,
             driver: Some(driver),
             vm: None,
@@ -231,10 +236,12 @@ impl Slot {
             target: vm.said.target,
             actual: vm.said.actual,
             host_rss: vm.said.host_rss,
+            overhead: self.overhead,
             charge: vm.charge(),
         });
         VmView {
             name: self.name.clone(),
+            vmm: self.vmm,
             standing: self.vm.as_ref().map_or(Standing::NotAnswering, Vm::standing),
             memory,
             report_age_ms: self

@@ -7,6 +7,7 @@ use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::history::History;
+use crate::driver::Kind;
 use crate::policy::guards::Standing;
 use crate::policy::host_state::HostState;
 use crate::policy::reason::Reason;
@@ -50,6 +51,9 @@ pub struct HostView {
 pub struct VmView {
     /// Its name.
     pub name: String,
+    /// Which VMM it runs in.
+    #[serde(default)]
+    pub vmm: Kind,
     /// How it stands.
     pub standing: Standing,
     /// What it said of itself; absent where it never answered.
@@ -81,8 +85,11 @@ pub struct MemoryView {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
-    /// What the host holds for it.
+    /// What the host holds of its guest's memory.
     pub host_rss: Bytes,
+    /// What the host holds for its VMM beside that, as far as it is counted.
+    #[serde(default)]
+    pub overhead: Bytes,
     /// What it is charged.
     pub charge: Bytes,
 }

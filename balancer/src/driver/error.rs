@@ -61,6 +61,16 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// The one connection that a VM serves at a time is somebody else's.
+    #[error(
+        "QEMU takes a connection at {} and says nothing: QMP serves one client at a time, and another is connected; \
+         give the balancer a socket of its own (-qmp unix:PATH,server=on,wait=off)",
+        .socket.display()
+    )]
+    Busy {
+        /// The socket.
+        socket: PathBuf,
+    },
     /// The VM understood and said no.
     #[error("the VM at {} refused {request} ({status}): {error}", .socket.display())]
     Refused {
@@ -98,6 +108,7 @@ impl Error {
             Self::NotAnswering { .. } => "not-answering",
             Self::HungUp { .. } => "hung-up",
             Self::Nonsense { .. } => "nonsense",
+            Self::Busy { .. } => "busy",
             Self::Refused { .. } => "refused",
         }
     }
@@ -107,12 +118,16 @@ impl Kind {
     fn who_runs(self) -> &'static str {
         match self {
             Self::Ballast => "; `ballast ps` lists those that run",
+            Self::Qemu | Self::Firecracker | Self::CloudHypervisor => "",
         }
     }
 
     fn what_it_should_be(self) -> &'static str {
         match self {
             Self::Ballast => "is it a ballast VM of this version?",
+            Self::Qemu => "is it QEMU's machine protocol (-qmp), and not its human monitor?",
+            Self::Firecracker => "is it the API socket of a Firecracker VM?",
+            Self::CloudHypervisor => "is it the API socket of a Cloud Hypervisor VM?",
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
 
 use super::error::{Error, clean};
-use super::{Kind, LARGEST_ANSWER};
+use super::{Kind, LARGEST_ANSWER, process};
 
 /// The largest response head that is read.
 const LARGEST_HEAD: usize = 16 << 10;
@@ -23,6 +23,8 @@ const LARGEST_HEAD: usize = 16 << 10;
 /// A connection that carries one request after another.
 struct Connection {
     sender: SendRequest<Full<Bytes>>,
+    /// The process at the other end, as the kernel knows it.
+    pid: Option<u32>,
     /// Ends the task that moves the bytes.
     task: AbortHandle,
 }
@@ -44,13 +46,15 @@ pub struct Http {
     largest_answer: usize,
     sentence: Sentence,
     connection: Option<Connection>,
+    /// The process that was connected last.
+    pid: Option<u32>,
 }
 
 impl Http {
     /// A client for the API at `socket`, whose refusals are read by `sentence`.
     /// Connects at the first request.
     pub fn new(kind: Kind, socket: PathBuf, timeout: Duration, sentence: Sentence) -> Self {
-        Self { kind, socket, timeout, largest_answer: LARGEST_ANSWER, sentence, connection: None }
+        Self { kind, socket, timeout, largest_answer: LARGEST_ANSWER, sentence, connection: None, pid: None }
     }
 
     /// How long one request may take from now on.
@@ -66,6 +70,11 @@ impl Http {
     /// Where the API listens.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The process that answered last, as the kernel knows it.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
     }
 
     /// `GET path`.
@@ -159,6 +168,7 @@ impl Http {
         }
         let response = response.map_err(|error| self.broken(request, &error))?;
         let (status, body) = self.collect(request, response).await?;
+        self.pid = connection.pid;
         // The server said `Connection: close`, or is about to: begin anew next time.
         if connection.sender.ready().await.is_ok() {
             self.connection = Some(connection);
@@ -192,6 +202,7 @@ impl Http {
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|error| Error::unreachable(self.kind, &self.socket, request, &error))?;
+        let pid = process::peer(&stream);
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(LARGEST_HEAD)
             .handshake(TokioIo::new(stream))
@@ -199,7 +210,7 @@ impl Http {
             .map_err(|error| self.broken(request, &error))?;
         // Its error also reaches whoever waits for the response.
         let task = tokio::spawn(async move { drop(driver.await) }).abort_handle();
-        Ok(Connection { sender, task })
+        Ok(Connection { sender, pid, task })
     }
 
     fn broken(&self, request: &str, error: &hyper::Error) -> Error {

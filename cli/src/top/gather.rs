@@ -99,7 +99,9 @@ fn vm(Answer { name, memory }: Answer) -> Vm {
     let condition = match memory {
         Ok(status) => return Vm::alone(name, &status),
         Err(Error::NoSuchVm { .. }) => Condition::Dead,
-        Err(Error::NotAnswering { .. } | Error::HungUp { .. }) => Condition::NotAnswering,
+        Err(Error::NotAnswering { .. } | Error::Busy { .. } | Error::HungUp { .. }) => {
+            Condition::NotAnswering
+        }
         Err(Error::Nonsense { .. } | Error::NotAllowed { .. } | Error::Refused { .. }) => {
             Condition::Unreadable
         }

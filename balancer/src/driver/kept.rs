@@ -1,0 +1,130 @@
+//! What a driver adds to the little that another VMM tells, and keeps for it.
+
+use std::time::{Duration, Instant};
+
+use balloon::limits::{Limits, Wanted};
+use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
+use balloon::units::Bytes;
+use tokio::task::spawn_blocking;
+
+use super::{Status, process};
+
+/// How often what a VMM holds beside guest memory is looked at: it changes little,
+/// and the look takes as long as the guest is large.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// A mapping of at least this size is guest memory: nothing else in a VMM comes near.
+const GUEST_MEMORY: Bytes = Bytes::mib(64);
+
+/// The limits that the configuration, or somebody at run time, set for a VM.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KeptLimits(Option<Wanted>);
+
+impl KeptLimits {
+    /// As the configuration says; without anything said, the VM's memory stays as it is.
+    pub fn new(wanted: Option<Wanted>) -> Self {
+        Self(wanted)
+    }
+
+    /// Goes before the configuration from now on.
+    pub fn set(&mut self, limits: Limits) {
+        self.0 = Some(limits.into());
+    }
+
+    /// The limits of the VM, which has this much memory at most.
+    pub fn of_vm(&self, has: Bytes) -> Limits {
+        self.0.unwrap_or(Wanted::fixed(has)).of_vm(has)
+    }
+}
+
+/// What the host holds for a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Of its guest's memory.
+    pub guest: Bytes,
+    /// Beside that.
+    pub beside: Bytes,
+}
+
+/// The process of a VMM.
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    pid: u32,
+    beside: Bytes,
+    looked: Option<Instant>,
+}
+
+impl Process {
+    /// A process that nobody has looked at yet.
+    pub fn new(pid: u32) -> Self {
+        Self { pid, beside: Bytes::ZERO, looked: None }
+    }
+
+    /// Which one.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How long it has run.
+    pub fn age(&self) -> Option<Duration> {
+        process::age(self.pid)
+    }
+
+    /// What the host holds for it, when its guest `has` this much memory at most.
+    /// `None` where the kernel does not say.
+    pub async fn held(&mut self, has: Bytes) -> Option<Held> {
+        if self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_AGAIN) {
+            let pid = self.pid;
+            let look = spawn_blocking(move || process::beside(pid, has.min(GUEST_MEMORY)));
+            // Another user's mappings can't be read; then all of it counts as the guest's.
+            self.beside = look.await.ok().flatten().unwrap_or_default();
+            self.looked = Some(Instant::now());
+        }
+        let all = process::resident(self.pid)?;
+        Some(Held { guest: all.saturating_sub(self.beside), beside: self.beside.min(all) })
+    }
+}
+
+/// What a VMM told in its own words.
+#[derive(Clone, Debug)]
+pub struct Told {
+    /// What the guest can have at most.
+    pub has: Bytes,
+    /// What it was last asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// How its balloon driver is doing.
+    pub driver: DriverState,
+    /// Its last report.
+    pub report: Option<AgedReport>,
+}
+
+impl Told {
+    /// The same in ballast's words, with the limits that are kept for it and what the kernel says
+    /// of its process. Where the kernel does not say, the host may hold all of it.
+    pub async fn status(self, limits: &KeptLimits, process: &mut Option<Process>) -> Box<Status> {
+        let Self { has, target, actual, driver, report } = self;
+        let held = match process {
+            Some(process) => process.held(has).await,
+            None => None,
+        };
+        let Held { guest, beside } = held.unwrap_or(Held { guest: has, beside: Bytes::ZERO });
+        let memory = MemoryStatus {
+            limits: limits.of_vm(has),
+            target,
+            actual,
+            settled: false,
+            host_rss: guest,
+            host_huge: None,
+            driver,
+            report,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+        };
+        let pid = process.map(|process| process.pid());
+        let uptime = process.and_then(|process| process.age());
+        Box::new(Status { pid, uptime, overhead: beside, memory })
+    }
+}

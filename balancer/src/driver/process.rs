@@ -1,0 +1,101 @@
+//! What the kernel says of a VMM's process, whatever the VMM itself says.
+
+use std::fs;
+use std::time::Duration;
+
+use balloon::units::Bytes;
+use rustix::param::clock_ticks_per_second;
+use tokio::net::UnixStream;
+
+/// The process at the other end of a socket (unix(7), `SO_PEERCRED`): whoever
+/// made the socket listen. `None` where it lives outside this one's PID namespace.
+pub fn peer(stream: &UnixStream) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid()?;
+    u32::try_from(pid).ok().filter(|&pid| pid != 0)
+}
+
+/// What the host holds for the process: anonymous, shared and file pages, and reserved huge pages.
+///
+/// From `/proc/PID/status`, whose counters the kernel keeps anyway: adding up
+/// the mappings takes the process's mmap lock and a walk of its page tables.
+pub fn resident(pid: u32) -> Option<Bytes> {
+    resident_in(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn resident_in(status: &str) -> Option<Bytes> {
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        value.trim().strip_suffix(" kB")?.parse().ok().map(Bytes::kib)
+    };
+    Some(field("VmRSS")?.saturating_add(field("HugetlbPages").unwrap_or_default()))
+}
+
+/// What the host holds for the process outside its large mappings, which are guest memory.
+///
+/// From `/proc/PID/smaps`, so it takes a while for a large guest: not for every tick.
+pub fn beside(pid: u32, guest_mapping: Bytes) -> Option<Bytes> {
+    Some(beside_in(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, guest_mapping))
+}
+
+fn beside_in(smaps: &str, guest_mapping: Bytes) -> Bytes {
+    let mut sum = Bytes::ZERO;
+    let mut guest = false;
+    for line in smaps.lines() {
+        let Some((field, value)) = line.split_once(':') else { continue };
+        let Some(kib) = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok()) else { continue };
+        match field {
+            "Size" => guest = Bytes::kib(kib) >= guest_mapping,
+            "Rss" if !guest => sum = sum.saturating_add(Bytes::kib(kib)),
+            _ => {}
+        }
+    }
+    sum
+}
+
+/// How long the process has run.
+pub fn age(pid: u32) -> Option<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let uptime = fs::read_to_string("/proc/uptime").ok()?;
+    age_in(&stat, &uptime, clock_ticks_per_second())
+}
+
+/// Field 22 is the start in clock ticks since boot (proc_pid_stat(5)); the name in
+/// field 2 may hold anything, so fields are counted behind its closing bracket.
+fn age_in(stat: &str, uptime: &str, ticks_per_second: u64) -> Option<Duration> {
+    let (_, behind_name) = stat.rsplit_once(')')?;
+    let ticks: u64 = behind_name.split_whitespace().nth(19)?.parse().ok()?;
+    let started = Duration::from_millis(ticks.checked_mul(1000)?.checked_div(ticks_per_second)?);
+    let now = Duration::try_from_secs_f64(uptime.split_whitespace().next()?.parse().ok()?).ok()?;
+    Some(now.saturating_sub(started))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_resident_counts() {
+        let status = "Name:\tqemu\nVmHWM:\t  9000 kB\nVmRSS:\t  5000 kB\nRssAnon:\t 4000 kB\nHugetlbPages:\t 2048 kB\n";
+        assert_eq!(resident_in(status), Some(Bytes::kib(7048)));
+        assert_eq!(resident_in("Name:\tkthreadd\n"), None);
+        let own = resident(std::process::id()).unwrap();
+        assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");
+    }
+
+    #[test]
+    fn guest_memory_is_told_from_the_rest() {
+        let smaps = "\
+7f00-7f10 rw-p 00000000 00:00 0 \nSize: 262144 kB\nRss:  1024 kB\nPrivate_Hugetlb: 2048 kB\n\
+7f20-7f21 rw-p 00000000 00:00 0 [heap]\nSize: 132 kB\nRss:  64 kB\nPss: 60 kB\n";
+        assert_eq!(beside_in(smaps, Bytes::mib(256)), Bytes::kib(64));
+        assert!(beside(std::process::id(), Bytes::gib(1024)).unwrap() > Bytes::mib(1));
+    }
+
+    #[test]
+    fn a_name_with_brackets_does_not_shift_the_fields() {
+        let rest = (3..=21).map(|n| n.to_string()).collect::<Vec<_>>().join(" ");
+        let stat = format!("7 (a) b (c) {rest} 1000 0 0");
+        assert_eq!(age_in(&stat, "35.50 1.00\n", 100), Some(Duration::from_millis(25_500)));
+        assert!(age(std::process::id()).unwrap() < Duration::from_secs(3600));
+    }
+}

@@ -1,0 +1,317 @@
+//! A QEMU VM: QMP over its Unix socket.
+//!
+//! QEMU tells the guest's size, what its balloon has, and the guest's
+//! statistics with the second of their arrival. It does not tell what it was
+//! asked for last (so whoever asks keeps that), nor what the host holds (so
+//! the kernel is asked about its process).
+
+mod lines;
+mod qmp;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use balloon::limits::{Limits, Wanted};
+use balloon::status::{AgedReport, DriverState};
+use balloon::units::Bytes;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use self::qmp::{Event, Qmp};
+use super::error::Error;
+use super::kept::{KeptLimits, Process, Told};
+use super::statistics::{self, Age, Names};
+use super::{Answer, DEFAULT_TIMEOUT, Driver, Status};
+
+/// Where QEMU keeps devices that the command line or a hot plug made: with an id, and without.
+const PLACES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
+/// How often QEMU is to ask the guest for statistics. It takes no less than a second.
+const POLLING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// QEMU's names of the statistics (`hw/virtio/virtio-balloon.c`; the last six since QEMU 9.1).
+const NAMES: Names = [
+    "stat-swap-in",
+    "stat-swap-out",
+    "stat-major-faults",
+    "stat-minor-faults",
+    "stat-free-memory",
+    "stat-total-memory",
+    "stat-available-memory",
+    "stat-disk-caches",
+    "stat-htlb-pgalloc",
+    "stat-htlb-pgfail",
+    "stat-oom-kills",
+    "stat-alloc-stalls",
+    "stat-async-scans",
+    "stat-direct-scans",
+    "stat-async-reclaims",
+    "stat-direct-reclaims",
+];
+
+/// `query-status`.
+#[derive(Deserialize)]
+struct RunState {
+    running: bool,
+}
+
+/// `query-memory-size-summary`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct MemorySize {
+    base_memory: u64,
+    #[serde(default)]
+    plugged_memory: u64,
+}
+
+/// `query-balloon`.
+#[derive(Deserialize)]
+struct BalloonInfo {
+    /// Signed, and below zero where a guest claims a balloon larger than its memory.
+    actual: i64,
+}
+
+/// One of `qom-list`.
+#[derive(Deserialize)]
+struct Property {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// The balloon's `guest-stats`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct GuestStatistics {
+    stats: BTreeMap<String, Value>,
+    /// Seconds since 1970; 0 where the guest never sent any.
+    last_update: u64,
+}
+
+/// What is found out once for each connection.
+struct Machine {
+    /// Whether there is a balloon that takes targets.
+    balloon: bool,
+    /// Where its statistics are read.
+    statistics: Option<String>,
+    running: bool,
+}
+
+struct Link {
+    qmp: Qmp,
+    machine: Option<Machine>,
+}
+
+/// A way to one QEMU VM.
+pub struct Qemu {
+    name: String,
+    socket: PathBuf,
+    timeout: Duration,
+    limits: KeptLimits,
+    link: Option<Link>,
+    process: Option<Process>,
+    /// What it was last asked to have, by this driver.
+    target: Option<Bytes>,
+    age: Age,
+}
+
+impl Qemu {
+    /// The VM called `name`, whose QMP listens at `socket`, with these limits; without
+    /// any, its memory stays as it is. Connects at the first request.
+    pub fn new(name: impl Into<String>, socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
+        Self {
+            name: name.into(),
+            socket: socket.into(),
+            timeout: DEFAULT_TIMEOUT,
+            limits: KeptLimits::new(limits),
+            link: None,
+            process: None,
+            target: None,
+            age: Age::default(),
+        }
+    }
+
+    /// The same with another limit for each request.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    async fn stand(&mut self) -> Result<Box<Status>, Error> {
+        let mut link = self.link().await?;
+        let outcome = self.look(&mut link).await;
+        self.keep(link, outcome)
+    }
+
+    async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
+        let mut link = self.link().await?;
+        let outcome = self.tell(&mut link, target).await;
+        self.keep(link, outcome)
+    }
+
+    async fn link(&mut self) -> Result<Link, Error> {
+        if let Some(link) = self.link.take() {
+            return Ok(link);
+        }
+        let qmp = Qmp::connect(&self.socket, self.timeout).await?;
+        let pid = qmp.pid();
+        if self.process.map(|process| process.pid()) != pid {
+            self.process = pid.map(Process::new);
+            self.target = None;
+            self.age.forget();
+        }
+        Ok(Link { qmp, machine: None })
+    }
+
+    /// Keeps a connection on which no half of an exchange is left.
+    fn keep<T>(&mut self, link: Link, outcome: Result<T, Error>) -> Result<T, Error> {
+        if matches!(outcome, Ok(_) | Err(Error::Refused { .. } | Error::Busy { .. })) {
+            self.link = Some(link);
+        }
+        outcome
+    }
+
+    async fn look(&mut self, link: &mut Link) -> Result<Box<Status>, Error> {
+        let Link { qmp, machine } = link;
+        qmp.greet().await?;
+        let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
+        let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
+        let limits = self.limits.of_vm(has);
+        let machine = match machine {
+            Some(machine) => machine,
+            None => {
+                let found = introduce(qmp).await?;
+                if found.balloon && limits.is_dynamic() {
+                    // Nobody knows what it was asked for before: from now on this driver does.
+                    let target = match self.target {
+                        Some(target) => target,
+                        None => actual(qmp, has).await?,
+                    };
+                    self.tell_connected(qmp, target).await?;
+                }
+                machine.insert(found)
+            }
+        };
+        let actual = if machine.balloon { actual(qmp, has).await? } else { has };
+        let report = match &machine.statistics {
+            Some(path) => self.report(qmp, path).await?,
+            None => None,
+        };
+        for event in qmp.events() {
+            self.note(machine, event);
+        }
+        let driver = match machine {
+            Machine { balloon: false, .. } => DriverState::Absent,
+            Machine { running: false, .. } => DriverState::Silent,
+            // Only a driver sends statistics or fills a balloon; nothing else tells that there is one.
+            _ if report.is_some() || actual < has => DriverState::Active,
+            _ => DriverState::Absent,
+        };
+        let told = Told { has, target: self.target.unwrap_or(actual), actual, driver, report };
+        Ok(told.status(&self.limits, &mut self.process).await)
+    }
+
+    async fn report(&mut self, qmp: &mut Qmp, path: &str) -> Result<Option<AgedReport>, Error> {
+        let question = json!({ "path": path, "property": "guest-stats" });
+        let GuestStatistics { stats, last_update } = qmp.execute("qom-get", question).await?;
+        let report =
+            statistics::read(&NAMES, &stats).map_err(|what| qmp.nonsense("qom-get guest-stats", &what))?;
+        if last_update == 0 {
+            return Ok(None);
+        }
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let old = since_1970.saturating_sub(Duration::from_secs(last_update));
+        let age = self.age.of(Instant::now(), last_update, old);
+        Ok(Some(statistics::aged(age, report)))
+    }
+
+    async fn tell(&mut self, link: &mut Link, target: Bytes) -> Result<(), Error> {
+        link.qmp.greet().await?;
+        self.tell_connected(&mut link.qmp, target).await
+    }
+
+    async fn tell_connected(&mut self, qmp: &mut Qmp, target: Bytes) -> Result<(), Error> {
+        qmp.execute::<Value>("balloon", json!({ "value": target.0 })).await?;
+        self.target = Some(target);
+        Ok(())
+    }
+
+    fn note(&self, machine: &mut Machine, event: Event) {
+        let name = &self.name;
+        match event {
+            Event::Stop if std::mem::replace(&mut machine.running, false) => {
+                info!(vm = name, "{name} was paused: it keeps what it has");
+            }
+            Event::Resume if !std::mem::replace(&mut machine.running, true) => {
+                info!(vm = name, "{name} runs again");
+            }
+            Event::Stop | Event::Resume => {}
+            Event::Shutdown => info!(vm = name, "{name}'s guest has shut down"),
+            Event::Panicked => warn!(vm = name, "{name}'s guest has panicked"),
+        }
+    }
+}
+
+/// Finds out what there is, and has the guest asked for statistics once a second.
+async fn introduce(qmp: &mut Qmp) -> Result<Machine, Error> {
+    let RunState { running } = qmp.execute("query-status", json!({})).await?;
+    let balloon = match qmp.execute::<BalloonInfo>("query-balloon", json!({})).await {
+        Ok(_) => true,
+        Err(Error::Refused { .. }) => false,
+        Err(error) => return Err(error),
+    };
+    let statistics = find_balloon(qmp).await?;
+    if let Some(path) = &statistics {
+        poll_guest(qmp, path).await?;
+    }
+    Ok(Machine { balloon, statistics, running })
+}
+
+async fn find_balloon(qmp: &mut Qmp) -> Result<Option<String>, Error> {
+    for place in PLACES {
+        let children: Vec<Property> = qmp.execute("qom-list", json!({ "path": place })).await?;
+        if let Some(child) = children.iter().find(|child| child.kind.starts_with("child<virtio-balloon")) {
+            return Ok(Some(format!("{place}/{}", child.name)));
+        }
+    }
+    Ok(None)
+}
+
+async fn poll_guest(qmp: &mut Qmp, path: &str) -> Result<(), Error> {
+    let property = "guest-stats-polling-interval";
+    let seconds: u64 = qmp.execute("qom-get", json!({ "path": path, "property": property })).await?;
+    let wanted = POLLING_INTERVAL.as_secs();
+    if seconds == 0 || seconds > wanted {
+        let order = json!({ "path": path, "property": property, "value": wanted });
+        qmp.execute::<Value>("qom-set", order).await?;
+    }
+    Ok(())
+}
+
+async fn actual(qmp: &mut Qmp, has: Bytes) -> Result<Bytes, Error> {
+    let BalloonInfo { actual } = qmp.execute("query-balloon", json!({})).await?;
+    // The guest's word: whatever does not fit is taken for the most that it can have.
+    Ok(u64::try_from(actual).map_or(has, |actual| Bytes(actual).min(has)))
+}
+
+impl Driver for Qemu {
+    fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn report(&mut self) -> Answer<'_, Box<Status>> {
+        Box::pin(self.stand())
+    }
+
+    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
+        Box::pin(self.ask_for(target))
+    }
+
+    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
+        self.limits.set(limits);
+        Box::pin(std::future::ready(Ok(())))
+    }
+}

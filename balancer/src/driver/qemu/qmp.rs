@@ -1,0 +1,203 @@
+//! QEMU's machine protocol over a Unix socket (QEMU, `docs/interop/qmp-spec.rst`).
+//!
+//! One JSON object a line: a greeting, an answer to each command, and events at
+//! any moment. QEMU serves one client at a time; another is let in by the
+//! kernel and waits, without a word, until the first one has gone.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::super::error::{Error, clean};
+use super::super::{Kind, LARGEST_ANSWER, process};
+use super::lines::Lines;
+
+/// Events that are kept until somebody looks at them; QEMU holds most of them to one a second.
+const MOST_EVENTS: usize = 64;
+
+/// One line from QEMU: one of its fields is there.
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    #[serde(rename = "return")]
+    answer: Option<Value>,
+    error: Option<Refusal>,
+    event: Option<String>,
+    id: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    class: String,
+    desc: String,
+}
+
+/// What QEMU says unasked, as far as the balancer minds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The vCPUs stand still.
+    Stop,
+    /// They run again.
+    Resume,
+    /// The guest has ended.
+    Shutdown,
+    /// The guest's kernel has panicked.
+    Panicked,
+}
+
+impl Event {
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "STOP" => Some(Self::Stop),
+            "RESUME" => Some(Self::Resume),
+            "SHUTDOWN" => Some(Self::Shutdown),
+            "GUEST_PANICKED" => Some(Self::Panicked),
+            _ => None,
+        }
+    }
+}
+
+/// A connection to QEMU.
+pub struct Qmp {
+    socket: PathBuf,
+    timeout: Duration,
+    stream: UnixStream,
+    lines: Lines,
+    greeted: bool,
+    next_id: u64,
+    events: Vec<Event>,
+}
+
+impl Qmp {
+    /// Connects; QEMU has not said anything yet.
+    pub async fn connect(socket: &Path, within: Duration) -> Result<Self, Error> {
+        let stream = UnixStream::connect(socket).await.map_err(|error| {
+            if error.kind() == std::io::ErrorKind::WouldBlock {
+                return Error::Busy { socket: socket.to_owned() };
+            }
+            Error::unreachable(Kind::Qemu, socket, "the connection", &error)
+        })?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            timeout: within,
+            stream,
+            lines: Lines::default(),
+            greeted: false,
+            next_id: 0,
+            events: Vec::new(),
+        })
+    }
+
+    /// The process at the other end, as the kernel knows it.
+    pub fn pid(&self) -> Option<u32> {
+        process::peer(&self.stream)
+    }
+
+    /// Waits for QEMU's greeting and begins. May be called again after [`Error::Busy`],
+    /// which is what it comes to while another client is served.
+    pub async fn greet(&mut self) -> Result<(), Error> {
+        if self.greeted {
+            return Ok(());
+        }
+        let request = "the greeting";
+        let Ok(message) = timeout(self.timeout, self.next(request)).await else {
+            return Err(Error::Busy { socket: self.socket.clone() });
+        };
+        if message?.greeting.is_none() {
+            return Err(self.nonsense(request, "no greeting"));
+        }
+        self.greeted = true;
+        self.execute::<Value>("qmp_capabilities", json!({})).await.map(drop)
+    }
+
+    /// One command and its answer, within the time limit.
+    pub async fn execute<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<T, Error> {
+        let outcome = timeout(self.timeout, self.exchange(command, arguments)).await;
+        let answer = outcome.unwrap_or_else(|_| {
+            Err(Error::NotAnswering {
+                socket: self.socket.clone(),
+                request: command.to_owned(),
+                within: self.timeout,
+            })
+        })?;
+        serde_json::from_value(answer).map_err(|error| self.nonsense(command, &error.to_string()))
+    }
+
+    /// What QEMU said unasked since the last call.
+    pub fn events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// An answer that was well-formed and made no sense.
+    pub fn nonsense(&self, request: &str, what: &str) -> Error {
+        Error::Nonsense {
+            kind: Kind::Qemu,
+            socket: self.socket.clone(),
+            request: request.to_owned(),
+            what: clean(what),
+        }
+    }
+
+    async fn exchange(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
+        self.next_id += 1;
+        let id = self.next_id;
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": id }));
+        self.stream.write_all(line.as_bytes()).await.map_err(|error| self.hung_up(command, &error))?;
+        let message = self.next(command).await?;
+        if message.id != Some(id) {
+            return Err(self.nonsense(command, "an answer to another question"));
+        }
+        if let Some(Refusal { class, desc }) = message.error {
+            return Err(Error::Refused {
+                socket: self.socket.clone(),
+                request: command.to_owned(),
+                status: clean(&class),
+                error: clean(&desc),
+            });
+        }
+        message.answer.ok_or_else(|| self.nonsense(command, "neither an answer nor an error"))
+    }
+
+    /// The next line that is no event. However many events come first, the bytes are bounded.
+    async fn next(&mut self, request: &str) -> Result<Message, Error> {
+        let mut buffer = [0; 4096];
+        let mut read = 0;
+        loop {
+            while let Some(line) = self.lines.pop() {
+                let message: Message = serde_json::from_slice(&line)
+                    .map_err(|error| self.nonsense(request, &error.to_string()))?;
+                let Some(event) = message.event else { return Ok(message) };
+                if let Some(event) = Event::named(&event)
+                    && self.events.len() < MOST_EVENTS
+                {
+                    self.events.push(event);
+                }
+            }
+            let length =
+                self.stream.read(&mut buffer).await.map_err(|error| self.hung_up(request, &error))?;
+            if length == 0 {
+                return Err(self.hung_up(request, &std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            read += length;
+            let taken = self.lines.push(buffer.get(..length).unwrap_or_default());
+            if taken.is_err() || read > LARGEST_ANSWER {
+                return Err(self.nonsense(request, &format!("more than {LARGEST_ANSWER} bytes")));
+            }
+        }
+    }
+
+    fn hung_up(&self, request: &str, error: &std::io::Error) -> Error {
+        Error::HungUp { socket: self.socket.clone(), request: request.to_owned(), cause: error.to_string() }
+    }
+}
