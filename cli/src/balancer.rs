@@ -26,7 +26,13 @@ The file that --config names is TOML; what is given here goes before it:
   budget = \"2G\"
   host_reserve = \"512M\"
   interval = \"1s\"
-  metrics = \"127.0.0.1:9090\"")]
+  metrics = \"127.0.0.1:9090\"
+
+VMs of other VMMs (qemu, firecracker, cloud-hypervisor) are named there too, by their sockets:
+  [[vms]]
+  driver = \"qemu\"
+  sockets = \"/run/qemu/*.qmp\"
+  memory = \"1G,min=256M\"")]
 pub struct Args {
     /// Read settings from this file
     #[arg(long, value_name = "FILE")]
