@@ -1,9 +1,12 @@
 //! `ballast ps`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
+use balancer::daemon::{State, VmView};
 use balancer::driver::ballast::{Client, Error};
+use balloon::agent::AgentStatus;
 use balloon::limits::Limits;
 use balloon::runtime;
 use balloon::status::{MemoryStatus, VmState, VmStatus};
@@ -24,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 Columns: LIMITS is min to max; TARGET what the guest was asked to have, ACTUAL what it has; USED
 what it can't give up without pain, as it says itself; HOST what the host really holds of it, HUGE
 the share of that in huge pages; REPORT how long ago the guest last spoke; DRIVER how its balloon
-driver does.")]
+driver does; AGENT the version of the guest's agent. Of VMs in other VMMs it tells what the balancer
+knows, and for STATE how they stand with it.")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -51,6 +55,8 @@ enum Answer {
     NotAnswering { error: String },
     /// It said something else.
     Failed { error: String },
+    /// It runs in another VMM, and the balancer told this of it.
+    OfBalancer { view: Box<VmView> },
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
@@ -60,14 +66,22 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         for (name, socket) in runtime::sockets(&directory)? {
             asked.spawn(ask(name, socket));
         }
-        Ok(asked.join_all().await)
+        // VMs of other VMMs have no socket here: only the balancer knows them.
+        let mut balancer = Balancer::new(&directory, PATIENCE);
+        let (mut rows, state) = tokio::join!(asked.join_all(), balancer.state());
+        match state {
+            Ok(state) => rows.extend(foreign(state, &directory)),
+            Err(BalancerError::NotRunning { .. }) => {}
+            Err(error) => output::say(format_args!("VMs of other VMMs are not listed: {error}")),
+        }
+        Ok(rows)
     })?;
     // One that ended while we asked took its socket with it.
     rows.retain(|row| !matches!(row.answer, Answer::Dead) || row.socket.exists());
     rows.sort_by(|a, b| a.name.cmp(&b.name));
     for row in &rows {
         match &row.answer {
-            Answer::Full { .. } => {}
+            Answer::Full { .. } | Answer::OfBalancer { .. } => {}
             Answer::Dead => output::say(format_args!(
                 "the process of {} is gone without a trace but its socket {}: remove that, or start \
                  a VM of that name",
@@ -84,10 +98,22 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         output::say(format_args!("no VMs in {}", directory.display()));
         return Ok(());
     }
-    let head =
-        ["NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "HUGE", "REPORT", "DRIVER"];
+    let head = [
+        "NAME", "STATE", "CPUS", "LIMITS", "TARGET", "ACTUAL", "USED", "HOST", "HUGE", "REPORT", "DRIVER",
+        "AGENT",
+    ];
     let cells: Vec<_> = rows.iter().map(cells).collect();
     output::text(&table::render(head, &cells))
+}
+
+/// The VMs that the balancer knows and that have no socket in `directory`.
+fn foreign(state: State, directory: &Path) -> Vec<Row> {
+    let rows = state.vms.into_iter().map(|vm| Row {
+        name: vm.name.clone(),
+        socket: directory.join(format!("{}.sock", vm.name)),
+        answer: Answer::OfBalancer { view: Box::new(vm) },
+    });
+    rows.filter(|row| !row.socket.exists()).map(|row| Row { socket: PathBuf::new(), ..row }).collect()
 }
 
 async fn ask(name: String, socket: PathBuf) -> Row {
@@ -108,9 +134,10 @@ async fn ask(name: String, socket: PathBuf) -> Row {
     Row { name, socket, answer }
 }
 
-fn cells(row: &Row) -> [String; 11] {
+fn cells(row: &Row) -> [String; 12] {
     let (vm, memory) = match &row.answer {
         Answer::Full { vm, memory } => (vm, memory),
+        Answer::OfBalancer { view } => return foreign_cells(view),
         Answer::Dead => return without_answer(&row.name, "dead"),
         Answer::NotAnswering { .. } => return without_answer(&row.name, "not answering"),
         Answer::Failed { .. } => return without_answer(&row.name, "unreadable"),
@@ -130,10 +157,37 @@ fn cells(row: &Row) -> [String; 11] {
         memory::huge(memory),
         age.unwrap_or_else(none),
         memory::driver(memory.driver).to_owned(),
+        agent(memory.agent.as_ref()),
     ]
 }
 
-fn without_answer(name: &str, state: &str) -> [String; 11] {
+/// The version of an agent that listens.
+fn agent(agent: Option<&AgentStatus>) -> String {
+    let Some(agent) = agent.filter(|agent| agent.connected) else { return "-".to_owned() };
+    agent.version.map_or_else(|| "silent".to_owned(), String::from)
+}
+
+fn foreign_cells(vm: &VmView) -> [String; 12] {
+    let none = || "-".to_owned();
+    let Some(memory) = &vm.memory else { return without_answer(&vm.name, &vm.standing.to_string()) };
+    let age = vm.report_age_ms.map(|age| format!("{:.1} s", age as f64 / 1000.0));
+    [
+        vm.name.clone(),
+        vm.standing.to_string(),
+        none(),
+        limits(&memory.limits),
+        memory.target.to_string(),
+        memory.actual.to_string(),
+        memory.used.map_or_else(none, |used| used.to_string()),
+        memory.host_rss.to_string(),
+        none(),
+        age.unwrap_or_else(none),
+        none(),
+        none(),
+    ]
+}
+
+fn without_answer(name: &str, state: &str) -> [String; 12] {
     std::array::from_fn(|column| match column {
         0 => name.to_owned(),
         1 => state.to_owned(),

@@ -296,6 +296,58 @@ fn ps_names_the_dead_the_deaf_and_the_mad_and_waits_for_none() {
 }
 
 #[test]
+fn ps_lists_vms_of_other_vmms_as_the_balancer_knows_them() {
+    let place = Place::new();
+    fs::create_dir(place.path().join("balancer")).unwrap();
+    let balancer = UnixListener::bind(place.path().join("balancer/balancer.sock")).unwrap();
+    let of = |name: &str| {
+        serde_json::json!({
+            "name": name, "standing": "stuck", "report_age_ms": 1500, "last_reason": null,
+            "grows": 0, "shrinks": 0, "errors": 0,
+            "memory": {
+                "limits": {"startup": 1_u64 << 30, "min": 256 << 20, "max": 2_u64 << 30},
+                "used": 300 << 20, "demand": 360 << 20, "entitlement": 360 << 20, "target": 512 << 20,
+                "actual": 700 << 20, "host_rss": 650 << 20, "charge": 700 << 20,
+            },
+        })
+    };
+    let bytes = 0;
+    let state = serde_json::json!({
+        "rounds": 1,
+        "host": {
+            "total": bytes, "available": bytes, "budget": bytes, "charged": bytes, "free": bytes,
+            "over": bytes, "unserved": bytes, "state": "normal", "rounds_over_budget": 0,
+        },
+        "vms": [of("mail"), of("web")],
+    });
+    let body = state.to_string();
+    thread::spawn(move || {
+        for stream in balancer.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).unwrap() > 0);
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+            stream.write_all((head + &body).as_bytes()).unwrap();
+        }
+    });
+    with_vm(&place, "web", || {
+        let answer = place.ballast(&["ps"]);
+        assert_eq!((answer.code, answer.err.as_str()), (Some(0), ""));
+        let lines: Vec<&str> = answer.out.lines().collect();
+        assert_eq!(lines.len(), 3, "{}", answer.out);
+        for word in ["mail", "stuck", "256 MiB - 2 GiB", "512 MiB", "700 MiB", "650 MiB", "1.5 s"] {
+            assert!(lines[1].contains(word), "{word} is missing in {}", lines[1]);
+        }
+        assert!(
+            lines[2].starts_with("web") && lines[2].contains("created"),
+            "one that has a socket answers itself"
+        );
+        let json: Value = serde_json::from_str(&place.ballast(&["ps", "--json"]).out).unwrap();
+        assert_eq!((&json[0]["answer"], &json[0]["view"]["name"]), (&"of-balancer".into(), &"mail".into()));
+    });
+}
+
+#[test]
 fn completions_exist_for_each_shell() {
     let place = Place::new();
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {

@@ -26,6 +26,8 @@ pub struct Gatherer {
     /// Pictures that still do without the balancer, and why.
     rest: Option<(u32, String)>,
     vms: Roster,
+    /// Whether the last picture is the balancer's.
+    balanced: bool,
 }
 
 impl Gatherer {
@@ -33,7 +35,7 @@ impl Gatherer {
     pub fn new(directory: PathBuf) -> Self {
         let balancer = Balancer::new(&directory, PATIENCE);
         let vms = Roster::new(directory.clone(), PATIENCE);
-        Self { directory, balancer, rest: None, vms }
+        Self { directory, balancer, rest: None, vms, balanced: false }
     }
 
     /// How things stand now.
@@ -41,6 +43,7 @@ impl Gatherer {
     /// # Errors
     /// A sentence: no directory, or no word of the host's memory.
     pub async fn gather(&mut self) -> Result<Snapshot, String> {
+        self.balanced = false;
         if let Some((pictures, because)) = self.rest.take()
             && pictures > 0
         {
@@ -49,6 +52,7 @@ impl Gatherer {
         }
         match self.balancer.state().await {
             Ok(state) => {
+                self.balanced = true;
                 self.vms.rest();
                 Ok(Snapshot::of_balancer(state))
             }
@@ -71,12 +75,19 @@ impl Gatherer {
 
     /// Sets new limits; says what came of it.
     pub async fn set_limits(&mut self, name: &str, limits: Limits) -> Result<String, String> {
-        self.vm(name)?.set_limits(limits).await.map_err(|error| error.to_string())?;
+        if self.is_foreign(name) {
+            self.balancer.set_limits(name, limits).await.map_err(|error| error.to_string())?;
+        } else {
+            self.vm(name)?.set_limits(limits).await.map_err(|error| error.to_string())?;
+        }
         Ok(format!("{name} has new limits: {} to {}", limits.min(), limits.max()))
     }
 
     /// Pauses a VM that runs, lets one run on that is paused; says which.
     pub async fn pause_or_resume(&mut self, name: &str) -> Result<String, String> {
+        if self.is_foreign(name) {
+            return Err(format!("{name} is no VM of ballast: only its own VMM can pause it"));
+        }
         let mut vm = self.vm(name)?;
         let done = async {
             if vm.status().await?.state == VmState::Paused {
@@ -87,6 +98,11 @@ impl Gatherer {
             Ok(format!("{name} is paused: p lets it run on"))
         };
         done.await.map_err(|error: Error| error.to_string())
+    }
+
+    /// Whether only the balancer knows it: then it runs in another VMM.
+    fn is_foreign(&self, name: &str) -> bool {
+        self.balanced && !runtime::socket_in(&self.directory, name).is_ok_and(|socket| socket.exists())
     }
 
     fn vm(&self, name: &str) -> Result<Client, String> {
