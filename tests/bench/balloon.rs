@@ -32,6 +32,9 @@ const STUCK: Duration = Duration::from_secs(60);
 /// Where VMs' sockets lie in the emulated host.
 const SOCKETS: &str = "/run/ballast";
 const QMP: &str = "/run/qmp";
+/// Where the measured speeds lie afterwards, as `ballast sim --speeds` reads them. They are virtual:
+/// 1e9 instructions a second, which a processor of today beats two or three times over.
+pub const SPEEDS: &str = "/tmp/speeds.json";
 
 /// Who holds the balloon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,14 @@ pub struct Steps {
     pub deflate: Step,
     /// Taken again.
     pub again: Step,
+}
+
+impl Steps {
+    /// Bytes a second, as JSON.
+    fn speeds(&self) -> String {
+        let speed = |step: Step| (TAKEN.0 as f64 / step.time.as_secs_f64()) as u64;
+        format!("{{\"inflate\": {}, \"deflate\": {}}}\n", speed(self.inflate), speed(self.deflate))
+    }
 }
 
 /// Measures one VMM with a guest that does, or does not, fill pages with zeros when it takes them.
@@ -352,6 +363,9 @@ pub fn compare(images: &GuestImages) -> Result<()> {
                 Vmm::Qemu => "QEMU",
             };
             println!("{name:<8} {zeroing:<16} has {} in huge pages", steps.huge);
+            if vmm == Vmm::Ballast && init_on_alloc {
+                fs::write(SPEEDS, steps.speeds())?;
+            }
             for (step, what) in
                 [(steps.inflate, "inflate"), (steps.deflate, "deflate"), (steps.again, "again")]
             {

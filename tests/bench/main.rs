@@ -59,12 +59,18 @@ fn emulated(names: &[String]) -> Result<ExitCode> {
         memory: Bytes::gib(3),
         guests: vec![Kernel::V6_1],
         files: qemu_with_libraries()?,
+        bring: if wanted(names, "balloon") { vec![PathBuf::from(balloon::SPEEDS)] } else { Vec::new() },
         terminal: Terminal::Output,
         limit: LIMIT,
         ..Emulator::default()
     };
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let outcome = emulator.run(&std::env::current_exe()?, &names)?;
+    if let Some(speeds) = outcome.results.get(balloon::SPEEDS) {
+        fs::create_dir_all("out")?;
+        fs::write("out/speeds.json", speeds)?;
+        println!("\nfor the simulator: ballast sim --speeds out/speeds.json");
+    }
     Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
 }
 
@@ -90,11 +96,16 @@ struct Measured {
 
 fn measure(names: &[String]) -> Result<ExitCode> {
     for (name, benchmark) in BENCHMARKS {
-        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+        if wanted(names, name) {
             benchmark().with_context(|| (*name).to_owned())?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether `name` was asked for, by name or with all others.
+fn wanted(names: &[String], name: &str) -> bool {
+    names.is_empty() || names.iter().any(|wanted| wanted == name)
 }
 
 fn balloon() -> Result<()> {
