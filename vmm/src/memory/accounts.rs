@@ -1,8 +1,8 @@
 //! What the host holds of a guest's memory, by the kernel's own accounts.
 //!
 //! `/proc/self/smaps` tells it a mapping at a time (Documentation/filesystems/proc.rst), and the
-//! kernel walks the page tables for that: some milliseconds for each GiB of small pages. So
-//! its answer is kept for a time that grows with what it took.
+//! kernel walks the page tables for that: tens of milliseconds for each GiB of small pages on a
+//! busy host. So its answer is kept for a time that grows with what it took.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -12,9 +12,12 @@ use std::time::{Duration, Instant};
 
 use balloon::units::Bytes;
 
-/// An answer is kept for so many times what it took: asking costs at most a fiftieth of a
-/// processor, however large the guest is and however often anyone asks.
-const KEPT: u32 = 50;
+/// An answer is kept for so many times what it took, so that asking costs at most a tenth of a
+/// processor, however often anyone asks.
+const KEPT: u32 = 10;
+
+/// No answer is kept for longer: a balancer waits to see what a shrunk guest has given back.
+const LONGEST: Duration = Duration::from_secs(2);
 
 /// What the host holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,7 +43,7 @@ pub(super) struct Answer {
 
 impl Answer {
     fn is_good(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.at) < self.took.saturating_mul(KEPT)
+        now.saturating_duration_since(self.at) < self.took.saturating_mul(KEPT).min(LONGEST)
     }
 }
 
@@ -142,7 +145,7 @@ ShmemPmdMapped:     2048 kB
     }
 
     #[test]
-    fn an_answer_is_kept_in_proportion_to_what_it_took() {
+    fn an_answer_is_kept_in_proportion_to_what_it_took_and_not_for_long() {
         let now = Instant::now();
         let took = |milliseconds| Answer {
             at: now,
@@ -150,10 +153,11 @@ ShmemPmdMapped:     2048 kB
             held: Held::default(),
         };
         let later = |milliseconds| now + Duration::from_millis(milliseconds);
-        assert!(took(10).is_good(later(499)));
-        assert!(!took(10).is_good(later(500)));
+        assert!(took(10).is_good(later(99)));
+        assert!(!took(10).is_good(later(100)));
         assert!(!took(0).is_good(now));
-        assert!(took(Duration::MAX.as_millis() as u64).is_good(later(1 << 40)));
+        assert!(took(60_000).is_good(later(1999)));
+        assert!(!took(60_000).is_good(later(2000)));
     }
 
     /// Not a test: what an answer costs for 1 GiB of small and of huge pages.
