@@ -1,5 +1,6 @@
 //! What `ballast slat` says of a real guest is what KVM and the guest say themselves.
 
+use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
@@ -77,5 +78,49 @@ fn an_address_of_a_guest_is_followed_to_where_the_guest_says_it_is() {
         let missing = Command::new(ballast()).args(arguments).output().expect("ballast can be run");
         assert_eq!(missing.status.code(), Some(1));
         assert!(String::from_utf8_lossy(&missing.stderr).contains("no vCPU 7"), "{missing:?}");
+    });
+}
+
+/// `ballast slat run` of one payload, with SLAT both ways.
+fn reload(output: &str, more: &[&str]) -> std::process::Output {
+    let payload = ["--payload", "invlpg", "--passes", "1", "--rounds", "1"];
+    let mut command = Command::new(ballast());
+    command.args(["slat", "run", "--reload-module", "--output", output]).args(payload).args(more);
+    command.output().expect("ballast can be run")
+}
+
+/// Exits an operation in what such a run wrote.
+fn exits(path: &str) -> f64 {
+    let run: Value = serde_json::from_slice(&fs::read(path).expect("written")).expect("JSON");
+    run["measurements"][0]["exits"]["value"]["median"].as_f64().expect("measured")
+}
+
+#[test]
+fn the_module_is_reloaded_and_put_back() {
+    const EVEN_HERE: &[&str] = &["--even-if-emulated"];
+    // Only in the lab: on a real host this would touch the host.
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(45)).run(|| {
+        if std::env::var_os("BALLAST_LAB").is_none() {
+            return println!("not run: this host is nobody's to reload modules on");
+        }
+        let parameter =
+            || fs::read_to_string("/sys/module/kvm_amd/parameters/npt").expect("kvm_amd is loaded");
+        let before = parameter();
+
+        let refused = reload("/tmp/run.json", &[]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("emulated"), "{refused:?}");
+
+        // Whoever holds /dev/kvm keeps the module.
+        let user = fs::File::open("/dev/kvm").expect("KVM works here");
+        let busy = reload("/tmp/run.json", EVEN_HERE);
+        assert!(String::from_utf8_lossy(&busy.stderr).contains("in use"), "{busy:?}");
+        drop(user);
+
+        let done = reload("/tmp/run.json", EVEN_HERE);
+        assert_eq!(done.status.code(), Some(0), "{done:?}");
+        assert!(exits("/tmp/run.slat-on.json") < 0.1);
+        assert!((exits("/tmp/run.slat-off.json") - 1.0).abs() < 0.1);
+        assert_eq!(parameter(), before);
     });
 }
