@@ -41,7 +41,7 @@ slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/s
 	$(CARGO) build --release --package cli
 	$(CARGO) run --quiet --package tests --bin lab -- fetch
 	mkdir -p out
-	$(BALLAST) slat lab --twice --output out/slat-lab.json \
+	$(BALLAST) slat lab --twice --density --output out/slat-lab.json \
 	  --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballast/packages/linux-image-6.1.*/root | tail -n 1)"
 	$(BALLAST) slat run --set full --output out/slat-here.json || [ $$? = 3 ]
 	$(BALLAST) slat report out/slat-lab.json out/slat-here.json --html out/slat.html --svg out/slat.svg

@@ -203,8 +203,9 @@ impl Switch {
     }
 
     fn restore(&self) -> Result<(), Error> {
-        self.idle()?;
+        // Where it could not be loaded the other way round there is nothing to take out.
         if fs::exists(Path::new(MODULES).join(&self.module)).unwrap_or(true) {
+            self.idle()?;
             unload(&self.module)?;
         }
         load(&self.module, &self.saved)?;

@@ -21,7 +21,7 @@ use crate::host::available_memory;
 /// A session whose slowest twentieth answers are later than this is one too many.
 pub const LATEST: Duration = Duration::from_millis(60);
 /// Memory of a guest.
-const MEMORY: &str = "96M";
+const MEMORY: &str = "128M";
 /// Answers of each guest that count for a step.
 const ANSWERS: usize = 8;
 /// Guests at most: what an emulated host can bear in minutes.
