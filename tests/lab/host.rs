@@ -8,6 +8,7 @@ use balloon::units::Bytes;
 use crate::artifacts;
 use crate::emulator::{Emulator, INSIDE, kvm_device};
 use crate::kernels::{GuestImages, Kernel};
+use crate::qemu::qemu_with_libraries;
 
 /// A wait gives up after this many times what it usually takes.
 const PATIENCE: u32 = 10;
@@ -57,6 +58,17 @@ impl Host {
     /// A kernel that guests of the test boot.
     pub fn guest(mut self, kernel: Kernel) -> Self {
         self.emulator.guests.push(kernel);
+        self
+    }
+
+    /// Puts this machine's QEMU into the emulated host, for VMs beside ballast's.
+    ///
+    /// # Panics
+    /// Where it is not installed.
+    pub fn qemu(mut self) -> Self {
+        if !inside() {
+            self.emulator.files.extend(qemu_with_libraries().expect("QEMU is installed"));
+        }
         self
     }
 
