@@ -10,6 +10,9 @@ mod complaint;
 mod config;
 mod history;
 mod metrics;
+mod notify;
+mod reload;
+mod reservation;
 mod roster;
 mod rounds;
 mod server;
@@ -25,20 +28,25 @@ use std::path::{Path, PathBuf};
 
 use balloon::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::info;
 
-pub use self::config::{Config, ConfigError, Foreign, LONGEST_INTERVAL, SHORTEST_INTERVAL, Sockets};
+pub use self::config::{
+    Config, ConfigError, DEFAULT_FILE, Foreign, LONGEST_INTERVAL, Mistake, SHORTEST_INTERVAL, Sockets,
+};
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
+pub use self::reservation::{ReservationView, Wanted};
 pub use self::state::{HostView, MemoryView, State, VmView};
 
+use self::reload::Reread;
 use self::rounds::Daemon;
 use self::server::Api;
 use self::state::Shared;
-use crate::host::{HostError, HostMemory};
+use crate::host::{HostError, HostReader};
 
 /// The daemon's own place in the runtime directory, which no VM's socket can be.
 const OWN_DIRECTORY: &str = "balancer";
@@ -111,14 +119,36 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
 /// # Errors
 /// See [`DaemonError`]; all of them before the first round.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), DaemonError> {
+    start(config, None, shutdown).await
+}
+
+/// As [`run`], with settings that are read anew by `reread` at each SIGHUP. What can't be
+/// taken over is said, and changes nothing.
+///
+/// # Errors
+/// See [`DaemonError`]; all of them before the first round.
+pub async fn run_with(
+    config: Config,
+    reread: impl FnMut() -> Result<Config, ConfigError> + Send + 'static,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), DaemonError> {
+    start(config, Some(Box::new(reread)), shutdown).await
+}
+
+async fn start(
+    config: Config,
+    reread: Option<Reread>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), DaemonError> {
     config.validate()?;
+    allow_connections();
     let directory = prepare(&config)?;
     let lock = lock(&directory)?;
-    let host = HostMemory::read(&config.meminfo)?;
+    let host = HostReader::new(&config.sources).memory()?;
     let shared = Shared::default();
     let (commands, asked) = mpsc::channel(COMMANDS);
     let mut servers = serve(&config, &directory, &Api { shared: shared.clone(), commands }).await?;
-    let mut daemon = Daemon::new(&config, directory, host, shared, asked);
+    let mut daemon = Daemon::new(config, directory, host, shared, asked, reread);
     daemon.introduce();
 
     tokio::pin!(shutdown);
@@ -126,11 +156,22 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         () = &mut shutdown => {}
         () = daemon.balance() => {}
     }
+    daemon.say_stopping();
     servers.abort_all();
     let _ = fs::remove_file(socket_in(daemon.directory()));
     drop(lock);
     info!("stopped; every VM keeps the memory it has");
     Ok(())
+}
+
+/// Each VM is one connection: takes as many as the hard limit allows, for which 1024, the usual
+/// soft limit, is too few.
+fn allow_connections() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // Without it some VMs are not answered, which is said for each.
+    if current != maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
 }
 
 /// Makes the directories.

@@ -1,13 +1,75 @@
 //! The host's memory: what there is, and how much of it VMs may hold.
 
+pub mod cgroup;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use balloon::units::Bytes;
 
+use self::cgroup::{Groups, Room};
+use crate::policy::Pressure;
+
 /// Where Linux tells about memory.
 pub const MEMINFO: &str = "/proc/meminfo";
+
+/// Where the host's memory is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// `/proc/meminfo`.
+    pub meminfo: PathBuf,
+    /// `/proc/pressure/memory`; kernels without PSI have none.
+    pub pressure: PathBuf,
+    /// `/proc/self/cgroup`: which control groups this process is in.
+    pub own_groups: PathBuf,
+    /// Where control groups are mounted.
+    pub groups: PathBuf,
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self {
+            meminfo: MEMINFO.into(),
+            pressure: "/proc/pressure/memory".into(),
+            own_groups: "/proc/self/cgroup".into(),
+            groups: "/sys/fs/cgroup".into(),
+        }
+    }
+}
+
+/// What is read of the host before each round.
+#[derive(Clone, Debug)]
+pub struct HostReader {
+    sources: Sources,
+    groups: Groups,
+}
+
+impl HostReader {
+    /// Finds out which control groups count; they don't change while a process lives.
+    pub fn new(sources: &Sources) -> Self {
+        let groups = Groups::of(&sources.own_groups, &sources.groups);
+        Self { sources: sources.clone(), groups }
+    }
+
+    /// The host's memory now.
+    ///
+    /// # Errors
+    /// See [`HostError`].
+    pub fn memory(&self) -> Result<HostMemory, HostError> {
+        let memory = HostMemory::read(&self.sources.meminfo)?;
+        Ok(HostMemory { room: self.groups.room(), ..memory })
+    }
+
+    /// How much of the last ten seconds some task on the host waited for memory, where the
+    /// kernel tells (Documentation/accounting/psi.rst).
+    pub fn pressure(&self) -> Option<Pressure> {
+        let text = fs::read_to_string(&self.sources.pressure).ok()?;
+        let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
+        let percent = some.split(' ').find_map(|field| field.strip_prefix("avg10="))?.parse().ok()?;
+        Some(Pressure::percent(percent))
+    }
+}
 
 /// What a host keeps for itself where nobody says otherwise.
 pub const DEFAULT_RESERVE: Bytes = Bytes::mib(512);
@@ -44,6 +106,10 @@ pub struct HostMemory {
     pub total: Bytes,
     /// `MemAvailable`: what could be had without swapping.
     pub available: Bytes,
+    /// `SwapFree`: what could still be swapped out, where the kernel tells.
+    pub swap: Option<Bytes>,
+    /// What the control groups leave to VMs, where one of them has a limit.
+    pub room: Option<Room>,
 }
 
 impl HostMemory {
@@ -63,7 +129,12 @@ impl HostMemory {
                 .map(Bytes)
                 .ok_or_else(|| HostError::Field { path: path.to_owned(), field })
         };
-        Ok(Self { total: field("MemTotal")?, available: field("MemAvailable")? })
+        Ok(Self {
+            total: field("MemTotal")?,
+            available: field("MemAvailable")?,
+            swap: field("SwapFree").ok(),
+            room: None,
+        })
     }
 }
 
@@ -94,7 +165,11 @@ impl Budget {
             Self::AllBut { reserve, held } => {
                 let whole = host.total.saturating_sub(*reserve);
                 let left = resident.saturating_add(host.available).saturating_sub(*reserve);
-                let budget = whole.min(left);
+                let mut budget = whole.min(left);
+                // The reserve is the host's; a control group's limit leaves that alone already.
+                if let Some(Room { limit, free }) = host.room {
+                    budget = budget.min(limit).min(resident.saturating_add(free));
+                }
                 let moved = held.map_or(Bytes(u64::MAX), |held| Bytes(held.0.abs_diff(budget.0)));
                 if moved >= BUDGET_STEP {
                     *held = Some(budget);
@@ -122,9 +197,23 @@ mod tests {
     }
 
     #[test]
+    fn pressure_is_read_where_there_is_some() {
+        let pressure = |text: &str| {
+            let file = file(text);
+            let sources = Sources { pressure: file.path().to_owned(), ..Sources::default() };
+            HostReader::new(&sources).pressure()
+        };
+        let text = "some avg10=12.34 avg60=1.00 avg300=0.00 total=5\nfull avg10=9.00 avg60=0.00 avg300=0.00 total=1\n";
+        assert_eq!(pressure(text), Some(Pressure::percent(12.34)));
+        for text in ["", "some avg10=x", "full avg10=1.00", "some total=1"] {
+            assert_eq!(pressure(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
     fn says_what_is_missing() {
         let good = file("MemTotal:  2048 kB\nMemFree: 7 kB\nMemAvailable:\t 1024 kB\n");
-        let memory = HostMemory { total: Bytes::mib(2), available: Bytes::mib(1) };
+        let memory = HostMemory { total: Bytes::mib(2), available: Bytes::mib(1), swap: None, room: None };
         assert_eq!(HostMemory::read(good.path()).unwrap(), memory);
         for text in
             ["", "MemTotal: 1 kB\n", "MemTotal: x kB\nMemAvailable: 1 kB\n", "MemTotal: 99999999999999999 kB"]
@@ -138,11 +227,16 @@ mod tests {
     #[test]
     fn the_budget_leaves_other_programs_theirs_and_does_not_wobble() {
         let mut budget = Budget::all_but(Bytes::gib(1));
-        let host = |available| HostMemory { total: Bytes::gib(8), available };
+        let host = |available| HostMemory { total: Bytes::gib(8), available, swap: None, room: None };
         assert_eq!(budget.now(host(Bytes::gib(8)), Bytes::ZERO), Bytes::gib(7));
         assert_eq!(budget.now(host(Bytes::mib(5 * 1024 - 30)), Bytes::gib(3)), Bytes::gib(7));
         assert_eq!(budget.now(host(Bytes::gib(2)), Bytes::gib(3)), Bytes::gib(4));
         assert_eq!(budget.now(host(Bytes::mib(2 * 1024 + 20)), Bytes::gib(3)), Bytes::gib(4));
+        let room = Some(Room { limit: Bytes::gib(6), free: Bytes::gib(1) });
+        let mut limited = Budget::all_but(Bytes::gib(1));
+        let host_with_room = HostMemory { room, ..host(Bytes::gib(8)) };
+        assert_eq!(limited.now(host_with_room, Bytes::gib(2)), Bytes::gib(3), "what the slice has left");
+        assert_eq!(limited.now(host_with_room, Bytes::gib(7)), Bytes::gib(6), "never more than its limit");
         assert_eq!(Budget::Fixed(Bytes::gib(2)).now(host(Bytes::ZERO), Bytes::ZERO), Bytes::gib(2));
     }
 }

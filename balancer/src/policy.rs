@@ -298,6 +298,11 @@ impl Policy {
         Self { settings, ..Self::default() }
     }
 
+    /// Goes on with other settings; what is remembered stays.
+    pub fn set_settings(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
     /// Decides on new targets for `vms`, at `now` (since any fixed moment, never going back).
     ///
     /// Fills `decisions` with at most one for each VM and does not change `said`:

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use balancer::daemon::client::{self, Error};
-use balancer::daemon::{self, Config, Fate};
+use balancer::daemon::{self, Config, Fate, Wanted};
+use balloon::limits::Limits;
 use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use serde_json::{Value, json};
@@ -136,6 +137,14 @@ async fn every_answer_is_as_described() {
         ("GET", "/vms/bad/why", "/vms/{name}/why", "", 200),
         ("GET", "/vms/nobody/why", "/vms/{name}/why", "", 404),
         ("GET", "/metrics", "/metrics", "", 200),
+        ("POST", "/reservations", "/reservations", "{}", 400),
+        ("POST", "/reservations", "/reservations", &reservation("../x", "64M"), 400),
+        ("POST", "/reservations", "/reservations", &reservation("web", "64M"), 409),
+        ("POST", "/reservations", "/reservations", &reservation("big", "1G"), 409),
+        ("POST", "/reservations", "/reservations", &reservation("new", "64M"), 201),
+        ("GET", "/state", "/state", "", 200),
+        ("DELETE", "/reservations/new", "/reservations/{name}", "", 204),
+        ("DELETE", "/reservations/new", "/reservations/{name}", "", 404),
         ("PUT", "/vms/web/limits", "/vms/{name}/limits", "", 400),
         ("PUT", "/vms/web/limits", "/vms/{name}/limits", r#"{"startup":1,"min":2,"max":3}"#, 400),
         ("PUT", "/vms/nobody/limits", "/vms/{name}/limits", FIXED, 404),
@@ -152,6 +161,74 @@ async fn every_answer_is_as_described() {
 }
 
 const FIXED: &str = r#"{"startup":268435456,"min":134217728,"max":268435456}"#;
+
+fn reservation(name: &str, limits: &str) -> String {
+    let limits: Limits = limits.parse().unwrap();
+    json!({ "name": name, "limits": limits, "wait_ms": 60_000 }).to_string()
+}
+
+fn wanted(name: &str, limits: &str) -> Wanted {
+    serde_json::from_str(&reservation(name, limits)).unwrap()
+}
+
+#[tokio::test]
+async fn room_for_a_new_vm_is_taken_from_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let old = FakeVm::start(path, "old", "900M,min=256M,max=1G", Bytes::mib(200));
+    let _daemon = start(path);
+    let mut client = client(path);
+    while client.state().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let view = client.reserve(&wanted("new", "512M")).await.unwrap();
+    assert!(view.granted == view.size && view.size > Bytes::mib(512), "{view:?}");
+    assert!(old.state().memory.actual + view.size <= Bytes::gib(1), "the other gave way first");
+    let state = client.state().await.unwrap();
+    assert_eq!(state.reservations.len(), 1);
+    assert!(state.host.charged >= view.size && state.host.over == Bytes::ZERO);
+    // Neither grows into it.
+    old.state().used = Bytes::mib(900);
+    let rounds = state.rounds;
+    while client.state().await.unwrap().rounds < rounds + 5 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(target(&old) + view.size <= Bytes::gib(1));
+    }
+    // It becomes the VM's own, and what its VMM does not need goes to others.
+    let new = FakeVm::start(path, "new", "512M", Bytes::mib(400));
+    while !client.state().await.unwrap().reservations.is_empty() {
+        assert!(target(&old) + view.size <= Bytes::gib(1));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(target(&old) + target(&new) <= Bytes::gib(1));
+}
+
+#[tokio::test]
+async fn a_client_that_goes_gives_its_room_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    // It fits by its min, and never gives anything up.
+    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
+    stubborn.state().follows = false;
+    let _daemon = start(path);
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    let waiting = {
+        let path = path.to_owned();
+        tokio::spawn(async move { client(&path).reserve(&wanted("new", "512M")).await.map(drop) })
+    };
+    let reserved = || async { client(path).state().await.unwrap().reservations.len() };
+    until("it waits", || async { reserved().await == 1 }).await;
+    waiting.abort();
+    until("nobody waits", || async { reserved().await == 0 }).await;
+    let brief = Wanted { wait_ms: Some(200), ..wanted("new", "512M") };
+    let error = client(path).reserve(&brief).await.unwrap_err().to_string();
+    assert!(error.contains("not room enough"), "{error}");
+}
+
+fn target(vm: &FakeVm) -> Bytes {
+    vm.state().memory.target
+}
 
 #[tokio::test]
 async fn what_is_not_served_gets_a_sentence() {

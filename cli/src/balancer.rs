@@ -1,32 +1,37 @@
 //! `ballast balancer`.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ::balancer::daemon::{self, Config, DaemonError};
+use ::balancer::daemon::{self, Config, ConfigError, DEFAULT_FILE, DaemonError};
 use balloon::units::Bytes;
 
 use crate::failure::Failure;
-use crate::{client, duration};
+use crate::{client, duration, output};
 
 /// Move memory between this host's VMs, by what their guests need
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 #[command(after_help = "\
 It finds VMs by their sockets, those that come later too, and moves the memory of those whose
---memory has min or max. Each change is one line in the log, with its reason. It keeps nothing:
-stop it, kill it, start it again at any time; VMs keep what they have meanwhile.
+--memory has min or max. Each change is one line in the log, with its reason; `ballast why VM` has
+the last ones. It keeps nothing: stop it, kill it, start it again at any time; VMs keep what they
+have meanwhile. SIGHUP reads the settings anew; where they are wrong, those before stay.
 
 Examples:
   ballast balancer
   ballast balancer --host-reserve 4G --metrics 127.0.0.1:9090
   ballast balancer --budget 2G --interval 500ms
+  ballast balancer --check balancer.toml
 
-The file that --config names is TOML; what is given here goes before it:
+Settings are TOML, in the file that --config names or else in /etc/ballast/balancer.toml where that
+exists; what is given here goes before them:
   budget = \"2G\"
   host_reserve = \"512M\"
   interval = \"1s\"
   metrics = \"127.0.0.1:9090\"
+  [policy]
+  pool_percent = 3
 
 VMs of other VMMs (qemu, firecracker, cloud-hypervisor) are named there too, by their sockets:
   [[vms]]
@@ -34,9 +39,12 @@ VMs of other VMMs (qemu, firecracker, cloud-hypervisor) are named there too, by 
   sockets = \"/run/qemu/*.qmp\"
   memory = \"1G,min=256M\"")]
 pub struct Args {
-    /// Read settings from this file
+    /// Read settings from this file [default: /etc/ballast/balancer.toml, if there is one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Say everything that is wrong with a settings file, and end
+    #[arg(long, value_name = "FILE", num_args = 0..=1, exclusive = true)]
+    check: Option<Option<PathBuf>>,
     /// What the host keeps for itself and other programs [default: 512M]
     #[arg(long, value_name = "SIZE", conflicts_with = "budget")]
     host_reserve: Option<Bytes>,
@@ -52,8 +60,11 @@ pub struct Args {
 }
 
 impl Args {
-    fn config(&self) -> Result<Config, DaemonError> {
-        let mut config = self.config.as_deref().map(Config::read).transpose()?.unwrap_or_default();
+    /// The settings with what the command line says on top; read anew each time.
+    fn config(&self) -> Result<Config, ConfigError> {
+        let default = Path::new(DEFAULT_FILE);
+        let file = self.config.as_deref().or_else(|| default.exists().then_some(default));
+        let mut config = file.map(Config::read).transpose()?.unwrap_or_default();
         if let Some(reserve) = self.host_reserve {
             // A reserve that is asked for here goes before a budget from the file.
             (config.host_reserve, config.budget) = (reserve, None);
@@ -66,9 +77,19 @@ impl Args {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let config = args.config()?;
+    if let Some(file) = &args.check {
+        return check(file.as_deref().unwrap_or(Path::new(DEFAULT_FILE)));
+    }
+    let config = args.config().map_err(DaemonError::from)?;
+    let args = args.clone();
     client::block_on(async {
         let stop = daemon::stop_signal().map_err(Failure::new)?;
-        Ok(daemon::run(config, stop).await?)
+        Ok(daemon::run_with(config, move || args.config(), stop).await?)
     })
+}
+
+fn check(file: &Path) -> Result<(), Failure> {
+    let config = Config::read(file).map_err(DaemonError::from)?;
+    config.validate().map_err(DaemonError::from)?;
+    output::text(&format!("{} is in order\n", file.display()))
 }

@@ -16,6 +16,7 @@ mod pause;
 mod ps;
 mod record;
 mod resume;
+mod room;
 mod roster;
 mod run;
 mod sim;

@@ -14,12 +14,16 @@ use vmm::machine::Machine;
 use crate::duration;
 use crate::failure::Failure;
 use crate::output;
+use crate::room;
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
 #[command(after_help = "\
 The console is on standard output and input; Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends a Ctrl-A.
 All else is on standard error.
+
+Where a balancer runs for this user, it is asked for room first: it takes memory from other VMs, or
+refuses with the numbers if even that would not do. Without one the VM starts all the same.
 
 Examples:
   ballast run --kernel vmlinuz --initrd initrd.img --memory 512M
@@ -90,6 +94,9 @@ pub struct Args {
     /// Don't give the guest a port on which ballast-agent can call for memory
     #[arg(long)]
     no_agent: bool,
+    /// Start without asking the balancer for room
+    #[arg(long)]
+    no_balancer: bool,
     /// Don't listen on a socket: nobody can look at this VM or steer it
     #[arg(long)]
     no_api: bool,
@@ -148,8 +155,15 @@ impl Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    // Without a socket no balancer ever sees it.
+    let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
-    let machine = Machine::new(config)?;
+    let room = if asks { room::reserve(config.name.as_str(), config.limits)? } else { None };
+    let machine = Machine::new(config).inspect_err(|_| {
+        if let Some(room) = room {
+            room.give_back();
+        }
+    })?;
     give_back_heap();
     let exit = machine.run()?;
     output::say(&exit);

@@ -8,6 +8,7 @@ use hyper::Method;
 use serde::Deserialize;
 
 use super::history::{Decisions, Why};
+use super::reservation::{ReservationView, Wanted};
 use super::{State, socket_in};
 use crate::driver::http::Http;
 use crate::driver::{self, Kind};
@@ -110,5 +111,21 @@ impl Client {
     /// [`Error::Refused`] with the VM's own sentence; else see [`Error`].
     pub async fn set_limits(&mut self, vm: &str, limits: Limits) -> Result<(), Error> {
         Ok(self.http.send(Method::PUT, &format!("/vms/{vm}/limits"), &limits).await?)
+    }
+
+    /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
+    pub async fn reserve(&mut self, wanted: &Wanted) -> Result<ReservationView, Error> {
+        Ok(self.http.ask("/reservations", wanted).await?)
+    }
+
+    /// `DELETE /reservations/NAME`: the VM does not start after all.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where nothing is reserved for it; else see [`Error`].
+    pub async fn release(&mut self, vm: &str) -> Result<(), Error> {
+        Ok(self.http.send(Method::DELETE, &format!("/reservations/{vm}"), &()).await?)
     }
 }

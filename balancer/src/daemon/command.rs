@@ -1,8 +1,10 @@
 //! What clients of the daemon's socket ask the rounds to do.
 
 use balloon::limits::Limits;
+use balloon::units::Bytes;
 use tokio::sync::oneshot;
 
+use super::reservation::{ReservationView, Wanted};
 use crate::driver::Error;
 
 /// Why something that was asked for was not done.
@@ -33,6 +35,47 @@ pub enum Refusal {
     /// The VM is being asked for something else.
     #[error("{0} still owes the answer to an earlier request: try again in a second")]
     Busy(String),
+    /// The VM can't start: even if all others gave what they can, it would not fit.
+    #[error(
+        "there is no room for `{name}`: it needs {size} to start, its VMM and page tables counted, and \
+         {kept} of the budget of {budget} can't be taken from others (the min of each, and all of those \
+         that can't be shrunk). Stop a VM, lower a min, or start with at most {left} instead of {startup}"
+    )]
+    NoRoom {
+        /// Which VM.
+        name: String,
+        /// What it needs.
+        size: Bytes,
+        /// What others keep.
+        kept: Bytes,
+        /// What there is.
+        budget: Bytes,
+        /// What its guest would start with.
+        startup: Bytes,
+        /// What its guest could start with.
+        left: Bytes,
+    },
+    /// Others were too slow to make room, or nobody waits any more.
+    #[error(
+        "there is not room enough for `{name}` yet: {granted} of {size}. Others give way slowly; try again"
+    )]
+    NotInTime {
+        /// Which VM.
+        name: String,
+        /// What there was.
+        granted: Bytes,
+        /// What it needs.
+        size: Bytes,
+    },
+    /// A VM of this name runs.
+    #[error("a VM `{0}` runs already")]
+    RunsAlready(String),
+    /// There is nothing to give back.
+    #[error("nothing is reserved for `{0}`")]
+    NoReservation(String),
+    /// Somebody reserves without end.
+    #[error("too many reservations are held already")]
+    TooManyReservations,
     /// The daemon is about to end.
     #[error("the balancer is stopping")]
     Stopping,
@@ -57,6 +100,20 @@ pub enum Command {
         /// Its limits from then on.
         limits: Limits,
         /// Told when the VM has taken or refused them.
+        answer: oneshot::Sender<Result<(), Refusal>>,
+    },
+    /// Make room for a VM that is about to start.
+    Reserve {
+        /// What for.
+        wanted: Wanted,
+        /// Told when there is room, or that there will be none.
+        answer: oneshot::Sender<Result<ReservationView, Refusal>>,
+    },
+    /// A VM that was about to start does not.
+    Release {
+        /// Which.
+        name: String,
+        /// Told at once.
         answer: oneshot::Sender<Result<(), Refusal>>,
     },
 }

@@ -1,7 +1,9 @@
 //! How the daemon is set up: a TOML file, and what the command line says on top.
 
 mod foreign;
+mod mistakes;
 
+use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
@@ -12,14 +14,18 @@ use balloon::units::Bytes;
 use serde::{Deserialize, Deserializer, de};
 
 pub use self::foreign::{Foreign, Sockets};
-
-use crate::host::{self, Budget};
+pub use self::mistakes::Mistake;
+use crate::host::{self, Budget, Sources};
+use crate::policy::Settings;
 
 /// The shortest time between two rounds.
 pub const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The longest time between two rounds: a guest in need waits that long.
 pub const LONGEST_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The file that is read where nobody names another.
+pub const DEFAULT_FILE: &str = "/etc/ballast/balancer.toml";
 
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,13 +38,13 @@ pub enum ConfigError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It is not TOML, or a key or value is unknown; the sentence has line and column.
-    #[error("in the configuration {}: {error}", .path.display())]
-    Parse {
+    /// It is not TOML, or keys or values are not what belongs there.
+    #[error("the configuration is wrong:{}", list(.path, .mistakes))]
+    Wrong {
         /// Which file.
         path: PathBuf,
-        /// Where and what.
-        error: toml::de::Error,
+        /// Everything that is wrong.
+        mistakes: Vec<Mistake>,
     },
     /// The interval is out of range.
     #[error(
@@ -51,13 +57,26 @@ pub enum ConfigError {
     NoBudget,
 }
 
+fn list(path: &Path, mistakes: &[Mistake]) -> String {
+    mistakes.iter().fold(String::new(), |mut text, mistake| {
+        // Writing to a String does not fail.
+        let _ = write!(text, "\n  {}, {mistake}", path.display());
+        text
+    })
+}
+
 /// Everything that can be set. Every field has a default; a key that is none of these is an error.
+///
+/// `resources/balancer.toml` is an example with all of them, and
+/// `resources/balancer.schema.json` describes them to editors.
 ///
 /// ```toml
 /// budget = "2G"           # what all VMs together may hold; without it, all but host_reserve
 /// host_reserve = "512M"   # what the host keeps
 /// interval = "1s"         # between two rounds
 /// metrics = "127.0.0.1:9090"
+/// [policy]
+/// pool_percent = 3
 ///
 /// [[vms]]                 # VMs of another VMM
 /// driver = "qemu"
@@ -70,21 +89,24 @@ pub struct Config {
     /// Where the VMs' sockets are; `None` is [`balloon::runtime::directory`].
     pub directory: Option<PathBuf>,
     /// What all VMs together may hold; `None` is all of the host but [`Config::host_reserve`].
-    #[serde(deserialize_with = "optional_size")]
+    #[serde(deserialize_with = "budget")]
     pub budget: Option<Bytes>,
     /// What the host keeps for itself and other programs; no effect with [`Config::budget`].
     #[serde(deserialize_with = "size")]
     pub host_reserve: Bytes,
     /// The time between two rounds.
-    #[serde(deserialize_with = "time")]
+    #[serde(deserialize_with = "interval")]
     pub interval: Duration,
     /// Where Prometheus may fetch `/metrics` over TCP, besides the daemon's own socket.
     pub metrics: Option<SocketAddr>,
+    /// The law's constants.
+    #[serde(deserialize_with = "policy")]
+    pub policy: Settings,
     /// VMs of other VMMs, and where they are spoken to.
     pub vms: Vec<Foreign>,
-    /// Where the host's memory is read; another file only in tests.
+    /// Where the host's memory is read; other files only in tests.
     #[serde(skip)]
-    pub meminfo: PathBuf,
+    pub sources: Sources,
 }
 
 impl Default for Config {
@@ -96,7 +118,8 @@ impl Default for Config {
             interval: Duration::from_secs(1),
             metrics: None,
             vms: Vec::new(),
-            meminfo: PathBuf::from(host::MEMINFO),
+            policy: Settings::default(),
+            sources: Sources::default(),
         }
     }
 }
@@ -105,11 +128,11 @@ impl Config {
     /// Reads a file. Check the result with [`Config::validate`] once the command line is in it.
     ///
     /// # Errors
-    /// [`ConfigError::Read`] or [`ConfigError::Parse`].
+    /// [`ConfigError::Read`] or [`ConfigError::Wrong`] with every mistake.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text =
             fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|error| ConfigError::Parse { path: path.to_owned(), error })
+        mistakes::read(&text).map_err(|mistakes| ConfigError::Wrong { path: path.to_owned(), mistakes })
     }
 
     /// Whether these settings make sense.
@@ -130,26 +153,37 @@ impl Config {
     pub fn to_budget(&self) -> Budget {
         self.budget.map_or(Budget::all_but(self.host_reserve), Budget::Fixed)
     }
+
+    /// The law's constants at the pace that is set.
+    pub fn to_settings(&self) -> Settings {
+        Settings { tick: self.interval, ..self.policy }
+    }
 }
 
 fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Bytes, D::Error> {
     String::deserialize(from)?.parse().map_err(de::Error::custom)
 }
 
-fn optional_size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Bytes>, D::Error> {
-    size(from).map(Some)
+fn budget<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Bytes>, D::Error> {
+    match size(from)? {
+        Bytes::ZERO => Err(de::Error::custom(ConfigError::NoBudget)),
+        budget => Ok(Some(budget)),
+    }
 }
 
-fn time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+fn interval<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let number: u64 = number.parse().map_err(|_| wrong_time(&text))?;
-    match unit {
-        "ms" => Ok(Duration::from_millis(number)),
-        "s" => Ok(Duration::from_secs(number)),
-        _ => Err(wrong_time(&text)),
-    }
+    let interval = match unit {
+        "ms" => Duration::from_millis(number),
+        "s" => Duration::from_secs(number),
+        _ => return Err(wrong_time(&text)),
+    };
+    let config = Config { interval, ..Config::default() };
+    config.validate().map_err(de::Error::custom)?;
+    Ok(interval)
 }
 
 fn wrong_time<E: de::Error>(text: &str) -> E {
@@ -158,8 +192,16 @@ fn wrong_time<E: de::Error>(text: &str) -> E {
     ))
 }
 
+fn policy<'de, D: Deserializer<'de>>(from: D) -> Result<Settings, D::Error> {
+    mistakes::checked(from, Settings::validate)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn read(text: &str) -> Result<Config, ConfigError> {
@@ -179,6 +221,7 @@ mod tests {
             host_reserve = "1G"
             interval = "250ms"
             metrics = "127.0.0.1:9090"
+            policy.pool_percent = 5
         "#;
         let expected = Config {
             directory: Some("/run/vms".into()),
@@ -186,26 +229,106 @@ mod tests {
             host_reserve: Bytes::gib(1),
             interval: Duration::from_millis(250),
             metrics: Some("127.0.0.1:9090".parse().unwrap()),
+            policy: Settings { pool_percent: 5, ..Settings::default() },
             ..Config::default()
         };
         assert_eq!(read(text).unwrap(), expected);
+        assert_eq!(expected.to_settings().tick, Duration::from_millis(250));
     }
 
     #[test]
     fn what_is_wrong_is_named_with_its_place() {
         for (text, word) in [
-            ("bugdet = \"2G\"", "bugdet"),
-            ("budget = \"2X\"", "not a unit"),
+            ("bugdet = \"2G\"", "line 1, column 1: bugdet: unknown field"),
+            ("\nbudget = \"2X\"", "line 2, column 10: budget: "),
             ("interval = \"soon\"", "not a time"),
             ("interval = \"1h\"", "not a time"),
-            ("interval = \"1ms\"", "between"),
+            ("interval = \"1ms\"", "interval: the interval of 1 ms is not between 50 ms and 60 s"),
             ("budget = \"0\"", "budget of 0"),
-            ("metrics = \"here\"", "metrics"),
-            ("= 1", "configuration"),
+            ("metrics = \"here\"", "metrics: "),
+            ("policy.pool_percent = 99", "pool_percent = 99 is out of range: 1 to 50"),
+            ("policy = 3", "policy: "),
+            ("= 1", "line 1"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");
         }
+        let all =
+            read("budget = 5\nintervall = \"1s\"\n[policy]\npool = 3\nrest_seconds = \"x\"").unwrap_err();
+        assert_eq!(all.to_string().lines().count(), 1 + 4, "{all}");
         assert!(Config::read(Path::new("/nowhere.toml")).unwrap_err().to_string().contains("/nowhere.toml"));
+    }
+
+    const EXAMPLE: &str = include_str!("../../../resources/balancer.toml");
+    const SCHEMA: &str = include_str!("../../../resources/balancer.schema.json");
+
+    /// The example with every line that is commented out.
+    fn whole_example() -> String {
+        EXAMPLE
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|l| !l.starts_with([' ', ':'])).unwrap_or(line))
+            .fold(String::new(), |text, line| text + line + "\n")
+    }
+
+    fn schema() -> jsonschema::Validator {
+        jsonschema::validator_for(&serde_json::from_str(SCHEMA).unwrap()).unwrap()
+    }
+
+    fn as_json(text: &str) -> Value {
+        toml::from_str::<Value>(text).unwrap()
+    }
+
+    #[test]
+    fn the_example_is_sound_and_has_every_setting_with_its_default() {
+        assert_eq!(read(EXAMPLE).unwrap(), Config::default(), "what is not commented out is the default");
+        let whole = whole_example();
+        read(&whole).unwrap();
+        let properties = |value: &Value, path: &str| -> BTreeSet<String> {
+            let table = if path.is_empty() { value } else { &value[path] };
+            table.as_object().unwrap().keys().cloned().collect()
+        };
+        let schema: Value = serde_json::from_str(SCHEMA).unwrap();
+        let example = as_json(&whole);
+        assert_eq!(properties(&example, ""), properties(&schema["properties"], ""));
+        let policy = serde_json::to_value(Settings::default()).unwrap();
+        assert_eq!(properties(&policy, ""), properties(&example, "policy"));
+        assert_eq!(properties(&policy, ""), properties(&schema["properties"]["policy"]["properties"], ""));
+    }
+
+    #[test]
+    fn the_schema_takes_what_the_types_take_and_refuses_what_they_refuse() {
+        let schema = schema();
+        assert!(schema.is_valid(&as_json(&whole_example())));
+        for key in as_json(&whole_example()).as_object().unwrap().keys() {
+            for wrong in [json!(true), json!(-1), json!([[]]), json!("~")] {
+                let mut value = json!({});
+                value[key] = wrong.clone();
+                if key == "directory" && wrong.is_string() {
+                    continue;
+                }
+                let text = toml::to_string(&value).unwrap();
+                assert!(read(&text).is_err() && !schema.is_valid(&value), "{text}");
+            }
+        }
+        for text in [
+            "what = 1",
+            "budget = \"0\"",
+            "budget = \"1X\"",
+            "interval = \"1h\"",
+            "[policy]\nwhat = 1",
+            "[[vms]]\ndriver = \"qemu\"",
+            "[[vms]]\ndriver = \"xen\"\nsockets = \"/x\"",
+            "[[vms]]\ndriver = \"qemu\"\nsockets = \"x\"",
+            "[policy]\npool_percent = 0",
+            "[policy]\npool_percent = 51",
+            "[policy]\nrest_seconds = 3601",
+        ] {
+            assert!(read(text).is_err() && !schema.is_valid(&as_json(text)), "{text}");
+        }
+        for text in
+            ["budget = \"1.5GiB\"", "interval = \"60s\"", "interval = \"50ms\"", "metrics = \"[::1]:9\""]
+        {
+            assert!(read(text).is_ok() && schema.is_valid(&as_json(text)), "{text}");
+        }
     }
 }

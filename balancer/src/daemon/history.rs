@@ -126,6 +126,9 @@ impl Record {
 struct Past {
     decisions: VecDeque<Record>,
     standings: VecDeque<(Instant, Standing)>,
+    /// Which way the target was last moved.
+    rose: Option<bool>,
+    reversals: u64,
 }
 
 /// The past of every VM.
@@ -140,6 +143,10 @@ impl History {
     pub fn decided(&mut self, vm: &str, reason: Reason, fate: Fate, complaint: Option<String>) {
         let record = Record { at: Instant::now(), vm: vm.to_owned(), fate, complaint, times: 1, reason };
         let past = self.of.entry(vm.to_owned()).or_default();
+        if record.fate == Fate::Taken && record.reason.new != record.reason.old {
+            let rises = record.reason.new > record.reason.old;
+            past.reversals += u64::from(past.rose.replace(rises).is_some_and(|rose| rose != rises));
+        }
         keep(&mut past.decisions, record.clone(), KEPT_OF_A_VM);
         keep(&mut self.all, record, KEPT_OF_ALL);
     }
@@ -158,6 +165,11 @@ impl History {
             let past = Past { standings: [(Instant::now(), standing)].into(), ..Past::default() };
             self.of.insert(vm.to_owned(), past);
         }
+    }
+
+    /// How often a VM's target was moved the other way than the time before.
+    pub fn reversals(&self, vm: &str) -> u64 {
+        self.of.get(vm).map_or(0, |past| past.reversals)
     }
 
     /// Forgets a VM that has gone. What all VMs share keeps its decisions for a while.
@@ -330,6 +342,23 @@ mod tests {
         assert_eq!(standings, [Standing::Stuck, Standing::Following, Standing::Booting]);
         history.forget("web");
         assert!(history.why(&view("web")).standings.is_empty());
+    }
+
+    #[test]
+    fn a_reversal_is_a_move_the_other_way_that_was_made() {
+        let mut history = History::default();
+        for (old, new, fate) in [
+            (1, 2, Fate::Taken),
+            (2, 3, Fate::Taken),
+            (3, 2, Fate::Refused),
+            (3, 1, Fate::Taken),
+            (1, 0, Fate::Taken),
+            (0, 9, Fate::Taken),
+        ] {
+            history.decided("web", reason(old, new), fate, None);
+        }
+        assert_eq!(history.reversals("web"), 2);
+        assert_eq!(history.reversals("db"), 0);
     }
 
     #[test]

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::units::Bytes;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::calls::Switchboard;
@@ -16,16 +17,23 @@ use super::command::{Command, Refusal};
 use super::complaint::Complaint;
 use super::config::Config;
 use super::history::Fate;
+use super::notify::Notify;
+use super::reload::{Reread, reload};
+use super::reservation::{Ledger, Taken};
 use super::roster::{Roster, Watch};
 use super::slot::{Outcome, Slot};
 use super::state::{HostView, Shared, State};
 use crate::driver::{Driver, Error};
-use crate::host::{Budget, HostMemory};
+use crate::host::{Budget, HostMemory, HostReader};
+use crate::policy::guards::Standing;
 use crate::policy::reason::{Decision, Reason};
-use crate::policy::{Balance, Host, Policy, STALE_TICKS, Settings, Vm};
+use crate::policy::{Balance, DEADBAND, Host, Policy, Pressure, STALE_TICKS, Vm};
 
 /// The directory is read this often even where no change was told.
 const RESCAN: Duration = Duration::from_secs(10);
+
+/// How long a new daemon waits for the first answers of the VMs that it finds.
+const FIRST_ANSWERS: Duration = Duration::from_secs(3);
 
 /// Where the daemon's clock starts, so that a report of before its time has a moment too.
 const EPOCH: Duration = Duration::from_secs(24 * 3600);
@@ -41,11 +49,13 @@ const CHASE_FOR: Duration = Duration::from_secs(2);
 
 /// The daemon at work.
 pub struct Daemon {
+    config: Config,
     roster: Roster,
-    meminfo: PathBuf,
+    reader: HostReader,
     tick: Duration,
     began: Instant,
     budget: Budget,
+    budget_now: Bytes,
     host: HostMemory,
     policy: Policy,
     slots: BTreeMap<u64, Slot>,
@@ -58,29 +68,44 @@ pub struct Daemon {
     balance: Balance,
     over: Complaint,
     blind: Complaint,
+    /// Whether anything was ever decided.
+    decided: bool,
     rounds: u64,
     rounds_over_budget: u64,
     shared: Shared,
     commands: mpsc::Receiver<Command>,
+    reservations: Ledger,
+    /// Since when a guest has been short of what it wants.
+    waiting: BTreeMap<u64, Duration>,
+    pressure: Option<Pressure>,
+    notify: Notify,
+    reread: Option<Reread>,
 }
 
 impl Daemon {
     /// A daemon that has asked nobody yet.
     pub fn new(
-        config: &Config,
+        config: Config,
         directory: PathBuf,
         host: HostMemory,
         shared: Shared,
         commands: mpsc::Receiver<Command>,
+        reread: Option<Reread>,
     ) -> Self {
         Self {
             roster: Roster::new(directory, config.vms.clone()),
-            meminfo: config.meminfo.clone(),
+            reader: HostReader::new(&config.sources),
             tick: config.interval,
             began: Instant::now(),
             budget: config.to_budget(),
+            budget_now: Bytes::ZERO,
             host,
-            policy: Policy::new(Settings { tick: config.interval, ..Settings::default() }),
+            policy: Policy::new(config.to_settings()),
+            reservations: Ledger::default(),
+            waiting: BTreeMap::new(),
+            pressure: None,
+            notify: Notify::from_environment(),
+            reread,
             slots: BTreeMap::new(),
             next_id: 0,
             switchboard: Switchboard::default(),
@@ -91,10 +116,12 @@ impl Daemon {
             balance: Balance::default(),
             over: Complaint::default(),
             blind: Complaint::default(),
+            decided: false,
             rounds: 0,
             rounds_over_budget: 0,
             shared,
             commands,
+            config,
         }
     }
 
@@ -118,6 +145,26 @@ impl Daemon {
         if budget == Bytes::ZERO {
             warn!("the host's reserve leaves nothing to VMs: every VM will be shrunk as far as it goes");
         }
+        if let Some(room) = self.host.room
+            && budget > room.limit
+        {
+            warn!("the budget of {budget} is more than the {} that the control group allows", room.limit);
+        }
+        if let Some(watchdog) = self.notify.watchdog()
+            && watchdog < self.tick * 3
+        {
+            warn!(
+                "the service manager's watchdog of {} s is too short for rounds every {} ms: \
+                 set WatchdogSec to three intervals or more",
+                watchdog.as_secs(),
+                self.tick.as_millis()
+            );
+        }
+    }
+
+    /// Tells the service manager that this is the end.
+    pub fn say_stopping(&self) {
+        self.notify.stopping();
     }
 
     fn now(&self) -> Duration {
@@ -126,8 +173,8 @@ impl Daemon {
 
     /// Round after round, for ever.
     pub async fn balance(&mut self) {
-        let mut ticks = interval(self.tick);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = rhythm(self.tick);
+        let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
         let mut rescans = interval(RESCAN);
         let mut watch = None;
         loop {
@@ -148,28 +195,77 @@ impl Daemon {
                     watch = None;
                     self.rescan(true);
                 }
-                _ = ticks.tick() => self.round().await,
                 callers = self.switchboard.next() => self.answer(&callers).await,
                 () = due(self.chase) => self.answer(&BTreeSet::new()).await,
+                planned = ticks.tick() => {
+                    if planned.elapsed() > self.tick / 10 {
+                        self.shared.timings().late.inc();
+                    }
+                    self.round().await;
+                }
+                () = heard(&mut hangup) => {
+                    self.reload();
+                    (ticks, watch) = (rhythm(self.tick), None);
+                }
                 Some(done) = self.requests.join_next() => self.take(done),
-                Some(command) = self.commands.recv() => self.obey(command),
+                // Before the first decision nobody knows what there is.
+                Some(command) = self.commands.recv(), if self.decided => {
+                    if self.obey(command) {
+                        ticks.reset_immediately();
+                    }
+                }
             }
         }
     }
 
-    /// Begins what a client asked for.
-    fn obey(&mut self, command: Command) {
+    /// Takes other settings over, as whole as they are.
+    fn reload(&mut self) {
+        let Some(reread) = &mut self.reread else { return };
+        self.notify.reloading();
+        if let Some(config) = reload(&self.config, reread) {
+            self.tick = config.interval;
+            self.budget = config.to_budget();
+            self.policy.set_settings(config.to_settings());
+            if config.vms != self.config.vms {
+                self.roster = Roster::new(self.directory().to_owned(), config.vms.clone());
+                self.rescan(true);
+            }
+            self.config = config;
+            self.introduce();
+        }
+        self.notify.reloaded();
+    }
+
+    /// Begins what a client asked for. True where a round should follow at once.
+    fn obey(&mut self, command: Command) -> bool {
         match command {
+            Command::Reserve { wanted, answer } => {
+                if self.slots.values().any(|slot| slot.name == wanted.name && slot.vm.is_some()) {
+                    // Whoever asked may have hung up, here and below.
+                    let _ = answer.send(Err(Refusal::RunsAlready(wanted.name)));
+                    return false;
+                }
+                let by_vms = self.slots.values().map(Slot::floor).sum();
+                let taken = Taken { budget: self.budget_now, by_vms };
+                let id = self.next_id;
+                self.next_id += 1;
+                self.reservations.admit(id, self.now(), &wanted, taken, answer);
+                return true;
+            }
+            Command::Release { name, answer } => {
+                let released = self.reservations.release(&name);
+                let _ = answer.send(if released { Ok(()) } else { Err(Refusal::NoReservation(name)) });
+                return released;
+            }
             Command::SetLimits { vm, limits, answer } => {
                 let found = self.slots.iter_mut().find(|(_, slot)| slot.name == vm && !slot.gone);
-                // Whoever asked may have hung up, here and below.
                 let Some((&id, slot)) = found else {
                     let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
-                    return;
+                    return false;
                 };
                 let Some(mut driver) = slot.driver.take() else {
                     let _ = answer.send(Err(Refusal::Busy(vm)));
-                    return;
+                    return false;
                 };
                 self.requests.spawn(async move {
                     let result = driver.set_limits(limits).await;
@@ -181,6 +277,7 @@ impl Daemon {
                 });
             }
         }
+        false
     }
 
     /// Finds out who came and who went; with `revive`, tries those again that had ended.
@@ -195,13 +292,14 @@ impl Daemon {
             }
         };
         self.blind.end();
-        self.slots.retain(|_, slot| {
+        self.slots.retain(|&id, slot| {
             let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
             if !stays && slot.vm.is_some() {
                 info!(vm = slot.name, "{} has gone", slot.name);
             }
             if !stays {
                 self.shared.history().forget(&slot.name);
+                self.waiting.remove(&id);
             }
             stays
         });
@@ -225,14 +323,28 @@ impl Daemon {
 
     /// Asks, decides, tells. No VM can make it longer than the tick.
     async fn round(&mut self) {
+        let began = Instant::now();
         self.ask(|_, _| true);
         self.gather(self.tick / 2).await;
         self.read_host();
-        self.decide();
-        self.tell();
-        self.gather(self.tick / 4).await;
+        if self.knows_enough() {
+            let deciding = Instant::now();
+            self.decide();
+            self.shared.timings().policy.observe(deciding.elapsed().as_secs_f64());
+            self.tell();
+            self.gather(self.tick / 4).await;
+        }
         self.rounds += 1;
+        self.shared.timings().round.observe(began.elapsed().as_secs_f64());
         self.publish();
+        let (vms, Balance { charged, .. }, budget) = (self.slots.len(), self.balance, self.budget_now);
+        self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
+    }
+
+    /// Whether every VM that was there at the start has been heard. Before that, what one of
+    /// them holds would pass for free memory; but no VM can delay the others for long.
+    fn knows_enough(&self) -> bool {
+        self.decided || self.began.elapsed() >= FIRST_ANSWERS || self.slots.values().all(Slot::is_heard)
     }
 
     fn ask(&mut self, whom: impl Fn(u64, &Slot) -> bool) {
@@ -255,9 +367,11 @@ impl Daemon {
         self.ask(|id, slot| callers.contains(&id) || slot.moves());
         self.gather(HURRY).await;
         self.read_host();
-        self.decide();
-        self.tell();
-        self.gather(HURRY).await;
+        if self.knows_enough() {
+            self.decide();
+            self.tell();
+            self.gather(HURRY).await;
+        }
         self.publish();
         let now = Instant::now();
         let until = match self.chase {
@@ -285,12 +399,17 @@ impl Daemon {
         slot.driver = Some(driver);
         if let Outcome::Told(reason, result) = &outcome {
             remember(&self.shared, &slot.name, *reason, result);
+            let served = result.is_ok() && reason.new.saturating_add(DEADBAND) >= reason.demand;
+            if let Some(since) = served.then(|| self.waiting.remove(&id)).flatten() {
+                self.shared.timings().grant.observe(now.saturating_sub(since).as_secs_f64());
+            }
         }
         slot.take(now, outcome);
     }
 
     fn read_host(&mut self) {
-        match HostMemory::read(&self.meminfo) {
+        self.pressure = self.reader.pressure();
+        match self.reader.memory() {
             Ok(host) => self.host = host,
             Err(error) => {
                 if self.blind.is_due(self.now(), "meminfo") {
@@ -301,22 +420,39 @@ impl Daemon {
     }
 
     fn decide(&mut self) {
+        self.decided = true;
         let now = self.now();
         let patience = self.tick * STALE_TICKS;
+        let slots = &self.slots;
+        let has_come = |name: &str| slots.values().any(|slot| slot.name == name && slot.vm.is_some());
+        self.reservations.expire(now, has_come);
         self.vms.clear();
         self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience)));
         let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
         // What VMMs hold beside guest memory can be given to no guest.
         let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
         let budget = self.budget.now(self.host, resident.saturating_add(overhead));
-        let host = Host::of(budget.saturating_sub(overhead));
+        self.budget_now = budget.saturating_sub(overhead);
+        self.reservations.lend(&mut self.vms);
+        let host = Host { budget: self.budget_now, pressure: self.pressure, swap: self.host.swap };
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
         for vm in self.vms.drain(..) {
+            if self.reservations.settle(&vm) {
+                continue;
+            }
+            let waits =
+                vm.standing() == Standing::Following && vm.demand() > vm.said.target.saturating_add(DEADBAND);
+            if waits {
+                self.waiting.entry(vm.id).or_insert(now);
+            } else {
+                self.waiting.remove(&vm.id);
+            }
             if let Some(slot) = self.slots.get_mut(&vm.id) {
                 slot.settle(now, vm);
             }
         }
+        self.decisions.retain(|decision| !self.reservations.grant(now, decision));
         let Balance { charged, over, free, state, .. } = self.balance;
         if state != before {
             info!("the host goes from {before} to {state}: {free} of its {} for VMs is free", host.budget);
@@ -355,18 +491,19 @@ impl Daemon {
     }
 
     fn publish(&mut self) {
-        let HostMemory { total, available } = self.host;
+        let HostMemory { total, available, .. } = self.host;
         let Balance { charged, free, over, unserved, state } = self.balance;
         let host = HostView {
             total,
             available,
-            budget: charged.saturating_add(free).saturating_sub(over),
+            budget: self.budget_now,
             charged,
             free,
             over,
             unserved,
             state,
             rounds_over_budget: self.rounds_over_budget,
+            pressure_percent: self.pressure.map(Pressure::as_percent),
         };
         let mut vms: Vec<_> = self.slots.values().filter(|slot| !slot.gone).map(Slot::view).collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
@@ -375,7 +512,12 @@ impl Daemon {
             history.stands(&vm.name, vm.standing);
         }
         drop(history);
-        self.shared.set(State { rounds: self.rounds, host, vms });
+        self.shared.set(State {
+            rounds: self.rounds,
+            host,
+            vms,
+            reservations: self.reservations.views(self.now()),
+        });
     }
 }
 
@@ -403,6 +545,21 @@ struct Chase {
 async fn due(chase: Option<Chase>) {
     match chase {
         Some(chase) => tokio::time::sleep_until(chase.next).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Rounds at a steady pace; one that comes late is not made up for.
+fn rhythm(tick: Duration) -> Interval {
+    let mut ticks = interval(tick);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// The signal; never, where nobody waits for it.
+async fn heard(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
         None => std::future::pending().await,
     }
 }

@@ -1,21 +1,25 @@
 //! The daemon's own socket; `resources/balancer-openapi.yaml` says the same to the world.
 
+use std::path::Path;
+
 use axum::Json;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, State as Given};
+use axum::extract::{DefaultBodyLimit, Path as Named, State as Given};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
 use balloon::limits::Limits;
+use balloon::runtime;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
 
 use super::command::{Command, Refusal};
 use super::metrics;
+use super::reservation::Wanted;
 use super::state::Shared;
 
 /// The largest body that is read; the largest that makes sense has some hundred bytes.
@@ -40,11 +44,17 @@ pub struct Route {
 }
 
 /// Everything that the socket does.
-pub const ROUTES: [Route; 5] = [
+pub const ROUTES: [Route; 7] = [
     Route { method: MethodFilter::GET, path: "/state", handler: |method| on(method, state) },
     Route { method: MethodFilter::GET, path: "/decisions", handler: |method| on(method, decisions) },
     Route { method: MethodFilter::GET, path: "/vms/{name}/why", handler: |method| on(method, why) },
     Route { method: MethodFilter::PUT, path: "/vms/{name}/limits", handler: |method| on(method, set_limits) },
+    Route { method: MethodFilter::POST, path: "/reservations", handler: |method| on(method, reserve) },
+    Route {
+        method: MethodFilter::DELETE,
+        path: "/reservations/{name}",
+        handler: |method| on(method, release),
+    },
     Route { method: MethodFilter::GET, path: "/metrics", handler: |method| on(method, metrics) },
 ];
 
@@ -86,13 +96,17 @@ fn refuse(status: StatusCode, error: impl ToString) -> Response {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let status = match &self {
-            Self::NoSuchVm(_) => StatusCode::NOT_FOUND,
+            Self::NoSuchVm(_) | Self::NoReservation(_) => StatusCode::NOT_FOUND,
             // A VM's "no" is the client's mistake or a conflict; whatever else it says is its own trouble.
             Self::OfVm { status, .. } if status == "400" => StatusCode::BAD_REQUEST,
-            Self::OfVm { .. } | Self::Busy(_) => StatusCode::CONFLICT,
+            Self::OfVm { .. } | Self::Busy(_) | Self::NoRoom { .. } | Self::RunsAlready(_) => {
+                StatusCode::CONFLICT
+            }
             Self::Body { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_REQUEST),
             Self::NoAnswer(_) => StatusCode::BAD_GATEWAY,
-            Self::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotInTime { .. } | Self::TooManyReservations | Self::Stopping => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         };
         refuse(status, self)
     }
@@ -107,7 +121,7 @@ async fn decisions(Given(api): Given<Api>) -> Response {
     Json(decisions).into_response()
 }
 
-async fn why(Given(api): Given<Api>, Path(name): Path<String>) -> Response {
+async fn why(Given(api): Given<Api>, Named(name): Named<String>) -> Response {
     let state = api.shared.get();
     match state.vms.iter().find(|vm| vm.name == name) {
         Some(vm) => {
@@ -120,11 +134,25 @@ async fn why(Given(api): Given<Api>, Path(name): Path<String>) -> Response {
 
 async fn set_limits(
     Given(api): Given<Api>,
-    Path(vm): Path<String>,
+    Named(vm): Named<String>,
     body: Body,
 ) -> Result<StatusCode, Refusal> {
     let limits: Limits = read(body)?;
     ask(&api, |answer| Command::SetLimits { vm, limits, answer }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn reserve(Given(api): Given<Api>, body: Body) -> Result<Response, Refusal> {
+    let wanted: Wanted = read(body)?;
+    // The path of its socket is made of it.
+    runtime::socket_in(Path::new(""), &wanted.name)
+        .map_err(|error| Refusal::Body { status: 400, error: error.to_string() })?;
+    let view = ask(&api, |answer| Command::Reserve { wanted, answer }).await?;
+    Ok((StatusCode::CREATED, Json(view)).into_response())
+}
+
+async fn release(Given(api): Given<Api>, Named(name): Named<String>) -> Result<StatusCode, Refusal> {
+    ask(&api, |answer| Command::Release { name, answer }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -13,6 +13,10 @@ use crate::policy::guards::Standing;
 use crate::policy::reason::Reason;
 use crate::policy::{Said, Vm};
 
+/// A guest may say that it uses twice what the host holds for it and this much more before it
+/// is doubted: the two are not counted at the same moment, nor in the same way.
+const DOUBT: Bytes = Bytes::mib(256);
+
 /// What a VM was asked, and what came back.
 pub enum Outcome {
     /// How it stands.
@@ -47,6 +51,7 @@ pub struct Slot {
     heard: Option<(Duration, Bytes)>,
     trouble: Complaint,
     silence: Complaint,
+    doubt: Complaint,
     last_reason: Option<Reason>,
     grows: u64,
     shrinks: u64,
@@ -74,6 +79,7 @@ impl Slot {
             heard: None,
             trouble: Complaint::default(),
             silence: Complaint::default(),
+            doubt: Complaint::default(),
             last_reason: None,
             grows: 0,
             shrinks: 0,
@@ -223,7 +229,44 @@ impl Slot {
             },
             Some(_) => {}
         }
+        self.doubt_use(now, &vm);
         self.vm = Some(vm);
+    }
+
+    /// A guest has touched what it uses, so that the host holds it. One that says far more lies,
+    /// which costs others no more than its limits and its weight allow, and is said.
+    fn doubt_use(&mut self, now: Duration, vm: &Vm) {
+        let (name, held) = (&self.name, vm.said.host_rss);
+        let most = held.saturating_add(held).saturating_add(DOUBT);
+        match vm.used() {
+            Some(used) if held > Bytes::ZERO && used > most => {
+                if self.doubt.is_due(now, "use") {
+                    warn!(
+                        vm = name,
+                        "{name} says that it uses {used}, but the host holds {held} for it: \
+                         its reports are wrong, or its memory is swapped out"
+                    );
+                }
+            }
+            _ => drop(self.doubt.end()),
+        }
+    }
+
+    /// Whether it has answered in any way, be it with an error.
+    pub fn is_heard(&self) -> bool {
+        self.gone || self.errs || self.vm.is_some()
+    }
+
+    /// What it keeps whatever others need, as things stand.
+    pub fn floor(&self) -> Bytes {
+        self.vm.as_ref().map_or(Bytes::ZERO, |vm| match vm.standing() {
+            Standing::Following | Standing::Booting => vm.said.limits.min(),
+            Standing::Static
+            | Standing::NoDriver
+            | Standing::NotAnswering
+            | Standing::Stale
+            | Standing::Stuck => vm.charge(),
+        })
     }
 
     /// How it is shown.

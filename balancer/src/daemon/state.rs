@@ -7,6 +7,8 @@ use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::history::History;
+use super::metrics::Timings;
+use super::reservation::ReservationView;
 use crate::driver::Kind;
 use crate::policy::guards::Standing;
 use crate::policy::host_state::HostState;
@@ -21,6 +23,9 @@ pub struct State {
     pub host: HostView,
     /// The VMs, by name.
     pub vms: Vec<VmView>,
+    /// Room for VMs that are about to start, by name.
+    #[serde(default)]
+    pub reservations: Vec<ReservationView>,
 }
 
 /// The host's side.
@@ -44,6 +49,10 @@ pub struct HostView {
     pub state: HostState,
     /// Rounds in which VMs were charged more than the budget.
     pub rounds_over_budget: u64,
+    /// How much of the last ten seconds some task on the host waited for memory, in percent;
+    /// absent where the kernel does not tell.
+    #[serde(default)]
+    pub pressure_percent: Option<f64>,
 }
 
 /// One VM.
@@ -102,6 +111,7 @@ pub struct Shared(Arc<Inner>);
 struct Inner {
     state: Mutex<Arc<State>>,
     history: Mutex<History>,
+    timings: Timings,
 }
 
 impl Shared {
@@ -113,6 +123,11 @@ impl Shared {
     /// Puts a newer one in its place.
     pub fn set(&self, state: State) {
         *self.0.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+    }
+
+    /// How long things take.
+    pub fn timings(&self) -> &Timings {
+        &self.0.timings
     }
 
     /// The past. Don't hold it for long: rounds wait for it.

@@ -65,11 +65,37 @@ pub struct State {
     pub targets: Vec<Bytes>,
     /// Who waits for its events.
     listeners: Vec<UnboundedSender<EventKind>>,
+    /// How much of the way to its target the guest goes between two reports; all of it without.
+    pub pace: Option<Bytes>,
+    /// Where each change of what the VM may hold is written down.
+    pub journal: Option<Journal>,
+}
+
+/// What the VMs of one host may hold, after each change, as (VM, amount).
+#[derive(Clone, Default)]
+pub struct Journal(pub Arc<Mutex<Vec<(String, Bytes)>>>);
+
+impl Journal {
+    fn write(&self, vm: &str, amount: Bytes) {
+        self.0.lock().unwrap().push((vm.to_owned(), amount));
+    }
+
+    /// The largest sum that there ever was.
+    pub fn most(&self) -> Bytes {
+        let mut held = std::collections::BTreeMap::new();
+        let mut most = Bytes::ZERO;
+        for (vm, amount) in self.0.lock().unwrap().iter() {
+            held.insert(vm.clone(), *amount);
+            most = most.max(held.values().copied().sum());
+        }
+        most
+    }
 }
 
 /// A fake VM; gone when dropped.
 pub struct FakeVm {
     pub state: Arc<Mutex<State>>,
+    name: String,
     socket: PathBuf,
     task: JoinHandle<()>,
 }
@@ -101,18 +127,21 @@ impl FakeVm {
             connections: 0,
             targets: Vec::new(),
             listeners: Vec::new(),
+            pace: None,
+            journal: None,
         }));
         let socket = directory.join(format!("{name}.sock"));
         let listener = UnixListener::bind(&socket).unwrap();
         let shared = Arc::clone(&state);
         let vm_name = name.to_owned();
+        let name = name.to_owned();
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 shared.lock().unwrap().connections += 1;
                 tokio::spawn(serve(stream, Arc::clone(&shared), vm_name.clone()));
             }
         });
-        Self { state, socket, task }
+        Self { state, name, socket, task }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -122,12 +151,26 @@ impl FakeVm {
     pub fn socket(&self) -> &Path {
         &self.socket
     }
+
+    /// Ends as by `kill -9`: its socket stays behind.
+    pub fn kill(self) {
+        self.end();
+        std::mem::forget(self);
+    }
+
+    fn end(&self) {
+        self.task.abort();
+        let mut state = self.state();
+        state.manner = Manner::DiesMidAnswer;
+        if let Some(journal) = state.journal.take() {
+            journal.write(&self.name, Bytes::ZERO);
+        }
+    }
 }
 
 impl Drop for FakeVm {
     fn drop(&mut self) {
-        self.task.abort();
-        self.state().manner = Manner::DiesMidAnswer;
+        self.end();
         let _ = std::fs::remove_file(&self.socket);
     }
 }
@@ -143,6 +186,22 @@ impl State {
     pub fn place(&mut self, target: Bytes, actual: Bytes) {
         self.memory.target = target;
         self.memory.actual = actual;
+    }
+
+    /// Goes a part of the way to the target, and writes down what it may hold now.
+    fn walk(&mut self, name: &str) {
+        let (target, actual) = (self.memory.target, self.memory.actual);
+        if self.follows {
+            let pace = self.pace.unwrap_or(Bytes(u64::MAX));
+            self.memory.actual = if actual > target {
+                target.max(actual.saturating_sub(pace))
+            } else {
+                target.min(actual.saturating_add(pace))
+            };
+        }
+        if let Some(journal) = &self.journal {
+            journal.write(name, self.memory.target.max(self.memory.actual));
+        }
     }
 
     fn memory(&mut self) -> MemoryStatus {
@@ -270,6 +329,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         return http(200, &serde_json::to_string(&status).unwrap());
     }
     if text.starts_with("get /memory ") {
+        state.walk(name);
         return http(200, &serde_json::to_string(&state.memory()).unwrap());
     }
     if text.starts_with("put /memory/target ") {
@@ -279,8 +339,10 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         let TargetRequest { target } = serde_json::from_slice(body).unwrap();
         state.targets.push(target);
         state.memory.target = target;
-        if state.follows {
-            state.memory.actual = target;
+        if state.pace.is_none() {
+            state.walk(name);
+        } else if let Some(journal) = &state.journal {
+            journal.write(name, target.max(state.memory.actual));
         }
         return http(204, "");
     }

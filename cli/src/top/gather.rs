@@ -69,7 +69,7 @@ impl Gatherer {
         let host = HostMemory::read(Path::new(MEMINFO)).map_err(|error| error.to_string())?;
         let answers = self.vms.ask(|_| true).await.map_err(|error| error.to_string())?;
         let vms = answers.into_iter().map(vm).collect();
-        let HostMemory { total, available } = host;
+        let HostMemory { total, available, .. } = host;
         Ok(Snapshot { source: Source::Vms { because }, host: Host { total, available, budget: None }, vms })
     }
 

@@ -1,0 +1,51 @@
+//! Taking other settings over while the daemon runs, or none of them.
+
+use tracing::{info, warn};
+
+use super::config::{Config, ConfigError};
+
+/// Reads the settings anew, as at the start: the file, and the command line on top.
+pub type Reread = Box<dyn FnMut() -> Result<Config, ConfigError> + Send>;
+
+/// The settings to go on with; `None` where the new ones can't be taken over, which is said.
+pub fn reload(old: &Config, reread: &mut Reread) -> Option<Config> {
+    let new = match reread().and_then(|config| config.validate().map(|()| config)) {
+        Ok(new) => new,
+        Err(error) => {
+            warn!("going on with the settings before: {error}");
+            return None;
+        }
+    };
+    for (key, changes) in
+        [("directory", new.directory != old.directory), ("metrics", new.metrics != old.metrics)]
+    {
+        if changes {
+            warn!("going on with the settings before: another `{key}` needs a restart, which no VM notices");
+            return None;
+        }
+    }
+    if new == *old {
+        info!("the settings are read again; nothing has changed");
+    }
+    Some(new)
+}
+
+#[cfg(test)]
+mod tests {
+    use balloon::units::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn settings_are_taken_over_whole_or_not_at_all() {
+        let old = Config::default();
+        let with = |config: Config| reload(&old, &mut (Box::new(move || Ok(config.clone())) as Reread));
+        let budget = Config { budget: Some(Bytes::gib(1)), ..Config::default() };
+        assert_eq!(with(budget.clone()), Some(budget));
+        assert_eq!(with(Config { budget: Some(Bytes::ZERO), ..Config::default() }), None);
+        assert_eq!(with(Config { directory: Some("/x".into()), ..Config::default() }), None);
+        assert_eq!(with(Config { metrics: "[::1]:1".parse().ok(), ..Config::default() }), None);
+        let bad = Box::new(|| Config::read(std::path::Path::new("/nowhere.toml")));
+        assert_eq!(reload(&old, &mut (bad as Reread)), None);
+    }
+}

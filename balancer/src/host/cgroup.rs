@@ -1,0 +1,182 @@
+//! The memory limits of the control groups that the daemon's VMs live in.
+//!
+//! VMs are started beside the daemon, in its slice or its container: what limits
+//! that limits them. A `.service` that holds nobody but the daemon is left out,
+//! so that its own `MemoryMax` is not taken for theirs.
+//!
+//! Version 2 (Documentation/admin-guide/cgroup-v2.rst: memory.max, memory.high,
+//! memory.current, memory.stat) and version 1 (cgroup-v1/memory.rst).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use balloon::units::Bytes;
+
+/// A part of a limit that is left for page tables and the VMMs themselves, in percent.
+const MARGIN_PERCENT: u64 = 3;
+
+/// What a control group leaves to the VMs in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// What all in it may have together, less a margin.
+    pub limit: Bytes,
+    /// What of this is unused, or could be had by dropping caches.
+    pub free: Bytes,
+}
+
+/// Which files tell about a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// The groups that may have a limit, from the innermost outwards.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Groups(Vec<(Version, PathBuf)>);
+
+impl Groups {
+    /// Those that the process is in whose `/proc/PID/cgroup` is `own`, mounted at `root`.
+    ///
+    /// Without control groups, or without a memory controller, there are none.
+    pub fn of(own: &Path, root: &Path) -> Self {
+        let text = fs::read_to_string(own).unwrap_or_default();
+        let mut groups = Vec::new();
+        for line in text.lines() {
+            let mut parts = line.splitn(3, ':');
+            let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+                continue;
+            };
+            let (version, mount) = if controllers.is_empty() {
+                (Version::Two, root.to_owned())
+            } else if controllers.split(',').any(|controller| controller == "memory") {
+                (Version::One, root.join("memory"))
+            } else {
+                continue;
+            };
+            // A path that leads out of the mount is of another namespace.
+            let path = Path::new(path.trim_start_matches('/'));
+            if path.components().any(|part| part == std::path::Component::ParentDir) {
+                continue;
+            }
+            let alone = path.extension().is_some_and(|kind| kind == "service");
+            groups.extend(path.ancestors().skip(usize::from(alone)).map(|path| (version, mount.join(path))));
+        }
+        Self(groups)
+    }
+
+    /// What the tightest of them leaves; `None` where none has a limit.
+    pub fn room(&self) -> Option<Room> {
+        let rooms = self.0.iter().filter_map(|(version, group)| match version {
+            Version::Two => room_of_two(group),
+            Version::One => room_of_one(group),
+        });
+        // The limit and what is free may be tightest in different groups.
+        rooms.reduce(|a, b| Room { limit: a.limit.min(b.limit), free: a.free.min(b.free) })
+    }
+}
+
+fn room_of_two(group: &Path) -> Option<Room> {
+    // `max` is no number and no limit.
+    let limits = ["memory.max", "memory.high"].into_iter().filter_map(|file| number(&group.join(file)));
+    room(limits.min()?, number(&group.join("memory.current"))?, stat(group, "inactive_file "))
+}
+
+fn room_of_one(group: &Path) -> Option<Room> {
+    let limit = number(&group.join("memory.limit_in_bytes"))?;
+    // The largest number of pages, in bytes, is how version 1 says that there is none.
+    let none = (i64::MAX as u64) & !0xfff;
+    if limit >= none {
+        return None;
+    }
+    room(limit, number(&group.join("memory.usage_in_bytes"))?, stat(group, "total_inactive_file "))
+}
+
+fn room(limit: u64, used: u64, caches: u64) -> Option<Room> {
+    let limit = Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT));
+    Some(Room { limit, free: limit.saturating_sub(Bytes(used.saturating_sub(caches))) })
+}
+
+fn number(file: &Path) -> Option<u64> {
+    fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+fn stat(group: &Path, field: &str) -> u64 {
+    let text = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix(field)?.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn room(&self, own: &str) -> Option<Room> {
+            self.write("own", own);
+            Groups::of(&self.0.path().join("own"), self.0.path()).room()
+        }
+    }
+
+    #[test]
+    fn the_tightest_slice_counts_and_the_daemons_own_service_does_not() {
+        let tree = Tree::new();
+        let own = "0::/vms.slice/vms-web.slice/balancer.service\n";
+        assert_eq!(tree.room(own), None, "no limits, no room");
+        tree.write("vms.slice/memory.max", "1000000\n");
+        tree.write("vms.slice/memory.high", "max\n");
+        tree.write("vms.slice/memory.current", "500000\n");
+        tree.write("vms.slice/memory.stat", "anon 1\ninactive_file 100000\n");
+        assert_eq!(tree.room(own), Some(Room { limit: Bytes(970_000), free: Bytes(570_000) }));
+        tree.write("vms.slice/vms-web.slice/memory.max", "max\n");
+        tree.write("vms.slice/vms-web.slice/memory.high", "800000\n");
+        tree.write("vms.slice/vms-web.slice/memory.current", "10000\n");
+        assert_eq!(tree.room(own), Some(Room { limit: Bytes(776_000), free: Bytes(570_000) }));
+        tree.write("vms.slice/vms-web.slice/balancer.service/memory.max", "1000\n");
+        tree.write("vms.slice/vms-web.slice/balancer.service/memory.current", "1000\n");
+        assert_eq!(tree.room(own).unwrap().limit, Bytes(776_000));
+        // A scope or a container holds more than the daemon.
+        tree.write("box.scope/memory.max", "1000\n");
+        tree.write("box.scope/memory.current", "2000\n");
+        assert_eq!(tree.room("0::/box.scope"), Some(Room { limit: Bytes(970), free: Bytes::ZERO }));
+        tree.write("memory.max", "1000\n");
+        tree.write("memory.current", "0\n");
+        assert_eq!(tree.room("0::/").unwrap().free, Bytes(970), "the root of a namespace");
+    }
+
+    #[test]
+    fn version_1_is_read_too() {
+        let tree = Tree::new();
+        let own = "5:devices:/\n4:cpu,memory:/a/b\n0::/\n";
+        tree.write("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        tree.write("memory/memory.usage_in_bytes", "5\n");
+        assert_eq!(tree.room(own), None);
+        tree.write("memory/a/memory.limit_in_bytes", "100000\n");
+        tree.write("memory/a/memory.usage_in_bytes", "90000\n");
+        tree.write("memory/a/memory.stat", "inactive_file 1\ntotal_inactive_file 40000\n");
+        assert_eq!(tree.room(own), Some(Room { limit: Bytes(97_000), free: Bytes(47_000) }));
+    }
+
+    #[test]
+    fn what_is_not_there_or_is_nonsense_is_no_limit() {
+        let tree = Tree::new();
+        for own in ["", "nonsense", "0::/../../etc", "0:/", "\u{0}::"] {
+            assert_eq!(tree.room(own), None, "{own:?}");
+        }
+        tree.write("x/memory.max", "many\n");
+        tree.write("x/memory.current", "-1\n");
+        assert_eq!(tree.room("0::/x"), None);
+        assert_eq!(Groups::of(Path::new("/nowhere"), Path::new("/nowhere")).room(), None);
+    }
+}

@@ -1,0 +1,103 @@
+//! The daemon's metrics, and the dashboard that shows them.
+
+mod fakes;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use balancer::daemon::{self, Config};
+use balloon::units::Bytes;
+use fakes::FakeVm;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+/// Every wait is for an event; this is only when to give up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+async fn page(directory: &Path) -> Option<String> {
+    let mut stream = UnixStream::connect(daemon::socket_in(directory)).await.ok()?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.ok()?;
+    Some(answer.split_once("\r\n\r\n")?.1.to_owned())
+}
+
+/// The metrics of a daemon that has granted memory and taken some.
+async fn busy_page() -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = "256M,min=128M,max=1G";
+    let web = FakeVm::start(directory.path(), "web", limits, Bytes::mib(100));
+    let _db = FakeVm::start(directory.path(), "db", limits, Bytes::mib(100));
+    let pressure = directory.path().join("pressure");
+    std::fs::write(&pressure, "some avg10=1.50 avg60=0.00 avg300=0.00 total=1\n").unwrap();
+    let mut config = Config {
+        directory: Some(directory.path().to_owned()),
+        budget: Some(Bytes::mib(1024)),
+        interval: Duration::from_millis(100),
+        ..Config::default()
+    };
+    config.sources.pressure = pressure;
+    tokio::spawn(daemon::run(config, std::future::pending()));
+    let waited = tokio::time::timeout(PATIENCE, async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let Some(page) = page(directory.path()).await else { continue };
+            if page.contains("vm_used_bytes{vm=\"web\"}") {
+                web.state().used = Bytes::mib(500);
+            }
+            if page.contains("time_to_grant_seconds_count 1\n") {
+                return page;
+            }
+        }
+    });
+    waited.await.expect("a grant within its time")
+}
+
+/// The names of what Prometheus stores: samples, with the endings of their kinds.
+fn names(page: &str) -> BTreeSet<String> {
+    let samples = page.lines().filter(|line| !line.starts_with('#'));
+    samples.filter_map(|line| line.split(['{', ' ']).next()).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn every_query_of_the_dashboard_names_a_metric_that_there_is() {
+    let page = busy_page().await;
+    let names = names(&page);
+    let dashboard: Value =
+        serde_json::from_str(include_str!("../../resources/grafana/balancer.json")).unwrap();
+    let mut asked = BTreeSet::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().unwrap() {
+            let expression = target["expr"].as_str().unwrap();
+            let found = expression
+                .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+                .find(|word| word.starts_with("ballast_"));
+            let name = found.unwrap_or_else(|| panic!("{expression} asks for nothing"));
+            assert!(names.contains(name), "{name} is not in\n{page}");
+            asked.insert(name.to_owned());
+        }
+    }
+    // And the other way: what is measured is shown. A histogram is shown by its buckets.
+    for name in names.iter().filter(|name| !name.ends_with("_sum") && !name.ends_with("_count")) {
+        assert!(asked.contains(name), "no panel shows {name}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs promtool, of Debian's package prometheus"]
+async fn prometheus_itself_reads_the_page() {
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics", "--lint=none"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool runs");
+    let page = busy_page().await;
+    std::io::Write::write_all(&mut promtool.stdin.take().unwrap(), page.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}\n{page}", String::from_utf8_lossy(&output.stderr));
+}
