@@ -199,6 +199,8 @@ impl State {
                 target.min(actual.saturating_add(pace))
             };
         }
+        // What the guest gave up the host no longer holds.
+        self.memory.host_rss = self.memory.host_rss.min(self.memory.actual);
         if let Some(journal) = &self.journal {
             journal.write(name, self.memory.target.max(self.memory.actual));
         }
