@@ -78,6 +78,20 @@ impl Host {
         self
     }
 
+    /// Counts instructions as time: what the test does, it does the same each time. On a real host
+    /// this has no effect.
+    pub fn deterministic(mut self) -> Self {
+        self.emulator.deterministic = true;
+        self
+    }
+
+    /// Hands these variables on to the emulated host, where they are set here.
+    pub fn with_variables(mut self, names: &[&str]) -> Self {
+        let set = names.iter().filter_map(|&name| Some((name.to_owned(), env::var(name).ok()?)));
+        self.emulator.environment.extend(set);
+        self
+    }
+
     /// Runs the body of a test on such a host. To be called directly in the test's
     /// function: the emulated host finds the test by the closure's name.
     ///

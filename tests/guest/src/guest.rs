@@ -6,6 +6,7 @@
 //! ballast.console             afterwards takes steps from the console, one a line;
 //!                             answers `DONE step` or `ERROR reason`
 //! ballast.agent               starts /bin/ballast-agent first
+//! ballast.without=NAME        does not load this module
 //! ballast.hostile=...         first of all attacks the guest's devices (see `hostile`)
 //! ballast.end=END             then: poweroff (default), reboot, panic or hang
 //! ```
@@ -60,7 +61,7 @@ impl Orders {
                 }
                 Some(("end", name)) => orders.end = end_named(name)?,
                 // Done before any other order is read.
-                Some(("hostile", _)) => {}
+                Some(("hostile" | "without", _)) => {}
                 None if order == "console" => orders.console = true,
                 None if order == "agent" => orders.agent = true,
                 _ => return Err(format!("`{word}` is no order: use load=, repeat=, console, agent or end=")),

@@ -10,12 +10,19 @@
 //! file:SIZE                 writes a file of SIZE into memory (tmpfs)
 //! remove                    removes that file
 //! show                      says where a page of this process is (see `show`)
+//! keep:SIZE:SEED            takes SIZE and fills it with a pattern that it remembers
+//! check                     looks whether all that is kept is as it was
+//! forget                    gives back what is kept
+//! hog                       has another process take memory until the kernel kills it
+//! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
+//! bind:DRIVER               gives it back
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -64,6 +71,52 @@ pub enum Step {
     Remove,
     /// Says where a page of this process is.
     Show,
+    /// Takes bytes and fills them with the pattern of a seed.
+    Keep(usize, u64),
+    /// Verifies all patterns.
+    Check,
+    /// Gives back what has patterns.
+    Forget,
+    /// Runs the guest out of memory.
+    Hog,
+    /// Takes its device from a virtio driver.
+    Unbind(Driver),
+    /// Gives it back.
+    Bind(Driver),
+}
+
+/// A virtio driver of which the guest has one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// `virtio_balloon`.
+    Balloon,
+    /// `virtio_mem`.
+    Mem,
+}
+
+impl Driver {
+    fn named(text: &str) -> Result<Self, String> {
+        match text {
+            "virtio_balloon" => Ok(Self::Balloon),
+            "virtio_mem" => Ok(Self::Mem),
+            _ => Err(format!("`{text}` is no driver: use virtio_balloon or virtio_mem")),
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Balloon => "virtio_balloon",
+            Self::Mem => "virtio_mem",
+        }
+    }
+
+    /// The device's number (virtio 1.2, section 5), as sysfs writes it.
+    const fn device_id(self) -> &'static str {
+        match self {
+            Self::Balloon => "0x0005",
+            Self::Mem => "0x0018",
+        }
+    }
 }
 
 impl Step {
@@ -94,10 +147,19 @@ impl FromStr for Step {
             ["file", bytes] => Ok(Self::File(size(bytes)?)),
             ["remove"] => Ok(Self::Remove),
             ["show"] => Ok(Self::Show),
+            ["keep", bytes, seed] => {
+                let seed = seed.parse().map_err(|_| format!("`{seed}` is no seed: use a number"))?;
+                Ok(Self::Keep(size(bytes)?, seed))
+            }
+            ["check"] => Ok(Self::Check),
+            ["forget"] => Ok(Self::Forget),
+            ["hog"] => Ok(Self::Hog),
+            ["unbind", driver] => Ok(Self::Unbind(Driver::named(driver)?)),
+            ["bind", driver] => Ok(Self::Bind(Driver::named(driver)?)),
             _ => Err(format!(
                 "`{text}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
-                 hold:TIME[:sequential|random], \
-                 release[:TIME], file:SIZE, remove or show"
+                 hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
+                 forget, hog, unbind:DRIVER, bind:DRIVER or show"
             )),
         }
     }
@@ -128,6 +190,8 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[derive(Default)]
 pub struct Load {
     blocks: Vec<Block>,
+    /// With the seeds of their patterns.
+    kept: Vec<(u64, Block)>,
     /// The state of the generator behind [`Pattern::Random`].
     random: u64,
 }
@@ -148,6 +212,19 @@ impl Load {
             Step::File(bytes) => write_file(bytes).map_err(|error| format!("{FILE}: {error}"))?,
             Step::Remove => fs::remove_file(FILE).map_err(|error| format!("{FILE}: {error}"))?,
             Step::Show => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
+            Step::Keep(bytes, seed) => {
+                let block =
+                    Block::new(bytes).map_err(|error| format!("the kernel gave no memory: {error}"))?;
+                self.kept.push((seed, block));
+                if let Some((seed, block)) = self.kept.last_mut() {
+                    block.fill(*seed);
+                }
+            }
+            Step::Check => self.check()?,
+            Step::Forget => self.kept.clear(),
+            Step::Hog => hog()?,
+            Step::Unbind(driver) => hand_over(driver, "unbind")?,
+            Step::Bind(driver) => hand_over(driver, "bind")?,
         }
         Ok(())
     }
@@ -181,6 +258,13 @@ impl Load {
             pace.wait(piece + 1);
         }
         Ok(())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        match self.kept.iter().find_map(|(seed, block)| Some((seed, block.first_changed(*seed)?))) {
+            Some((seed, page)) => Err(format!("page {page} of what was kept with seed {seed} has changed")),
+            None => Ok(()),
+        }
     }
 
     fn hold(&mut self, time: Duration, pattern: Pattern) {
@@ -265,6 +349,33 @@ fn microseconds() -> u64 {
     now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
 }
 
+/// Has a process take memory until the kernel kills it, and it alone.
+fn hog() -> Result<(), String> {
+    let refused = |error: std::io::Error| format!("no process can be run out of memory: {error}");
+    fs::write("/proc/self/oom_score_adj", "-1000").map_err(refused)?;
+    let mut child = Command::new("/init").args(["rest:200ms,grow:64G", "1", ""]).spawn().map_err(refused)?;
+    let preferred = fs::write(format!("/proc/{}/oom_score_adj", child.id()), "1000").map_err(refused);
+    let status = child.wait().map_err(refused)?;
+    preferred?;
+    if status.success() { Err("64 GiB were not too much".to_owned()) } else { Ok(()) }
+}
+
+/// Takes the one device of this kind from its driver, or gives it to it.
+fn hand_over(driver: Driver, verb: &str) -> Result<(), String> {
+    let sysfs = |error: std::io::Error| format!("/sys/bus/virtio: {error}");
+    for device in fs::read_dir("/sys/bus/virtio/devices").map_err(sysfs)? {
+        let device = device.map_err(sysfs)?;
+        let id = fs::read_to_string(device.path().join("device")).map_err(sysfs)?;
+        if id.trim() == driver.device_id() {
+            let file = format!("/sys/bus/virtio/drivers/{}/{verb}", driver.name());
+            let name = device.file_name();
+            return fs::write(&file, name.to_string_lossy().as_bytes())
+                .map_err(|error| format!("{file}: {error}"));
+        }
+    }
+    Err(format!("the guest has no device for {}", driver.name()))
+}
+
 fn write_file(bytes: usize) -> std::io::Result<()> {
     let mut file = File::create(FILE)?;
     let piece = vec![0xa5; PIECE];
@@ -296,6 +407,20 @@ mod tests {
                 Step::Remove,
             ]
         );
+    }
+
+    #[test]
+    fn what_is_kept_is_checked() {
+        let mut load = Load::default();
+        for step in Step::parse_all("keep:2M:7,keep:1M:8,check").unwrap() {
+            load.run(&step).unwrap();
+        }
+        load.kept[1].1.touch(3);
+        let error = load.run(&Step::Check).unwrap_err();
+        assert!(error.contains("page 3 ") && error.contains("seed 8"), "{error}");
+        load.run(&Step::Forget).unwrap();
+        assert_eq!(load.run(&Step::Check), Ok(()));
+        assert_eq!("unbind:virtio_mem".parse(), Ok(Step::Unbind(Driver::Mem)));
     }
 
     #[test]

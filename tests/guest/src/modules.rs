@@ -23,9 +23,14 @@ pub fn load(list: &str) {
 }
 
 /// Loads the modules that [`LIST`] names; none where it does not exist.
+///
+/// `ballast.without=NAME` on the kernel's command line leaves one out.
 pub fn load_listed() {
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let without = cmdline.split_whitespace().find_map(|word| word.strip_prefix("ballast.without="));
     if let Ok(list) = fs::read_to_string(LIST) {
-        load(&list);
+        let wanted = |line: &&str| without.is_none_or(|name| !line.contains(&format!("/{name}.ko")));
+        load(&list.lines().filter(wanted).collect::<Vec<_>>().join("\n"));
     }
 }
 
