@@ -1,0 +1,69 @@
+//! The daemon, and the moments at which it said what it did.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use balancer::daemon::client::Client;
+use balloon::runtime;
+use lab::{ballast, wait_for};
+
+/// `ballast balancer` at its default interval; ends with this.
+pub struct Daemon {
+    child: Child,
+    said: Arc<Mutex<Vec<(Instant, String)>>>,
+    guests: usize,
+}
+
+impl Daemon {
+    /// Starts it.
+    pub fn start(budget: &str, guests: &[&str]) -> Result<Self> {
+        let mut child = Command::new(ballast())
+            .args(["balancer", "--budget", budget])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("the daemon can't be started")?;
+        let said = Arc::default();
+        follow(child.stderr.take().context("it is piped")?, Arc::clone(&said));
+        Ok(Self { child, said, guests: guests.len() })
+    }
+
+    /// Waits until it has looked at all guests so often.
+    pub fn wait_for_rounds(&self, rounds: u64, usually: Duration) {
+        let directory = runtime::directory().expect("there is a runtime directory");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime can be made");
+        wait_for("the daemon's first rounds", usually, || {
+            let mut client = Client::new(&directory, usually);
+            let state = runtime.block_on(client.state()).ok()?;
+            (state.rounds >= rounds && state.vms.len() == self.guests).then_some(())
+        });
+    }
+
+    /// When it first said that `vm` gets more.
+    pub fn first_grant(&self, vm: &str) -> Option<Instant> {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let grant = |line: &str| line.contains("rule=Grow") && line.contains(&format!(" {vm}: "));
+        said.iter().find(|(_, line)| grant(line)).map(|(at, _)| *at)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn follow(source: impl Read + Send + 'static, said: Arc<Mutex<Vec<(Instant, String)>>>) {
+    thread::spawn(move || {
+        for line in BufReader::new(source).lines().map_while(Result::ok) {
+            said.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), line));
+        }
+    });
+}

@@ -1,0 +1,152 @@
+//! `latency`: how long a guest in distress waits until it is granted memory, called for and polled.
+//!
+//! Four real guests in the deterministic lab, where a nanosecond is an instruction: how slow the
+//! machine is that emulates all this does not show in any figure.
+
+mod clock;
+mod daemon;
+mod figures;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use balloon::units::Bytes;
+use lab::emulator::{Emulator, Terminal};
+use lab::{Kernel, Vm, VmSettings, inside, wait_for};
+
+use crate::clock::Offset;
+use crate::daemon::Daemon;
+use crate::figures::{Sample, Samples};
+
+const GUESTS: [&str; 4] = ["a", "b", "c", "d"];
+/// What each guest has before its spike; far more than it uses.
+const STARTUP: Bytes = Bytes::mib(208);
+const LIMITS: &str = "208M,min=160M,max=448M";
+/// There is memory for one spike at a time.
+const BUDGET: &str = "1088M";
+/// More than a guest has, in a time in which a polled guest is in distress before it is looked at.
+const SPIKE: &str = "spike:200M:3s";
+/// Spikes of each guest in each mode.
+const ROUNDS: usize = 5;
+/// Waits give up after ten times this.
+const USUALLY: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(7200);
+
+/// How the daemon learns of a guest's distress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The guests run the agent.
+    Called,
+    /// They don't; the daemon asks once a second.
+    Polled,
+}
+
+fn main() -> ExitCode {
+    match if inside() { measure() } else { emulated() } {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("latency: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn emulated() -> Result<ExitCode> {
+    let emulator = Emulator {
+        deterministic: true,
+        memory: Bytes::gib(4),
+        guests: vec![Kernel::V6_1],
+        terminal: Terminal::Output,
+        limit: LIMIT,
+        ..Emulator::default()
+    };
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = emulator.run(&std::env::current_exe()?, &arguments)?;
+    Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
+}
+
+fn measure() -> Result<ExitCode> {
+    let rounds = match std::env::args().nth(1) {
+        Some(text) => text.parse().context("the one argument is a number of spikes for each guest")?,
+        None => ROUNDS,
+    };
+    let (called, polled) = (run(Mode::Called, rounds)?, run(Mode::Polled, rounds)?);
+    println!("\nfrom a guest's first wait for memory; milliseconds of virtual time, 1e6 instructions each");
+    println!("four guests on one processor, {rounds} spikes each; p99 is the worst of them");
+    called.print("called");
+    polled.print("polled");
+    let killed = called.oom_kills + polled.oom_kills;
+    println!("processes killed for lack of memory: {killed}");
+    Ok(if killed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run(mode: Mode, rounds: usize) -> Result<Samples> {
+    let images = Kernel::V6_1.guest_images();
+    let mut vms: Vec<Vm> = GUESTS
+        .iter()
+        .map(|name| {
+            let settings = VmSettings::new(name, &images, LIMITS, "ballast.console");
+            if mode == Mode::Called { settings.agent(&images).start() } else { settings.start() }
+        })
+        .collect();
+    for vm in &mut vms {
+        vm.wait_until_ready();
+    }
+    let mut samples = Samples::default();
+    for round in 0..rounds {
+        for index in 0..vms.len() {
+            settle(&vms);
+            // Each at another moment between two rounds of the daemon.
+            let phase = Duration::from_millis(((round * vms.len() + index) * 370 % 1000) as u64);
+            samples.add(spike(mode, &mut vms[index], phase)?);
+        }
+    }
+    for mut vm in vms {
+        vm.type_in("end\n");
+        let summary = vm.wait_for_line("SUMMARY oom_kills=", USUALLY);
+        let kills = summary.rsplit('=').next().and_then(|kills| kills.parse::<u64>().ok());
+        samples.oom_kills += kills.context("the guest counts what was killed")?;
+        vm.wait_for_end(USUALLY);
+    }
+    Ok(samples)
+}
+
+/// Every guest has its startup memory again. No daemon runs, so that the next one knows nothing.
+fn settle(vms: &[Vm]) {
+    for vm in vms {
+        vm.set_target(STARTUP);
+    }
+    for vm in vms {
+        vm.wait_for_memory("the guest to settle", USUALLY, |memory| memory.actual <= STARTUP);
+    }
+}
+
+fn spike(mode: Mode, vm: &mut Vm, phase: Duration) -> Result<Sample> {
+    let offset = Offset::measure(vm, USUALLY)?;
+    let daemon = Daemon::start(BUDGET, &GUESTS)?;
+    daemon.wait_for_rounds(2, USUALLY);
+    std::thread::sleep(phase);
+    let before = vm.memory();
+    vm.type_in(&format!("{SPIKE}\n"));
+    let name = vm.name().to_owned();
+    let decided = wait_for("a grant", USUALLY, || daemon.first_grant(&name));
+    let target = vm.memory().target;
+    let called = vm
+        .memory()
+        .agent
+        .and_then(|agent| Some(Instant::now() - Duration::from_millis(agent.distress_age_ms?)));
+    let enough = before.actual + Bytes((target.0 - before.actual.0) / 2);
+    let mut has = Instant::now();
+    vm.wait_for_memory("the granted memory", USUALLY, |memory| {
+        has = Instant::now();
+        memory.actual >= enough
+    });
+    let line = vm.wait_for_line("SPIKE onset_us=", USUALLY);
+    vm.wait_for_line("DONE spike", USUALLY);
+    vm.step("release", USUALLY);
+    drop(daemon);
+    let onset = offset.host_time(clock::number(&line, "onset_us="));
+    Ok(Sample { mode, onset, called, decided, has, doubt: offset.doubt() })
+}
