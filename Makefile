@@ -20,7 +20,7 @@ demo: setup ## Three guests share a host that is too small for all their peaks; 
 
 test: setup lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) build --release --package cli
-	$(CARGO) build --profile guest --package guest
+	$(CARGO) build --profile guest --package guest --package agent
 	$(CARGO) run --quiet --package tests --bin lab -- fetch
 	if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then $(CARGO) nextest run --workspace; \
@@ -28,8 +28,9 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-bench: setup ## Memory beside guest RAM, and instructions to the guest's init, beside QEMU microvm
+bench: setup ## Memory and instructions beside QEMU microvm; how long a guest in distress waits
 	$(CARGO) run --quiet --package tests --bin bench
+	$(CARGO) run --quiet --package tests --bin latency
 
 prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
 	if $(CARGO) kani --version >/dev/null 2>&1; \

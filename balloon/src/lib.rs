@@ -29,6 +29,8 @@ pub mod report;
 mod reporting;
 pub mod runtime;
 #[cfg(feature = "device")]
+mod stalls;
+#[cfg(feature = "device")]
 mod statistics;
 pub mod status;
 #[cfg(feature = "device")]

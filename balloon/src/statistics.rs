@@ -12,6 +12,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::device::{Driver, Shared};
 use crate::report::Report;
+use crate::stalls::Stalls;
 use crate::timer::Timer;
 
 /// One statistic in the buffer: a tag of 2 bytes and a value of 8, packed (section 5.5.6.3.1).
@@ -20,16 +21,25 @@ const ENTRY: usize = 10;
 /// Statistics read from one buffer; Linux 6.12 sends 16, the rest is ignored.
 const MOST_ENTRIES: usize = 256;
 
+/// How often a guest is asked that waits for memory, and how many times since it last did more so.
+const HURRY: Duration = Duration::from_millis(250);
+const HURRIED: u32 = 8;
+
 /// Asks for statistics at an interval and keeps the buffer between the questions.
 pub(crate) struct Statistics {
     shared: Arc<Shared>,
+    interval: Duration,
     timer: Timer,
     held: Option<Head>,
+    stalls: Stalls,
+    /// Questions that are still asked at a quicker pace.
+    hurried: u32,
 }
 
 impl Statistics {
     pub(crate) fn new(shared: Arc<Shared>, interval: Duration) -> io::Result<Self> {
-        Ok(Self { shared, timer: Timer::new(interval)?, held: None })
+        let timer = Timer::new(interval)?;
+        Ok(Self { shared, interval, timer, held: None, stalls: Stalls::default(), hurried: 0 })
     }
 
     pub(crate) fn timer(&self) -> RawFd {
@@ -44,6 +54,7 @@ impl Statistics {
 
     pub(crate) fn stop(&mut self) {
         self.held = None;
+        (self.stalls, self.hurried) = (Stalls::default(), 0);
         // Disarming fails only for a bad descriptor.
         let _ = self.timer.run(false);
     }
@@ -54,13 +65,32 @@ impl Statistics {
             return Verdict::Malformed;
         }
         self.held = Some(chain.head());
-        let mut state = self.shared.state();
-        state.report = Some((Instant::now(), read(memory, chain)));
-        state.counters.reports += 1;
-        if let Driver::Active { owes_statistics } = &mut state.driver {
-            *owes_statistics = None;
+        let report = read(memory, chain);
+        let stalls = self.stalls.look(&report);
+        {
+            let mut state = self.shared.state();
+            state.report = Some((Instant::now(), report));
+            state.counters.reports += 1;
+            if let Driver::Active { owes_statistics } = &mut state.driver {
+                *owes_statistics = None;
+            }
         }
+        if stalls {
+            self.hurried = HURRIED;
+            self.shared.stalled();
+        }
+        self.pace();
         Verdict::Kept
+    }
+
+    /// Asks more often while the guest waits for memory.
+    fn pace(&mut self) {
+        let hurries = self.hurried > 0;
+        self.hurried = self.hurried.saturating_sub(1);
+        let interval = if hurries { self.interval.min(HURRY) } else { self.interval };
+        if let Err(error) = self.timer.set_interval(interval) {
+            tracing::warn!("the guest is asked for statistics as often as before: {error}");
+        }
     }
 
     /// Asks for fresh values, where the driver has answered the last question.

@@ -43,6 +43,16 @@ impl Timer {
         Ok(())
     }
 
+    /// Fires at another interval from now on.
+    pub(crate) fn set_interval(&mut self, interval: Duration) -> io::Result<()> {
+        if interval == self.interval {
+            return Ok(());
+        }
+        self.interval = interval;
+        let running = std::mem::take(&mut self.running);
+        self.run(running)
+    }
+
     /// Reads it empty. Not expired after all where a reset has disarmed it.
     pub(crate) fn read(&mut self) {
         let _ = self.fd.wait();

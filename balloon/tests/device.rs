@@ -1,5 +1,7 @@
 //! The balloon as a guest's driver and the host's API see it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use balloon::device::{
@@ -222,10 +224,16 @@ fn a_broken_driver_is_seen_until_it_resets() {
 
 /// Writes statistics of the given tags, each with the value 1000 + tag, and makes them available.
 fn send_statistics(guest: &mut Guest, head: u16, tags: impl Iterator<Item = u16>) {
+    let values: Vec<(u16, u64)> = tags.map(|tag| (tag, 1000 + u64::from(tag))).collect();
+    send_values(guest, head, &values);
+}
+
+/// Writes statistics and makes them available.
+fn send_values(guest: &mut Guest, head: u16, values: &[(u16, u64)]) {
     let mut len = 0;
-    for tag in tags {
+    for (tag, value) in values {
         let mut entry = tag.to_le_bytes().to_vec();
-        entry.extend((1000 + u64::from(tag)).to_le_bytes());
+        entry.extend(value.to_le_bytes());
         guest.ram.memory.write_slice(&entry, GuestAddress(BUFFERS + u64::from(len))).unwrap();
         len += 10;
     }
@@ -259,6 +267,29 @@ fn statistics_are_asked_for_and_kept_with_their_age() {
     let report = handle.report().unwrap().statistics;
     assert_eq!((report.total, report.free), (Some(Bytes(1005)), None));
     assert_eq!(handle.counters().reports, 2);
+}
+
+#[test]
+fn a_guest_that_waits_for_memory_is_told_of_and_asked_more_often() {
+    // Nobody would live to see the second question at this interval.
+    let (mut guest, handle) = guest(Config { statistics_interval: Duration::from_secs(3600), ..config() });
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = calls.clone();
+    handle.when_stalled(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    guest.start(0);
+    send_values(&mut guest, 3, &[(5, 1 << 30), (6, 1 << 29)]);
+    assert_eq!((calls.load(Ordering::Relaxed), guest.wait(0)), (0, false), "half of it is to spare");
+    guest.reset();
+    guest.start(0);
+    send_values(&mut guest, 3, &[(5, 1 << 30), (6, 1 << 20)]);
+    assert_eq!(calls.load(Ordering::Relaxed), 1);
+    let before = Instant::now();
+    while handle.counters().statistics_requests == 0 {
+        guest.wait(1000);
+        assert!(before.elapsed() < Duration::from_secs(60), "it was not asked again soon");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use balloon::agent::AgentStatus;
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{DriverState, MemoryStatus, PlugStatus};
@@ -89,6 +90,7 @@ fn describe(memory: &MemoryStatus) -> String {
     } else {
         lines.push(("report", "none yet".to_owned()));
     }
+    lines.extend(memory.agent.iter().flat_map(agent));
     let counters = &memory.counters;
     lines.extend([
         ("inflated", counters.inflated.to_string()),
@@ -117,6 +119,21 @@ fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, Strin
         let has = memory.ceiling();
         lines.push(("can grow to", format!("{has} (no working virtio_mem driver in the guest)")));
     }
+    lines
+}
+
+fn agent(agent: &AgentStatus) -> Vec<(&'static str, String)> {
+    let seconds = |milliseconds: u64| format!("{:.1} s", milliseconds as f64 / 1000.0);
+    let version =
+        agent.version.map_or_else(|| "of unknown version".to_owned(), |version| version.to_string());
+    let gone = if agent.connected { "" } else { ", gone" };
+    let mut lines = vec![("agent", format!("{version}{gone}")), ("agent age", seconds(agent.age_ms))];
+    let figures = &agent.figures;
+    let sizes = [("guest committed", figures.committed), ("refaulted", figures.refaults)];
+    lines.extend(sizes.into_iter().filter_map(|(name, size)| Some((name, size?.to_string()))));
+    let waits = [("waited for memory", figures.stall_us), ("one cgroup waited", figures.cgroup_stall_us)];
+    lines.extend(waits.into_iter().filter_map(|(name, waited)| Some((name, seconds(waited? / 1000)))));
+    lines.extend(agent.distress_age_ms.map(|age| ("last in distress", format!("{} ago", seconds(age)))));
     lines
 }
 

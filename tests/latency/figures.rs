@@ -45,14 +45,13 @@ impl Samples {
     pub fn print(&self, name: &str) {
         let early = self.all.iter().filter(|sample| sample.onset.is_none()).count();
         for (what, moment) in [
-            ("target raised", (|sample: &Sample| sample.decided) as fn(&Sample) -> Instant),
-            ("guest has half of the grant", |sample| sample.has),
+            ("call heard", (|sample: &Sample| sample.called) as fn(&Sample) -> Option<Instant>),
+            ("target raised", |sample| Some(sample.decided)),
+            ("guest has half of the grant", |sample| Some(sample.has)),
         ] {
-            let mut waits: Vec<i128> = self
-                .all
-                .iter()
-                .filter_map(|sample| Some(milliseconds(sample.onset?, moment(sample))))
-                .collect();
+            let waits = self.all.iter();
+            let waits = waits.filter_map(|sample| Some(milliseconds(sample.onset?, moment(sample)?)));
+            let mut waits: Vec<i128> = waits.collect();
             waits.sort_unstable();
             let (Some(p50), Some(p99)) = (rank(&waits, 50), rank(&waits, 99)) else { continue };
             println!("{name:<8} {what:<28} n={:<3} p50 {p50:>6}   p99 {p99:>6}", waits.len());

@@ -3,7 +3,9 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
+use balloon::agent::EventKind;
 use balloon::device::{Balloon, Handle};
 use balloon::discard::{self, Discard};
 use balloon::means::steering::Steering;
@@ -149,6 +151,8 @@ impl Machine {
         let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
         let rng = wiring.virtio(Box::new(Rng::new()))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
+        let (feed, agent) = (Arc::clone(control.feed()), control.agent().clone());
+        handle.when_stalled(move || feed.push(EventKind::Stalls, agent.status(Instant::now())));
         let mut devices: Vec<Subscriber> = vec![rng];
         if config.agent {
             devices.push(wiring.virtio(Box::new(control.agent().port()))?);

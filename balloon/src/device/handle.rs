@@ -1,7 +1,7 @@
 //! The host's side of the balloon: what the API asks of it, from any thread.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -61,6 +61,7 @@ pub(crate) struct Shared {
     /// Tells the device that the target has changed.
     pub(crate) wake: EventFd,
     state: Mutex<State>,
+    when_stalled: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Shared {
@@ -74,7 +75,19 @@ impl Shared {
             report: None,
             counters: BalloonCounters::default(),
         };
-        Ok(Self { map, wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, state: Mutex::new(state) })
+        Ok(Self {
+            map,
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            state: Mutex::new(state),
+            when_stalled: OnceLock::new(),
+        })
+    }
+
+    /// A report shows that the guest waits for memory.
+    pub(crate) fn stalled(&self) {
+        if let Some(tell) = self.when_stalled.get() {
+            tell();
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -147,6 +160,12 @@ impl Handle {
         let (came, statistics) = state.report.as_ref()?;
         let age_ms = u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX);
         Some(AgedReport { age_ms, statistics: statistics.clone() })
+    }
+
+    /// Has `tell` called, on the balloon's event loop, when a report shows that the guest waits for
+    /// memory. Only the first call counts.
+    pub fn when_stalled(&self, tell: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.when_stalled.set(Box::new(tell));
     }
 
     /// What the balloon has counted since it was made.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use balloon::agent::AgentStatus;
 use balloon::report::Report;
 use balloon::status::{DriverState, MemoryStatus, PlugStatus, VmState, VmStatus};
 use balloon::units::Bytes;
@@ -58,6 +59,9 @@ impl Collector for Snapshot {
                 report.age_ms as f64 / 1000.0
             })?;
             report_figures(&report.statistics, &mut page)?;
+        }
+        if let Some(agent) = &self.memory.agent {
+            agent_figures(agent, &mut page)?;
         }
         Ok(())
     }
@@ -162,6 +166,29 @@ fn plug_figures(plug: &PlugStatus, page: &mut Page<'_>) -> fmt::Result {
         ("plug_malformed_chains", "Malformed chains handed back to the guest.", counters.malformed),
     ] {
         page.count(name, help, None, count)?;
+    }
+    Ok(())
+}
+
+fn agent_figures(agent: &AgentStatus, page: &mut Page<'_>) -> fmt::Result {
+    let help = "Whether the guest's agent holds its port open.";
+    page.gauge("agent_connected", help, None, i64::from(agent.connected))?;
+    let age = agent.age_ms as f64 / 1000.0;
+    page.gauge("agent_age", "Time since the agent's last word.", Some(Unit::Seconds), age)?;
+    for (name, help, count) in [
+        ("agent_heard", "Words of the agent that were heard.", agent.heard),
+        ("agent_dropped", "Words of the agent that came too soon after others.", agent.dropped),
+        ("agent_malformed", "Times that the agent's words made no sense.", agent.malformed),
+    ] {
+        page.count(name, help, None, count)?;
+    }
+    if let Some(waited) = agent.figures.stall_us {
+        let help = "Time in which some task of the guest waited for memory, as its agent says.";
+        let seconds = ConstCounter::new(waited as f64 / 1e6);
+        page.write("guest_memory_stalls", help, Some(Unit::Seconds), &seconds)?;
+    }
+    if let Some(committed) = agent.figures.committed {
+        page.bytes("guest_memory_committed", "Memory promised to programs, as the agent says.", committed)?;
     }
     Ok(())
 }
