@@ -65,8 +65,10 @@ const STATISTICS: usize = 2;
 
 /// Five queues, as reporting is the fourth for drivers that leave no gap for
 /// the free page hint queue that isn't offered (Linux), and the fifth for
-/// drivers that count as section 5.5.2 does.
-const QUEUE_SIZES: [u16; 5] = [128, 128, 16, 128, 128];
+/// drivers that count as section 5.5.2 does. Without statistics it is the third:
+/// Linux gives up on the whole balloon where reporting has fewer than 32 places
+/// (`PAGE_REPORTING_CAPACITY`).
+const QUEUE_SIZES: [u16; 5] = [128; 5];
 
 /// Of page numbers or statistics in one event.
 const BUDGET: Budget = Budget { chains: 64, bytes: MOST_PAGES * 4 };
