@@ -111,6 +111,7 @@ fn survives(cpus: &str, seed: u32) {
 }
 
 #[test]
+#[ignore = "not seen to end yet: cargo test -p tests --test hostile_guest -- --ignored"]
 fn one_cpu_attacks() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| survives("1", 1));
 }
