@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 
 use balloon::discard::{Backing, Discard, Region};
@@ -121,6 +122,24 @@ fn shared_pages_leave_the_file_too() {
     assert_eq!(discard.done().failures, 0);
     assert_eq!(before - Mapping::held(file), 3 * PAGE_SIZE);
     assert_eq!(mapping.ones(PAGE), [false, false, true, true, true, true, false, true]);
+}
+
+/// On the disk that the tests are built on, not in memory.
+#[test]
+fn pages_of_a_file_leave_it_too() {
+    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.set_len(8 * PAGE_SIZE).unwrap();
+    let mapping = Mapping::new(8 * PAGE, libc::MAP_SHARED, file.as_raw_fd()).unwrap();
+    file.sync_all().unwrap();
+    let mut discard = mapping.discard(Backing::SharedFile);
+    discard.give_up(&mut pfns(&[0, 1, 6]));
+    if discard.done().failures > 0 {
+        eprintln!("SKIPPED: the file system of the build can't have holes");
+        return;
+    }
+    assert_eq!(mapping.ones(PAGE), [false, false, true, true, true, true, false, true]);
+    file.sync_all().unwrap();
+    assert_eq!(Mapping::held(file.as_raw_fd()), 5 * PAGE_SIZE);
 }
 
 #[test]
