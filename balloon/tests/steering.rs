@@ -1,0 +1,118 @@
+//! Both devices under one steering: what the guest is asked for as it moves.
+
+use std::time::{Duration, Instant};
+
+use balloon::means::PATIENCE;
+use balloon::means::steering::{Steering, SteeringError};
+use balloon::units::{Bytes, PAGE_SIZE};
+use devices::testing::{Guest, REGION};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
+
+mod room;
+#[expect(dead_code, reason = "shared with tests of the device alone")]
+mod yard;
+use room::{MAP, config, guest};
+use yard::{ACK, BLOCK, PLUG, UNPLUG_ALL, Yard};
+
+/// What the guest booted with; as much again can be plugged.
+const BOOT: Bytes = Bytes(REGION as u64);
+
+struct Bench {
+    balloon: Guest,
+    yard: Yard,
+    steering: Steering,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let (mut balloon, handle) = guest(balloon::device::Config { target: MAP, ..config() });
+        let mut yard = Yard::new();
+        let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT).unwrap();
+        balloon.start(0);
+        yard.guest.start(0);
+        Self { balloon, yard, steering }
+    }
+
+    fn set_target(&mut self, target: Bytes) {
+        self.steering.set_target(target).unwrap();
+        self.run();
+    }
+
+    /// Lets everybody do what is due, as an event loop does.
+    fn run(&mut self) {
+        self.yard.guest.run();
+        for (number, fd) in self.steering.events().into_iter().enumerate() {
+            let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one entry, which lives through the call.
+            if unsafe { libc::poll(&mut poll, 1, 0) } > 0 {
+                self.steering.event(number);
+            }
+        }
+        self.yard.guest.run();
+        self.balloon.run();
+    }
+
+    /// What the balloon is asked to hold.
+    fn held(&self) -> Bytes {
+        Bytes(u64::from(self.balloon.read(VIRTIO_MMIO_CONFIG)) * PAGE_SIZE)
+    }
+}
+
+#[test]
+fn a_guest_grows_by_plugging_and_shrinks_by_unplugging_first() {
+    let mut bench = Bench::new();
+    assert_eq!((bench.steering.target(), bench.steering.actual()), (BOOT, BOOT));
+    // Whole blocks only.
+    bench.set_target(MAP - Bytes(1));
+    assert_eq!(bench.steering.target(), MAP - Bytes(BLOCK));
+    assert_eq!(bench.yard.ask(PLUG, 0, 15), (ACK, 0));
+    bench.run();
+    assert_eq!(bench.steering.actual(), MAP - Bytes(BLOCK));
+    assert_eq!(bench.held(), Bytes::ZERO);
+
+    let target = Bytes(BOOT.0 / 2);
+    bench.set_target(target);
+    assert_eq!((bench.yard.handle.requested(), bench.held()), (Bytes::ZERO, Bytes::ZERO));
+    assert_eq!(bench.yard.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
+    bench.run();
+    assert_eq!(bench.held(), BOOT - target);
+    assert_eq!(bench.steering.actual(), BOOT);
+}
+
+#[test]
+fn the_balloon_takes_what_is_not_unplugged_in_time() {
+    let mut bench = Bench::new();
+    bench.set_target(MAP);
+    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
+    bench.run();
+    bench.set_target(BOOT);
+    assert_eq!(bench.held(), Bytes::ZERO);
+    let start = Instant::now();
+    while bench.held() != Bytes(16 * BLOCK) {
+        assert!(start.elapsed() < 20 * PATIENCE, "the balloon never came to help");
+        std::thread::sleep(Duration::from_millis(20));
+        bench.run();
+    }
+    assert!(start.elapsed() >= PATIENCE - Duration::from_millis(100), "{:?}", start.elapsed());
+    // It unplugs after all: the balloon lets go.
+    assert_eq!(bench.yard.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
+    bench.run();
+    assert_eq!(bench.held(), Bytes::ZERO);
+}
+
+#[test]
+fn a_target_that_no_driver_can_reach_is_refused() {
+    let mut bench = Bench::new();
+    bench.yard.guest.reset();
+    assert_eq!(bench.steering.set_target(MAP), Err(SteeringError::NoPlug { has: BOOT }));
+    assert_eq!(bench.steering.target(), BOOT);
+    bench.balloon.reset();
+    let half = Bytes(BOOT.0 / 2);
+    assert_eq!(bench.steering.set_target(half), Err(SteeringError::NoBalloon));
+    let beyond = MAP + Bytes(1);
+    assert_eq!(bench.steering.set_target(beyond), Err(SteeringError::OutOfMap { target: beyond, map: MAP }));
+    // The driver comes later and finds what it is asked for.
+    bench.yard.guest.start(0);
+    bench.set_target(MAP);
+    assert_eq!(bench.yard.handle.requested(), MAP - BOOT);
+}
