@@ -151,3 +151,48 @@ fn freed_memory_comes_back_with_no_request() {
         assert!(rss(&vm) <= wanted + Bytes::mib(6));
     });
 }
+
+/// A guest whose balloon holds what it needs takes pages back and lives; one that can't give what
+/// is wanted is left in peace. Neither is asked again and again (Firecracker's issue 4324).
+#[test]
+fn a_guest_out_of_memory_lives_and_is_left_in_peace() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        let images = Kernel::V6_1.guest_images();
+        let mut vm = VmSettings::new("short", &images, "320M,min=64M", "ballast.console")
+            .with(&["--no-free-page-reporting", "--grow", "balloon"])
+            .start();
+        vm.wait_until_ready();
+        let target = Bytes::mib(160);
+        vm.set_target(target);
+        vm.wait_for_memory("the balloon to inflate", MOVING, |memory| memory.actual == target);
+
+        // More than is left: without the balloon's pages a process would have to die.
+        vm.step("grow:140M", MOVING);
+        let memory = vm.memory();
+        assert!(memory.actual > target && memory.settled, "{memory:#?}");
+        assert_in_peace(&mut vm);
+
+        // The guest holds what it would have to give.
+        vm.set_target(Bytes::mib(64));
+        let memory = vm.wait_for_memory("the guest to give up", MOVING, |memory| memory.settled);
+        assert!(memory.actual > memory.target, "{memory:#?}");
+        assert_in_peace(&mut vm);
+
+        vm.step("release", MOVING);
+        vm.set_target(target);
+        let there = vm.wait_for_memory("the balloon", MOVING, |memory| memory.actual == target);
+        assert!(!there.settled);
+        vm.type_in("end\n");
+        vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+    });
+}
+
+/// The driver does nothing while the guest rests for as long as it would take to try several times.
+fn assert_in_peace(vm: &mut Vm) {
+    let before = vm.memory();
+    vm.step("rest:2s", MOVING);
+    let after = vm.memory();
+    assert_eq!(after.actual, before.actual);
+    assert_eq!(after.counters.inflated, before.counters.inflated);
+    assert_eq!(after.counters.deflated, before.counters.deflated);
+}
