@@ -100,6 +100,9 @@ pub struct Args {
     /// Don't listen on a socket: nobody can look at this VM or steer it
     #[arg(long)]
     no_api: bool,
+    /// Keep this process's access to files and system calls: to debug it, or where the kernel has no seccomp
+    #[arg(long)]
+    no_sandbox: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -150,6 +153,7 @@ impl Args {
             },
             agent: !self.no_agent,
             socket,
+            sandbox: !self.no_sandbox,
         })
     }
 }

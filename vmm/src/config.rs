@@ -37,6 +37,23 @@ pub struct Config {
     pub agent: bool,
     /// Where the API listens; `None` is a VM without an API.
     pub socket: Option<PathBuf>,
+    /// Whether the process gives up what a running VM does not need ([`crate::sandbox`]).
+    pub sandbox: bool,
+}
+
+impl Config {
+    /// The directories in which this VM has sockets to remove at its end.
+    pub(crate) fn socket_directories(&self) -> Vec<PathBuf> {
+        let console = match &self.console {
+            Console::Socket(path) => Some(path),
+            _ => None,
+        };
+        let parent = |path: &PathBuf| match path.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => Some(PathBuf::from(".")),
+            parent => parent.map(PathBuf::from),
+        };
+        self.socket.iter().chain(console).filter_map(parent).collect()
+    }
 }
 
 /// A command line for a guest whose console is the serial port, whose panic ends the

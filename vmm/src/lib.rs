@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod machine;
 pub mod memory;
 pub mod pluggable;
+pub mod sandbox;
 mod signals;
 mod steering;
 mod terminal;

@@ -1,6 +1,7 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
@@ -28,6 +29,7 @@ use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
 use crate::memory::{self, MemoryError, Ram};
 use crate::pluggable::Pluggable;
+use crate::sandbox::{self, SandboxError};
 use crate::signals::Signals;
 use crate::steering::Steered;
 use crate::trespass::Trespass;
@@ -55,6 +57,9 @@ pub enum MachineError {
     /// The API's socket.
     #[error(transparent)]
     Api(#[from] api::BindError),
+    /// The walls around the process.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// KVM refused.
     #[error("KVM refused to {what}: {source}")]
     Kvm {
@@ -108,6 +113,8 @@ pub struct Machine {
     devices: Vec<Subscriber>,
     /// What moves memory, on an event loop of its own.
     memory: Vec<Subscriber>,
+    /// The directories that stay reachable; `None` is no sandbox.
+    sandbox: Option<Vec<PathBuf>>,
     // Closed last: the vCPUs and the memory slots hang on it.
     _vm: VmFd,
 }
@@ -183,7 +190,7 @@ impl Machine {
         if let Some(input) = &console.input {
             devices.push(input.clone());
         }
-        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, _vm: vm })
+        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, sandbox, _vm: vm })
     }
 
     /// What can be asked of this VM while it runs.
@@ -194,8 +201,12 @@ impl Machine {
     /// Runs the VM to its end. Takes over SIGTERM, SIGINT, SIGHUP and SIGQUIT of the process.
     ///
     /// # Errors
-    /// When a thread can't be started; the guest has not run then.
+    /// When a thread can't be started or the sandbox not be entered; the guest has not run then.
     pub fn run(mut self) -> Result<Exit, MachineError> {
+        // Of threads, Landlock reaches those that are started later.
+        if let Some(directories) = &self.sandbox {
+            sandbox::close_files(directories)?;
+        }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
         self.devices.push(Arc::new(Mutex::new(signals)));
         let devices = EventLoop::start("devices", self.devices).map_err(refused("a thread for devices"))?;
@@ -207,8 +218,16 @@ impl Machine {
                 .spawn(move || vcpu.run())
                 .map_err(refused("a thread for a vCPU"))?;
         }
-        // Last of what can fail: until here, dropping the server removes its socket.
+        // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
+        if self.sandbox.is_some()
+            && let Err(error) = sandbox::close_calls()
+        {
+            if let Some(api) = api {
+                api.stop();
+            }
+            return Err(error.into());
+        }
         self.control.start();
         let exit = self.crew.wait_for_end();
         self.control.ended();

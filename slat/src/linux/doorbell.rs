@@ -131,6 +131,8 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         socket: None,
         agent: false,
         grow: Grow::default(),
+        // This process has more to do when the guest has ended.
+        sandbox: false,
     };
     let bell = Doorbell { start: Instant::now(), counting: guest.counting, notes: Vec::new() };
     let bell = Arc::new(Mutex::new(bell));
