@@ -190,6 +190,7 @@ impl Machine {
         if let Some(input) = &console.input {
             devices.push(input.clone());
         }
+        let sandbox = config.sandbox.then(|| config.socket_directories());
         Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, sandbox, _vm: vm })
     }
 
