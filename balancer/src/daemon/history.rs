@@ -245,6 +245,9 @@ fn explain(vm: &VmView) -> String {
         Standing::Stuck => {
             format!("It did not give up what it was asked for: it keeps {actual} and is left alone a while.")
         }
+        Standing::Paused => {
+            format!("It is paused, so it touches no more than the {charge} that the host holds for it.")
+        }
         Standing::Following => following(*limits, *used, *demand, *entitlement, *target, *actual),
     }
 }

@@ -199,7 +199,11 @@ impl Slot {
             Standing::NoDriver => Some("no-driver"),
             Standing::Stuck => Some("stuck"),
             // Of these the log has another line, or none is due.
-            Standing::Following | Standing::Static | Standing::Booting | Standing::NotAnswering => None,
+            Standing::Following
+            | Standing::Static
+            | Standing::Booting
+            | Standing::NotAnswering
+            | Standing::Paused => None,
         };
         match trouble {
             None => {

@@ -5,6 +5,9 @@ use std::time::Duration;
 use balloon::limits::Limits;
 use balloon::units::Bytes;
 
+use super::said::{Said, Stalls};
+use super::stall::Distress;
+
 /// Short memory of use: a dip of a second or two is no reason to take anything.
 pub const FAST: Duration = Duration::from_secs(5);
 
@@ -17,9 +20,22 @@ pub const SLOW: Duration = Duration::from_secs(60);
 /// Steady use that varies by 1 % either way must not move anything.
 pub const FALL_PERCENT: u64 = 4;
 
-/// The least part of its buffer that a guest grows back at once after it paid for
-/// another, in percent of its use.
+/// The part of its buffer without which a guest can't do, in percent of its use.
 pub const BARE_PERCENT: u64 = 5;
+
+/// How far ahead rising use is followed: the age of a report, the time to the next
+/// decision, and the time until the guest has what it is granted.
+pub const AHEAD: Duration = Duration::from_secs(2);
+
+/// How long a rise is followed after it was last seen.
+pub const LEAD: Duration = Duration::from_secs(3);
+
+/// A rise from one report to the next below this is none, in percent of use. Steady use
+/// that varies by 1 % either way rises by 2 %.
+pub const RISE_PERCENT: u64 = 2;
+
+/// Reports closer to each other than this are one report that was read twice.
+const APART: Duration = Duration::from_millis(200);
 
 /// How many moments of `actual` are kept, to know what it was when a report was made.
 const MOMENTS: usize = 16;
@@ -39,6 +55,44 @@ pub struct Demand {
     slow: f64,
     last: Duration,
     held: Bytes,
+    distress: Distress,
+    reported: Duration,
+    committed: Option<Bytes>,
+    /// What is added for use that rises, and when that was last seen.
+    lead: (Duration, Bytes),
+}
+
+/// What of a report is followed.
+#[derive(Clone, Copy, Debug)]
+pub struct Follow {
+    /// Small falls are not.
+    pub hold: bool,
+    /// Distress is.
+    pub distress: bool,
+    /// Rises are.
+    pub rises: bool,
+}
+
+/// One report, as the demand is concluded from it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct News {
+    /// When the guest made it.
+    pub reported: Duration,
+    /// What it could spare.
+    pub spare: Bytes,
+    /// How it waits.
+    pub stalls: Stalls,
+    /// What it has promised its programs.
+    pub committed: Option<Bytes>,
+}
+
+impl News {
+    /// What `said` tells at `now`; `None` where the guest never told what it could spare.
+    pub fn of(now: Duration, said: &Said) -> Option<Self> {
+        let (age, spare) = said.spare?;
+        let Said { stalls, committed, .. } = *said;
+        Some(Self { reported: now.saturating_sub(age), spare, stalls, committed })
+    }
 }
 
 impl Demand {
@@ -52,11 +106,17 @@ impl Demand {
         self.seen += 1;
     }
 
-    /// Takes in a report: at `reported`, the guest could spare `available`.
-    ///
-    /// `hold` false lets the demand follow each wobble; see [`super::Guards`].
-    pub fn report(&mut self, now: Duration, reported: Duration, available: Bytes, hold: bool) {
-        let used = self.actual_at(reported).saturating_sub(available);
+    /// Takes in a report. `follow` is [`super::Guards`]' say: whether small falls are not
+    /// followed, and whether distress and rises are.
+    pub fn report(&mut self, now: Duration, news: &News, follow: Follow) {
+        let had = self.actual_at(news.reported);
+        let used = had.saturating_sub(news.spare);
+        if follow.distress {
+            self.distress.look(now, &news.stalls, had, news.spare);
+        }
+        if follow.rises {
+            self.rise(now, used, news);
+        }
         let value = used.0 as f64;
         let fall = |tau: Duration| (-now.saturating_sub(self.last).as_secs_f64() / tau.as_secs_f64()).exp();
         if self.used.is_none() {
@@ -69,8 +129,34 @@ impl Demand {
         self.last = now;
         self.used = Some(used);
         let need = used.max(Bytes(self.fast as u64));
-        if need > self.held || need < self.held.percent(100 - FALL_PERCENT) || !hold {
+        if need > self.held || need < self.held.percent(100 - FALL_PERCENT) || !follow.hold {
             self.held = need;
+        }
+    }
+
+    /// Use that rises is followed to where it will be when the guest has what it is granted.
+    fn rise(&mut self, now: Duration, used: Bytes, news: &News) {
+        let (seen, _) = self.lead;
+        if now.saturating_sub(seen) > LEAD {
+            self.lead = (seen, Bytes::ZERO);
+        }
+        let since = news.reported.saturating_sub(self.reported);
+        self.reported = self.reported.max(news.reported);
+        let (Some(before), true) = (self.used, since >= APART) else { return };
+        let rise = used.saturating_sub(before);
+        let coming = rise.0 as f64 * AHEAD.as_secs_f64() / since.as_secs_f64();
+        // What programs were just promised is a hint of what they will use: a small one,
+        // as many never do.
+        let promised = match (self.committed, news.committed) {
+            (Some(before), Some(now)) => now.saturating_sub(before).min(Bytes(used.0 / 4)),
+            _ => Bytes::ZERO,
+        };
+        self.committed = news.committed;
+        let least = used.percent(RISE_PERCENT);
+        let coming = if rise > least { Bytes(coming as u64).min(used) } else { Bytes::ZERO };
+        let coming = if promised > least { coming.max(promised) } else { coming };
+        if coming > self.lead.1 {
+            self.lead = (now, coming);
         }
     }
 
@@ -84,20 +170,30 @@ impl Demand {
         self.held
     }
 
-    /// What it can't do without this moment: use and [`BARE_PERCENT`], within its limits.
+    /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, within its limits.
     pub fn bare(&self, limits: &Limits) -> Bytes {
-        let percent = 100 + u64::from(limits.buffer_percent()).min(BARE_PERCENT);
-        limits.clamp(self.used.unwrap_or_default().percent(percent))
+        limits.clamp(self.used.unwrap_or_default().percent(100 + bare_percent(limits)))
     }
 
-    /// What it must have: recent use and its buffer, within its limits.
+    /// What can't wait: as little as it can do with, and what it lacks or is about to.
+    pub fn urgent(&self, limits: &Limits) -> Bytes {
+        self.above(limits, bare_percent(limits))
+    }
+
+    /// What it must have: recent use and its buffer, and what it lacks or is about to, within its limits.
     pub fn need(&self, limits: &Limits) -> Bytes {
-        buffered(self.held, limits)
+        self.above(limits, u64::from(limits.buffer_percent()))
+    }
+
+    fn above(&self, limits: &Limits, buffer: u64) -> Bytes {
+        let held = self.held.percent(100 + buffer + self.distress.boost_percent());
+        limits.clamp(held.saturating_add(self.lead.1))
     }
 
     /// What it should have where nobody is short: use over the last minute and its buffer.
     pub fn comfort(&self, limits: &Limits) -> Bytes {
-        buffered(self.held.max(Bytes(self.slow as u64)), limits)
+        let slow = Bytes(self.slow as u64).percent(100 + u64::from(limits.buffer_percent()));
+        self.need(limits).max(limits.clamp(slow))
     }
 
     /// What the guest had at `then`, on a line between the moments around it.
@@ -127,8 +223,8 @@ fn between(a: (Duration, Bytes), b: (Duration, Bytes), then: Duration) -> Bytes 
     Bytes((a.1.0 as f64 + (b.1.0 as f64 - a.1.0 as f64) * part) as u64)
 }
 
-fn buffered(used: Bytes, limits: &Limits) -> Bytes {
-    limits.clamp(used.percent(100 + u64::from(limits.buffer_percent())))
+fn bare_percent(limits: &Limits) -> u64 {
+    u64::from(limits.buffer_percent()).min(BARE_PERCENT)
 }
 
 #[cfg(test)]
@@ -139,6 +235,12 @@ mod tests {
         "256M,min=128M,max=1G".parse().unwrap()
     }
 
+    const ALL: Follow = Follow { hold: true, distress: true, rises: true };
+
+    fn spares(reported: Duration, spare: Bytes) -> News {
+        News { reported, spare, ..News::default() }
+    }
+
     fn at(second: u64) -> Duration {
         Duration::from_secs(second)
     }
@@ -147,12 +249,12 @@ mod tests {
     fn demand_is_use_and_buffer_within_the_limits() {
         let mut demand = Demand::default();
         demand.has(at(1), Bytes::mib(500));
-        demand.report(at(1), at(1), Bytes::mib(200), true);
+        demand.report(at(1), &spares(at(1), Bytes::mib(200)), ALL);
         assert_eq!(demand.used(), Some(Bytes::mib(300)));
         assert_eq!(demand.need(&limits()), Bytes::mib(360));
-        demand.report(at(2), at(2), Bytes::ZERO, true);
+        demand.report(at(2), &spares(at(2), Bytes::ZERO), ALL);
         demand.has(at(3), Bytes::gib(4));
-        demand.report(at(3), at(3), Bytes::ZERO, true);
+        demand.report(at(3), &spares(at(3), Bytes::ZERO), ALL);
         assert_eq!(demand.need(&limits()), Bytes::gib(1));
     }
 
@@ -160,10 +262,10 @@ mod tests {
     fn a_guest_that_just_gave_memory_up_does_not_seem_to_use_less() {
         let mut demand = Demand::default();
         demand.has(at(10), Bytes::mib(800));
-        demand.report(at(10), at(10), Bytes::mib(400), true);
+        demand.report(at(10), &spares(at(10), Bytes::mib(400)), ALL);
         // 200 MiB went between 10 s and 11 s; the report is of 10.5 s, when half was gone.
         demand.has(at(11), Bytes::mib(600));
-        demand.report(at(11), Duration::from_millis(10_500), Bytes::mib(300), true);
+        demand.report(at(11), &spares(Duration::from_millis(10_500), Bytes::mib(300)), ALL);
         assert_eq!(demand.used(), Some(Bytes::mib(400)));
     }
 
@@ -172,11 +274,11 @@ mod tests {
         let mut demand = Demand::default();
         for second in 0..20 {
             demand.has(at(second), Bytes::gib(1));
-            demand.report(at(second), at(second), Bytes::mib(424), true);
+            demand.report(at(second), &spares(at(second), Bytes::mib(424)), ALL);
         }
         for second in 20..40 {
             demand.has(at(second), Bytes::gib(1));
-            demand.report(at(second), at(second), Bytes::mib(824), true);
+            demand.report(at(second), &spares(at(second), Bytes::mib(824)), ALL);
         }
         assert!(demand.need(&limits()) < Bytes::mib(270), "{}", demand.need(&limits()));
         assert!(demand.comfort(&limits()) > Bytes::mib(500), "{}", demand.comfort(&limits()));
@@ -191,7 +293,8 @@ mod tests {
             for second in 0..200 {
                 let wobble = [0, 5, 10, 3, 7][second as usize % 5];
                 demand.has(at(second), Bytes::gib(1));
-                demand.report(at(second), at(second), Bytes::mib(424 + wobble), hold);
+                let follow = Follow { hold, ..ALL };
+                demand.report(at(second), &spares(at(second), Bytes::mib(424 + wobble)), follow);
                 let need = demand.need(&limits());
                 falls += usize::from(need < before);
                 before = need;

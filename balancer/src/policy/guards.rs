@@ -34,8 +34,9 @@ pub const BOOT: Duration = Duration::from_secs(120);
 /// Use within this of what it was is steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 
-/// No shrink to refill the pool this long after a grow.
-pub const REST_AFTER_GROW: Duration = Duration::from_secs(30);
+/// No shrink to refill the pool this long after a grow. Longer than the minute in which a
+/// move back is felt as one.
+pub const REST_AFTER_GROW: Duration = Duration::from_secs(90);
 
 /// How often memory is taken to refill the pool while the host is in NORMAL (Xen's selfballoon: 5 s).
 pub const UNHURRIED: Duration = Duration::from_secs(5);
@@ -43,8 +44,9 @@ pub const UNHURRIED: Duration = Duration::from_secs(5);
 /// The part of the gap that is taken each time then (Xen's selfballoon: 1/8).
 pub const UNHURRIED_PART: u64 = 8;
 
-/// How long EMERGENCY must last before guests lose memory that they use.
-pub const EMERGENCY_DWELL: Duration = Duration::from_secs(10);
+/// How long EMERGENCY must last before guests lose memory that they use. Half of published
+/// bursts are over before, and what guests swap out meanwhile they swap in again.
+pub const EMERGENCY_DWELL: Duration = Duration::from_secs(60);
 
 /// How a VM stands with the balancer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +67,8 @@ pub enum Standing {
     Stale,
     /// It did not give up what it was asked for: not asked again for a while.
     Stuck,
+    /// Its vCPUs stand still, so it touches no more than it holds.
+    Paused,
 }
 
 impl Standing {
@@ -84,6 +88,7 @@ impl fmt::Display for Standing {
             Self::NotAnswering => "not answering",
             Self::Stale => "no reports",
             Self::Stuck => "stuck",
+            Self::Paused => "paused",
         })
     }
 }
@@ -155,6 +160,7 @@ pub fn charge(standing: Standing, said: &Said) -> Bytes {
     match standing {
         Standing::NoDriver | Standing::Static => full,
         Standing::Booting => said.target.max(held),
+        Standing::Paused => held,
         Standing::Following | Standing::Stale | Standing::Stuck | Standing::NotAnswering => {
             said.target.max(said.actual).max(held)
         }
@@ -169,12 +175,13 @@ pub fn headroom(size: Bytes) -> Bytes {
     Bytes::mib(16).max(Bytes(size.0 / 32))
 }
 
-/// What a guest that uses `used` of `size` is not shrunk below in this state.
-pub fn floor(state: HostState, dwelt: bool, used: Bytes, size: Bytes) -> Bytes {
+/// What a guest that uses `used` of `size`, and can't do with less than `bare`, is not
+/// shrunk below in this state. `lasts` is whether EMERGENCY has lasted for [`EMERGENCY_DWELL`].
+pub fn floor(state: HostState, lasts: bool, used: Bytes, bare: Bytes, size: Bytes) -> Bytes {
     match state {
-        HostState::Normal | HostState::Soft => used.saturating_add(headroom(size)),
-        HostState::Emergency if dwelt => Bytes::ZERO,
-        HostState::Hard | HostState::Emergency => used,
+        HostState::Normal | HostState::Soft => bare.max(used.saturating_add(headroom(size))),
+        HostState::Emergency if lasts => Bytes::ZERO,
+        HostState::Hard | HostState::Emergency => bare,
     }
 }
 

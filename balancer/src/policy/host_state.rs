@@ -5,9 +5,21 @@ use std::fmt;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::said::Pressure;
+
 /// Hysteresis of each state: it is left only when the free part is this much
 /// above where it was entered, in hundredths of the pool.
 const LEAVE_ABOVE: u64 = 16;
+
+/// The host's own pressure from which it is at least SOFT, HARD and EMERGENCY, in percent of
+/// time in which some task waits for memory. Ours; systemd-oomd kills at 60 % of `full`, which
+/// is far too late to begin.
+const PRESSED: [(f64, HostState); 3] =
+    [(40.0, HostState::Emergency), (20.0, HostState::Hard), (10.0, HostState::Soft)];
+
+/// A state that the host's pressure asked for is left when the pressure is below this part of
+/// where it was entered.
+const RELIEVED: f64 = 0.5;
 
 /// How much of the pool is free.
 ///
@@ -29,9 +41,23 @@ pub enum HostState {
 }
 
 impl HostState {
-    /// The state that follows this one when `free` of `pool` is free.
+    /// The state that follows this one when `free` of `pool` is free and the host itself
+    /// waits for memory as `pressure` says: the worse of what the two ask for.
     #[must_use]
-    pub fn next(self, free: Bytes, pool: Bytes) -> Self {
+    pub fn next(self, free: Bytes, pool: Bytes, pressure: Option<Pressure>) -> Self {
+        self.by_pool(free, pool).max(self.by_pressure(pressure))
+    }
+
+    fn by_pressure(self, pressure: Option<Pressure>) -> Self {
+        let percent = pressure.unwrap_or_default().as_percent();
+        let asks = |(from, state): &(f64, Self)| {
+            let from = if self >= *state { from * RELIEVED } else { *from };
+            percent >= from
+        };
+        PRESSED.iter().find(|entry| asks(entry)).map_or(Self::Normal, |(_, state)| *state)
+    }
+
+    fn by_pool(self, free: Bytes, pool: Bytes) -> Self {
         let part = u128::from(free.0) * 100;
         let whole = u128::from(pool.0.max(1));
         let below = |percent: u64| part < whole * u128::from(percent);
@@ -61,6 +87,11 @@ impl HostState {
     }
 }
 
+/// Whether the host itself waits for memory more than is normal.
+pub fn is_pressed(pressure: Option<Pressure>) -> bool {
+    HostState::Normal.by_pressure(pressure) > HostState::Normal
+}
+
 impl fmt::Display for HostState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -77,7 +108,7 @@ mod tests {
     use super::*;
 
     fn walk(from: HostState, percent: u64) -> HostState {
-        from.next(Bytes::mib(percent), Bytes::mib(100))
+        from.next(Bytes::mib(percent), Bytes::mib(100), None)
     }
 
     #[test]
@@ -98,6 +129,23 @@ mod tests {
 
     #[test]
     fn a_host_without_a_pool_is_no_division_by_zero() {
-        assert_eq!(HostState::Normal.next(Bytes::ZERO, Bytes::ZERO), HostState::Emergency);
+        assert_eq!(HostState::Normal.next(Bytes::ZERO, Bytes::ZERO, None), HostState::Emergency);
+    }
+
+    #[test]
+    fn a_host_that_waits_itself_is_short_whatever_its_pool_says() {
+        use HostState::{Emergency, Hard, Normal, Soft};
+        let next = |from: HostState, percent: f64| {
+            from.next(Bytes::mib(100), Bytes::mib(100), Some(Pressure::percent(percent)))
+        };
+        assert_eq!(next(Normal, 9.9), Normal);
+        assert_eq!(next(Normal, 10.0), Soft);
+        assert_eq!(next(Normal, 25.0), Hard);
+        assert_eq!(next(Normal, 90.0), Emergency);
+        assert_eq!(next(Emergency, 21.0), Emergency);
+        assert_eq!(next(Emergency, 19.0), Hard);
+        assert_eq!(next(Soft, 6.0), Soft);
+        assert_eq!(next(Soft, 4.0), Normal);
+        assert_eq!(Normal.next(Bytes::mib(20), Bytes::mib(100), Some(Pressure::percent(10.0))), Hard);
     }
 }

@@ -21,6 +21,19 @@ pub enum Rule {
     Limits,
     /// The guest did not give up what it was asked for: leave it what it has for a while.
     Stuck,
+    /// Advice: VMs hold more than there is and none can give more: the host should swap from this one.
+    Swap,
+    /// Advice: as [`Rule::Swap`], where the host has no swap for it: pause this VM.
+    Pause,
+    /// Advice: there is room again for this VM, which was paused on advice.
+    Resume,
+}
+
+impl Rule {
+    /// Whether it advises the caller and changes no target.
+    pub fn is_advice(self) -> bool {
+        matches!(self, Self::Swap | Self::Pause | Self::Resume)
+    }
 }
 
 impl fmt::Display for Rule {
@@ -30,6 +43,11 @@ impl fmt::Display for Rule {
             Self::Pay => "another VM is short of its share",
             Self::Refill => "the host's pool is refilled",
             Self::Limits => "its limits ask for it",
+            Self::Swap => {
+                "VMs hold more than the host has for them and none can give more: swap from this one"
+            }
+            Self::Pause => "VMs hold more than the host has for them and none can give more: pause this one",
+            Self::Resume => "there is room again: resume it",
             Self::Stuck => "the guest gives nothing up, so it keeps what it has for a while",
         })
     }

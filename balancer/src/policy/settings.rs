@@ -96,6 +96,14 @@ pub struct Guards {
     /// A guest that was just moved one way is not moved back while its use is steady,
     /// short of need.
     pub moves_rest: bool,
+    /// A guest that waits for memory is given more than its use tells.
+    pub distress_counts: bool,
+    /// Rising use is followed ahead of what was reported.
+    pub rises_are_led: bool,
+    /// Buffers are given from ample memory alone.
+    pub buffers_wait: bool,
+    /// What others need beyond their fair share never comes before a guest's need within its own.
+    pub fair_comes_first: bool,
 }
 
 impl Default for Guards {
@@ -107,6 +115,10 @@ impl Default for Guards {
             demand_is_held: true,
             use_is_spared: true,
             moves_rest: true,
+            distress_counts: true,
+            rises_are_led: true,
+            buffers_wait: true,
+            fair_comes_first: true,
         }
     }
 }

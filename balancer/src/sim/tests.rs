@@ -131,12 +131,34 @@ fn steady_demand_moves_nothing_back_and_forth() {
 
 #[test]
 fn without_rest_after_a_move_memory_goes_to_and_fro() {
-    let reversals = |law: fn() -> Ballast| -> u64 {
+    // Buffers that wait for ample memory would hide what rest does.
+    let reversals = |rest| -> u64 {
+        let law = || without(|guards| (guards.buffers_wait, guards.moves_rest) = (false, rest));
         [14, 16, 18].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).reversals).sum()
     };
-    let (rested, restless) =
-        (reversals(Ballast::default), reversals(|| without(|guards| guards.moves_rest = false)));
-    assert!(rested * 2 < restless, "{rested} with rest, {restless} without");
+    let (rested, restless) = (reversals(true), reversals(false));
+    assert!(rested < restless, "{rested} with rest, {restless} without");
+}
+
+#[test]
+fn without_following_rises_and_distress_guests_wait_longer() {
+    let stalled = |rises, distress| {
+        let law = || without(|guards| (guards.rises_are_led, guards.distress_counts) = (rises, distress));
+        [9, 11, 13].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).stalled).sum::<u64>()
+    };
+    let (both, distress, neither) = (stalled(true, true), stalled(false, true), stalled(false, false));
+    assert!(
+        both < distress && distress < neither,
+        "{both}, {distress} without rises, {neither} without either"
+    );
+}
+
+#[test]
+fn without_waiting_for_ample_memory_buffers_come_and_go() {
+    let churn = |law: &mut Ballast| score(law, Kind::Burst, 14, &[]).churn;
+    let (ours, restless) =
+        (churn(&mut Ballast::default()), churn(&mut without(|guards| guards.buffers_wait = false)));
+    assert!(ours < restless, "{ours} with, {restless} without");
 }
 
 #[test]

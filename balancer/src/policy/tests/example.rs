@@ -1,0 +1,28 @@
+//! The worked example of docs/balancing.md.
+
+use super::*;
+
+#[test]
+fn the_worked_example_comes_out_as_it_is_told() {
+    let limits = "4G,min=1G,max=8G";
+    let mut world = World::new(
+        Bytes::gib(10),
+        vec![Guest::new(1, limits, Bytes::mib(3000)), Guest::new(2, limits, Bytes::mib(4000))],
+    );
+    for (guest, has) in world.guests.iter_mut().zip([3600, 4800]) {
+        (guest.vm.said.target, guest.vm.said.actual) = (Bytes::mib(has), Bytes::mib(has));
+    }
+    world.run(10);
+    assert_eq!((world.target(0), world.target(1)), (Bytes::mib(3600), Bytes::mib(4800)));
+    assert_eq!(world.balance.free, Bytes::mib(1840));
+    world.guests[1].wants = Bytes::mib(6000);
+    world.tick();
+    assert_eq!(world.guests[1].vm.demand(), Bytes::gib(8));
+    let whole = |bytes: Bytes| bytes.0 >> 20;
+    assert_eq!(whole(world.guests[0].vm.entitlement()), 3600);
+    assert_eq!((whole(world.guests[1].vm.entitlement()), whole(world.target(1))), (6332, 6332));
+    world.run(60);
+    assert_eq!((world.target(0), whole(world.target(1))), (Bytes::mib(3600), 6332));
+    assert_eq!(whole(world.balance.free), 307);
+    assert_eq!(world.guests[1].vm.used(), Some(Bytes::mib(6000)));
+}

@@ -1,0 +1,368 @@
+//! One VM: what it says, what is remembered of it, and how far it may be moved.
+
+use std::time::Duration;
+
+use balloon::status::DriverState;
+use balloon::units::{Bytes, Pages};
+
+use super::demand::{Demand, Follow, News};
+use super::entitlement::Claim;
+use super::guards::{self, Standing, Watch};
+use super::host_state::HostState;
+use super::reason::{Decision, Reason, Rule};
+use super::{Said, Settings};
+
+/// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
+pub const DEADBAND: Bytes = Bytes::mib(16);
+
+/// As [`DEADBAND`], in percent of the target; the larger counts.
+pub const DEADBAND_PERCENT: u64 = 1;
+
+/// A target this much above the entitlement counts as too high, in percent; a
+/// shrink ends in the middle of this band, so that it is no reason to grow again.
+pub const BAND_PERCENT: u64 = 3;
+
+/// Pieces smaller than this are not granted or taken one by one.
+pub const PIECE: Bytes = Bytes::mib(4);
+
+/// A report older than this many ticks is stale.
+pub const STALE_TICKS: u32 = 3;
+
+/// A report younger than this is fresh however short the tick is: guests are
+/// asked for statistics once a second.
+pub const FRESH: Duration = Duration::from_secs(3);
+
+/// One VM: what it says, and what is remembered of it.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    /// Tells VMs apart and breaks ties; unique.
+    pub id: u64,
+    /// How long it has run.
+    pub uptime: Duration,
+    /// Whether it answered this tick; if not, `said` is what it said last.
+    pub answers: bool,
+    /// What it said.
+    pub said: Said,
+    memory: Memory,
+}
+
+/// What the policy remembers of one VM between ticks.
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    demand: Demand,
+    watch: Watch,
+    grown: Option<Moved>,
+    shrunk: Option<Moved>,
+    refilled_from: Option<Duration>,
+    /// Found stuck in this very round, which has its decision already.
+    just_stuck: bool,
+    /// The policy advised to pause it, and has not advised to resume it.
+    laid_down: bool,
+    standing: Standing,
+    charge: Bytes,
+    need: Bytes,
+    entitlement: Bytes,
+    /// What of it is within its fair share while not everyone's need fits.
+    assured: Bytes,
+}
+
+/// When a target was last moved one way, and what the guest was held to use then.
+#[derive(Clone, Copy, Debug)]
+struct Moved {
+    at: Duration,
+    held: Bytes,
+}
+
+/// How a VM is looked at in one round.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Round<'a> {
+    pub now: Duration,
+    pub state: HostState,
+    /// There is more free memory than the pool wants.
+    pub ample: bool,
+    /// An emergency has lasted.
+    pub lasts: bool,
+    pub settings: &'a Settings,
+}
+
+impl Vm {
+    /// A VM that was just found.
+    pub fn new(id: u64, uptime: Duration, said: Said) -> Self {
+        Self { id, uptime, answers: true, said, memory: Memory::default() }
+    }
+
+    /// How it stood at the last decision.
+    pub fn standing(&self) -> Standing {
+        self.memory.standing
+    }
+
+    /// What it was charged at the last decision.
+    pub fn charge(&self) -> Bytes {
+        self.memory.charge
+    }
+
+    /// What its guest uses, as far as it ever said.
+    pub fn used(&self) -> Option<Bytes> {
+        self.memory.demand.used()
+    }
+
+    /// Its use with its buffer, and what it lacks or is about to, within its limits, at the last decision.
+    pub fn demand(&self) -> Bytes {
+        self.memory.need
+    }
+
+    /// What it might have had at the last decision.
+    pub fn entitlement(&self) -> Bytes {
+        self.memory.entitlement
+    }
+
+    /// Takes in what it said, and tells how it stands. True if it was just found stuck.
+    pub(super) fn look(&mut self, now: Duration, settings: &Settings) -> bool {
+        let Settings { tick, guards, .. } = settings;
+        let said = &self.said;
+        let memory = &mut self.memory;
+        memory.just_stuck = false;
+        if !self.answers || said.paused {
+            memory.standing = if self.answers { Standing::Paused } else { Standing::NotAnswering };
+            memory.charge = guards::charge(memory.standing, said);
+            return false;
+        }
+        memory.demand.has(now, said.actual);
+        let mut fresh = false;
+        if let Some(news) = News::of(now, said) {
+            fresh = now.saturating_sub(news.reported) <= FRESH.max(*tick * STALE_TICKS);
+            if fresh {
+                let follow = Follow {
+                    hold: guards.demand_is_held,
+                    distress: guards.distress_counts,
+                    rises: guards.rises_are_led,
+                };
+                memory.demand.report(now, &news, follow);
+            }
+        }
+        let stuck = memory.watch.look(now, said) && guards.stuck_are_left_alone;
+        memory.standing = if !said.limits.is_dynamic() {
+            Standing::Static
+        } else if said.driver == DriverState::Absent {
+            if self.uptime < guards::BOOT { Standing::Booting } else { Standing::NoDriver }
+        } else if stuck || (memory.watch.is_resting(now) && guards.stuck_are_left_alone) {
+            Standing::Stuck
+        } else if !memory.watch.is_settled() && self.uptime < guards::BOOT {
+            Standing::Booting
+        } else if (fresh && said.driver == DriverState::Active) || !guards.stale_are_held {
+            Standing::Following
+        } else {
+            Standing::Stale
+        };
+        memory.just_stuck = stuck && memory.standing == Standing::Stuck;
+        memory.charge = guards::charge(memory.standing, said);
+        memory.need = memory.demand.need(&said.limits);
+        memory.just_stuck
+    }
+
+    /// Whether it must have at least its charge in any sharing: it can't or must not be shrunk.
+    fn is_held(&self) -> bool {
+        self.memory.standing != Standing::Following
+    }
+
+    /// Whether a new target can reach the guest.
+    pub(super) fn takes_targets(&self) -> bool {
+        self.memory.standing.is_movable() && self.said.driver != DriverState::Absent
+    }
+
+    /// Whether it has its decision in this round already.
+    pub(super) fn is_decided(&self) -> bool {
+        self.memory.just_stuck
+    }
+
+    /// What it must have; what it has, where nobody knows.
+    pub(super) fn want(&self) -> Bytes {
+        if self.used().is_some() { self.memory.need } else { self.said.target }
+    }
+
+    /// What of it can't wait.
+    pub(super) fn urgent(&self) -> Bytes {
+        if self.used().is_some() {
+            self.memory.demand.urgent(&self.said.limits).min(self.memory.need)
+        } else {
+            self.said.target
+        }
+    }
+
+    /// What it should have where nobody is short.
+    pub(super) fn comfort(&self) -> Bytes {
+        if self.used().is_some() && !self.is_held() {
+            self.memory.demand.comfort(&self.said.limits)
+        } else {
+            self.want()
+        }
+    }
+
+    pub(super) fn claim(&self, index: usize) -> Claim {
+        let limits = &self.said.limits;
+        let floor = if self.is_held() { self.memory.charge } else { limits.min() };
+        let range = limits.max().saturating_sub(limits.min()).pages();
+        Claim {
+            id: self.id,
+            index,
+            floor: floor.pages(),
+            want: self.want().pages(),
+            share: if self.takes_targets() { u128::from(range.0) * u128::from(limits.weight()) } else { 0 },
+            given: Pages::default(),
+        }
+    }
+
+    pub(super) fn assure(&mut self, assured: Bytes) {
+        self.memory.assured = assured;
+    }
+
+    pub(super) fn entitle(&mut self, entitlement: Bytes) {
+        // One that was just found stuck keeps what it has.
+        if !self.memory.just_stuck {
+            self.memory.entitlement = entitlement;
+        }
+    }
+
+    /// Calls back what it was asked to give up: it keeps what it has, which is returned.
+    pub(super) fn let_go(&mut self) -> Bytes {
+        let actual = self.said.limits.clamp(self.said.actual);
+        self.memory.watch.let_go();
+        self.memory.entitlement = actual;
+        actual
+    }
+
+    /// Whether it was shrunk a short time ago and its use has not risen since.
+    fn rests_shrunk(&self, now: Duration, rest: Duration) -> bool {
+        self.memory.shrunk.is_some_and(|moved| {
+            now.saturating_sub(moved.at) < rest
+                && self.memory.demand.held() <= moved.held.percent(100 + guards::STEADY_PERCENT)
+        })
+    }
+
+    /// Whether it was grown a short time ago and its use has not fallen since.
+    fn rests_grown(&self, now: Duration, rest: Duration) -> bool {
+        self.memory.grown.is_some_and(|moved| {
+            now.saturating_sub(moved.at) < rest
+                && self.memory.demand.held() >= moved.held.percent(100 - guards::STEADY_PERCENT)
+        })
+    }
+
+    /// How far the target lies below what it may have, where that is worth moving.
+    pub(super) fn gap(&self, round: &Round) -> Bytes {
+        let Said { target, limits, .. } = self.said;
+        let guards = &round.settings.guards;
+        // Comfort is a reason to leave memory with a guest, none to give it more. And where it
+        // is held it is entitled to what it has, which is no reason to call a shrink back.
+        let mut may = self.memory.entitlement.min(self.want());
+        let rests = guards.moves_rest && self.rests_shrunk(round.now, round.settings.rest);
+        if rests || (guards.buffers_wait && !round.ample) {
+            // What it is assured of within its fair share waits for nobody's ease, or a guest
+            // that claims all there is would keep the others from their buffers.
+            let assured = if rests { Bytes::ZERO } else { self.memory.assured };
+            may = may.min(self.urgent().max(assured));
+        }
+        let gap = may.saturating_sub(target);
+        // Use is capped by what the guest has: one with little left must not wait for a wide gap.
+        let used = self.used().unwrap_or_default();
+        let half_the_buffer = Bytes(self.memory.need.saturating_sub(used).0 / 2);
+        let pressed = target < used.saturating_add(half_the_buffer) && gap >= PIECE;
+        if target < limits.min() || pressed || gap > deadband(target) { gap } else { Bytes::ZERO }
+    }
+
+    /// What it will be given once there is ample memory.
+    pub(super) fn postponed(&self, round: &Round) -> Bytes {
+        let target = self.said.target;
+        let gap = self.memory.entitlement.min(self.want()).saturating_sub(target);
+        if round.ample || gap <= deadband(target) { Bytes::ZERO } else { gap }
+    }
+
+    /// How far it may be shrunk, by the band and the floors.
+    pub(super) fn surplus(&self, round: &Round) -> Bytes {
+        let Said { target, limits, .. } = self.said;
+        let Round { now, state, lasts, settings, .. } = *round;
+        let (Some(used), false) = (self.used(), self.is_held()) else { return Bytes::ZERO };
+        if settings.guards.moves_rest && state < HostState::Emergency && self.rests_grown(now, settings.rest)
+        {
+            return Bytes::ZERO;
+        }
+        let band = DEADBAND.max(target.percent(BAND_PERCENT));
+        let most = self.memory.entitlement;
+        if target <= most.saturating_add(band) {
+            return Bytes::ZERO;
+        }
+        let floor = if settings.guards.use_is_spared {
+            guards::floor(state, lasts, used, self.memory.demand.bare(&limits), target)
+        } else {
+            Bytes::ZERO
+        };
+        let lowest = limits.clamp(most.saturating_add(Bytes(band.0 / 2)).max(floor));
+        target.saturating_sub(lowest).min(guards::step(&self.said)).page_floor()
+    }
+
+    /// What of `surplus` may be taken when nobody is short and only the pool is refilled.
+    pub(super) fn unhurried(&self, round: &Round, surplus: Bytes) -> Bytes {
+        let since =
+            |then: Option<Duration>| then.map_or(Duration::MAX, |then| round.now.saturating_sub(then));
+        let grown = since(self.memory.grown.map(|moved| moved.at));
+        if round.state < HostState::Hard && grown < guards::REST_AFTER_GROW {
+            return Bytes::ZERO;
+        }
+        if round.state > HostState::Normal {
+            return surplus;
+        }
+        if since(self.memory.refilled_from) < guards::UNHURRIED {
+            return Bytes::ZERO;
+        }
+        Bytes(surplus.0 / guards::UNHURRIED_PART).max(DEADBAND).min(surplus)
+    }
+
+    /// What it was asked to give up and still has.
+    pub(super) fn owes(&self) -> Bytes {
+        match self.memory.standing {
+            Standing::Following | Standing::Stale => self.said.actual.saturating_sub(self.said.target),
+            _ => Bytes::ZERO,
+        }
+    }
+
+    /// Notes that it is grown.
+    pub(super) fn grows(&mut self, now: Duration) {
+        self.memory.grown = Some(Moved { at: now, held: self.memory.demand.held() });
+    }
+
+    /// Notes that it is shrunk; `hurried` where another VM waits for it.
+    pub(super) fn shrinks(&mut self, now: Duration, hurried: bool) {
+        self.memory.shrunk = Some(Moved { at: now, held: self.memory.demand.held() });
+        if !hurried {
+            self.memory.refilled_from = Some(now);
+        }
+    }
+
+    /// Whether it was paused on the policy's advice and still is.
+    pub(super) fn is_laid_down(&self) -> bool {
+        self.memory.laid_down && self.memory.standing == Standing::Paused
+    }
+
+    /// Notes that pausing it, or resuming it, is advised.
+    pub(super) fn lay_down(&mut self, down: bool) {
+        self.memory.laid_down = down;
+    }
+
+    /// Puts the decision on record, with every number that it was made of.
+    pub(super) fn decide(&self, state: HostState, rule: Rule, new: Bytes, decisions: &mut Vec<Decision>) {
+        let reason = Reason {
+            used: self.used(),
+            demand: self.memory.need,
+            entitlement: self.memory.entitlement,
+            state,
+            rule,
+            old: self.said.target,
+            new,
+        };
+        decisions.push(Decision { vm: self.id, reason });
+    }
+}
+
+/// How far a target of this size may lie off before it is worth moving.
+pub(super) fn deadband(target: Bytes) -> Bytes {
+    DEADBAND.max(target.percent(DEADBAND_PERCENT))
+}
