@@ -114,12 +114,15 @@ impl Policy {
         let owed: Bytes = vms.iter().map(Vm::owes).sum();
         // A host that waits for memory itself has less than its budget says: one more pool is kept.
         let mut kept = if host_state::is_pressed(host.pressure) { pool.saturating_add(pool) } else { pool };
+        // Buffers that wait are paid for by who has more than it may, once nothing presses.
+        let postponed = if self.state == HostState::Normal { postponed } else { Bytes::ZERO };
         if postponed > Bytes::ZERO {
             kept = kept.max(pool.percent(moves::AMPLE_PERCENT).saturating_add(postponed));
         }
         let refill = kept.saturating_add(over).saturating_sub(left);
         let short = unserved.saturating_add(refill).saturating_sub(owed);
-        self.shrink(now, Shortage { short, unserved, lasts }, vms, decisions);
+        let waiting = unserved.saturating_add(postponed);
+        self.shrink(now, Shortage { short, waiting, lasts }, vms, decisions);
         let helpless = lasts && over > Bytes::ZERO && owed == Bytes::ZERO && decisions.is_empty();
         self.last_resort(now, host, helpless.then_some(over), vms, decisions);
         Balance { charged, free, over, unserved, state: self.state }

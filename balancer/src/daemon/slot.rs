@@ -269,7 +269,8 @@ impl Slot {
             | Standing::NoDriver
             | Standing::NotAnswering
             | Standing::Stale
-            | Standing::Stuck => vm.charge(),
+            | Standing::Stuck
+            | Standing::Paused => vm.charge(),
         })
     }
 

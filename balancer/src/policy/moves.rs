@@ -19,7 +19,7 @@ pub(super) struct Shortage {
     /// All of it.
     pub short: Bytes,
     /// What others are waiting for.
-    pub unserved: Bytes,
+    pub waiting: Bytes,
     /// Whether an emergency has lasted.
     pub lasts: bool,
 }
@@ -95,8 +95,8 @@ impl Policy {
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) {
-        let Shortage { mut short, unserved, lasts } = shortage;
-        let paying = unserved > Bytes::ZERO;
+        let Shortage { mut short, waiting, lasts } = shortage;
+        let paying = waiting > Bytes::ZERO;
         let round = Round { now, state: self.state, ample: false, lasts, settings: &self.settings };
         self.order.clear();
         let mut total = Bytes::ZERO;

@@ -155,10 +155,12 @@ fn without_following_rises_and_distress_guests_wait_longer() {
 
 #[test]
 fn without_waiting_for_ample_memory_buffers_come_and_go() {
-    let churn = |law: &mut Ballast| score(law, Kind::Burst, 14, &[]).churn;
-    let (ours, restless) =
-        (churn(&mut Ballast::default()), churn(&mut without(|guards| guards.buffers_wait = false)));
-    assert!(ours < restless, "{ours} with, {restless} without");
+    let reversals = |waits| -> u64 {
+        let law = || without(|guards| guards.buffers_wait = waits);
+        [14, 16, 18].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).reversals).sum()
+    };
+    let (waiting, at_once) = (reversals(true), reversals(false));
+    assert!(waiting < at_once, "{waiting} when they wait, {at_once} at once");
 }
 
 #[test]
