@@ -23,7 +23,7 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) build --profile guest --package guest --package agent
 	$(CARGO) run --quiet --package tests --bin lab -- fetch
 	if $(CARGO) nextest --version >/dev/null 2>&1; \
-	then $(CARGO) nextest run --workspace; \
+	then $(CARGO) nextest run --workspace --no-fail-fast; \
 	else $(CARGO) test --workspace --all-targets; fi
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps

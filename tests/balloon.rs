@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use balloon::status::{DriverState, MemoryStatus};
 use balloon::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings};
+use lab::{Host, Kernel, Vm, VmSettings, wait_for};
 
 /// How far the balloon is moved.
 const MOVE: Bytes = Bytes::mib(256);
@@ -28,11 +28,13 @@ fn assert_moved(what: &str, change: Bytes) {
     assert!(change >= MOVE.percent(95) && change <= MOVE.percent(105), "{what}: {change} instead of {MOVE}");
 }
 
-/// The API's word on resident guest memory, held against the kernel's.
+/// The API's word on resident guest memory, held against the kernel's. The API counts anew
+/// every two seconds at most.
 fn rss(vm: &Vm) -> Bytes {
-    let (api, kernel) = (vm.memory().host_rss, vm.rss_by_kernel());
-    assert!(api.0.abs_diff(kernel.0) <= Bytes::mib(6).0, "the API says {api}, smaps {kernel}");
-    kernel
+    wait_for("the API to count what the kernel counts", Duration::from_secs(3), || {
+        let (api, kernel) = (vm.memory().host_rss, vm.rss_by_kernel());
+        (api.0.abs_diff(kernel.0) <= Bytes::mib(6).0).then_some(kernel)
+    })
 }
 
 /// Moves the balloon by 256 MiB both ways and sees the host's memory follow.
@@ -142,7 +144,8 @@ fn freed_memory_comes_back_with_no_request() {
         vm.step("file:128M", MOVING);
         let full = rss(&vm);
         vm.step("remove", MOVING);
-        let wanted = full.saturating_sub(Bytes::mib(128).percent(95));
+        // What is left of free blocks of 2 MiB that are in part in use is not reported.
+        let wanted = full.saturating_sub(Bytes::mib(128).percent(75));
         // One chain can report all of it: the memory is gone before the device has counted it.
         let memory = vm.wait_for_memory("reported pages to be given back", MOVING, |memory| {
             memory.host_rss <= wanted && memory.counters.reported >= Bytes::mib(120)

@@ -150,14 +150,16 @@ impl Run {
     }
 }
 
-/// Whether a VM of this name answers on its socket.
+/// Whether a VM of this name answers on its socket, and runs: one that is only set up yet has no
+/// guest to press a power button for.
 fn answers(name: &str) -> bool {
     let socket = runtime::socket(name).expect("there is a runtime directory");
     let Ok(mut stream) = UnixStream::connect(socket) else { return false };
-    let mut line = [0; 12];
+    let mut answer = String::new();
     stream.write_all(b"GET /vm HTTP/1.1\r\nHost: vm\r\nConnection: close\r\n\r\n").is_ok()
-        && stream.read_exact(&mut line).is_ok()
-        && &line == b"HTTP/1.1 200"
+        && stream.read_to_string(&mut answer).is_ok()
+        && answer.starts_with("HTTP/1.1 200")
+        && answer.contains("\"state\":\"running\"")
 }
 
 fn a_guest_powers_off(terminal: &Terminal) {
