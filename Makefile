@@ -10,7 +10,7 @@ LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench prove slat lint lab setup
+.PHONY: help demo test soak bench prove slat lint lab setup
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,11 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 	else $(CARGO) test --workspace --all-targets; fi
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+soak: setup ## Moves a guest's memory at random for an hour of the lab's time; SEED=2 SECONDS=600 for another
+	$(CARGO) build --release --package cli
+	BALLAST_SOAK_SEED=$(or $(SEED),1) BALLAST_SOAK_SECONDS=$(or $(SECONDS),3600) \
+	  $(CARGO) test --package tests --test soak -- --nocapture --test-threads=1
 
 bench: setup ## Memory and instructions beside QEMU microvm; how long a guest in distress waits
 	$(CARGO) run --quiet --package tests --bin bench

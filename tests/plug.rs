@@ -1,14 +1,16 @@
 //! Guests that boot with less than they may have and plug the rest (virtio-mem).
 
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use balloon::status::{DriverState, MemoryStatus, PlugStatus};
 use balloon::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings};
+use lab::{Host, Kernel, Vm, VmSettings, ballast};
 
 /// How long memory takes to move.
 const MOVING: Duration = Duration::from_secs(30);
 const STARTUP: Bytes = Bytes::mib(256);
+const MAX: Bytes = Bytes::gib(1);
 
 fn guest(name: &str, kernel: Kernel, memory: &str) -> Vm {
     let mut vm = VmSettings::new(name, &kernel.guest_images(), memory, "ballast.console")
@@ -54,5 +56,87 @@ fn a_guest_plugs_uses_and_unplugs() {
             vm.type_in("end\n");
             vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
         }
+    });
+}
+
+/// `ballast balancer` over two guests, of which only one at a time can have its most.
+struct Daemon(Child);
+
+impl Daemon {
+    const BUDGET: Bytes = Bytes::mib(1400);
+
+    fn start() -> Self {
+        let budget = format!("{}M", Self::BUDGET.0 >> 20);
+        let child = Command::new(ballast())
+            .args(["balancer", "--interval", "500ms", "--budget", &budget])
+            .stdin(Stdio::null())
+            .spawn();
+        Self(child.expect("the daemon starts"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.0.kill().expect("the daemon still runs");
+        self.0.wait().expect("the daemon can be waited for");
+    }
+}
+
+/// Has a guest use more and more, each time once the balancer has seen to the last.
+fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
+    while vm.memory().actual < MAX {
+        vm.step("grow:80M:4s", MOVING);
+        vm.wait_for_memory("room for the next step", MOVING, |memory| {
+            let held = memory.host_rss + other.memory().host_rss;
+            assert!(held <= Daemon::BUDGET, "{held} is over the budget");
+            let spare = memory.report.as_ref().and_then(|report| report.statistics.spare());
+            memory.actual == MAX || spare.is_some_and(|spare| spare >= Bytes::mib(112))
+        });
+    }
+}
+
+#[test]
+fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
+    let host = Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).memory(Bytes::gib(3));
+    host.usually(Duration::from_secs(240)).run(|| {
+        let memory = "256M,min=160M,max=1G,buffer=80%";
+        let mut a = guest("a", Kernel::V6_1, memory);
+        let mut b = guest("b", Kernel::V6_12, memory);
+        let daemon = Daemon::start();
+        grow_to_the_most(&mut a, &b);
+        a.step("release", MOVING);
+        grow_to_the_most(&mut b, &a);
+        // It gave up what the other got, most of it by unplugging.
+        let shrunk = a.memory();
+        assert!(shrunk.actual <= Bytes::mib(376), "{shrunk:#?}");
+        assert!(plug(&shrunk).counters.unplugged >= Bytes::mib(512), "{shrunk:#?}");
+        b.step("release", MOVING);
+        grow_to_the_most(&mut a, &b);
+        assert!(b.memory().actual <= Bytes::mib(376), "{:#?}", b.memory());
+        drop(daemon);
+        for vm in [&mut a, &mut b] {
+            vm.type_in("end\n");
+            vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+            assert_eq!(vm.wait_for_end(MOVING), 0);
+        }
+    });
+}
+
+/// Without the driver it works with what it has, and says so.
+#[test]
+fn a_guest_without_the_driver_keeps_what_it_booted_with() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {
+        let images = Kernel::V6_1.guest_images();
+        let cmdline = "ballast.console ballast.without=virtio_mem";
+        let mut vm = VmSettings::new("old", &images, "256M,min=128M,max=1G", cmdline)
+            .with(&["--grow", "plug"])
+            .start();
+        vm.wait_until_ready();
+        let memory = vm.wait_for_memory("a report", MOVING, |memory| memory.report.is_some());
+        assert_eq!((plug(&memory).driver, memory.ceiling()), (DriverState::Absent, STARTUP));
+        let refused = vm.ask(async |client| client.set_target(MAX).await).expect_err("nobody could plug");
+        assert!(refused.to_string().contains("virtio_mem"), "{refused}");
+        vm.set_target(Bytes::mib(192));
+        assert_eq!(settled(&vm).actual, Bytes::mib(192));
     });
 }
