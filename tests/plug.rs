@@ -90,7 +90,8 @@ fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
             let held = memory.host_rss + other.memory().host_rss;
             assert!(held <= Daemon::BUDGET, "{held} is over the budget");
             let spare = memory.report.as_ref().and_then(|report| report.statistics.spare());
-            memory.actual == MAX || spare.is_some_and(|spare| spare >= Bytes::mib(112))
+            // The balancer leaves small wishes alone: less than the buffer, and enough for a step.
+            memory.actual == MAX || spare.is_some_and(|spare| spare >= Bytes::mib(92))
         });
     }
 }
