@@ -31,7 +31,7 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 soak: setup ## Moves a guest's memory at random for an hour of the lab's time; SEED=2 SECONDS=600 for another
 	$(CARGO) build --release --package cli
 	BALLAST_SOAK_SEED=$(or $(SEED),1) BALLAST_SOAK_SECONDS=$(or $(SECONDS),3600) \
-	  $(CARGO) test --package tests --test soak -- --nocapture --test-threads=1
+	  $(CARGO) test --package tests --test soak -- --include-ignored --nocapture --test-threads=1
 
 bench: setup ## Memory and instructions beside QEMU microvm; how long a guest in distress waits
 	$(CARGO) run --quiet --package tests --bin bench
