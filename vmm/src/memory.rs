@@ -194,7 +194,7 @@ impl Ram {
     ///
     /// What a memfd holds is told by its blocks: pages that only KVM has touched, or that this
     /// process has unmapped and not punched out, count as well. Anonymous memory is
-    /// counted by the kernel, not long ago (see [`Accounts::held`]); mincore(2) would not tell,
+    /// counted by the kernel, not long ago (see `Accounts::held`); mincore(2) would not tell,
     /// as it reports the page cache.
     ///
     /// # Errors

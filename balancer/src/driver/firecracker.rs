@@ -2,7 +2,7 @@
 //!
 //! Written from Firecracker's published API description (`swagger/firecracker.yaml`).
 //! It tells the guest's size, the balloon's target and size in MiB, and, where they
-//! were enabled before the boot, the guest's statistics; not when those came (see [`UNCHANGED`]).
+//! were enabled before the boot, the guest's statistics; not when those came (see `UNCHANGED`).
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};

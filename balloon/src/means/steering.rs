@@ -1,4 +1,4 @@
-//! Moves one guest's memory towards its target, by the means that [`steps`](super::steps) finds.
+//! Moves one guest's memory towards its target, by the means that [`steps`] finds.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
