@@ -1,10 +1,9 @@
 //! The daemon moves memory between real guests, and survives deaths: its own and a VM's.
 
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use balloon::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings, ballast};
+use lab::{Daemon, Host, Kernel, Vm, VmSettings};
 
 /// Two guests of this size at most share [`BUDGET`].
 const MAX: Bytes = Bytes::mib(448);
@@ -12,27 +11,6 @@ const MIN: Bytes = Bytes::mib(160);
 const BUDGET: Bytes = Bytes::mib(608);
 /// How long memory takes to move from one guest to the other.
 const MOVING: Duration = Duration::from_secs(30);
-
-/// `ballast balancer`, ended with SIGKILL: the one end that it can't prepare for.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start() -> Self {
-        let budget = format!("{}M", BUDGET.0 >> 20);
-        let child = Command::new(ballast())
-            .args(["balancer", "--interval", "500ms", "--budget", &budget])
-            .stdin(Stdio::null())
-            .spawn();
-        Self(child.expect("the daemon starts"))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.0.kill().expect("the daemon still runs");
-        self.0.wait().expect("the daemon can be waited for");
-    }
-}
 
 fn guest(name: &str) -> Vm {
     VmSettings::new(name, &Kernel::V6_1.guest_images(), "208M,min=160M,max=448M", "ballast.console").start()
@@ -50,7 +28,7 @@ fn wait_until_grown(vm: &Vm, others: &[&Vm], actual: Bytes) {
 #[test]
 fn memory_moves_to_whoever_needs_it_through_deaths() {
     Host::new().guest(Kernel::V6_1).memory(Bytes::gib(3)).usually(Duration::from_secs(180)).run(|| {
-        let daemon = Daemon::start();
+        let daemon = Daemon::start(BUDGET);
         let (mut a, mut b) = (guest("a"), guest("b"));
         a.wait_until_ready();
         b.wait_until_ready();
@@ -66,7 +44,7 @@ fn memory_moves_to_whoever_needs_it_through_deaths() {
         a.step("rest:2s", MOVING);
         assert_eq!(a.memory().target, before, "without a daemon a VM keeps what it has");
 
-        let daemon = Daemon::start();
+        let daemon = Daemon::start(BUDGET);
         a.step("release", MOVING);
         b.step("grow:220M:10s", MOVING);
         wait_until_grown(&b, &[&a], Bytes::mib(300));

@@ -1,11 +1,10 @@
 //! Guests that boot with less than they may have and plug the rest (virtio-mem).
 
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use balloon::status::{DriverState, MemoryStatus, PlugStatus};
 use balloon::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings, ballast};
+use lab::{Daemon, Host, Kernel, Vm, VmSettings};
 
 /// How long memory takes to move.
 const MOVING: Duration = Duration::from_secs(30);
@@ -59,28 +58,8 @@ fn a_guest_plugs_uses_and_unplugs() {
     });
 }
 
-/// `ballast balancer` over two guests, of which only one at a time can have its most.
-struct Daemon(Child);
-
-impl Daemon {
-    const BUDGET: Bytes = Bytes::mib(1400);
-
-    fn start() -> Self {
-        let budget = format!("{}M", Self::BUDGET.0 >> 20);
-        let child = Command::new(ballast())
-            .args(["balancer", "--interval", "500ms", "--budget", &budget])
-            .stdin(Stdio::null())
-            .spawn();
-        Self(child.expect("the daemon starts"))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.0.kill().expect("the daemon still runs");
-        self.0.wait().expect("the daemon can be waited for");
-    }
-}
+/// What the balancer has for two guests, of which only one at a time can have its most.
+const BUDGET: Bytes = Bytes::mib(1400);
 
 /// Has a guest use more and more, each time once the balancer has seen to the last.
 fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
@@ -88,7 +67,7 @@ fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
         vm.step("grow:80M:4s", MOVING);
         vm.wait_for_memory("room for the next step", MOVING, |memory| {
             let held = memory.host_rss + other.memory().host_rss;
-            assert!(held <= Daemon::BUDGET, "{held} is over the budget");
+            assert!(held <= BUDGET, "{held} is over the budget");
             let spare = memory.report.as_ref().and_then(|report| report.statistics.spare());
             // The balancer leaves small wishes alone: less than the buffer, and enough for a step.
             memory.actual == MAX || spare.is_some_and(|spare| spare >= Bytes::mib(92))
@@ -104,7 +83,7 @@ fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
         let memory = "256M,min=160M,max=1G,buffer=80%";
         let mut a = guest("a", Kernel::V6_1, memory);
         let mut b = guest("b", Kernel::V6_12, memory);
-        let daemon = Daemon::start();
+        let daemon = Daemon::start(BUDGET);
         grow_to_the_most(&mut a, &b);
         a.step("release", MOVING);
         grow_to_the_most(&mut b, &a);

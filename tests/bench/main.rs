@@ -7,25 +7,18 @@ mod memory;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use ::balloon::units::Bytes;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use lab::emulator::{Emulator, Terminal};
-use lab::{GuestImages, Kernel, inside};
+use lab::{GuestImages, Kernel, inside, qemu_with_libraries};
 
 use crate::memory::Beside;
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// What QEMU's microvm machine reads at its start.
-const QEMU_FILES: &[&str] = &[
-    "/usr/share/seabios/bios-microvm.bin",
-    "/usr/share/qemu/qboot.rom",
-    "/usr/share/qemu/pvh.bin",
-    "/usr/share/qemu/linuxboot_dma.bin",
-];
 /// The guest's first word, printed by its init before anything else.
 const INIT: &str = "INIT";
 /// Printed when it has loaded its modules.
@@ -72,19 +65,6 @@ fn emulated(names: &[String]) -> Result<ExitCode> {
         println!("\nfor the simulator: ballast sim --speeds out/speeds.json");
     }
     Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
-}
-
-/// QEMU as it is installed here, each file at its own path.
-fn qemu_with_libraries() -> Result<Vec<(PathBuf, String)>> {
-    let output = Command::new("ldd").arg(QEMU).output().context("ldd can't be run")?;
-    ensure!(output.status.success(), "{QEMU} is missing: install qemu-system-x86");
-    let libraries = String::from_utf8(output.stdout)?;
-    // `name => /path (address)`, or `/path (address)` for the loader.
-    let libraries =
-        libraries.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
-    let files = QEMU_FILES.iter().copied().filter(|path| Path::new(path).exists());
-    let all = [QEMU].into_iter().chain(files).chain(libraries);
-    Ok(all.map(|path| (PathBuf::from(path), path.to_owned())).collect())
 }
 
 /// What was measured of one VM.

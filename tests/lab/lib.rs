@@ -20,6 +20,7 @@ mod archive;
 mod artifacts;
 mod cache;
 mod cores;
+mod daemon;
 pub mod emulator;
 mod host;
 mod kernels;
@@ -29,6 +30,7 @@ mod qemu;
 mod vm;
 
 pub use artifacts::{agent, ballast};
+pub use daemon::Daemon;
 pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};
