@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::figures::stall_total;
+use crate::pressure::stall_total;
 use crate::source::{Source, counter};
 
 const ROOT: &str = "/sys/fs/cgroup";

@@ -4,6 +4,7 @@ use balloon::agent::AgentFigures;
 use balloon::units::Bytes;
 
 use crate::cgroups;
+use crate::pressure::stall_total;
 use crate::source::{Source, counter};
 
 /// Reads figures from files that stay open.
@@ -117,12 +118,6 @@ fn sum(text: &str, prefix: &str) -> Option<u64> {
 fn read_pressure(text: &str, figures: &mut AgentFigures) {
     figures.stall_us = stall_total(text, "some");
     figures.full_stall_us = stall_total(text, "full");
-}
-
-/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0` (Documentation/accounting/psi.rst).
-pub fn stall_total(text: &str, who: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(who))?;
-    line.split_whitespace().find_map(|word| word.strip_prefix("total=")?.parse().ok())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! How the agent learns that its guest waits for memory.
+//! Pressure stall information: how the agent learns that its guest waits for memory.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -29,4 +29,11 @@ impl AsFd for Trigger {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Microseconds that `who` (`some` tasks, or all that could run: `full`) have waited in all, out of lines such as
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0` (Documentation/accounting/psi.rst).
+pub fn stall_total(text: &str, who: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(who))?;
+    line.split_whitespace().find_map(|word| word.strip_prefix("total=")?.parse().ok())
 }

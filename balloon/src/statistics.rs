@@ -10,7 +10,7 @@ use devices::virtio::device::Active;
 use devices::virtio::queue::{Chain, Head, Verdict, give_back};
 use vm_memory::GuestMemoryMmap;
 
-use crate::device::{Driver, Shared};
+use crate::device::handle::{Driver, Shared};
 use crate::report::Report;
 use crate::stalls::Stalls;
 use crate::timer::Timer;

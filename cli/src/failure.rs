@@ -4,12 +4,13 @@ use std::io;
 use std::process::ExitCode;
 
 use balancer::daemon::DaemonError;
+use balancer::driver::ballast;
 use balloon::runtime::RuntimeError;
 use vmm::exit::{FAILED, HOST_CANNOT, USAGE};
 use vmm::host::HostCannot;
 use vmm::machine::MachineError;
 
-use crate::{client, output};
+use crate::sentence;
 
 /// An exit code with its sentence.
 #[derive(Debug)]
@@ -42,7 +43,7 @@ impl Failure {
     /// Says it on standard error.
     pub fn tell(self) -> ExitCode {
         if let Some(sentence) = self.sentence {
-            output::say(sentence);
+            sentence::say(sentence);
         }
         ExitCode::from(self.code)
     }
@@ -88,8 +89,8 @@ impl From<DaemonError> for Failure {
     }
 }
 
-impl From<client::Error> for Failure {
-    fn from(error: client::Error) -> Self {
+impl From<ballast::Error> for Failure {
+    fn from(error: ballast::Error) -> Self {
         Self::new(error)
     }
 }
@@ -101,7 +102,7 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.render().to_string();
     match text.strip_prefix("error: ") {
-        Some(sentence) => output::say(sentence.trim_end()),
+        Some(sentence) => sentence::say(sentence.trim_end()),
         // No subcommand at all: clap shows the help.
         None => {
             let _ = error.print();

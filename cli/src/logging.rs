@@ -10,7 +10,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::EnvFilter;
 
-use crate::output;
+use crate::sentence;
 
 /// The variable that says what is logged, as tracing's filters are written.
 const VARIABLE: &str = "BALLAST_LOG";
@@ -63,7 +63,7 @@ impl Subscriber for Sentences {
     fn event(&self, event: &Event<'_>) {
         let mut sentence = Sentence(String::new());
         event.record(&mut sentence);
-        output::say(sentence.0);
+        sentence::say(sentence.0);
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {

@@ -19,6 +19,7 @@ mod resume;
 mod room;
 mod roster;
 mod run;
+mod sentence;
 mod sim;
 mod slat;
 mod stop;

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::client;
 use crate::failure::Failure;
-use crate::{memory, output, table};
+use crate::{memory, output, sentence, table};
 
 /// How long a VM may take to say how it is.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         match state {
             Ok(state) => rows.extend(foreign(state, &directory)),
             Err(BalancerError::NotRunning { .. }) => {}
-            Err(error) => output::say(format_args!("VMs of other VMMs are not listed: {error}")),
+            Err(error) => sentence::say(format_args!("VMs of other VMMs are not listed: {error}")),
         }
         Ok(rows)
     })?;
@@ -82,20 +82,20 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     for row in &rows {
         match &row.answer {
             Answer::Full { .. } | Answer::OfBalancer { .. } => {}
-            Answer::Dead => output::say(format_args!(
+            Answer::Dead => sentence::say(format_args!(
                 "the process of {} is gone without a trace but its socket {}: remove that, or start \
                  a VM of that name",
                 row.name,
                 row.socket.display()
             )),
-            Answer::NotAnswering { error } | Answer::Failed { error } => output::say(error),
+            Answer::NotAnswering { error } | Answer::Failed { error } => sentence::say(error),
         }
     }
     if args.json {
         return output::json(&rows);
     }
     if rows.is_empty() {
-        output::say(format_args!("no VMs in {}", directory.display()));
+        sentence::say(format_args!("no VMs in {}", directory.display()));
         return Ok(());
     }
     let head = [

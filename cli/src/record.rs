@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::failure::Failure;
 use crate::roster::Roster;
-use crate::{client, duration, output};
+use crate::{client, duration, sentence};
 
 /// A report older than this, in intervals, says nothing about now.
 const STALE: u32 = 3;
@@ -236,7 +236,7 @@ impl Recording {
             missed => format!(" ({missed} more were not to be had: no answer, or no fresh report)"),
         };
         let (path, samples) = (self.path.display(), self.samples);
-        output::say(format_args!(
+        sentence::say(format_args!(
             "{samples} samples of {} are in {path}{missed}; `ballast sim --trace {path}` plays them",
             vms(self.vms.len())
         ));

@@ -13,8 +13,8 @@ use vmm::machine::Machine;
 
 use crate::duration;
 use crate::failure::Failure;
-use crate::output;
 use crate::room;
+use crate::sentence;
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -170,7 +170,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     })?;
     give_back_heap();
     let exit = machine.run()?;
-    output::say(&exit);
+    sentence::say(&exit);
     Ok(ExitCode::from(exit.code()))
 }
 

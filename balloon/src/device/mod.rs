@@ -16,7 +16,7 @@
 //! nobody here does. Free page reporting is the safe way: there the driver keeps
 //! the pages until the device has answered.
 
-mod handle;
+pub(crate) mod handle;
 mod pace;
 
 use std::io;
@@ -29,7 +29,7 @@ use devices::virtio::queue::{Budget, Chain, Faults, Verdict, serve};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestMemoryMmap;
 
-pub(crate) use handle::{Driver, Shared};
+use handle::{Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
 
 use crate::discard::Discard;

@@ -13,7 +13,7 @@ use slat::{interrupt, run::Run};
 
 use super::RunArgs;
 use crate::failure::Failure;
-use crate::{output, table};
+use crate::{output, sentence, table};
 
 /// Measures, reloads, measures, restores, compares.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -28,12 +28,12 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let names = if switch.is_on() { ["slat-on", "slat-off"] } else { ["slat-off", "slat-on"] };
     let [first_file, second_file] = names.map(place);
 
-    output::say(format!("measuring with {} first", names[0]));
+    sentence::say(format!("measuring with {} first", names[0]));
     let first = measure(&first_file)?;
     if stop.load(Ordering::SeqCst) {
         return Err(Failure::stopped(format!("stopped before the module was touched; see {}", names[0])));
     }
-    output::say(format!(
+    sentence::say(format!(
         "reloading; should this process be killed, put things back with: {}",
         switch.rescue()
     ));
@@ -42,7 +42,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     reloaded.restore().map_err(|error| {
         Failure::new(format!("{error}; put the module back by hand: {}", switch.rescue()))
     })?;
-    output::say("the module is as it was, and a guest says so too");
+    sentence::say("the module is as it was, and a guest says so too");
     let second = second?;
 
     let rows = side_by_side(&first, &second);
