@@ -11,8 +11,8 @@ use vm_device::{
 };
 
 use crate::boot::{acpi, layout};
+use crate::crew::Crew;
 use crate::exit::Exit;
-use crate::vcpu::Crew;
 
 /// What a read returns where nothing answers: no device pulls the lines down.
 const NOTHING: u8 = 0xff;

@@ -12,9 +12,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config;
+use crate::crew::Crew;
 use crate::exit::Exit;
 use crate::terminal::RawTerminal;
-use crate::vcpu::Crew;
 
 /// Bytes of input read at a time.
 const CHUNK: usize = 1024;

@@ -12,11 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
 use crate::config::{Cpus, Name};
+use crate::crew::{Crew, VisitError};
 use crate::exit::Exit;
 use crate::feed::{Feed, Subscription};
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
-use crate::vcpu::{Crew, VisitError};
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

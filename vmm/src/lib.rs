@@ -8,6 +8,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod cpuid;
+pub mod crew;
 mod events;
 pub mod exit;
 pub mod feed;

@@ -24,6 +24,7 @@ use crate::config::{Backing, Config, Grow, plug_cmdline};
 use crate::console::{Console, ConsoleError};
 use crate::control::{Control, Parts};
 use crate::cpuid;
+use crate::crew::Crew;
 use crate::events::{EventLoop, STACK, Subscriber};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
@@ -33,7 +34,7 @@ use crate::sandbox::{self, SandboxError};
 use crate::signals::Signals;
 use crate::steering::Steered;
 use crate::trespass::Trespass;
-use crate::vcpu::{Crew, Vcpu};
+use crate::vcpu::Vcpu;
 use crate::wiring::{Wiring, WiringError};
 
 /// Why a VM could not be made or started.

@@ -16,9 +16,9 @@ use std::sync::{Arc, OnceLock};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::crew::Crew;
 use crate::exit::Exit;
 use crate::memory::Region;
-use crate::vcpu::Crew;
 
 /// What can be opened at a time whatever the backing: a huge page.
 const OPENED: usize = 2 << 20;
