@@ -22,6 +22,11 @@ pub struct MemoryStatus {
     /// The guest could not reach the target: it stays at `actual` until a target is set anew.
     #[serde(default)]
     pub settled: bool,
+    /// Whether the guest has been at a target since its driver started; `None` where the VMM does
+    /// not tell. Before that it is on its way from all of its map to the first target, and has not
+    /// touched most of what it gives up; after that it may have touched all that it has.
+    #[serde(default)]
+    pub followed: Option<bool>,
     /// Guest memory that the host really holds (resident pages of the mapping).
     pub host_rss: Bytes,
     /// How much of that lies in huge pages of the host and is mapped as such, which makes every
@@ -225,6 +230,7 @@ mod tests {
             target: Bytes::mib(300),
             actual: Bytes::mib(300),
             settled: false,
+            followed: Some(true),
             host_rss: Bytes::mib(200),
             host_huge: None,
             driver: DriverState::Active,

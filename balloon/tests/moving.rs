@@ -146,6 +146,25 @@ fn what_can_not_be_met_settles_and_says_so() {
     assert_eq!((guest.read(NUM_PAGES), handle.settled(), guest.interrupts()), (256, false, 1));
 }
 
+/// A balancer that is started anew must know whether a guest boots or is being shrunk.
+#[test]
+fn a_guest_is_known_to_have_been_at_a_target_until_its_driver_starts_anew() {
+    let (mut guest, handle) = guest(config());
+    assert!(!handle.followed());
+    guest.start(0);
+    guest.write(ACTUAL, 255);
+    guest.run();
+    assert!(!handle.followed());
+    guest.write(ACTUAL, 256);
+    guest.run();
+    assert!(handle.followed());
+    handle.set_target(Bytes(MAP.0 / 4)).unwrap();
+    guest.run();
+    assert!(handle.followed(), "it is being shrunk, and does not boot");
+    guest.start(0);
+    assert!(!handle.followed());
+}
+
 /// Else the driver would take from the guest what this has just got to stay alive.
 #[test]
 fn a_guest_out_of_memory_keeps_what_it_takes_back() {

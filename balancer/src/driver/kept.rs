@@ -115,6 +115,7 @@ impl Told {
             target,
             actual,
             settled: false,
+            followed: None,
             host_rss: guest,
             host_huge: None,
             driver,

@@ -113,6 +113,9 @@ impl Watch {
             (self.since, self.settled) = (None, false);
             return false;
         }
+        // Its VMM knows better than whoever has just met it: a guest whose balancer was started
+        // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
+        self.settled = said.followed.unwrap_or(self.settled);
         let pending = said.actual.saturating_sub(said.target);
         if pending <= THERE {
             self.settled = true;

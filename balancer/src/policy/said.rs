@@ -113,6 +113,8 @@ pub struct Said {
     pub host_rss: Bytes,
     /// How its driver is doing.
     pub driver: DriverState,
+    /// Whether it has been at a target since its driver started; `None` where its VMM does not tell.
+    pub followed: Option<bool>,
     /// What the guest could spare, and how old that news is.
     pub spare: Option<(Duration, Bytes)>,
     /// How it waits for memory.
@@ -133,6 +135,7 @@ impl Said {
             actual: startup,
             host_rss: Bytes::ZERO,
             driver: DriverState::Absent,
+            followed: None,
             spare: None,
             stalls: Stalls::default(),
             committed: None,
@@ -154,6 +157,7 @@ impl From<&MemoryStatus> for Said {
             actual: status.actual,
             host_rss: status.host_rss,
             driver: status.driver,
+            followed: status.followed,
             spare: status.spare(),
             stalls,
             committed: agent.and_then(|agent| agent.committed),

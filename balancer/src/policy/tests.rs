@@ -250,6 +250,26 @@ fn a_booting_guest_is_charged_what_it_holds_until_its_balloon_is_there() {
 }
 
 #[test]
+fn a_young_guest_that_has_followed_is_charged_all_that_it_has_not_given_up_yet() {
+    // As a balancer that was started anew finds it: 24 MiB of its last shrink are still to come.
+    let meet = |followed| {
+        let mut young = Guest::new(1, WIDE, Bytes::mib(100));
+        young.vm.uptime = Duration::from_secs(3);
+        young.vm.said.followed = followed;
+        (young.vm.said.target, young.vm.said.actual) = (Bytes::mib(423), Bytes::mib(447));
+        young.vm.said.host_rss = Bytes::mib(300);
+        young.stuck = true;
+        let mut world = World::new(Bytes::gib(4), vec![young]);
+        world.run(1);
+        (world.guests[0].vm.standing(), world.balance.charged)
+    };
+    assert_eq!(meet(Some(true)), (Standing::Following, Bytes::mib(447)));
+    // Without the VMM's word, and on its first way, it has not touched what it gives up.
+    assert_eq!(meet(Some(false)), (Standing::Booting, Bytes::mib(423)));
+    assert_eq!(meet(None), (Standing::Booting, Bytes::mib(423)));
+}
+
+#[test]
 fn a_vm_that_stops_answering_keeps_its_charge_and_gets_no_target() {
     let mut world = World::new(
         Bytes::mib(1000),

@@ -109,6 +109,7 @@ impl FakeVm {
             target: limits.startup(),
             actual: limits.startup(),
             settled: false,
+            followed: Some(true),
             host_rss: limits.startup(),
             host_huge: None,
             driver: DriverState::Active,

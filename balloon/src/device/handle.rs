@@ -49,6 +49,8 @@ pub(crate) struct State {
     pub(crate) requests: u64,
     /// The guest could not reach the target, and is no longer asked to.
     pub(crate) settled: bool,
+    /// The balloon has been where it was wanted since its driver started.
+    pub(crate) followed: bool,
     /// In the balloon, and gone from the host.
     pub(crate) actual: Pages,
     pub(crate) driver: Driver,
@@ -70,6 +72,7 @@ impl Shared {
             target,
             requests: 0,
             settled: false,
+            followed: false,
             actual: Pages(0),
             driver: Driver::Absent,
             report: None,
@@ -134,6 +137,12 @@ impl Handle {
     /// [`actual`](Self::actual), until the next target is set.
     pub fn settled(&self) -> bool {
         self.0.state().settled
+    }
+
+    /// Whether the guest has been at a target since its driver started. Until then it is on its
+    /// way from all of its map to the first one, and has not touched most of what it gives up.
+    pub fn followed(&self) -> bool {
+        self.0.state().followed
     }
 
     /// What the guest has: the map less the balloon, as its driver says. What

@@ -230,6 +230,7 @@ impl Balloon {
         state.counters.huge_pages_broken = done.huge_pages_broken;
         state.actual = Pages(self.pace.reached().0.saturating_sub(self.discard.waiting().pages().0));
         state.settled = self.pace.is_settled();
+        state.followed |= state.settled || state.actual >= wanted_pages(self.shared.map, state.target);
         state.counters.malformed = self.faults.total();
         if broken {
             state.driver = Driver::Broken;
@@ -390,7 +391,11 @@ impl VirtioDevice for Balloon {
     fn activate(&mut self, active: &mut Active) {
         let statistics = active.features & 1 << STATS_VQ != 0;
         let owes_statistics = statistics.then(Instant::now);
-        self.shared.state().driver = Driver::Active { owes_statistics };
+        {
+            let mut state = self.shared.state();
+            state.driver = Driver::Active { owes_statistics };
+            state.followed = wanted_pages(self.shared.map, state.target) == Pages(0);
+        }
         if statistics {
             self.statistics.start();
         }
@@ -407,7 +412,8 @@ impl VirtioDevice for Balloon {
         // Disarming fails only for a bad descriptor.
         let _ = self.timer.run(false);
         self.publish(false);
-        self.shared.state().driver = Driver::Absent;
+        let mut state = self.shared.state();
+        (state.driver, state.followed) = (Driver::Absent, false);
     }
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {

@@ -160,6 +160,7 @@ fn a_full_answer_is_as_described() {
             target: Bytes::gib(1),
             actual: Bytes(u64::MAX),
             settled: true,
+            followed: Some(true),
             host_rss: Bytes::ZERO,
             host_huge: Some(Bytes::ZERO),
             driver,
