@@ -106,6 +106,7 @@ impl Run {
             cpus: self.cpus,
             memory: self.memory,
             deterministic: self.deterministic,
+            halt_polling: true,
             guests: self.kernel,
             ballast: !self.without_ballast,
             files: self.file.iter().map(|file| placed(file)).collect::<Result<_>>()?,

@@ -44,6 +44,9 @@ pub struct Emulator {
     pub memory: Bytes,
     /// Counts instructions as time and draws no randomness: two runs are the same to the bit.
     pub deterministic: bool,
+    /// Whether KVM waits for a halted guest in a loop for a while, as is its way (`halt_poll_ns`). Each
+    /// turn of that loop ends a translated block early, so that idle time passes very slowly here.
+    pub halt_polling: bool,
     /// Kernels whose images guests inside will need, below `/guest/SERIES`.
     pub guests: Vec<Kernel>,
     /// Whether `ballast` lies in `/bin`.
@@ -116,6 +119,7 @@ impl Default for Emulator {
             cpus: 1,
             memory: Bytes::gib(2),
             deterministic: false,
+            halt_polling: true,
             guests: Vec::new(),
             ballast: true,
             files: Vec::new(),
@@ -175,6 +179,7 @@ impl Emulator {
             let path = format!("/lib/modules/{}.ko", module.name);
             archive.contents(&path, 0o644, &module.contents)?;
             let parameters = match module.name.as_str() {
+                "kvm" if !self.halt_polling => " halt_poll_ns=0".to_owned(),
                 "kvm_amd" => format!(" npt={}", u8::from(self.nested_paging)),
                 _ => String::new(),
             };

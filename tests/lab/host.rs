@@ -85,6 +85,13 @@ impl Host {
         self
     }
 
+    /// KVM lets a halted guest be, which has an emulated host's idle time pass quickly. On a real
+    /// host this has no effect.
+    pub fn without_halt_polling(mut self) -> Self {
+        self.emulator.halt_polling = false;
+        self
+    }
+
     /// Hands these variables on to the emulated host, where they are set here.
     pub fn with_variables(mut self, names: &[&str]) -> Self {
         let set = names.iter().filter_map(|&name| Some((name.to_owned(), env::var(name).ok()?)));
@@ -104,7 +111,10 @@ impl Host {
         let name = test_name::<F>();
         self.emulator.limit = self.usual * PATIENCE;
         let program = env::current_exe().expect("a test knows its own file");
-        match self.emulator.run(&program, &["--exact", &name, "--nocapture", "--test-threads=1"]) {
+        match self
+            .emulator
+            .run(&program, &["--exact", &name, "--include-ignored", "--nocapture", "--test-threads=1"])
+        {
             Ok(outcome) => {
                 assert_eq!(outcome.code, 0, "{name} failed in the emulated host; see its output above")
             }

@@ -119,7 +119,9 @@ impl Ram {
     /// [`MemoryError`] says what the host refused.
     pub fn with_pluggable(boot: Bytes, more: Bytes, options: MemoryOptions) -> Result<Self, MemoryError> {
         let place = (more > Bytes::ZERO).then(|| layout::pluggable(boot, more));
-        let size = place.map_or(boot, |(_, size)| boot.saturating_add(size));
+        let boot_places = layout::ram(boot);
+        let mut offsets = offsets(boot_places.iter().chain(&place).map(|(_, size)| *size));
+        let size = offsets.pop().unwrap_or(Bytes::ZERO);
         let file = match options.backing {
             Backing::Anonymous => None,
             Backing::Memfd => Some(memfd(size, 0)?),
@@ -129,15 +131,14 @@ impl Ram {
             }
         };
         let mut regions = Vec::new();
-        let mut offset = Bytes::ZERO;
-        for (guest, size) in layout::ram(boot) {
+        for ((guest, size), &offset) in boot_places.into_iter().zip(&offsets) {
             let host = map(size, file.as_ref().map(|file| (file.as_raw_fd(), offset)), Use::Boot)?;
             advise(host, size, options)?;
             regions.push(Region { guest, host, size, offset });
-            offset += size;
         }
         let pluggable = place
-            .map(|(guest, size)| {
+            .zip(offsets.last())
+            .map(|((guest, size), &offset)| {
                 let at = file.as_ref().map(|file| (file.as_raw_fd(), offset));
                 let host = map(size, at, Use::Pluggable)?;
                 advise(host, size, MemoryOptions { prefault: false, ..options })?;
@@ -211,6 +212,20 @@ impl Ram {
             (None, _) => self.accounts.held(),
         }
     }
+}
+
+/// Where regions of these sizes start in a memfd, and, as the last of all, where it ends. Each
+/// starts at a huge page, as it does in this process and in the guest: a huge page of a file can
+/// be mapped whole only where all three agree. The gap between two takes no memory.
+fn offsets(sizes: impl Iterator<Item = Bytes>) -> Vec<Bytes> {
+    let mut offsets = vec![Bytes::ZERO];
+    let mut end = Bytes::ZERO;
+    for size in sizes {
+        let up = end.saturating_add(size).0.div_ceil(ALIGNMENT.0).saturating_mul(ALIGNMENT.0);
+        end = Bytes(up);
+        offsets.push(end);
+    }
+    offsets
 }
 
 /// An anonymous file of `size` bytes, with nothing in it yet.
@@ -373,12 +388,16 @@ mod tests {
     #[test]
     fn guest_and_host_addresses_agree_in_their_huge_page() {
         for backing in [Backing::Anonymous, Backing::Memfd] {
-            let ram =
-                Ram::new(Bytes::gib(6), MemoryOptions { backing, ..Default::default() }).expect("mapped");
-            for region in ram.regions() {
-                for address in [region.host as u64, region.guest.0, region.offset.0] {
-                    assert!(address.is_multiple_of(ALIGNMENT.0), "{region:?}");
+            let options = MemoryOptions { backing, ..Default::default() };
+            // As much as reaches past the hole, and sizes that are no multiple of a huge page.
+            for boot in [Bytes::gib(6), Bytes::mib(255), Bytes(Bytes::gib(4).0 + 4096)] {
+                let ram = Ram::with_pluggable(boot, Bytes::mib(255), options).expect("mapped");
+                for region in ram.regions() {
+                    for address in [region.host as u64, region.guest.0, region.offset.0] {
+                        assert!(address.is_multiple_of(ALIGNMENT.0), "{region:?}");
+                    }
                 }
+                assert!(ram.pluggable().is_some_and(|more| more.region().size.0.is_multiple_of(2 << 20)));
             }
         }
     }
