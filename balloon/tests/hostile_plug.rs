@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 #[path = "yard/attack.rs"]
 mod attack;
+#[expect(dead_code, reason = "shared with tests that restore devices")]
 mod yard;
 use attack::{QUEUES, SIZE, assert_usable, step, take};
 use yard::Yard;

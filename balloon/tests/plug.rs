@@ -8,6 +8,7 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes as _, GuestAddress};
 
+#[expect(dead_code, reason = "shared with tests that restore devices")]
 mod yard;
 use yard::*;
 

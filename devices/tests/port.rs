@@ -2,12 +2,15 @@
 
 use std::sync::{Arc, Mutex};
 
+use devices::state::{StateError, Version};
 use devices::testing::hostile::{any_act, chain_act};
 use devices::testing::{BUFFERS, Guest, NEEDS_RESET, RUNNING};
-use devices::virtio::port::{MOST_BYTES, MULTIPORT, Port, PortEvent};
+use devices::virtio::mmio::saved::MmioState;
+use devices::virtio::port::{Acquaintance, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
 use devices::virtio::queue::MOST_MALFORMED;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use serde_json::json;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -28,18 +31,27 @@ enum Heard {
     Data(Vec<u8>),
 }
 
-/// A guest with a port, and what was heard on it.
-fn guest() -> (Guest, Arc<Mutex<Vec<Heard>>>) {
-    let heard = Arc::new(Mutex::new(Vec::new()));
-    let ears = heard.clone();
-    let port = Port::new(NAME, move |event| {
+/// A port, heard by `ears`.
+fn port(ears: Arc<Mutex<Vec<Heard>>>) -> Port {
+    Port::new(NAME, move |event| {
         ears.lock().unwrap().push(match event {
             PortEvent::Opened => Heard::Opened,
             PortEvent::Closed => Heard::Closed,
             PortEvent::Data(data) => Heard::Data(data.to_vec()),
         });
-    });
+    })
+}
+
+/// A guest with a port, and what was heard on it.
+fn guest() -> (Guest, Arc<Mutex<Vec<Heard>>>) {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let port = port(heard.clone());
     (Guest::new(|_| Box::new(port)), heard)
+}
+
+/// Moves the guest to a new device: what it hears of goes to the same ears.
+fn moved(guest: Guest, heard: &Arc<Mutex<Vec<Heard>>>, state: MmioState) -> Result<Guest, StateError> {
+    guest.restore(Box::new(port(heard.clone())), state)
 }
 
 fn data(heard: &Mutex<Vec<Heard>>) -> Vec<u8> {
@@ -186,6 +198,56 @@ fn too_many_malformed_chains_need_a_reset() {
     open(&mut guest);
 }
 
+/// The guest's state, through text, as a file or a socket would carry it.
+fn saved(guest: &Guest) -> MmioState {
+    serde_json::from_str(&serde_json::to_string(&guest.save().unwrap()).unwrap()).unwrap()
+}
+
+#[test]
+fn a_program_is_heard_after_a_move_as_before() {
+    let (mut guest, heard) = guest();
+    open(&mut guest);
+    send(&mut guest, b"here");
+    let state = saved(&guest);
+    let mut guest = moved(guest, &heard, state.clone()).unwrap();
+    assert_eq!(saved(&guest), state, "nothing is lost on the way");
+    send(&mut guest, b"and there");
+    let before = [Heard::Opened, Heard::Data(b"here".into())];
+    let after = [Heard::Opened, Heard::Data(b"and there".into())];
+    assert_eq!(*heard.lock().unwrap(), [before, after].concat(), "the new host hears that it is open");
+    assert_usable(&mut guest, &heard);
+}
+
+#[test]
+fn what_the_driver_is_to_be_told_is_told_after_the_move() {
+    let (mut guest, heard) = guest();
+    guest.start(0);
+    control(&mut guest, DEVICE_READY, 1);
+    let state = saved(&guest);
+    let mut guest = moved(guest, &heard, state).unwrap();
+    room(&mut guest, 0);
+    assert_eq!(told(&mut guest), [vec![0, 0, 0, 0, 1, 0, 1, 0]], "a port is added");
+}
+
+#[test]
+fn a_port_that_is_open_without_a_driver_is_refused() {
+    for spoilt in [json!({"open": true}), json!({"acquaintance": "complete"}), json!({"version": 9})] {
+        let (guest, heard) = guest();
+        let mut state = saved(&guest);
+        for (field, value) in spoilt.as_object().unwrap() {
+            state.device[field] = value.clone();
+        }
+        let error = moved(guest, &heard, state).err().expect("it is refused").to_string();
+        assert!(error.contains("the port to the guest"), "{error}");
+        assert!(heard.lock().unwrap().is_empty());
+    }
+}
+
+fn acquaintance() -> impl Strategy<Value = Acquaintance> {
+    use Acquaintance::*;
+    prop_oneof![Just(None), Just(Adding), Just(Added), Just(Naming), Just(Opening), Just(Complete)]
+}
+
 /// Whatever was before: after a reset an honest driver's program is heard.
 fn assert_usable(guest: &mut Guest, heard: &Mutex<Vec<Heard>>) {
     guest.ram.assert_canaries();
@@ -198,6 +260,22 @@ fn assert_usable(guest: &mut Guest, heard: &Mutex<Vec<Heard>>) {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever is restored, the driver gets no more than the messages that are left.
+    #[test]
+    fn no_state_breaks_a_port(acquaintance in acquaintance(), open: bool, total: u64, since: u32) {
+        let (mut guest, heard) = guest();
+        guest.start(0);
+        (0..3).for_each(|place| room(&mut guest, place));
+        let mut state = saved(&guest);
+        let faults = serde_json::from_value(json!({"total": total, "since_reset": since})).unwrap();
+        state.device = serde_json::to_value(PortState { version: Version, acquaintance, open, faults }).unwrap();
+        let mut guest = moved(guest, &heard, state).unwrap();
+        guest.run();
+        prop_assert!(told(&mut guest).len() <= 2);
+        prop_assert_eq!(!heard.lock().unwrap().is_empty(), open);
+        assert_usable(&mut guest, &heard);
+    }
 
     #[test]
     fn anything_a_guest_does_ends_with_a_device_that_works(acts in vec(any_act(4, QUEUE_SIZE), 1..64)) {

@@ -7,6 +7,7 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../balloon/tests/yard/attack.rs"]
 mod attack;
 #[path = "../../balloon/tests/yard/mod.rs"]
+#[expect(dead_code, reason = "shared with tests that restore devices")]
 mod yard;
 
 fuzz_target!(|bytes: &[u8]| {

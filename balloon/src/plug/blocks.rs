@@ -61,6 +61,28 @@ impl Blocks {
         }
     }
 
+    /// The plugged blocks, as runs that don't touch each other, upwards.
+    pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let start = self.first(next, true)?;
+            next = self.first(start, false).unwrap_or(self.count);
+            Some(start..next)
+        })
+    }
+
+    /// The first block from `from` on that is `plugged` or not.
+    fn first(&self, from: u64, plugged: bool) -> Option<u64> {
+        let words = usize::try_from(from / 64).ok().and_then(|word| self.words.get(word..))?;
+        let skipped = below(from % 64);
+        let found = words.iter().zip(from / 64..).find_map(|(bits, word)| {
+            let bits = if plugged { *bits } else { !bits };
+            let bits = if word == from / 64 { bits & !skipped } else { bits };
+            (bits != 0).then(|| word.saturating_mul(64).saturating_add(u64::from(bits.trailing_zeros())))
+        });
+        found.filter(|block| *block < self.count)
+    }
+
     fn masks(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
         words_of(&range, self.count).map_while(move |word| {
             let bits = self.words.get(usize::try_from(word).ok()?)?;
@@ -114,6 +136,9 @@ mod tests {
                 }
                 prop_assert_eq!(blocks.plugged(), model.len() as u64);
             }
+            let runs: Vec<_> = blocks.runs().collect();
+            prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "{runs:?}");
+            prop_assert!(runs.into_iter().flatten().eq(model.iter().copied()));
             let range = asked.0..asked.0 + asked.1;
             let set = range.clone().filter(|block| model.contains(block)).count() as u64;
             let expected = match set {

@@ -9,14 +9,17 @@
 mod blocks;
 mod handle;
 mod request;
+pub mod saved;
 
 use std::io;
 use std::ops::Range as Numbers;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Faults, Verdict, serve};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 use vm_memory::GuestAddress;
 
@@ -215,6 +218,14 @@ impl Plug {
         }
     }
 
+    /// A driver is there.
+    fn greet(&self, active: &Active) {
+        let inaccessible = active.features & 1 << UNPLUGGED_INACCESSIBLE != 0;
+        // A driver that may read what is not plugged would end the VM with it: it gets nothing.
+        self.shared.state().driver = if inaccessible { DriverState::Active } else { DriverState::Broken };
+        self.shared.tell_moved();
+    }
+
     /// Brings what others may see up to date after work on the queue.
     fn publish(&mut self, broken: bool) {
         let plugged = self.plugged();
@@ -283,10 +294,7 @@ impl VirtioDevice for Plug {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, active: &mut Active) {
-        let inaccessible = active.features & 1 << UNPLUGGED_INACCESSIBLE != 0;
-        // A driver that may read what is not plugged would end the VM with it: it gets nothing.
-        self.shared.state().driver = if inaccessible { DriverState::Active } else { DriverState::Broken };
-        self.shared.tell_moved();
+        self.greet(active);
     }
 
     /// Plugged memory stays: only a reset of the whole system unplugs it (section 5.15.5.2).
@@ -326,5 +334,13 @@ impl VirtioDevice for Plug {
         if let (Some(active), true) = (active, changed) {
             active.interrupt.config_changed();
         }
+    }
+
+    fn save(&self) -> Result<Value, StateError> {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
+        self.take_in(state, active)
     }
 }

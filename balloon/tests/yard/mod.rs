@@ -8,7 +8,9 @@ use balloon::discard::{Backing, Discard, Region};
 use balloon::plug::{Access, Config, Handle, Plug};
 use balloon::ranges::Range;
 use balloon::units::Bytes;
-use devices::testing::{BUFFERS, Guest, HIGH, REGION};
+use devices::state::StateError;
+use devices::testing::{BUFFERS, Guest, GuestRam, HIGH, REGION};
+use devices::virtio::mmio::saved::MmioState;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -51,28 +53,44 @@ pub struct Yard {
     pub gate: Arc<Mutex<Gate>>,
 }
 
+/// A device over the upper region of the test guest's RAM, none of which it has opened.
+fn device(ram: &GuestRam) -> (Plug, Handle, Arc<Mutex<Gate>>) {
+    let gate = Arc::new(Mutex::new(Gate::default()));
+    let size = Bytes(REGION as u64);
+    let region =
+        Region { guest: GuestAddress(HIGH), host: ram.host(HIGH), len: size, backing: Backing::Anonymous };
+    // SAFETY: the test guest's RAM, which goes after the device.
+    let discard = unsafe { Discard::new(vec![region]) };
+    let config = Config { address: GuestAddress(HIGH), size, most: size, block: Bytes(BLOCK) };
+    let keeper = gate.clone();
+    let set_access = Box::new(move |range, access| keeper.lock().unwrap().set(range, access));
+    let (device, handle) = Plug::new(config, discard, set_access).unwrap();
+    (device, handle, gate)
+}
+
 impl Yard {
     pub fn new() -> Self {
-        let mut handle = None;
-        let gate = Arc::new(Mutex::new(Gate::default()));
+        let mut rest = None;
         let guest = Guest::new(|ram| {
-            let region = Region {
-                guest: GuestAddress(HIGH),
-                host: ram.host(HIGH),
-                len: Bytes(REGION as u64),
-                backing: Backing::Anonymous,
-            };
-            // SAFETY: the test guest's RAM, which goes after the device.
-            let discard = unsafe { Discard::new(vec![region]) };
-            let size = Bytes(REGION as u64);
-            let config = Config { address: GuestAddress(HIGH), size, most: size, block: Bytes(BLOCK) };
-            let gate = gate.clone();
-            let set_access = Box::new(move |range, access| gate.lock().unwrap().set(range, access));
-            let (device, its_handle) = Plug::new(config, discard, set_access).unwrap();
-            handle = Some(its_handle);
+            let (device, handle, gate) = device(ram);
+            rest = Some((handle, gate));
             Box::new(device)
         });
-        Self { guest, handle: handle.unwrap(), gate }
+        let (handle, gate) = rest.unwrap();
+        Self { guest, handle, gate }
+    }
+
+    /// The same guest with a new device that was restored from `state`.
+    pub fn restore(self, state: MmioState) -> Result<Self, StateError> {
+        self.restore_on(state, false)
+    }
+
+    /// The same, on a host that opens nothing if it `refuses`.
+    pub fn restore_on(self, state: MmioState, refuses: bool) -> Result<Self, StateError> {
+        let (device, handle, gate) = device(&self.guest.ram);
+        gate.lock().unwrap().refuses = refuses;
+        let guest = self.guest.restore(Box::new(device), state)?;
+        Ok(Self { guest, handle, gate })
     }
 
     /// Asks the guest for so many blocks.

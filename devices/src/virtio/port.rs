@@ -5,11 +5,14 @@
 //! shows it as `/dev/vportNpM` (udev links it as `/dev/virtio-ports/NAME`).
 //! A driver without VIRTIO_CONSOLE_F_MULTIPORT can't open it, and is not heard.
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::device::{Active, Progress, VirtioDevice};
 use super::queue::{Budget, Chain, Faults, Verdict, serve};
+use crate::state::{self, StateError, Version};
 
 /// Bytes of one buffer that are heard at most; the rest of it is passed over.
 pub const MOST_BYTES: usize = 4096;
@@ -55,8 +58,9 @@ pub enum PortEvent<'a> {
 }
 
 /// How far the driver knows the port; each state names what it is told next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Acquaintance {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Acquaintance {
     /// The driver has not asked for ports yet.
     None,
     /// It has: the port is to be added.
@@ -70,6 +74,22 @@ enum Acquaintance {
     /// The driver knows all.
     Complete,
 }
+
+/// What a port knows, as data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortState {
+    /// Of this struct.
+    pub version: Version<1>,
+    /// How far the driver knows the port.
+    pub acquaintance: Acquaintance,
+    /// Whether a program in the guest has opened it.
+    pub open: bool,
+    /// Malformed chains so far.
+    pub faults: Faults,
+}
+
+const DEVICE: &str = "the port to the guest";
 
 /// One port, heard by a function that is called on the device's event loop.
 pub struct Port {
@@ -248,6 +268,23 @@ impl VirtioDevice for Port {
             // Nothing is ever said to the program.
             _ => Progress::Done,
         }
+    }
+
+    fn save(&self) -> Result<Value, StateError> {
+        let (acquaintance, open, faults) = (self.acquaintance, self.open, self.faults);
+        state::to_value(&PortState { version: Version, acquaintance, open, faults })
+    }
+
+    fn restore(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
+        let state: PortState = state::from_value::<_, 1>(DEVICE, state)?;
+        if active.is_none() && (state.open || state.acquaintance != Acquaintance::None) {
+            let what = "a driver knows it, and there is no driver".to_owned();
+            return Err(StateError::Unreadable { device: DEVICE, what });
+        }
+        self.acquaintance = state.acquaintance;
+        self.faults = state.faults;
+        self.set_open(state.open);
+        Ok(())
     }
 }
 
