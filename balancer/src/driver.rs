@@ -11,6 +11,7 @@ mod calls;
 pub mod cloud_hypervisor;
 mod error;
 pub mod firecracker;
+mod foreign;
 pub(crate) mod http;
 mod kept;
 mod process;

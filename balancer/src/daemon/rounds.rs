@@ -1,5 +1,9 @@
 //! Round after round: ask every VM, decide, tell those whose target changes.
 
+mod introduction;
+mod orders;
+mod presence;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,16 +14,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::calls::Switchboard;
-use super::command::{Command, Refusal};
+use super::command::Command;
 use super::complaint::Complaint;
 use super::config::Config;
 use super::history::Fate;
 use super::notify::Notify;
 use super::reload::{Reread, reload};
-use super::reservation::{Ledger, Taken};
+use super::reservation::Ledger;
 use super::roster::{Roster, Watch};
 use super::slot::{Outcome, Slot};
 use super::state::{HostView, Shared, State};
@@ -130,38 +134,6 @@ impl Daemon {
         self.roster.directory()
     }
 
-    /// Says what it is about to do, and what is odd about it.
-    pub fn introduce(&mut self) {
-        let budget = self.budget.now(self.host, Bytes::ZERO);
-        info!(
-            "looking after the VMs in {}: budget {budget} of the host's {}, every {} ms",
-            self.roster.directory().display(),
-            self.host.total,
-            self.tick.as_millis()
-        );
-        if budget > self.host.total {
-            warn!("the budget of {budget} is more than the {} that this host has", self.host.total);
-        }
-        if budget == Bytes::ZERO {
-            warn!("the host's reserve leaves nothing to VMs: every VM will be shrunk as far as it goes");
-        }
-        if let Some(room) = self.host.room
-            && budget > room.limit
-        {
-            warn!("the budget of {budget} is more than the {} that the control group allows", room.limit);
-        }
-        if let Some(watchdog) = self.notify.watchdog()
-            && watchdog < self.tick * 3
-        {
-            warn!(
-                "the service manager's watchdog of {} s is too short for rounds every {} ms: \
-                 set WatchdogSec to three intervals or more",
-                watchdog.as_secs(),
-                self.tick.as_millis()
-            );
-        }
-    }
-
     /// Tells the service manager that this is the end.
     pub fn say_stopping(&self) {
         self.notify.stopping();
@@ -234,91 +206,6 @@ impl Daemon {
             self.introduce();
         }
         self.notify.reloaded();
-    }
-
-    /// Begins what a client asked for. True where a round should follow at once.
-    fn obey(&mut self, command: Command) -> bool {
-        match command {
-            Command::Reserve { wanted, answer } => {
-                if self.slots.values().any(|slot| slot.name == wanted.name && slot.vm.is_some()) {
-                    // Whoever asked may have hung up, here and below.
-                    let _ = answer.send(Err(Refusal::RunsAlready(wanted.name)));
-                    return false;
-                }
-                let by_vms = self.slots.values().map(Slot::floor).sum();
-                let taken = Taken { budget: self.budget_now, by_vms };
-                let id = self.next_id;
-                self.next_id += 1;
-                self.reservations.admit(id, self.now(), &wanted, taken, answer);
-                return true;
-            }
-            Command::Release { name, answer } => {
-                let released = self.reservations.release(&name);
-                let _ = answer.send(if released { Ok(()) } else { Err(Refusal::NoReservation(name)) });
-                return released;
-            }
-            Command::SetLimits { vm, limits, answer } => {
-                let found = self.slots.iter_mut().find(|(_, slot)| slot.name == vm && !slot.gone);
-                let Some((&id, slot)) = found else {
-                    let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
-                    return false;
-                };
-                let Some(mut driver) = slot.driver.take() else {
-                    let _ = answer.send(Err(Refusal::Busy(vm)));
-                    return false;
-                };
-                self.requests.spawn(async move {
-                    let result = driver.set_limits(limits).await;
-                    if result.is_ok() {
-                        info!(vm, "{vm} has new limits: {limits}");
-                    }
-                    let _ = answer.send(result.map_err(Refusal::from));
-                    (id, driver, Outcome::Asked)
-                });
-            }
-        }
-        false
-    }
-
-    /// Finds out who came and who went; with `revive`, tries those again that had ended.
-    fn rescan(&mut self, revive: bool) {
-        let found = match self.roster.scan(self.now()) {
-            Ok(found) => found,
-            Err(error) => {
-                if self.blind.is_due(self.now(), "directory") {
-                    warn!("VMs that come or go are not seen: {error}");
-                }
-                return;
-            }
-        };
-        self.blind.end();
-        self.slots.retain(|&id, slot| {
-            let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
-            if !stays && slot.vm.is_some() {
-                info!(vm = slot.name, "{} has gone", slot.name);
-            }
-            if !stays {
-                self.shared.history().forget(&slot.name);
-                self.waiting.remove(&id);
-            }
-            stays
-        });
-        self.switchboard.retain(|id| self.slots.contains_key(&id));
-        for found in found {
-            match self.slots.values_mut().find(|slot| slot.name == found.name) {
-                Some(slot) => slot.gone &= !revive,
-                None => {
-                    let id = self.next_id;
-                    self.next_id += 1;
-                    debug!(vm = found.name, "found {}", found.socket.display());
-                    let slot = Slot::new(id, found);
-                    if let Some(calls) = slot.driver.as_ref().and_then(|driver| driver.calls()) {
-                        self.switchboard.connect(id, calls);
-                    }
-                    self.slots.insert(id, slot);
-                }
-            }
-        }
     }
 
     /// Asks, decides, tells. No VM can make it longer than the tick.

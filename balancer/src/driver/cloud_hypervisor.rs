@@ -7,9 +7,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
+use balloon::limits::Wanted;
 use balloon::status::{AgedReport, DriverState};
 use balloon::units::Bytes;
 use hyper::Method;
@@ -17,10 +17,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{Error, clean};
+use super::foreign::Foreign;
 use super::http::Http;
-use super::kept::{KeptLimits, Process, Told};
-use super::statistics::{self, Age, Names};
-use super::{Answer, DEFAULT_TIMEOUT, Driver, Kind, Status};
+use super::kept::{Kept, Told};
+use super::statistics::{self, Names};
+use super::{DEFAULT_TIMEOUT, Kind};
 
 const INFO: &str = "/api/v1/vm.info";
 const RESIZE: &str = "/api/v1/vm.resize";
@@ -124,11 +125,9 @@ fn sentence(body: &[u8]) -> Option<String> {
 /// A way to one Cloud Hypervisor VM.
 pub struct CloudHypervisor {
     http: Http,
-    limits: KeptLimits,
-    process: Option<Process>,
+    kept: Kept,
     /// Whether this version tells statistics; `None` until it was asked.
     tells_statistics: Option<bool>,
-    age: Age,
 }
 
 impl CloudHypervisor {
@@ -137,10 +136,8 @@ impl CloudHypervisor {
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
             http: Http::new(Kind::CloudHypervisor, socket.into(), DEFAULT_TIMEOUT, sentence),
-            limits: KeptLimits::new(limits),
-            process: None,
+            kept: Kept::new(limits),
             tells_statistics: None,
-            age: Age::default(),
         }
     }
 
@@ -149,41 +146,6 @@ impl CloudHypervisor {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.http.set_timeout(timeout);
         self
-    }
-
-    async fn stand(&mut self) -> Result<Box<Status>, Error> {
-        let info: VmInfo = self.http.get(INFO).await?;
-        self.meet();
-        let VmInfo { config, state, memory_actual_size } = &info;
-        let (now, most) = (config.memory.total(), most(&config.memory));
-        let means = means(config);
-        let actual = memory_actual_size.map_or(now, |actual| Bytes(actual).min(now));
-        let report = match means {
-            Some(Means::Balloon) => self.report().await?,
-            _ => None,
-        };
-        let target = match (means, &config.balloon) {
-            (Some(Means::Balloon), Some(balloon)) => now.saturating_sub(Bytes(balloon.size)),
-            _ => now,
-        };
-        let has = if means == Some(Means::Balloon) { now } else { most };
-        let driver = match means {
-            None => DriverState::Absent,
-            Some(_) if state != "Running" => DriverState::Silent,
-            Some(_) => DriverState::Active,
-        };
-        let told = Told { has, target, actual, driver, report };
-        Ok(told.status(&self.limits, &mut self.process).await)
-    }
-
-    /// Notes whose socket this is.
-    fn meet(&mut self) {
-        let pid = self.http.pid();
-        if self.process.map(|process| process.pid()) != pid {
-            self.process = pid.map(Process::new);
-            self.tells_statistics = None;
-            self.age.forget();
-        }
     }
 
     async fn report(&mut self) -> Result<Option<AgedReport>, Error> {
@@ -207,9 +169,44 @@ impl CloudHypervisor {
         if last_update == 0 {
             return Ok(None);
         }
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let old = since_1970.saturating_sub(Duration::from_millis(last_update));
-        Ok(Some(statistics::aged(self.age.of(Instant::now(), last_update, old), report)))
+        let age = self.kept.age.of_report_at(Duration::from_millis(last_update), last_update);
+        Ok(Some(statistics::aged(age, report)))
+    }
+}
+
+impl Foreign for CloudHypervisor {
+    fn socket(&self) -> &Path {
+        self.http.socket()
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        &mut self.kept
+    }
+
+    async fn look(&mut self) -> Result<Told, Error> {
+        let info: VmInfo = self.http.get(INFO).await?;
+        if self.kept.meet(self.http.pid()) {
+            self.tells_statistics = None;
+        }
+        let VmInfo { config, state, memory_actual_size } = &info;
+        let (now, most) = (config.memory.total(), most(&config.memory));
+        let means = means(config);
+        let actual = memory_actual_size.map_or(now, |actual| Bytes(actual).min(now));
+        let report = match means {
+            Some(Means::Balloon) => self.report().await?,
+            _ => None,
+        };
+        let target = match (means, &config.balloon) {
+            (Some(Means::Balloon), Some(balloon)) => now.saturating_sub(Bytes(balloon.size)),
+            _ => now,
+        };
+        let has = if means == Some(Means::Balloon) { now } else { most };
+        let driver = match means {
+            None => DriverState::Absent,
+            Some(_) if state != "Running" => DriverState::Silent,
+            Some(_) => DriverState::Active,
+        };
+        Ok(Told { has, target, actual, driver, report })
     }
 
     async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
@@ -236,23 +233,4 @@ fn means(config: &VmConfig) -> Option<Means> {
     }
     let least = Bytes(config.memory.size);
     config.memory.hotplug_size.filter(|&room| room > 0).map(|_| Means::Plug { least })
-}
-
-impl Driver for CloudHypervisor {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
-    fn report(&mut self) -> Answer<'_, Box<Status>> {
-        Box::pin(self.stand())
-    }
-
-    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
-        Box::pin(self.ask_for(target))
-    }
-
-    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.limits.set(limits);
-        Box::pin(std::future::ready(Ok(())))
-    }
 }

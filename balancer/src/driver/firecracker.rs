@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use balloon::limits::{Limits, Wanted};
+use balloon::limits::Wanted;
 use balloon::status::{AgedReport, DriverState};
 use balloon::units::Bytes;
 use hyper::Method;
@@ -17,10 +17,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::Error;
+use super::foreign::Foreign;
 use super::http::Http;
-use super::kept::{KeptLimits, Process, Told};
-use super::statistics::{self, Age, Names};
-use super::{Answer, DEFAULT_TIMEOUT, Driver, Kind, Status};
+use super::kept::{Kept, Told};
+use super::statistics::{self, Names};
+use super::{DEFAULT_TIMEOUT, Kind};
 
 /// For so long statistics that say the same as before count as new: an idle guest has no news,
 /// and Firecracker does not tell it from one that has stopped reporting.
@@ -92,11 +93,9 @@ fn sentence(body: &[u8]) -> Option<String> {
 /// A way to one Firecracker VM.
 pub struct Firecracker {
     http: Http,
-    limits: KeptLimits,
-    process: Option<Process>,
+    kept: Kept,
     /// Whether the guest was seen to be asked for statistics often enough.
     polled: bool,
-    age: Age,
 }
 
 impl Firecracker {
@@ -105,10 +104,8 @@ impl Firecracker {
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
             http: Http::new(Kind::Firecracker, socket.into(), DEFAULT_TIMEOUT, sentence),
-            limits: KeptLimits::new(limits),
-            process: None,
+            kept: Kept::new(limits),
             polled: false,
-            age: Age::default(),
         }
     }
 
@@ -117,44 +114,6 @@ impl Firecracker {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.http.set_timeout(timeout);
         self
-    }
-
-    async fn stand(&mut self) -> Result<Box<Status>, Error> {
-        let InstanceInfo { state } = self.http.get("/").await?;
-        self.meet();
-        let has = self.size().await?;
-        let balloon = self.balloon().await?;
-        let (mut actual, mut report) = (has, None);
-        if let Some(Balloon { stats_polling_interval_s: 1.., .. }) = balloon {
-            let answer: Statistics = self.http.get("/balloon/statistics").await?;
-            let given_up = Bytes(answer.actual_pages.saturating_mul(balloon::units::PAGE_SIZE));
-            actual = has.saturating_sub(given_up);
-            report = self.report(&answer)?;
-        }
-        let driver = match &balloon {
-            None => DriverState::Absent,
-            Some(_) if state != "Running" => DriverState::Silent,
-            Some(_) if report.is_some() || actual < has => DriverState::Active,
-            Some(_) => DriverState::Absent,
-        };
-        let told = Told {
-            has,
-            target: balloon.map_or(has, |balloon| has.saturating_sub(mebibytes(balloon.amount_mib))),
-            actual,
-            driver,
-            report,
-        };
-        Ok(told.status(&self.limits, &mut self.process).await)
-    }
-
-    /// Notes whose socket this is.
-    fn meet(&mut self) {
-        let pid = self.http.pid();
-        if self.process.map(|process| process.pid()) != pid {
-            self.process = pid.map(Process::new);
-            self.polled = false;
-            self.age.forget();
-        }
     }
 
     async fn size(&mut self) -> Result<Bytes, Error> {
@@ -189,8 +148,47 @@ impl Firecracker {
         for (name, value) in &answer.guest {
             (name, value.as_u64()).hash(&mut digest);
         }
-        let unchanged = self.age.of(Instant::now(), digest.finish(), UNCHANGED);
+        let unchanged = self.kept.age.of(Instant::now(), digest.finish(), UNCHANGED);
         Ok(Some(statistics::aged(unchanged.saturating_sub(UNCHANGED), report)))
+    }
+}
+
+impl Foreign for Firecracker {
+    fn socket(&self) -> &Path {
+        self.http.socket()
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        &mut self.kept
+    }
+
+    async fn look(&mut self) -> Result<Told, Error> {
+        let InstanceInfo { state } = self.http.get("/").await?;
+        if self.kept.meet(self.http.pid()) {
+            self.polled = false;
+        }
+        let has = self.size().await?;
+        let balloon = self.balloon().await?;
+        let (mut actual, mut report) = (has, None);
+        if let Some(Balloon { stats_polling_interval_s: 1.., .. }) = balloon {
+            let answer: Statistics = self.http.get("/balloon/statistics").await?;
+            let given_up = Bytes(answer.actual_pages.saturating_mul(balloon::units::PAGE_SIZE));
+            actual = has.saturating_sub(given_up);
+            report = self.report(&answer)?;
+        }
+        let driver = match &balloon {
+            None => DriverState::Absent,
+            Some(_) if state != "Running" => DriverState::Silent,
+            Some(_) if report.is_some() || actual < has => DriverState::Active,
+            Some(_) => DriverState::Absent,
+        };
+        Ok(Told {
+            has,
+            target: balloon.map_or(has, |balloon| has.saturating_sub(mebibytes(balloon.amount_mib))),
+            actual,
+            driver,
+            report,
+        })
     }
 
     async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
@@ -203,23 +201,4 @@ impl Firecracker {
 
 fn mebibytes(count: u64) -> Bytes {
     Bytes(count.saturating_mul(1 << 20))
-}
-
-impl Driver for Firecracker {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
-    fn report(&mut self) -> Answer<'_, Box<Status>> {
-        Box::pin(self.stand())
-    }
-
-    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
-        Box::pin(self.ask_for(target))
-    }
-
-    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.limits.set(limits);
-        Box::pin(std::future::ready(Ok(())))
-    }
 }

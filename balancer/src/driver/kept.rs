@@ -7,6 +7,7 @@ use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use balloon::units::Bytes;
 use tokio::task::spawn_blocking;
 
+use super::statistics::Age;
 use super::{Status, process};
 
 /// How often what a VMM holds beside guest memory is looked at: it changes little,
@@ -100,18 +101,43 @@ pub struct Told {
     pub report: Option<AgedReport>,
 }
 
-impl Told {
-    /// The same in ballast's words, with the limits that are kept for it and what the kernel says
-    /// of its process. Where the kernel does not say, the host may hold all of it.
-    pub async fn status(self, limits: &KeptLimits, process: &mut Option<Process>) -> Box<Status> {
-        let Self { has, target, actual, driver, report } = self;
-        let held = match process {
+/// What is kept for a VM from one request to the next.
+pub struct Kept {
+    /// Its limits.
+    pub limits: KeptLimits,
+    /// How old its reports are.
+    pub age: Age,
+    process: Option<Process>,
+}
+
+impl Kept {
+    /// For a VM with these limits, whose process nobody has seen yet.
+    pub fn new(limits: Option<Wanted>) -> Self {
+        Self { limits: KeptLimits::new(limits), age: Age::default(), process: None }
+    }
+
+    /// Notes which process is at the other end. True where it is another than before,
+    /// about which nothing is known yet.
+    pub fn meet(&mut self, pid: Option<u32>) -> bool {
+        if self.process.map(|process| process.pid()) == pid {
+            return false;
+        }
+        self.process = pid.map(Process::new);
+        self.age.forget();
+        true
+    }
+
+    /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
+    /// says of its process. Where the kernel does not say, the host may hold all of it.
+    pub async fn status(&mut self, told: Told) -> Box<Status> {
+        let Told { has, target, actual, driver, report } = told;
+        let held = match &mut self.process {
             Some(process) => process.held(has).await,
             None => None,
         };
         let Held { guest, beside } = held.unwrap_or(Held { guest: has, beside: Bytes::ZERO });
         let memory = MemoryStatus {
-            limits: limits.of_vm(has),
+            limits: self.limits.of_vm(has),
             target,
             actual,
             settled: false,
@@ -124,8 +150,8 @@ impl Told {
             counters: BalloonCounters::default(),
             plug: None,
         };
-        let pid = process.map(|process| process.pid());
-        let uptime = process.and_then(|process| process.age());
+        let pid = self.process.map(|process| process.pid());
+        let uptime = self.process.and_then(|process| process.age());
         Box::new(Status { pid, uptime, overhead: beside, memory })
     }
 }

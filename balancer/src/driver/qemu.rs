@@ -10,9 +10,9 @@ mod qmp;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
+use balloon::limits::Wanted;
 use balloon::status::{AgedReport, DriverState};
 use balloon::units::Bytes;
 use serde::Deserialize;
@@ -20,10 +20,11 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use self::qmp::{Event, Qmp};
+use super::DEFAULT_TIMEOUT;
 use super::error::Error;
-use super::kept::{KeptLimits, Process, Told};
-use super::statistics::{self, Age, Names};
-use super::{Answer, DEFAULT_TIMEOUT, Driver, Status};
+use super::foreign::Foreign;
+use super::kept::{Kept, Told};
+use super::statistics::{self, Names};
 
 /// Where QEMU keeps devices that the command line or a hot plug made: with an id, and without.
 const PLACES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -109,12 +110,10 @@ pub struct Qemu {
     name: String,
     socket: PathBuf,
     timeout: Duration,
-    limits: KeptLimits,
+    kept: Kept,
     link: Option<Link>,
-    process: Option<Process>,
     /// What it was last asked to have, by this driver.
     target: Option<Bytes>,
-    age: Age,
 }
 
 impl Qemu {
@@ -125,11 +124,9 @@ impl Qemu {
             name: name.into(),
             socket: socket.into(),
             timeout: DEFAULT_TIMEOUT,
-            limits: KeptLimits::new(limits),
+            kept: Kept::new(limits),
             link: None,
-            process: None,
             target: None,
-            age: Age::default(),
         }
     }
 
@@ -140,28 +137,14 @@ impl Qemu {
         self
     }
 
-    async fn stand(&mut self) -> Result<Box<Status>, Error> {
-        let mut link = self.link().await?;
-        let outcome = self.look(&mut link).await;
-        self.keep(link, outcome)
-    }
-
-    async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
-        let mut link = self.link().await?;
-        let outcome = self.tell(&mut link, target).await;
-        self.keep(link, outcome)
-    }
-
     async fn link(&mut self) -> Result<Link, Error> {
         if let Some(link) = self.link.take() {
             return Ok(link);
         }
         let qmp = Qmp::connect(&self.socket, self.timeout).await?;
         let pid = qmp.pid();
-        if self.process.map(|process| process.pid()) != pid {
-            self.process = pid.map(Process::new);
+        if self.kept.meet(pid) {
             self.target = None;
-            self.age.forget();
         }
         Ok(Link { qmp, machine: None })
     }
@@ -174,12 +157,12 @@ impl Qemu {
         outcome
     }
 
-    async fn look(&mut self, link: &mut Link) -> Result<Box<Status>, Error> {
+    async fn question(&mut self, link: &mut Link) -> Result<Told, Error> {
         let Link { qmp, machine } = link;
         qmp.greet().await?;
         let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
-        let limits = self.limits.of_vm(has);
+        let limits = self.kept.limits.of_vm(has);
         let machine = match machine {
             Some(machine) => machine,
             None => {
@@ -210,8 +193,7 @@ impl Qemu {
             _ if report.is_some() || actual < has => DriverState::Active,
             _ => DriverState::Absent,
         };
-        let told = Told { has, target: self.target.unwrap_or(actual), actual, driver, report };
-        Ok(told.status(&self.limits, &mut self.process).await)
+        Ok(Told { has, target: self.target.unwrap_or(actual), actual, driver, report })
     }
 
     async fn report(&mut self, qmp: &mut Qmp, path: &str) -> Result<Option<AgedReport>, Error> {
@@ -222,9 +204,7 @@ impl Qemu {
         if last_update == 0 {
             return Ok(None);
         }
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let old = since_1970.saturating_sub(Duration::from_secs(last_update));
-        let age = self.age.of(Instant::now(), last_update, old);
+        let age = self.kept.age.of_report_at(Duration::from_secs(last_update), last_update);
         Ok(Some(statistics::aged(age, report)))
     }
 
@@ -252,6 +232,28 @@ impl Qemu {
             Event::Shutdown => info!(vm = name, "{name}'s guest has shut down"),
             Event::Panicked => warn!(vm = name, "{name}'s guest has panicked"),
         }
+    }
+}
+
+impl Foreign for Qemu {
+    fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        &mut self.kept
+    }
+
+    async fn look(&mut self) -> Result<Told, Error> {
+        let mut link = self.link().await?;
+        let outcome = self.question(&mut link).await;
+        self.keep(link, outcome)
+    }
+
+    async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
+        let mut link = self.link().await?;
+        let outcome = self.tell(&mut link, target).await;
+        self.keep(link, outcome)
     }
 }
 
@@ -295,23 +297,4 @@ async fn actual(qmp: &mut Qmp, has: Bytes) -> Result<Bytes, Error> {
     let BalloonInfo { actual } = qmp.execute("query-balloon", json!({})).await?;
     // The guest's word: whatever does not fit is taken for the most that it can have.
     Ok(u64::try_from(actual).map_or(has, |actual| Bytes(actual).min(has)))
-}
-
-impl Driver for Qemu {
-    fn socket(&self) -> &Path {
-        &self.socket
-    }
-
-    fn report(&mut self) -> Answer<'_, Box<Status>> {
-        Box::pin(self.stand())
-    }
-
-    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
-        Box::pin(self.ask_for(target))
-    }
-
-    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.limits.set(limits);
-        Box::pin(std::future::ready(Ok(())))
-    }
 }

@@ -1,7 +1,7 @@
 //! A guest's statistics in another VMM's names.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use balloon::report::Report;
 use balloon::status::AgedReport;
@@ -49,6 +49,12 @@ impl Age {
         };
         self.seen = Some((mark, since));
         now.saturating_duration_since(since)
+    }
+
+    /// The same for a report that the VMM says came at this time since 1970.
+    pub fn of_report_at(&mut self, since_1970: Duration, mark: u64) -> Duration {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.of(Instant::now(), mark, now.saturating_sub(since_1970))
     }
 
     /// The next report is the first one again.

@@ -1,0 +1,40 @@
+//! What the daemon says of itself when it starts, and when it goes on with other settings.
+
+use balloon::units::Bytes;
+use tracing::{info, warn};
+
+use super::Daemon;
+
+impl Daemon {
+    /// Says what it is about to do, and what is odd about it.
+    pub fn introduce(&mut self) {
+        let budget = self.budget.now(self.host, Bytes::ZERO);
+        info!(
+            "looking after the VMs in {}: budget {budget} of the host's {}, every {} ms",
+            self.roster.directory().display(),
+            self.host.total,
+            self.tick.as_millis()
+        );
+        if budget > self.host.total {
+            warn!("the budget of {budget} is more than the {} that this host has", self.host.total);
+        }
+        if budget == Bytes::ZERO {
+            warn!("the host's reserve leaves nothing to VMs: every VM will be shrunk as far as it goes");
+        }
+        if let Some(room) = self.host.room
+            && budget > room.limit
+        {
+            warn!("the budget of {budget} is more than the {} that the control group allows", room.limit);
+        }
+        if let Some(watchdog) = self.notify.watchdog()
+            && watchdog < self.tick * 3
+        {
+            warn!(
+                "the service manager's watchdog of {} s is too short for rounds every {} ms: \
+                 set WatchdogSec to three intervals or more",
+                watchdog.as_secs(),
+                self.tick.as_millis()
+            );
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! What clients of the daemon's socket ask for, begun between two rounds.
+
+use tracing::info;
+
+use super::Daemon;
+use crate::daemon::command::{Command, Refusal};
+use crate::daemon::reservation::Taken;
+use crate::daemon::slot::{Outcome, Slot};
+
+impl Daemon {
+    /// Begins what a client asked for. True where a round should follow at once.
+    pub(super) fn obey(&mut self, command: Command) -> bool {
+        match command {
+            Command::Reserve { wanted, answer } => {
+                if self.slots.values().any(|slot| slot.name == wanted.name && slot.vm.is_some()) {
+                    // Whoever asked may have hung up, here and below.
+                    let _ = answer.send(Err(Refusal::RunsAlready(wanted.name)));
+                    return false;
+                }
+                let by_vms = self.slots.values().map(Slot::floor).sum();
+                let taken = Taken { budget: self.budget_now, by_vms };
+                let id = self.next_id;
+                self.next_id += 1;
+                self.reservations.admit(id, self.now(), &wanted, taken, answer);
+                return true;
+            }
+            Command::Release { name, answer } => {
+                let released = self.reservations.release(&name);
+                let _ = answer.send(if released { Ok(()) } else { Err(Refusal::NoReservation(name)) });
+                return released;
+            }
+            Command::SetLimits { vm, limits, answer } => {
+                let found = self.slots.iter_mut().find(|(_, slot)| slot.name == vm && !slot.gone);
+                let Some((&id, slot)) = found else {
+                    let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
+                    return false;
+                };
+                let Some(mut driver) = slot.driver.take() else {
+                    let _ = answer.send(Err(Refusal::Busy(vm)));
+                    return false;
+                };
+                self.requests.spawn(async move {
+                    let result = driver.set_limits(limits).await;
+                    if result.is_ok() {
+                        info!(vm, "{vm} has new limits: {limits}");
+                    }
+                    let _ = answer.send(result.map_err(Refusal::from));
+                    (id, driver, Outcome::Asked)
+                });
+            }
+        }
+        false
+    }
+}

@@ -1,0 +1,49 @@
+//! Who is there: slots for VMs that come, and none for those that went.
+
+use tracing::{debug, info, warn};
+
+use super::Daemon;
+use crate::daemon::slot::Slot;
+
+impl Daemon {
+    /// Finds out who came and who went; with `revive`, tries those again that had ended.
+    pub(super) fn rescan(&mut self, revive: bool) {
+        let found = match self.roster.scan(self.now()) {
+            Ok(found) => found,
+            Err(error) => {
+                if self.blind.is_due(self.now(), "directory") {
+                    warn!("VMs that come or go are not seen: {error}");
+                }
+                return;
+            }
+        };
+        self.blind.end();
+        self.slots.retain(|&id, slot| {
+            let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
+            if !stays && slot.vm.is_some() {
+                info!(vm = slot.name, "{} has gone", slot.name);
+            }
+            if !stays {
+                self.shared.history().forget(&slot.name);
+                self.waiting.remove(&id);
+            }
+            stays
+        });
+        self.switchboard.retain(|id| self.slots.contains_key(&id));
+        for found in found {
+            match self.slots.values_mut().find(|slot| slot.name == found.name) {
+                Some(slot) => slot.gone &= !revive,
+                None => {
+                    let id = self.next_id;
+                    self.next_id += 1;
+                    debug!(vm = found.name, "found {}", found.socket.display());
+                    let slot = Slot::new(id, found);
+                    if let Some(calls) = slot.driver.as_ref().and_then(|driver| driver.calls()) {
+                        self.switchboard.connect(id, calls);
+                    }
+                    self.slots.insert(id, slot);
+                }
+            }
+        }
+    }
+}

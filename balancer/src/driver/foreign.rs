@@ -1,0 +1,48 @@
+//! Everything about the drivers of other VMMs that does not differ from one to another.
+
+use std::future::Future;
+use std::path::Path;
+
+use balloon::limits::Limits;
+use balloon::units::Bytes;
+
+use super::error::Error;
+use super::kept::{Kept, Told};
+use super::{Answer, Driver, Status};
+
+/// What differs from one VMM to another: its words. The rest is kept by its driver.
+pub trait Foreign: Send {
+    /// Where the VM is spoken to.
+    fn socket(&self) -> &Path;
+
+    /// What is kept for the VM.
+    fn kept(&mut self) -> &mut Kept;
+
+    /// Asks how the VM stands.
+    fn look(&mut self) -> impl Future<Output = Result<Told, Error>> + Send;
+
+    /// Asks the guest to have `target`.
+    fn ask_for(&mut self, target: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
+impl<V: Foreign> Driver for V {
+    fn socket(&self) -> &Path {
+        Foreign::socket(self)
+    }
+
+    fn report(&mut self) -> Answer<'_, Box<Status>> {
+        Box::pin(async move {
+            let told = self.look().await?;
+            Ok(self.kept().status(told).await)
+        })
+    }
+
+    fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
+        Box::pin(self.ask_for(target))
+    }
+
+    fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
+        self.kept().limits.set(limits);
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
