@@ -6,7 +6,7 @@ pub use crate::advise::Discarded;
 
 use crate::advise::Batch;
 use crate::blocks::{BLOCK, Blocks};
-use crate::pending::Pending;
+use crate::pending::{MOST_WAITING, Pending};
 use crate::ranges::{self, PartlyGiven, Range};
 use crate::units::{Bytes, PAGE_SIZE};
 
@@ -174,6 +174,45 @@ impl Discard {
     /// What was given up and the host still holds.
     pub fn waiting(&self) -> Bytes {
         self.pending.waiting()
+    }
+
+    /// What was given up and the host still holds, in ranges of the guest's: what waits, and parts
+    /// of huge pages, with the whole ones beside them.
+    pub fn given_up(&self) -> Vec<Range> {
+        let mut ranges = self.pending.ranges();
+        for mapped in &self.regions {
+            let Some(bits) = &mapped.partly_given else { continue };
+            ranges.extend(bits.ranges().map(|part| Range {
+                start: GuestAddress(part.start.0.saturating_add(mapped.range.start.0)),
+                len: part.len,
+            }));
+        }
+        ranges
+    }
+
+    /// Whether all of `range` is guest RAM, in whole pages.
+    pub fn is_ram(&self, range: &Range) -> bool {
+        let found = self.regions.iter().filter_map(|mapped| range.within(&mapped.range));
+        range.len > Bytes::ZERO
+            && range.whole_pages(Bytes(PAGE_SIZE)) == Some(*range)
+            && found.fold(Bytes::ZERO, |sum, part| sum.saturating_add(part.len)) == range.len
+    }
+
+    /// Takes in what another process saw [given up](Self::given_up).
+    pub fn restore(&mut self, given_up: &[Range]) {
+        for range in given_up {
+            for mapped in &mut self.regions {
+                let Some(part) = range.within(&mapped.range) else { continue };
+                match mapped.partly_given {
+                    None => drop(self.pending.push(part)),
+                    Some(_) => mapped.give_part_of_huge(part, &mut self.batch),
+                }
+            }
+            if self.pending.waiting() >= MOST_WAITING {
+                self.finish();
+            }
+        }
+        self.batch.flush();
     }
 
     /// Gives all that waits back to the host.

@@ -68,6 +68,13 @@ impl Pending {
         ranges::merged(ranges.into_iter()).collect()
     }
 
+    /// All that waits, sorted and merged, which goes on waiting.
+    pub fn ranges(&self) -> Vec<Range> {
+        let mut ranges = self.ranges.clone();
+        ranges.sort_unstable();
+        ranges::merged(ranges.into_iter()).collect()
+    }
+
     /// Forgets what waits: the guest uses it again.
     pub fn clear(&mut self) {
         self.ranges.clear();

@@ -2,7 +2,7 @@
 
 use vm_memory::GuestAddress;
 
-use crate::units::{Bytes, PAGE_SHIFT, PAGE_SIZE};
+use crate::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
 
 /// Guest physical memory from `start`, `len` bytes long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,6 +94,25 @@ pub fn merged(sorted: impl Iterator<Item = Range>) -> impl Iterator<Item = Range
     })
 }
 
+/// Where the lowest `count` bits of `words` are set, as runs that don't touch each other, upwards.
+pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
+    let first = move |from: u64, set: bool| {
+        let rest = usize::try_from(from / 64).ok().and_then(|word| words.get(word..))?;
+        let found = rest.iter().zip(from / 64..).find_map(|(bits, word)| {
+            let bits = if set { *bits } else { !bits };
+            let bits = if word == from / 64 { bits >> (from % 64) << (from % 64) } else { bits };
+            (bits != 0).then(|| word.saturating_mul(64).saturating_add(u64::from(bits.trailing_zeros())))
+        });
+        found.filter(|bit| *bit < count)
+    };
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let start = first(next, true)?;
+        next = first(start, false).unwrap_or(count);
+        Some(start..next)
+    })
+}
+
 /// Which 4 KiB pages of a region on huge pages the guest has given up.
 ///
 /// The host can only take a huge page back whole: one that is given up in part
@@ -144,6 +163,14 @@ impl PartlyGiven {
                 *given = given.saturating_sub(1);
             }
         }
+    }
+
+    /// What is given up (counted from the region's start), upwards.
+    pub fn ranges(&self) -> impl Iterator<Item = Range> {
+        runs(&self.words, self.len.pages().0).map(|run| Range {
+            start: GuestAddress(run.start << PAGE_SHIFT),
+            len: Pages(run.end - run.start).bytes(),
+        })
     }
 
     /// The guest uses everything again.
@@ -263,6 +290,7 @@ mod tests {
             let mut model = BTreeSet::new();
             for (give, first, count) in steps {
                 let step = range(first * PAGE_SIZE, count * PAGE_SIZE);
+                prop_assert_eq!(pages_of(&bits.ranges().collect::<Vec<_>>()), model.clone());
                 let before = model.clone();
                 let touched: BTreeSet<u64> = (first..first + count).filter(|page| *page < pages).collect();
                 if !give {

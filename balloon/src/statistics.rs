@@ -59,6 +59,17 @@ impl Statistics {
         let _ = self.timer.run(false);
     }
 
+    /// The driver's buffer, where the device has it.
+    pub(crate) fn held(&self) -> Option<Head> {
+        self.held
+    }
+
+    /// Goes on with a driver that was there before.
+    pub(crate) fn resume(&mut self, held: Option<Head>) {
+        self.held = held;
+        self.start();
+    }
+
     /// The driver's buffer, with its answer.
     pub(crate) fn take(&mut self, memory: &GuestMemoryMmap, chain: &Chain) -> Verdict {
         if !chain.writable().is_empty() || self.held.is_some() {

@@ -17,15 +17,18 @@
 //! the pages until the device has answered.
 
 pub(crate) mod handle;
-mod pace;
+pub mod pace;
+pub mod saved;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Chain, Faults, Verdict, serve};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestMemoryMmap;
 
@@ -447,5 +450,13 @@ impl VirtioDevice for Balloon {
         }
         self.follow_up(active, index == TIMER);
         self.publish(false);
+    }
+
+    fn save(&self) -> Result<Value, StateError> {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
+        self.take_in(state, active)
     }
 }

@@ -8,6 +8,8 @@
 //! guest that has just got them back to stay alive. So what was reached becomes
 //! what is asked for, until the host asks anew.
 
+use serde::{Deserialize, Serialize};
+
 use crate::units::{Bytes, Pages};
 
 /// Of the guest's free memory so much is asked for at once, in percent: the
@@ -34,6 +36,20 @@ pub struct Pace {
     state: State,
 }
 
+/// How far a balloon is on its way, as data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PaceState {
+    /// What it shall hold in the end.
+    pub wanted: Pages,
+    /// What the driver is asked for now.
+    pub asked: Pages,
+    /// What it holds, as the driver says.
+    pub reached: Pages,
+    /// Whether the guest could not give more.
+    pub settled: bool,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// There, or on the way.
@@ -55,6 +71,24 @@ impl Pace {
         let mut pace = Self { wanted, asked: Pages(0), reached: Pages(0), step, state: start };
         pace.restart();
         pace
+    }
+
+    /// What to go on from elsewhere.
+    pub fn saved(&self) -> PaceState {
+        PaceState {
+            wanted: self.wanted,
+            asked: self.asked,
+            reached: self.reached,
+            settled: self.is_settled(),
+        }
+    }
+
+    /// Goes on from `saved`, for a guest with memory of `map`. The driver's time to show that it
+    /// gets on begins anew.
+    pub fn resumed(map: Bytes, saved: PaceState) -> Self {
+        let PaceState { wanted, asked, reached, settled } = saved;
+        let state = if settled { State::Settled } else { State::Moving { idle: 0, before: reached } };
+        Self { wanted, asked, reached, state, ..Self::new(map, wanted) }
     }
 
     /// The driver starts anew, with an empty balloon.

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::ranges::runs;
+
 /// What a range of blocks is (virtio 1.2, section 5.15.6.4: `VIRTIO_MEM_STATE_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockState {
@@ -63,24 +65,7 @@ impl Blocks {
 
     /// The plugged blocks, as runs that don't touch each other, upwards.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        let mut next = 0;
-        std::iter::from_fn(move || {
-            let start = self.first(next, true)?;
-            next = self.first(start, false).unwrap_or(self.count);
-            Some(start..next)
-        })
-    }
-
-    /// The first block from `from` on that is `plugged` or not.
-    fn first(&self, from: u64, plugged: bool) -> Option<u64> {
-        let words = usize::try_from(from / 64).ok().and_then(|word| self.words.get(word..))?;
-        let skipped = below(from % 64);
-        let found = words.iter().zip(from / 64..).find_map(|(bits, word)| {
-            let bits = if plugged { *bits } else { !bits };
-            let bits = if word == from / 64 { bits & !skipped } else { bits };
-            (bits != 0).then(|| word.saturating_mul(64).saturating_add(u64::from(bits.trailing_zeros())))
-        });
-        found.filter(|block| *block < self.count)
+        runs(&self.words, self.count)
     }
 
     fn masks(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Access, Plug};
+use crate::status::DriverState;
 use crate::units::Bytes;
 
 const DEVICE: &str = "the virtio-mem device";
@@ -40,24 +41,28 @@ pub struct PlugState {
     pub told: Bytes,
     /// What is plugged, upwards.
     pub plugged: Vec<Run>,
+    /// Whether the driver has broken the protocol.
+    pub broken: bool,
     /// Malformed chains so far.
     pub faults: Faults,
 }
 
 impl Plug {
     pub(super) fn saved(&self) -> Result<Value, StateError> {
+        let requested = self.shared.state().requested;
         state::to_value(&PlugState {
             version: Version,
             address: self.region.start.0,
             size: self.region.len,
             block: self.shared.block,
-            requested: self.shared.state().requested,
+            requested,
             told: self.requested,
             plugged: self
                 .blocks
                 .runs()
                 .map(|run| Run { first: run.start, count: run.end - run.start })
                 .collect(),
+            broken: self.shared.state().driver == DriverState::Broken,
             faults: self.faults,
         })
     }
@@ -81,10 +86,11 @@ impl Plug {
             shared.requested = state.requested;
             shared.counters.plugged = plugged;
         }
+        let broken = state.broken && active.is_some();
         if let Some(active) = active {
             self.greet(active);
         }
-        self.publish(false);
+        self.publish(broken);
         // The guest is told where the host has asked for something since. The one failure is a
         // full counter, which is a wake-up already pending.
         let _ = self.shared.wake.write(1);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use balloon::device::{Balloon, Config, Handle};
 use balloon::discard::{Backing, Discard, Region};
 use balloon::units::Bytes;
-use devices::testing::{Guest, HIGH, LOW, REGION};
+use devices::testing::{Guest, GuestRam, HIGH, LOW, REGION};
 use vm_memory::GuestAddress;
 
 /// All RAM of the test guest.
@@ -22,19 +22,24 @@ pub fn config() -> Config {
     }
 }
 
+/// A balloon over the test guest's RAM.
+pub fn device(ram: &GuestRam, config: Config) -> (Balloon, Handle) {
+    let region = |guest| Region {
+        guest: GuestAddress(guest),
+        host: ram.host(guest),
+        len: Bytes(REGION as u64),
+        backing: Backing::Anonymous,
+    };
+    // SAFETY: the test guest's RAM, which goes after the device.
+    let discard = unsafe { Discard::new(vec![region(LOW), region(HIGH)]) };
+    Balloon::new(config, discard).unwrap()
+}
+
 /// A guest whose RAM a balloon works on.
 pub fn guest(config: Config) -> (Guest, Handle) {
     let mut handle = None;
     let guest = Guest::new(|ram| {
-        let region = |guest| Region {
-            guest: GuestAddress(guest),
-            host: ram.host(guest),
-            len: Bytes(REGION as u64),
-            backing: Backing::Anonymous,
-        };
-        // SAFETY: the test guest's RAM, which goes after the device.
-        let discard = unsafe { Discard::new(vec![region(LOW), region(HIGH)]) };
-        let (device, its_handle) = Balloon::new(config, discard).unwrap();
+        let (device, its_handle) = device(ram, config);
         handle = Some(its_handle);
         Box::new(device)
     });

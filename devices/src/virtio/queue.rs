@@ -103,8 +103,10 @@ impl Chain {
     }
 }
 
-/// Names a chain that a device keeps to use later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Names a chain that a device keeps to use later. One that was read back may name anything:
+/// [`give_back`] looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Head(u16);
 
 /// A place in the readable bytes of a chain.

@@ -9,6 +9,7 @@
 //! release[:TIME]            gives all of it back, spread over TIME
 //! file:SIZE                 writes a file of SIZE into memory (tmpfs)
 //! remove                    removes that file
+//! plugged                   prints in how many places there is memory that virtio_mem has added
 //! show                      says where a page of this process is (see `show`)
 //! keep:SIZE:SEED            takes SIZE and fills it with a pattern that it remembers
 //! check                     looks whether all that is kept is as it was
@@ -69,6 +70,8 @@ pub enum Step {
     File(usize),
     /// Removes it.
     Remove,
+    /// Says in how many places there is memory that virtio_mem has added.
+    Plugged,
     /// Says where a page of this process is.
     Show,
     /// Takes bytes and fills them with the pattern of a seed.
@@ -146,6 +149,7 @@ impl FromStr for Step {
             ["release", time] => Ok(Self::Release(duration(time)?)),
             ["file", bytes] => Ok(Self::File(size(bytes)?)),
             ["remove"] => Ok(Self::Remove),
+            ["plugged"] => Ok(Self::Plugged),
             ["show"] => Ok(Self::Show),
             ["keep", bytes, seed] => {
                 let seed = seed.parse().map_err(|_| format!("`{seed}` is no seed: use a number"))?;
@@ -186,6 +190,13 @@ fn duration(text: &str) -> Result<Duration, String> {
     number.parse().map(Duration::from_secs).map_err(|_| wrong())
 }
 
+/// Resources of the name that virtio_mem gives what it adds. Linux keeps one with nothing plugged in
+/// it where it could not take the memory block offline.
+fn plugged() -> Result<usize, String> {
+    let resources = fs::read_to_string("/proc/iomem").map_err(|error| format!("/proc/iomem: {error}"))?;
+    Ok(resources.lines().filter(|line| line.ends_with("System RAM (virtio_mem)")).count())
+}
+
 /// The memory that a guest's load holds.
 #[derive(Default)]
 pub struct Load {
@@ -211,6 +222,7 @@ impl Load {
             Step::Release(time) => self.release(time),
             Step::File(bytes) => write_file(bytes).map_err(|error| format!("{FILE}: {error}"))?,
             Step::Remove => fs::remove_file(FILE).map_err(|error| format!("{FILE}: {error}"))?,
+            Step::Plugged => println!("PLUGGED places={}", plugged()?),
             Step::Show => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
             Step::Keep(bytes, seed) => {
                 let block =
