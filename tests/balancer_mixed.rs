@@ -68,7 +68,6 @@ fn wait_until(name: &str, what: &str, fits: impl Fn(Bytes) -> bool) {
 }
 
 #[test]
-#[ignore = "not yet seen to its end; run it with --run-ignored all"]
 fn memory_moves_between_guests_of_ballast_and_of_qemu() {
     Host::new().guest(Kernel::V6_1).qemu().memory(Bytes::gib(4)).usually(Duration::from_secs(400)).run(
         || {
@@ -92,6 +91,8 @@ fn memory_moves_between_guests_of_ballast_and_of_qemu() {
             }
             let first =
                 wait_for("all four to be seen", MOVING, || state().filter(|state| state.vms.len() == 4));
+            // One that is met while its QEMU loads may not answer at once.
+            let errors: Vec<u64> = first.vms.iter().map(|vm| vm.errors).collect();
             let kinds: Vec<Kind> = first.vms.iter().map(|vm| vm.vmm).collect();
             assert_eq!(kinds, [Kind::Ballast, Kind::Ballast, Kind::Qemu, Kind::Qemu]);
             let overhead = wait_for("QEMU's own memory to be counted", MOVING, || {
@@ -114,11 +115,11 @@ fn memory_moves_between_guests_of_ballast_and_of_qemu() {
             wait_until("own-b", "have what it needs", |actual| actual >= Bytes::mib(320));
 
             let last = state().expect("the daemon lives");
-            for vm in &last.vms {
+            for (vm, &errors) in last.vms.iter().zip(&errors) {
                 let memory = vm.memory.as_ref().expect("it answers");
                 println!("{}: {} of {}, charged {}", vm.name, memory.actual, memory.limits, memory.charge);
                 assert!(memory.actual >= MIN && memory.actual <= MAX, "{}: {}", vm.name, memory.actual);
-                assert_eq!(vm.errors, 0, "{}", vm.name);
+                assert_eq!(vm.errors, errors, "{} answered all the time", vm.name);
             }
             assert!(
                 last.vms.iter().any(|vm| vm.vmm == Kind::Qemu && vm.grows > 0),

@@ -52,7 +52,6 @@ fn used(status: &Status) -> Bytes {
 
 /// One QEMU for all of it: to boot one takes longest.
 #[test]
-#[ignore = "not yet seen to its end; run it with --run-ignored all"]
 fn a_stock_guest_in_qemu_is_read_and_moved() {
     let directory = tempfile::tempdir().expect("a directory can be made");
     let operator = directory.path().join("operator.qmp");

@@ -23,6 +23,8 @@ impl Daemon {
     pub fn start(budget: &str, guests: &[&str]) -> Result<Self> {
         let mut child = Command::new(ballast())
             .args(["balancer", "--budget", budget])
+            // Its log is read below.
+            .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
