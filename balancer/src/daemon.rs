@@ -9,6 +9,7 @@ mod command;
 mod complaint;
 mod config;
 mod history;
+mod listen;
 mod metrics;
 mod notify;
 mod reload;
@@ -219,12 +220,12 @@ async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<(
     fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
     let mut servers = JoinSet::new();
     let router = server::private(api.clone());
-    servers.spawn(async move { drop(axum::serve(listener, router).await) });
+    servers.spawn(listen::serve(listener, router, listen::Limits::PRIVATE));
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
         let router = server::public(api.clone());
-        servers.spawn(async move { drop(axum::serve(listener, router).await) });
+        servers.spawn(listen::serve(listener, router, listen::Limits::PUBLIC));
     }
     Ok(servers)
 }

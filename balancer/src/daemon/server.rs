@@ -1,12 +1,12 @@
 //! The daemon's own socket; `resources/balancer-openapi.yaml` says the same to the world.
 
 use std::path::Path;
+use std::time::Duration;
 
 use axum::Json;
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path as Named, State as Given};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path as Named, Request, State as Given};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
@@ -16,6 +16,7 @@ use balloon::runtime;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 use super::command::{Command, Refusal};
 use super::metrics;
@@ -24,6 +25,9 @@ use super::state::Shared;
 
 /// The largest body that is read; the largest that makes sense has some hundred bytes.
 const LARGEST_BODY: usize = 64 << 10;
+
+/// How long a body may take to come; one write of a client's is all of it.
+const LONGEST_BODY: Duration = Duration::from_secs(10);
 
 /// What the handlers have: the last state, and the way to the rounds.
 #[derive(Clone)]
@@ -163,14 +167,27 @@ async fn metrics(Given(api): Given<Api>) -> Response {
     }
 }
 
-/// A body, or why there is none.
-type Body = Result<Bytes, BytesRejection>;
+/// A body that came whole and in time.
+struct Body(Bytes);
 
-fn read<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
-    let body = body.map_err(|rejection| Refusal::Body {
-        status: rejection.status().as_u16(),
-        error: rejection.body_text(),
-    })?;
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        match timeout(LONGEST_BODY, Bytes::from_request(request, state)).await {
+            Ok(Ok(bytes)) => Ok(Self(bytes)),
+            Ok(Err(rejection)) => {
+                Err(Refusal::Body { status: rejection.status().as_u16(), error: rejection.body_text() })
+            }
+            Err(_) => {
+                let error = format!("it did not come within {} s", LONGEST_BODY.as_secs());
+                Err(Refusal::Body { status: StatusCode::REQUEST_TIMEOUT.as_u16(), error })
+            }
+        }
+    }
+}
+
+fn read<T: DeserializeOwned>(Body(body): Body) -> Result<T, Refusal> {
     serde_json::from_slice(&body).map_err(|error| Refusal::Body { status: 400, error: error.to_string() })
 }
 

@@ -1,0 +1,174 @@
+//! Serving clients of whom some are slow, too many, or never done: none of them may cost the others
+//! their answers, or the daemon its descriptors, which it needs for its VMs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::Listener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::reservation::LONGEST_WAIT;
+
+/// How many are served at a time, and how long each may take for what.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Clients at a time. More wait in the kernel's queue until a place is free.
+    pub clients: usize,
+    /// From the end of one request, or the beginning, to the whole head of the next. So an idle
+    /// client is one as well, and connects anew where it has more to ask.
+    pub head: Duration,
+    /// For one connection. A request that is under way then has `grace` to its end.
+    pub life: Duration,
+    /// See `life`.
+    pub grace: Duration,
+}
+
+impl Limits {
+    /// For the daemon's own socket, where whoever waits for room may wait long.
+    pub const PRIVATE: Self = Self {
+        clients: 128,
+        head: Duration::from_secs(30),
+        life: Duration::from_secs(600),
+        grace: LONGEST_WAIT.saturating_add(Duration::from_secs(10)),
+    };
+
+    /// For the metrics over TCP: a scrape takes moments, and comes from a few.
+    pub const PUBLIC: Self = Self {
+        clients: 16,
+        head: Duration::from_secs(10),
+        life: Duration::from_secs(120),
+        grace: Duration::from_secs(10),
+    };
+}
+
+/// Serves whoever comes, for ever.
+pub async fn serve<L: Listener>(mut listener: L, router: Router, limits: Limits) {
+    let places = Arc::new(Semaphore::new(limits.clients));
+    let mut clients = JoinSet::new();
+    loop {
+        // It is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let (stream, _) = listener.accept().await;
+        while clients.try_join_next().is_some() {}
+        let router = router.clone();
+        clients.spawn(async move {
+            serve_one(stream, router, limits).await;
+            drop(place);
+        });
+    }
+}
+
+async fn serve_one<S>(stream: S, router: Router, limits: Limits)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    tokio::pin!(connection);
+    let ended = match timeout(limits.life, connection.as_mut()).await {
+        Ok(ended) => ended,
+        Err(_) => {
+            connection.as_mut().graceful_shutdown();
+            timeout(limits.grace, connection).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = ended {
+        debug!("a client's connection ended: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+    const QUESTION: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
+    struct Server {
+        directory: tempfile::TempDir,
+        _task: JoinSet<()>,
+    }
+
+    impl Server {
+        fn start(limits: Limits) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
+            // What no server holds back for ever: a body larger than any buffer of a socket.
+            let router = Router::new()
+                .route("/", get(|| async { "hello" }))
+                .route("/large", get(|| async { vec![b'x'; 8 << 20] }));
+            let mut task = JoinSet::new();
+            task.spawn(serve(listener, router, limits));
+            Self { directory, _task: task }
+        }
+
+        async fn connect(&self) -> UnixStream {
+            UnixStream::connect(self.directory.path().join("socket")).await.unwrap()
+        }
+
+        /// Asks, and waits until the server hangs up.
+        async fn ask(&self) -> String {
+            let mut stream = self.connect().await;
+            stream.write_all(QUESTION).await.unwrap();
+            read(&mut stream).await
+        }
+    }
+
+    async fn read(stream: &mut UnixStream) -> String {
+        let mut answer = Vec::new();
+        // A connection that is cut may end in an error.
+        let _ = timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("the server hangs up");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    const SHORT: Duration = Duration::from_millis(100);
+    const LIMITS: Limits = Limits { clients: 1, head: PATIENCE, life: PATIENCE, grace: PATIENCE };
+
+    #[tokio::test]
+    async fn whoever_never_asks_loses_its_place_to_who_does() {
+        let server = Server::start(Limits { head: SHORT, ..LIMITS });
+        let (mut silent, mut slow) = (server.connect().await, server.connect().await);
+        slow.write_all(b"GET / HTT").await.unwrap();
+        assert!(server.ask().await.ends_with("hello"));
+        assert!(!read(&mut silent).await.contains("hello"));
+        assert!(!read(&mut slow).await.contains("hello"));
+    }
+
+    #[tokio::test]
+    async fn whoever_never_reads_its_answer_loses_its_place_too() {
+        let server = Server::start(Limits { life: SHORT, grace: SHORT, ..LIMITS });
+        let mut deaf = server.connect().await;
+        deaf.write_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        assert!(server.ask().await.ends_with("hello"));
+    }
+
+    #[tokio::test]
+    async fn a_client_may_ask_again_on_one_connection() {
+        let server = Server::start(LIMITS);
+        let mut client = server.connect().await;
+        let mut answer = [0; 512];
+        for _ in 0..3 {
+            client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+            let mut text = String::new();
+            while !text.ends_with("hello") {
+                let count = timeout(PATIENCE, client.read(&mut answer)).await.expect("an answer").unwrap();
+                assert!(count > 0, "{text}");
+                text += &String::from_utf8_lossy(&answer[..count]);
+            }
+        }
+    }
+}
