@@ -24,7 +24,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use balloon::limits::Limits;
+use balloon::limits::{Limits, Wanted};
 use balloon::status::MemoryStatus;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
@@ -97,6 +97,10 @@ pub trait Driver: Send {
     /// Sets what the administrator allows this VM. A VMM that keeps no limits
     /// has them kept by its driver, for as long as that lives.
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()>;
+
+    /// Takes over what the configuration allows this VM from now on, which goes before limits that
+    /// were set at run time. A VMM that keeps its limits itself is left as it is.
+    fn configure(&mut self, _memory: Option<Wanted>) {}
 
     /// A way to hear what the VM says unasked, where its VMM has one.
     fn calls(&self) -> Option<Calls> {

@@ -57,7 +57,7 @@ pub struct Found {
     /// Which VMM it is.
     pub kind: Kind,
     /// What it may have, where its VMM does not say.
-    memory: Option<Wanted>,
+    pub memory: Option<Wanted>,
 }
 
 impl Found {

@@ -240,7 +240,7 @@ impl Daemon {
                 continue;
             }
             // Without a driver its last request is still under way.
-            let Some(mut driver) = slot.driver.take() else { continue };
+            let Some(mut driver) = slot.take_driver() else { continue };
             self.requests.spawn(async move {
                 let outcome = Outcome::Polled(driver.report().await);
                 (id, driver, outcome)
@@ -362,7 +362,7 @@ impl Daemon {
         for Decision { vm, reason } in self.decisions.drain(..) {
             let Some(slot) = self.slots.get_mut(&vm) else { continue };
             // While an earlier request is under way, the decision is made anew next time.
-            let Some(mut driver) = slot.driver.take() else {
+            let Some(mut driver) = slot.take_driver() else {
                 self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
                 continue;
             };

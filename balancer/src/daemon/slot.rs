@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use balloon::limits::Wanted;
 use balloon::units::Bytes;
 use tracing::{info, warn};
 
@@ -37,6 +38,10 @@ pub struct Slot {
     pub incarnation: Incarnation,
     /// `None` while a request is under way.
     pub driver: Option<Box<dyn Driver>>,
+    /// What the configuration allows it, where its VMM does not say.
+    memory: Option<Wanted>,
+    /// Its driver has not heard of `memory` yet.
+    unconfigured: bool,
     /// What the policy knows; `None` until it first answered.
     pub vm: Option<Vm>,
     /// Nobody listens: its process has ended.
@@ -62,13 +67,15 @@ impl Slot {
     /// A socket that was just found.
     pub fn new(id: u64, found: Found) -> Self {
         let driver = found.driver();
-        let Found { name, kind: vmm, incarnation, .. } = found;
+        let Found { name, kind: vmm, incarnation, memory, .. } = found;
         Self {
             id,
             name,
             vmm,
             incarnation,
             driver: Some(driver),
+            memory,
+            unconfigured: false,
             vm: None,
             gone: false,
             overhead: Bytes::ZERO,
@@ -85,6 +92,29 @@ impl Slot {
             shrinks: 0,
             errors: 0,
         }
+    }
+
+    /// Whether this is still the VM that was found.
+    pub fn is(&self, found: &Found) -> bool {
+        self.name == found.name && self.incarnation == found.incarnation && self.vmm == found.kind
+    }
+
+    /// The configuration may allow it something else than before.
+    pub fn configure(&mut self, memory: Option<Wanted>) {
+        if memory != self.memory {
+            info!(vm = self.name, "{} may have other memory from now on", self.name);
+            self.memory = memory;
+            self.unconfigured = true;
+        }
+    }
+
+    /// The way to it for one request; `None` while another is under way.
+    pub fn take_driver(&mut self) -> Option<Box<dyn Driver>> {
+        let mut driver = self.driver.take()?;
+        if std::mem::take(&mut self.unconfigured) {
+            driver.configure(self.memory);
+        }
+        Some(driver)
     }
 
     /// Takes in what came back.

@@ -3,11 +3,11 @@
 use std::future::Future;
 use std::path::Path;
 
-use balloon::limits::Limits;
+use balloon::limits::{Limits, Wanted};
 use balloon::units::Bytes;
 
 use super::error::Error;
-use super::kept::{Kept, Told};
+use super::kept::{Kept, KeptLimits, Told};
 use super::{Answer, Driver, Status};
 
 /// What differs from one VMM to another: its words. The rest is kept by its driver.
@@ -44,5 +44,9 @@ impl<V: Foreign> Driver for V {
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
         self.kept().limits.set(limits);
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn configure(&mut self, memory: Option<Wanted>) {
+        self.kept().limits = KeptLimits::new(memory);
     }
 }

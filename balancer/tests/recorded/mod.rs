@@ -1,6 +1,8 @@
 //! Sockets that answer as other VMMs do, with exchanges written from their published API
 //! descriptions, or as none should.
 
+#![allow(dead_code, reason = "each test program uses a part")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;

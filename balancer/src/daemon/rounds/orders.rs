@@ -35,7 +35,7 @@ impl Daemon {
                     let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
                     return false;
                 };
-                let Some(mut driver) = slot.driver.take() else {
+                let Some(mut driver) = slot.take_driver() else {
                     let _ = answer.send(Err(Refusal::Busy(vm)));
                     return false;
                 };

@@ -19,7 +19,7 @@ impl Daemon {
         };
         self.blind.end();
         self.slots.retain(|&id, slot| {
-            let stays = found.iter().any(|f| f.name == slot.name && f.incarnation == slot.incarnation);
+            let stays = found.iter().any(|found| slot.is(found));
             if !stays && slot.vm.is_some() {
                 info!(vm = slot.name, "{} has gone", slot.name);
             }
@@ -32,7 +32,10 @@ impl Daemon {
         self.switchboard.retain(|id| self.slots.contains_key(&id));
         for found in found {
             match self.slots.values_mut().find(|slot| slot.name == found.name) {
-                Some(slot) => slot.gone &= !revive,
+                Some(slot) => {
+                    slot.gone &= !revive;
+                    slot.configure(found.memory);
+                }
                 None => {
                     let id = self.next_id;
                     self.next_id += 1;
