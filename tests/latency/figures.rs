@@ -58,7 +58,8 @@ impl Samples {
         }
         let doubt = self.all.iter().map(|sample| sample.doubt).max().unwrap_or_default();
         println!(
-            "{name:<8} granted before the guest had to wait: {early}; clocks agree within {} ms",
+            "{name:<8} granted before the guest had to wait: {early}; clocks agree within {} ms (half of a line to \
+             a guest and back)",
             doubt.as_millis()
         );
     }
