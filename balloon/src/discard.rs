@@ -234,21 +234,22 @@ impl Discard {
     }
 
     /// The guest takes the pages `pfns` (of 4 KiB) out of its balloon; the host
-    /// gives it memory when it touches them. Returns how much of it is guest RAM.
+    /// gives it memory when it touches them. Returns how much of it is guest RAM; a
+    /// page that is named twice may count twice.
     pub fn take_back(&mut self, pfns: &mut [u32]) -> Bytes {
         // Nothing may go any more once the driver has its pages.
         self.finish();
         let mut taken = Bytes::ZERO;
-        for range in ranges::of_pages(pfns) {
-            for mapped in &mut self.regions {
+        for mapped in &mut self.regions {
+            let Some(bits) = &mut mapped.partly_given else {
+                // Nothing to do: the host brings memory in when it is touched.
+                taken += ranges::pages_inside(pfns, &mapped.range).bytes();
+                continue;
+            };
+            for range in ranges::of_pages(pfns) {
                 let Some(part) = range.within(&mapped.range) else { continue };
                 taken += part.len;
-                if let Some(bits) = &mut mapped.partly_given {
-                    bits.take_back(Range {
-                        start: GuestAddress(part.offset_in(&mapped.range)),
-                        len: part.len,
-                    });
-                }
+                bits.take_back(Range { start: GuestAddress(part.offset_in(&mapped.range)), len: part.len });
             }
         }
         taken

@@ -39,25 +39,27 @@ impl Pending {
     }
 
     /// The whole blocks of `block` bytes (a power of two) that have come together, sorted and
-    /// merged; the rest goes on waiting, where it is less than half of what may.
+    /// merged; the rest goes on waiting, where it is at most half of what may. Where it is more, all goes.
     pub fn take_whole(&mut self, block: Bytes) -> Vec<Range> {
         let all = self.take_all();
-        let mut whole = Vec::new();
+        let whole: Vec<Range> = all.iter().filter_map(|range| range.whole_pages(block)).collect();
+        let sum = |ranges: &[Range]| ranges.iter().map(|range| range.len).sum::<Bytes>();
+        let left = sum(&all).saturating_sub(sum(&whole));
+        // A range with a middle may have an edge on either side of it.
+        let most_left = all.len().saturating_add(whole.len());
+        if left.0 > MOST_WAITING.0 / 2 || most_left > MOST_RANGES / 2 {
+            return all;
+        }
         for range in &all {
             let Some(middle) = range.whole_pages(block) else {
                 self.push(*range);
                 continue;
             };
-            whole.push(middle);
             for edge in [range.before(&middle), range.behind(&middle)].into_iter().flatten() {
                 self.push(edge);
             }
         }
-        if self.waiting.0 <= MOST_WAITING.0 / 2 && self.ranges.len() <= MOST_RANGES / 2 {
-            return whole;
-        }
-        self.clear();
-        all
+        whole
     }
 
     /// All that waits, sorted and merged.
@@ -65,7 +67,8 @@ impl Pending {
         self.waiting = Bytes::ZERO;
         let mut ranges = std::mem::take(&mut self.ranges);
         ranges.sort_unstable();
-        ranges::merged(ranges.into_iter()).collect()
+        ranges::merge(&mut ranges);
+        ranges
     }
 
     /// All that waits, sorted and merged, which goes on waiting.

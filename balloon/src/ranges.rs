@@ -47,6 +47,16 @@ impl Range {
         Self::between(self.start.0.max(other.end()), self.end())
     }
 
+    /// Makes `next`, which starts no earlier, a part of this range where the two touch or overlap.
+    fn takes_in(&mut self, next: &Self) -> bool {
+        let touches = next.start.0 <= self.end();
+        if touches {
+            let end = self.end().max(next.end());
+            self.len = Bytes(end.saturating_sub(self.start.0));
+        }
+        touches
+    }
+
     /// The same range, counted from the start of `region`, which holds it.
     pub(crate) fn offset_in(&self, region: &Self) -> u64 {
         self.start.0.saturating_sub(region.start.0)
@@ -57,24 +67,23 @@ impl Range {
 /// virtio 1.2, section 5.5.6), which is sorted in place. A page that is named
 /// twice counts once.
 pub fn of_pages(pfns: &mut [u32]) -> impl Iterator<Item = Range> {
-    let run = run_of_pages(pfns);
-    let rest: &[u32] = if run.is_some() {
-        &[]
-    } else {
-        pfns.sort_unstable();
-        pfns
+    // Takes one pass where they are sorted already, as they mostly are.
+    pfns.sort_unstable();
+    let run = |run: &[u32]| {
+        let (first, last) = (*run.first()?, *run.last()?);
+        Some(pages_from(first, u64::from(last.saturating_sub(first)).saturating_add(1)))
     };
-    run.into_iter().chain(merged(rest.iter().map(|pfn| pages_from(*pfn, 1))))
+    pfns.chunk_by(|page, next| next.wrapping_sub(*page) <= 1).filter_map(run)
 }
 
-/// The one range that `pfns` are where each follows the one before, as they mostly do. Looking
-/// for this first takes a fraction of what sorting and merging cost (see `benches/discard.rs`).
-fn run_of_pages(pfns: &[u32]) -> Option<Range> {
-    let first = pfns.first()?;
-    let follows = |pair: &[u32]| matches!(pair, [one, next] if next.wrapping_sub(*one) == 1 && *next != 0);
-    // No short cut: comparing all is faster than branching on each.
-    let run = pfns.windows(2).fold(true, |all, pair| all & follows(pair));
-    run.then(|| pages_from(*first, pfns.len() as u64))
+/// How many of the pages `pfns` lie in `range`. One that is named twice counts twice.
+pub(crate) fn pages_inside(pfns: &[u32], range: &Range) -> Pages {
+    let (first, end) = (range.start.0 >> PAGE_SHIFT, range.end() >> PAGE_SHIFT);
+    let (Ok(first), Some(last)) = (u32::try_from(first), end.checked_sub(1)) else { return Pages(0) };
+    let Some(more) = u32::try_from(last).unwrap_or(u32::MAX).checked_sub(first) else { return Pages(0) };
+    // Without branches, and no wider than the numbers: four or eight at a time.
+    let is_inside = |pfn: &u32| u32::from(pfn.wrapping_sub(first) <= more);
+    Pages(pfns.chunks(1 << 16).map(|some| u64::from(some.iter().map(is_inside).sum::<u32>())).sum())
 }
 
 fn pages_from(first: u32, count: u64) -> Range {
@@ -86,10 +95,7 @@ pub fn merged(sorted: impl Iterator<Item = Range>) -> impl Iterator<Item = Range
     let mut sorted = sorted.peekable();
     std::iter::from_fn(move || {
         let mut range = sorted.next()?;
-        while let Some(next) = sorted.next_if(|next| next.start.0 <= range.end()) {
-            let end = range.end().max(next.end());
-            range.len = Bytes(end.saturating_sub(range.start.0));
-        }
+        while sorted.next_if(|next| range.takes_in(next)).is_some() {}
         Some(range)
     })
 }
@@ -111,6 +117,11 @@ pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::
         next = first(start, false).unwrap_or(count);
         Some(start..next)
     })
+}
+
+/// As [`merged`], in place.
+pub fn merge(sorted: &mut Vec<Range>) {
+    sorted.dedup_by(|next, range| range.takes_in(next));
 }
 
 /// Which 4 KiB pages of a region on huge pages the guest has given up.

@@ -104,10 +104,16 @@ impl Statistics {
         }
     }
 
-    /// Asks for fresh values, where the driver has answered the last question.
+    /// Asks at the interval.
     pub(crate) fn tick(&mut self, queue: usize, active: Option<&mut Active>) {
         self.timer.read();
-        let Some(active) = active else { return };
+        if let Some(active) = active {
+            self.ask(queue, active);
+        }
+    }
+
+    /// Asks for fresh values, where the driver has answered the last question.
+    pub(crate) fn ask(&mut self, queue: usize, active: &mut Active) {
         let Some(head) = self.held.take() else { return };
         {
             let mut state = self.shared.state();

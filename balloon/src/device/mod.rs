@@ -254,16 +254,18 @@ impl Balloon {
         config
     }
 
-    /// Takes up what the host has asked for since the last time.
-    fn take_request(&mut self) {
+    /// Takes up what the host has asked for since the last time; returns whether that is news.
+    fn take_request(&mut self) -> bool {
         let (target, request) = {
             let state = self.shared.state();
             (state.target, state.requests)
         };
-        if request != self.request {
-            self.request = request;
-            self.pace.aim(wanted_pages(self.shared.map, target), free(&self.shared));
+        if request == self.request {
+            return false;
         }
+        self.request = request;
+        self.pace.aim(wanted_pages(self.shared.map, target), free(&self.shared));
+        true
     }
 
     /// After any event: lets go what waits for nothing more, tells the guest what it is asked for
@@ -316,13 +318,11 @@ fn move_pages(
     let mut pfns = [0; BATCH];
     loop {
         let count = reader.read(&mut piece);
-        let numbers = piece.get(..count).unwrap_or_default().chunks_exact(4);
-        let mut batch = 0;
+        let (numbers, _) = piece.get(..count).unwrap_or_default().as_chunks();
         for (pfn, number) in pfns.iter_mut().zip(numbers) {
-            *pfn = <[u8; 4]>::try_from(number).map_or(0, u32::from_le_bytes);
-            batch += 1;
+            *pfn = u32::from_le_bytes(*number);
         }
-        let Some(batch) = pfns.get_mut(..batch).filter(|batch| !batch.is_empty()) else {
+        let Some(batch) = pfns.get_mut(..numbers.len()).filter(|batch| !batch.is_empty()) else {
             return Verdict::Used(0);
         };
         match flow {
@@ -385,7 +385,8 @@ impl VirtioDevice for Balloon {
         self.pace.arrived(Pages(u64::from(field(ACTUAL))));
         self.publish(false);
         let there = self.pace.reached() >= self.pace.asked();
-        if self.pace.asked() != self.told || there && self.discard.waiting() > Bytes::ZERO {
+        let comes_next = self.pace.waits_for_news() || self.discard.waiting() > Bytes::ZERO;
+        if self.pace.asked() != self.told || there && comes_next {
             // The rest is for the event loop. The one failure is a wake-up already pending.
             let _ = self.shared.wake.write(1);
         }
@@ -439,7 +440,7 @@ impl VirtioDevice for Balloon {
             TIMER => self.timer.read(),
             _ => return,
         }
-        self.take_request();
+        let is_new = self.take_request();
         let Some(active) = active else {
             // Nobody to ask: a driver that comes finds it in the configuration space.
             self.told = self.pace.asked();
@@ -447,6 +448,10 @@ impl VirtioDevice for Balloon {
         };
         if index == TIMER {
             self.pace.tick();
+        }
+        // What the guest said last may be a second old: it had less free then, or more.
+        if is_new && self.pace.asked() < self.pace.wanted() || index == WAKE && self.pace.waits_for_news() {
+            self.statistics.ask(STATISTICS, active);
         }
         self.follow_up(active, index == TIMER);
         self.publish(false);

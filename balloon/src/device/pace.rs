@@ -1,8 +1,9 @@
 //! How the balloon moves to where the host wants it. Pure: no clock, no device.
 //!
-//! What a guest has free it can give at once. What it must first make free
-//! (caches to drop, pages to swap out) is asked for in steps, so that one large
-//! request doesn't stop everything in the guest. A request that the guest can't
+//! What a guest has free it can give at once; how much that is, it is asked
+//! whenever it matters. What it must first make free (caches to drop, pages to
+//! swap out) is asked for in steps, so that one large request doesn't stop
+//! everything in the guest. A request that the guest can't
 //! meet ends: Linux's driver tries again five times a second for as long as the
 //! device asks for more than it has ("Out of puff!"), and takes pages from a
 //! guest that has just got them back to stay alive. So what was reached becomes
@@ -106,12 +107,22 @@ impl Pace {
         self.asked = wanted.min(Pages(self.reached.0.saturating_add(step.0)));
     }
 
-    /// The guest has just said that it has `free`.
+    /// The guest has just said that it has `free`. Less than a step of it is left to the ticks:
+    /// a guest that always keeps a little free would be asked for it as fast as it could.
     pub fn heard(&mut self, free: Bytes) {
-        if let State::Moving { .. } = self.state {
-            let at_once = self.reached.0.saturating_add(free.percent(FREE_PERCENT).pages().0);
+        let spare = free.percent(FREE_PERCENT).pages();
+        if let State::Moving { .. } = self.state
+            && spare >= self.step
+        {
+            let at_once = self.reached.0.saturating_add(spare.0);
             self.asked = self.wanted.min(self.asked.max(Pages(at_once)));
         }
+    }
+
+    /// Whether what the guest has free decides what it is asked for next: more is wanted than it
+    /// was asked for, and that is in the balloon.
+    pub fn waits_for_news(&self) -> bool {
+        !self.is_settled() && self.asked < self.wanted && self.reached >= self.asked
     }
 
     /// The driver says that the balloon holds `reached`. One that takes pages
@@ -137,6 +148,11 @@ impl Pace {
         if idle >= PATIENCE {
             self.settle();
         }
+    }
+
+    /// What the balloon shall hold in the end.
+    pub fn wanted(&self) -> Pages {
+        self.wanted
     }
 
     /// What the driver is to be told: num_pages (virtio 1.2, section 5.5.4).
@@ -185,10 +201,14 @@ mod tests {
         assert_eq!(pace.asked(), mib(400));
         pace.tick();
         assert_eq!(pace.asked(), mib(400), "the guest isn't there yet");
+        assert!(!pace.waits_for_news());
         pace.arrived(mib(400));
+        assert!(pace.waits_for_news());
         assert_eq!(pace.asked(), mib(400), "a step takes a tick");
         pace.tick();
         assert_eq!(pace.asked(), mib(464));
+        pace.heard(Bytes::mib(50));
+        assert_eq!(pace.asked(), mib(464), "less than a step is no news");
         pace.heard(Bytes::mib(100));
         assert_eq!(pace.asked(), mib(480));
         for _ in 0..2 {
