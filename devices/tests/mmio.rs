@@ -113,6 +113,25 @@ fn interrupts_tell_their_reason_until_acknowledged() {
     assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
 }
 
+/// Nobody need hear the acknowledgement of used buffers: it may come late, or not at all.
+#[test]
+fn buffers_used_before_an_acknowledgement_are_not_lost_with_it() {
+    let mut guest = guest();
+    guest.start(1 << VIRTIO_RING_F_EVENT_IDX);
+    for acknowledged in [true, false] {
+        guest.describe(0, 0, BUFFERS, 64, VRING_DESC_F_WRITE, 0);
+        guest.send(0, 0);
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+        guest.send(0, 0);
+        assert_eq!(guest.interrupts(), 2);
+        if acknowledged {
+            guest.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+        }
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    }
+}
+
 #[test]
 fn event_idx_holds_interrupts_back_as_the_driver_asks() {
     for (refused, expected) in [(0, 1), (1 << VIRTIO_RING_F_EVENT_IDX, 4)] {

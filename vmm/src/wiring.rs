@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use devices::virtio::device::VirtioDevice;
-use devices::virtio::mmio::Mmio;
+use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
@@ -44,12 +44,14 @@ pub struct Wiring<'a> {
     memory: &'a Arc<GuestMemoryMmap>,
     buses: Buses,
     slots: Vec<VirtioSlot>,
+    /// Takes acknowledgements that say nothing: KVM has done with them then.
+    nobody: Option<EventFd>,
 }
 
 impl<'a> Wiring<'a> {
     /// A bus without devices.
     pub fn new(vm: &'a VmFd, memory: &'a Arc<GuestMemoryMmap>) -> Self {
-        Self { vm, memory, buses: Buses::default(), slots: Vec::new() }
+        Self { vm, memory, buses: Buses::default(), slots: Vec::new(), nobody: None }
     }
 
     /// The bus so far, for devices on ports.
@@ -94,11 +96,27 @@ impl<'a> Wiring<'a> {
                 .register_ioevent(notifier, &notify, queue)
                 .map_err(|source| WiringError::Kvm { what: "queue", source })?;
         }
+        self.acknowledge_in_kvm(&slot)?;
         let device = Arc::new(Mutex::new(device));
         let range = MmioRange::new(MmioAddress(slot.window.0), layout::VIRTIO_WINDOW)?;
         self.buses.devices.register_mmio(range, device.clone())?;
         self.slots.push(slot);
         Ok(device)
+    }
+
+    /// Has KVM take the acknowledgement that follows each interrupt for used buffers, rather than
+    /// leave the guest for it.
+    fn acknowledge_in_kvm(&mut self, slot: &VirtioSlot) -> Result<(), WiringError> {
+        let nobody = match self.nobody.take() {
+            Some(nobody) => nobody,
+            None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        };
+        let register = IoEventAddress::Mmio(slot.window.0 + INTERRUPT_ACK);
+        self.vm
+            .register_ioevent(&nobody, &register, ACK_USED)
+            .map_err(|source| WiringError::Kvm { what: "acknowledgement", source })?;
+        self.nobody = Some(nobody);
+        Ok(())
     }
 
     /// The bus, and where its virtio devices are.

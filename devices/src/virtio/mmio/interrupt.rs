@@ -33,12 +33,15 @@ impl Line {
         }
     }
 
-    pub(super) fn reasons(&self) -> u32 {
-        self.reasons.load(Ordering::Acquire)
+    /// What the driver reads as InterruptStatus. It takes the used buffers' bit with it: their
+    /// acknowledgement says nothing more then, and need not reach this process (`INTERRUPT_ACK`).
+    /// Buffers that are used between the two set the bit anew, and interrupt anew.
+    pub(super) fn read_reasons(&self) -> u32 {
+        self.reasons.fetch_and(!VIRTIO_MMIO_INT_VRING, Ordering::AcqRel)
     }
 
     pub(super) fn acknowledge(&self, reasons: u32) {
-        self.reasons.fetch_and(!reasons, Ordering::AcqRel);
+        self.reasons.fetch_and(!(reasons & !VIRTIO_MMIO_INT_VRING), Ordering::AcqRel);
     }
 
     pub(super) fn generation(&self) -> u32 {
@@ -71,7 +74,8 @@ impl Line {
     }
 
     pub(super) fn save(&self) -> LineState {
-        LineState { reasons: self.reasons(), generation: self.generation(), broken: self.is_broken() }
+        let reasons = self.reasons.load(Ordering::Acquire);
+        LineState { reasons, generation: self.generation(), broken: self.is_broken() }
     }
 
     /// Takes in what [`save`](Self::save) gave, and interrupts again where a reason stands: the

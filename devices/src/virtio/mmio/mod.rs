@@ -36,6 +36,13 @@ pub const WINDOW: u64 = 0x1000;
 /// as an ioeventfd of 4 bytes with the index as datamatch.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
+/// Where in the window the driver acknowledges interrupts. A write of [`ACK_USED`] does nothing,
+/// so it may be wired past this process: half of what an interrupt costs.
+pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
+
+/// The acknowledgement of used buffers alone (section 4.2.2).
+pub const ACK_USED: u32 = VIRTIO_MMIO_INT_VRING;
+
 /// "virt", little-endian (section 4.2.2).
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
@@ -165,7 +172,7 @@ impl Mmio {
             },
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.selected().map_or(0, |queue| u32::from(queue.max_size)),
             VIRTIO_MMIO_QUEUE_READY => u32::from(self.queue_ready()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.reasons(),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.read_reasons(),
             VIRTIO_MMIO_STATUS => self.status(),
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
