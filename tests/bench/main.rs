@@ -4,6 +4,8 @@
 
 mod balloon;
 mod memory;
+mod trace;
+mod vm;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,7 +14,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use ::balloon::units::Bytes;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use lab::emulator::{Emulator, Terminal};
 use lab::{GuestImages, Kernel, inside, qemu_with_libraries};
 
@@ -24,21 +26,38 @@ const INIT: &str = "INIT";
 /// Printed when it has loaded its modules.
 const READY: &str = "READY";
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet ballast.end=hang";
-/// Ten times what it usually takes: virtual time stands still for minutes now and then.
-const LIMIT: Duration = Duration::from_secs(3000);
+/// Several times what a run usually takes: virtual time stands still for minutes now and then.
+const LIMIT: Duration = Duration::from_secs(900);
 
-/// What can be measured, by the words that name it on the command line; with none, all of it.
-const BENCHMARKS: &[(&str, Benchmark)] = &[("boot", boot), ("balloon", balloon)];
-type Benchmark = fn() -> Result<()>;
+/// What can be measured, each in an emulated host of its own. A benchmark is asked for by the first
+/// word of its name, or by all of it; without a name all are run.
+const RUNS: &[(&str, Run)] = &[
+    ("boot", boot),
+    ("balloon", balloon::zeroing),
+    ("balloon-plain", balloon::plain),
+    ("balloon-qemu", balloon::qemu_zeroing),
+    ("balloon-qemu-plain", balloon::qemu_plain),
+    ("plug", balloon::plug),
+    ("reporting", balloon::reporting),
+];
+type Run = fn() -> Result<()>;
 
 fn main() -> ExitCode {
     let names: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(name) = names.iter().find(|name| BENCHMARKS.iter().all(|(known, _)| known != name)) {
-        eprintln!("bench: `{name}` is no benchmark: use boot, balloon, or none for all of them");
+    if let Some(name) = names.iter().find(|name| RUNS.iter().all(|(known, _)| !is_meant(name, known))) {
+        let known: Vec<&str> = RUNS.iter().map(|(name, _)| *name).collect();
+        eprintln!("bench: `{name}` is no benchmark: use {}, or none for all of them", known.join(", "));
         return ExitCode::from(2);
     }
-    match if inside() { measure(&names) } else { emulated(&names) } {
-        Ok(code) => code,
+    let done = if inside() {
+        RUNS.iter()
+            .filter(|(name, _)| names.iter().any(|wanted| wanted == name))
+            .try_for_each(|(_, run)| run())
+    } else {
+        emulated(&names)
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
             ExitCode::FAILURE
@@ -46,25 +65,57 @@ fn main() -> ExitCode {
     }
 }
 
-fn emulated(names: &[String]) -> Result<ExitCode> {
+/// Whether `wanted` asks for the run `name`.
+fn is_meant(wanted: &str, name: &str) -> bool {
+    name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
+/// Each run alone, so that one that fails leaves the others' figures standing.
+fn emulated(names: &[String]) -> Result<()> {
+    let mut failed = Vec::new();
+    let mut explained = false;
+    for (name, _) in RUNS {
+        if !names.is_empty() && !names.iter().any(|wanted| is_meant(wanted, name)) {
+            continue;
+        }
+        if *name != "boot" && !std::mem::replace(&mut explained, true) {
+            println!("{}", balloon::HEADING);
+        }
+        if let Err(error) = emulate(name) {
+            eprintln!("bench: {name}: {error:#}");
+            failed.push(*name);
+        }
+    }
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
+}
+
+fn emulate(name: &str) -> Result<()> {
     let emulator = Emulator {
         deterministic: true,
         memory: Bytes::gib(3),
         guests: vec![Kernel::V6_1],
         files: qemu_with_libraries()?,
-        bring: if wanted(names, "balloon") { vec![PathBuf::from(balloon::SPEEDS)] } else { Vec::new() },
+        bring: if name == "balloon" { vec![PathBuf::from(balloon::SPEEDS)] } else { Vec::new() },
         terminal: Terminal::Output,
         limit: LIMIT,
         ..Emulator::default()
     };
-    let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let outcome = emulator.run(&std::env::current_exe()?, &names)?;
+    let program = std::env::current_exe()?;
+    let outcome = match emulator.run(&program, &[name]) {
+        Err(error) => {
+            eprintln!("bench: {name} is tried once more: {error:#}");
+            emulator.run(&program, &[name])?
+        }
+        outcome => outcome?,
+    };
+    ensure!(outcome.code == 0, "it ended with {}", outcome.code);
     if let Some(speeds) = outcome.results.get(balloon::SPEEDS) {
         fs::create_dir_all("out")?;
         fs::write("out/speeds.json", speeds)?;
-        println!("\nfor the simulator: ballast sim --speeds out/speeds.json");
+        println!("for the simulator: ballast sim --speeds out/speeds.json");
     }
-    Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
+    Ok(())
 }
 
 /// What was measured of one VM.
@@ -72,24 +123,6 @@ struct Measured {
     init: Duration,
     ready: Duration,
     beside: Beside,
-}
-
-fn measure(names: &[String]) -> Result<ExitCode> {
-    for (name, benchmark) in BENCHMARKS {
-        if wanted(names, name) {
-            benchmark().with_context(|| (*name).to_owned())?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Whether `name` was asked for, by name or with all others.
-fn wanted(names: &[String], name: &str) -> bool {
-    names.is_empty() || names.iter().any(|wanted| wanted == name)
-}
-
-fn balloon() -> Result<()> {
-    balloon::compare(&Kernel::V6_1.guest_images())
 }
 
 fn boot() -> Result<()> {
