@@ -100,6 +100,11 @@ pub fn merged(sorted: impl Iterator<Item = Range>) -> impl Iterator<Item = Range
     })
 }
 
+/// As [`merged`], in place.
+pub fn merge(sorted: &mut Vec<Range>) {
+    sorted.dedup_by(|next, range| range.takes_in(next));
+}
+
 /// Where the lowest `count` bits of `words` are set, as runs that don't touch each other, upwards.
 pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
     let first = move |from: u64, set: bool| {
@@ -117,11 +122,6 @@ pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::
         next = first(start, false).unwrap_or(count);
         Some(start..next)
     })
-}
-
-/// As [`merged`], in place.
-pub fn merge(sorted: &mut Vec<Range>) {
-    sorted.dedup_by(|next, range| range.takes_in(next));
 }
 
 /// Which 4 KiB pages of a region on huge pages the guest has given up.
@@ -275,6 +275,17 @@ mod tests {
             for pair in ranges.windows(2) {
                 prop_assert!(pair[0].end() < pair[1].start.0, "not merged or not sorted");
             }
+        }
+
+        #[test]
+        fn pages_inside_are_those_inside(
+            pfns in vec(prop_oneof![0u32..64, any::<u32>()], 0..200),
+            first in prop_oneof![0u64..64, 0u64..1 << 33],
+            count in prop_oneof![0u64..64, 0u64..1 << 33],
+        ) {
+            let range = range(first << PAGE_SHIFT, count << PAGE_SHIFT);
+            let inside = pfns.iter().filter(|pfn| (first..first + count).contains(&u64::from(**pfn))).count();
+            prop_assert_eq!(pages_inside(&pfns, &range), Pages(inside as u64));
         }
 
         #[test]
