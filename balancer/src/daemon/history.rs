@@ -374,6 +374,7 @@ mod tests {
             target: Bytes::mib(200),
             actual: Bytes::mib(200),
             host_rss: Bytes::mib(190),
+            huge_percent: None,
             overhead: Bytes::ZERO,
             charge: Bytes::mib(200),
         };

@@ -48,6 +48,8 @@ pub struct Slot {
     pub gone: bool,
     /// What the host holds for its VMM beside guest memory.
     pub overhead: Bytes,
+    /// The share of what the host holds for its guest that lies in huge pages.
+    huge_percent: Option<u8>,
     id: u64,
     pid: Option<u32>,
     started: Duration,
@@ -79,6 +81,7 @@ impl Slot {
             vm: None,
             gone: false,
             overhead: Bytes::ZERO,
+            huge_percent: None,
             pid: None,
             started: Duration::ZERO,
             answered: None,
@@ -149,6 +152,7 @@ impl Slot {
             self.started = now.saturating_sub(*uptime);
         }
         self.overhead = *overhead;
+        self.huge_percent = memory.huge_percent();
         if std::mem::take(&mut self.gone) | self.trouble.end() {
             info!(vm = name, "{name} answers again");
         }
@@ -314,6 +318,7 @@ impl Slot {
             target: vm.said.target,
             actual: vm.said.actual,
             host_rss: vm.said.host_rss,
+            huge_percent: self.huge_percent,
             overhead: self.overhead,
             charge: vm.charge(),
         });

@@ -96,6 +96,9 @@ pub struct MemoryView {
     pub actual: Bytes,
     /// What the host holds of its guest's memory.
     pub host_rss: Bytes,
+    /// The share of that in huge pages of the host, in percent, where it is known.
+    #[serde(default)]
+    pub huge_percent: Option<u8>,
     /// What the host holds for its VMM beside that, as far as it is counted.
     #[serde(default)]
     pub overhead: Bytes,

@@ -34,11 +34,13 @@ pub enum Column {
     Weight,
     /// How old its guest's report is
     Report,
+    /// The share in huge pages of what the host holds
+    Huge,
 }
 
 impl Column {
     /// All, those first that are shown first.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Name,
         Self::Condition,
         Self::Used,
@@ -51,6 +53,7 @@ impl Column {
         Self::Min,
         Self::Weight,
         Self::Report,
+        Self::Huge,
     ];
 
     /// What stands above it.
@@ -68,6 +71,7 @@ impl Column {
             Self::Min => "MIN",
             Self::Weight => "WEIGHT",
             Self::Report => "REPORT",
+            Self::Huge => "HUGE",
         }
     }
 
@@ -77,6 +81,7 @@ impl Column {
             Self::Name => 14,
             Self::Condition => 13,
             Self::Weight | Self::Report => 6,
+            Self::Huge => 5,
             _ => 8,
         }
     }
@@ -95,6 +100,7 @@ impl Column {
             (Self::Report, Some(Memory { report_age_ms: Some(age), .. })) => {
                 format!("{:.1} s", *age as f64 / 1000.0)
             }
+            (Self::Huge, Some(Memory { huge_percent: Some(percent), .. })) => format!("{percent}%"),
             (_, Some(memory)) => {
                 self.amount(memory).map_or_else(|| "-".to_owned(), |amount| amount.to_string())
             }
@@ -112,7 +118,7 @@ impl Column {
             Self::Host => Some(memory.host_rss),
             Self::Wants => memory.demand,
             Self::MayHave => memory.entitlement,
-            Self::Name | Self::Condition | Self::Weight | Self::Report => None,
+            Self::Name | Self::Condition | Self::Weight | Self::Report | Self::Huge => None,
         }
     }
 
@@ -122,6 +128,7 @@ impl Column {
         let number = |vm: &Vm| match self {
             Self::Weight => vm.memory.map(|memory| u64::from(memory.limits.weight())),
             Self::Report => vm.memory.and_then(|memory| memory.report_age_ms),
+            Self::Huge => vm.memory.and_then(|memory| memory.huge_percent).map(u64::from),
             _ => vm.memory.and_then(|memory| self.amount(&memory)).map(|amount| amount.0),
         };
         let order = match self {

@@ -38,8 +38,8 @@ q Esc Ctrl-C   end                     Ctrl-Z          back to the shell
 
 USED is what the guest can't give up without pain, as it says itself; ACTUAL
 what it has; TARGET what it was asked to have; MAX the most that it may have;
-HOST what the host really holds of it; WANTS its use with its buffer; MAY HAVE
-what the balancer would let it have now.
+HOST what the host really holds of it, HUGE the share of that in huge pages;
+WANTS its use with its buffer; MAY HAVE what the balancer would let it have.
 
 At the right is what it used in the last minutes: a full bar is the most that
 it had in that time.";

@@ -96,6 +96,8 @@ pub struct Memory {
     pub actual: Bytes,
     /// What the host holds for it.
     pub host_rss: Bytes,
+    /// The share of that in huge pages, in percent, where it is known.
+    pub huge_percent: Option<u8>,
     /// How old its guest's last report is.
     pub report_age_ms: Option<u64>,
 }
@@ -183,6 +185,7 @@ impl Vm {
             target: memory.target,
             actual: memory.actual,
             host_rss: memory.host_rss,
+            huge_percent: memory.huge_percent,
             report_age_ms,
         });
         Self { name: vm.name, condition: Condition::Balanced(vm.standing), memory, reason: vm.last_reason }
@@ -198,6 +201,7 @@ impl Vm {
             target: status.target,
             actual: status.actual,
             host_rss: status.host_rss,
+            huge_percent: status.huge_percent(),
             report_age_ms: status.report.as_ref().map(|report| report.age_ms),
         };
         Self { name, condition: Condition::Alone(status.driver), memory: Some(memory), reason: None }

@@ -19,6 +19,7 @@ pub fn vm(name: &str, used: u64, actual: u64) -> Vm {
         target: actual,
         actual,
         host_rss: actual.percent(90),
+        huge_percent: Some(50),
         report_age_ms: Some(400),
     };
     let reason = Reason {

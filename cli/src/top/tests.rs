@@ -129,7 +129,7 @@ fn no_size_breaks_it() {
 fn a_wide_screen_tells_more() {
     let mut screen = Screen::new(160, 24, balanced(many(3)));
     let titles = &screen.lines()[3];
-    for title in ["HOST", "WANTS", "MAY HAVE", "MIN", "WEIGHT", "REPORT"] {
+    for title in ["HOST", "WANTS", "MAY HAVE", "MIN", "WEIGHT", "REPORT", "HUGE"] {
         assert!(titles.contains(title), "{title} is missing in {titles}");
     }
 }
