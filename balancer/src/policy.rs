@@ -33,6 +33,7 @@ use self::moves::{Granted, Shortage};
 use self::reason::{Decision, Rule};
 pub use self::said::{Host, Pressure, Said, Stalls};
 pub use self::settings::{Guards, Settings, SettingsError};
+use self::vm::Gap;
 pub use self::vm::{DEADBAND, FRESH, STALE_TICKS, Vm};
 
 /// What one round found out about the host.
@@ -61,7 +62,8 @@ pub struct Policy {
     waiting: bool,
     resorted: Option<Duration>,
     claims: Vec<Claim>,
-    order: Vec<(Bytes, usize)>,
+    gaps: Vec<(Gap, usize)>,
+    surpluses: Vec<(Bytes, usize)>,
 }
 
 impl Policy {
@@ -108,7 +110,7 @@ impl Policy {
         let lasts = self.emergency_lasts(now);
 
         self.entitle(host.budget.saturating_sub(pool), vms);
-        let ample = self.state == HostState::Normal && free > pool.percent(moves::AMPLE_PERCENT);
+        let ample = self.ample(pool);
         let Granted { left, unserved, postponed } = self.grow(now, free, ample, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
         let owed: Bytes = vms.iter().map(Vm::owes).sum();
@@ -126,6 +128,17 @@ impl Policy {
         let helpless = lasts && over > Bytes::ZERO && owed == Bytes::ZERO && decisions.is_empty();
         self.last_resort(now, host, helpless.then_some(over), vms, decisions);
         Balance { charged, free, over, unserved, state: self.state }
+    }
+
+    /// What must stay free when buffers are given.
+    fn ample(&self, pool: Bytes) -> Bytes {
+        if !self.settings.guards.buffers_wait {
+            Bytes::ZERO
+        } else if self.state == HostState::Normal {
+            pool.percent(moves::AMPLE_PERCENT)
+        } else {
+            Bytes(u64::MAX)
+        }
     }
 
     /// Whether an emergency has lasted. It is not over in the moment in which someone has

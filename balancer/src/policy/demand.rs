@@ -34,6 +34,9 @@ pub const LEAD: Duration = Duration::from_secs(3);
 /// that varies by 1 % either way rises by 2 %.
 pub const RISE_PERCENT: u64 = 2;
 
+/// Use this far above its average of the last minute has risen, in percent.
+pub const RISEN_PERCENT: u64 = 10;
+
 /// Reports closer to each other than this are one report that was read twice.
 const APART: Duration = Duration::from_millis(200);
 
@@ -48,7 +51,7 @@ const MOMENT: Duration = Duration::from_millis(250);
 #[derive(Clone, Debug, Default)]
 pub struct Demand {
     /// The last values of `actual` and when they were seen; a ring.
-    moments: [(Duration, Bytes); MOMENTS],
+    moments: [Moment; MOMENTS],
     seen: usize,
     used: Option<Bytes>,
     fast: f64,
@@ -109,7 +112,7 @@ impl Demand {
     /// Takes in a report. `follow` is [`super::Guards`]' say: whether small falls are not
     /// followed, and whether distress and rises are.
     pub fn report(&mut self, now: Duration, news: &News, follow: Follow) {
-        let had = self.actual_at(news.reported);
+        let had = self.had(news, follow.hold);
         let used = had.saturating_sub(news.spare);
         if follow.distress {
             self.distress.look(now, &news.stalls, had, news.spare);
@@ -170,6 +173,11 @@ impl Demand {
         self.held
     }
 
+    /// Whether it uses clearly more than in the last minute.
+    pub fn has_risen(&self) -> bool {
+        self.held > Bytes(self.slow as u64).percent(100 + RISEN_PERCENT)
+    }
+
     /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, within its limits.
     pub fn bare(&self, limits: &Limits) -> Bytes {
         limits.clamp(self.used.unwrap_or_default().percent(100 + bare_percent(limits)))
@@ -177,17 +185,16 @@ impl Demand {
 
     /// What can't wait: as little as it can do with, and what it lacks or is about to.
     pub fn urgent(&self, limits: &Limits) -> Bytes {
-        self.above(limits, bare_percent(limits))
-    }
-
-    /// What it must have: recent use and its buffer, and what it lacks or is about to, within its limits.
-    pub fn need(&self, limits: &Limits) -> Bytes {
-        self.above(limits, u64::from(limits.buffer_percent()))
-    }
-
-    fn above(&self, limits: &Limits, buffer: u64) -> Bytes {
-        let held = self.held.percent(100 + buffer + self.distress.boost_percent());
+        let held = self.held.percent(100 + bare_percent(limits) + self.distress.boost_percent());
         limits.clamp(held.saturating_add(self.lead.1))
+    }
+
+    /// What it must have: recent use and its buffer, or more where it lacks more or is about to,
+    /// within its limits.
+    pub fn need(&self, limits: &Limits) -> Bytes {
+        let buffer = u64::from(limits.buffer_percent());
+        let held = self.held.percent(100 + buffer + self.distress.boost_percent());
+        limits.clamp(held).max(self.urgent(limits))
     }
 
     /// What it should have where nobody is short: use over the last minute and its buffer.
@@ -196,30 +203,45 @@ impl Demand {
         self.need(limits).max(limits.clamp(slow))
     }
 
-    /// What the guest had at `then`, on a line between the moments around it.
+    /// What the guest had when it made this report.
     ///
-    /// A report is up to a statistics interval old, and while memory moves the
-    /// guest has another amount by now. Use is the difference of the two at the
-    /// same moment, or a guest that just gave up memory seems to use less.
-    fn actual_at(&self, then: Duration) -> Bytes {
-        let mut later: Option<(Duration, Bytes)> = None;
+    /// A report is up to a statistics interval old, and while memory moves the guest has
+    /// another amount by now. Use is the difference of the two at the same moment, which
+    /// nobody notes: it lies between what was had before the report and after it. While memory
+    /// goes, that is taken which changes use least: an error would seem a rise, and be answered
+    /// by giving it back. While memory comes, a fall is doubted likewise, and a rise is not.
+    fn had(&self, news: &News, hold: bool) -> Bytes {
+        let (before, after) = self.around(news.reported);
+        let line = between(before, after, news.reported);
+        let Some(used) = self.used.filter(|_| hold) else { return line };
+        let steady = used.saturating_add(news.spare).clamp(before.1.min(after.1), before.1.max(after.1));
+        if after.1 < before.1 { steady } else { steady.max(line) }
+    }
+
+    /// What the guest had at the last look before `then`, and at the first look after it.
+    fn around(&self, then: Duration) -> (Moment, Moment) {
+        let mut after = None;
         for back in 1..=self.seen.min(MOMENTS) {
-            let (when, actual) = self.moments[(self.seen - back) % MOMENTS];
-            if when <= then {
-                return later.map_or(actual, |(after, had)| between((when, actual), (after, had), then));
+            let moment = self.moments[(self.seen - back) % MOMENTS];
+            if moment.0 <= then {
+                return (moment, after.unwrap_or(moment));
             }
-            later = Some((when, actual));
+            after = Some(moment);
         }
-        later.map_or(Bytes::ZERO, |(_, actual)| actual)
+        (after.unwrap_or_default(), after.unwrap_or_default())
     }
 }
 
-fn between(a: (Duration, Bytes), b: (Duration, Bytes), then: Duration) -> Bytes {
+/// When, and what was had then.
+type Moment = (Duration, Bytes);
+
+/// What was had at `then`, on a line from `a` to `b`.
+fn between(a: Moment, b: Moment, then: Duration) -> Bytes {
     let span = b.0.saturating_sub(a.0).as_secs_f64();
     if span == 0.0 {
         return b.1;
     }
-    let part = then.saturating_sub(a.0).as_secs_f64() / span;
+    let part = (then.saturating_sub(a.0).as_secs_f64() / span).min(1.0);
     Bytes((a.1.0 as f64 + (b.1.0 as f64 - a.1.0 as f64) * part) as u64)
 }
 

@@ -34,6 +34,10 @@ pub const BOOT: Duration = Duration::from_secs(120);
 /// Use within this of what it was is steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 
+/// A guest that was moved one way is not moved back within this time while its use is steady,
+/// not even in an emergency: what is moved to and fro within a minute helps nobody.
+pub const TURN: Duration = Duration::from_secs(61);
+
 /// No shrink to refill the pool this long after a grow. Longer than the minute in which a
 /// move back is felt as one.
 pub const REST_AFTER_GROW: Duration = Duration::from_secs(90);

@@ -4,12 +4,11 @@ use std::time::Duration;
 
 use balloon::units::Bytes;
 
-use super::Policy;
 use super::reason::{Decision, Rule};
-use super::vm::{PIECE, Round, Vm};
+use super::vm::{PIECE, Round, Vm, deadband};
+use super::{Policy, Said};
 
-/// Free memory above this is ample, in percent of the pool: only from ample memory are
-/// guests given their buffers. A host that is near its limit would give them between two
+/// What stays free when guests are given their buffers, in percent of the pool. A host that is near its limit would give them between two
 /// bursts and take them back at the next.
 pub const AMPLE_PERCENT: u64 = 150;
 
@@ -31,60 +30,79 @@ pub(super) struct Granted {
     pub left: Bytes,
     /// What VMs are waiting for.
     pub unserved: Bytes,
-    /// Buffers that wait until there is ample memory.
+    /// Buffers that wait until enough is free.
     pub postponed: Bytes,
 }
 
 impl Policy {
-    /// Grants what is free, the largest relative gap first.
+    /// Grants what is free, the largest relative gap first; `ample` of it must stay free when
+    /// buffers are given.
     pub(super) fn grow(
         &mut self,
         now: Duration,
         free: Bytes,
-        ample: bool,
+        ample: Bytes,
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) -> Granted {
-        let round = Round { now, state: self.state, ample, lasts: false, settings: &self.settings };
-        self.order.clear();
-        let mut granted = Granted::default();
+        self.gaps.clear();
         for (index, vm) in vms.iter().enumerate() {
-            if vm.is_decided() || !vm.takes_targets() {
-                continue;
-            }
-            let gap = vm.gap(&round);
-            granted.postponed = granted.postponed.saturating_add(vm.postponed(&round));
-            if gap > Bytes::ZERO {
-                self.order.push((gap, index));
+            if !vm.is_decided() && vm.takes_targets() {
+                self.gaps.extend(vm.gap(now, &self.settings).map(|gap| (gap, index)));
             }
         }
-        self.order.sort_unstable_by(|a, b| {
+        self.gaps.sort_unstable_by(|a, b| {
             // gap / target of one against the other's, without dividing.
             let (a_target, b_target) = (vms[a.1].said.target.0.max(1), vms[b.1].said.target.0.max(1));
-            let (of_a, of_b) =
-                (u128::from(a.0.0) * u128::from(b_target), u128::from(b.0.0) * u128::from(a_target));
+            let of_a = u128::from(a.0.whole.0) * u128::from(b_target);
+            let of_b = u128::from(b.0.whole.0) * u128::from(a_target);
             of_b.cmp(&of_a).then(vms[a.1].id.cmp(&vms[b.1].id))
         });
-        let (mut left, mut unserved) = (free, Bytes::ZERO);
-        for &(gap, index) in &self.order {
+        let mut granted = Granted { left: free, ..Granted::default() };
+        self.give_what_is_urgent(&mut granted, vms);
+        self.give_buffers(&mut granted, ample, vms);
+        for &(gap, index) in &self.gaps {
             let vm = &mut vms[index];
-            let (target, limits) = (vm.said.target, vm.said.limits);
-            // Raising a target that the guest is still above costs nothing.
-            let wanted = target.saturating_add(gap);
-            let cost = wanted.saturating_sub(vm.charge());
-            let paid = if self.settings.guards.payment_comes_first { cost.min(left) } else { cost };
-            let missing = cost.saturating_sub(paid);
-            unserved = unserved.saturating_add(missing);
-            let new = wanted.saturating_sub(missing).page_floor().min(limits.max());
-            if new.saturating_sub(target) < PIECE.min(gap) {
+            let Said { target, limits, .. } = vm.said;
+            let new = target.saturating_add(gap.given).page_floor().min(limits.max());
+            if new.saturating_sub(target) < PIECE.min(gap.whole) {
                 continue;
             }
-            left = left.saturating_sub(paid);
             vm.grows(now);
             let rule = if target < limits.min() { Rule::Limits } else { Rule::Grow };
             vm.decide(self.state, rule, new, decisions);
         }
-        Granted { left, unserved, ..granted }
+        granted
+    }
+
+    fn give_what_is_urgent(&mut self, granted: &mut Granted, vms: &[Vm]) {
+        for (gap, index) in &mut self.gaps {
+            let vm = &vms[*index];
+            // Raising a target that the guest is still above costs nothing.
+            let cost = vm.said.target.saturating_add(gap.urgent).saturating_sub(vm.charge());
+            let paid = if self.settings.guards.payment_comes_first { cost.min(granted.left) } else { cost };
+            let missing = cost.saturating_sub(paid);
+            granted.left = granted.left.saturating_sub(paid);
+            granted.unserved = granted.unserved.saturating_add(missing);
+            gap.given = gap.urgent.saturating_sub(missing);
+        }
+    }
+
+    fn give_buffers(&mut self, granted: &mut Granted, ample: Bytes, vms: &[Vm]) {
+        for (gap, index) in &mut self.gaps {
+            let vm = &vms[*index];
+            let target = vm.said.target;
+            let from = target.saturating_add(gap.urgent).max(vm.charge());
+            let cost = target.saturating_add(gap.whole).saturating_sub(from);
+            // Whole buffers while there is room: pieces would be many moves for little.
+            let mut paid = Bytes::ZERO;
+            if gap.given == gap.urgent && (cost == Bytes::ZERO || granted.left > ample) {
+                paid = cost.min(granted.left);
+                gap.given = gap.whole.saturating_sub(cost.saturating_sub(paid));
+            }
+            granted.left = granted.left.saturating_sub(paid);
+            granted.postponed = granted.postponed.saturating_add(cost.saturating_sub(paid));
+        }
     }
 
     /// Takes what is short from those that have more than they may, the largest surplus first.
@@ -97,8 +115,8 @@ impl Policy {
     ) {
         let Shortage { mut short, waiting, lasts } = shortage;
         let paying = waiting > Bytes::ZERO;
-        let round = Round { now, state: self.state, ample: false, lasts, settings: &self.settings };
-        self.order.clear();
+        let round = Round { now, state: self.state, paying, lasts, settings: &self.settings };
+        self.surpluses.clear();
         let mut total = Bytes::ZERO;
         for (index, vm) in vms.iter_mut().enumerate() {
             let max = vm.said.limits.max();
@@ -112,15 +130,15 @@ impl Policy {
             }
             if surplus >= PIECE {
                 total = total.saturating_add(surplus);
-                self.order.push((surplus, index));
+                self.surpluses.push((surplus, index));
             }
         }
         if short == Bytes::ZERO {
             return;
         }
-        self.order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(vms[a.1].id.cmp(&vms[b.1].id)));
+        self.surpluses.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(vms[a.1].id.cmp(&vms[b.1].id)));
         let asked = short;
-        for &(surplus, index) in &self.order {
+        for &(surplus, index) in &self.surpluses {
             if short == Bytes::ZERO {
                 break;
             }

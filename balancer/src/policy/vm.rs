@@ -66,10 +66,11 @@ struct Memory {
     assured: Bytes,
 }
 
-/// When a target was last moved one way, and what the guest was held to use then.
+/// When a target was last moved one way, what the guest used then, and what it was held to use.
 #[derive(Clone, Copy, Debug)]
 struct Moved {
     at: Duration,
+    used: Bytes,
     held: Bytes,
 }
 
@@ -78,11 +79,22 @@ struct Moved {
 pub(super) struct Round<'a> {
     pub now: Duration,
     pub state: HostState,
-    /// There is more free memory than the pool wants.
-    pub ample: bool,
+    /// Another VM waits for memory.
+    pub paying: bool,
     /// An emergency has lasted.
     pub lasts: bool,
     pub settings: &'a Settings,
+}
+
+/// How far a target lies below what the VM may have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gap {
+    /// All of it.
+    pub whole: Bytes,
+    /// What of it can't wait.
+    pub urgent: Bytes,
+    /// What of it is granted.
+    pub given: Bytes,
 }
 
 impl Vm {
@@ -247,42 +259,56 @@ impl Vm {
         })
     }
 
+    /// Whether it was shrunk so short a time ago that growing it would be a turn, and it uses no
+    /// more now than then.
+    fn would_turn(&self, now: Duration, rest: Duration) -> bool {
+        let used = self.used().unwrap_or_default();
+        self.memory.shrunk.is_some_and(|moved| {
+            now.saturating_sub(moved.at) < rest.min(guards::TURN)
+                && used <= moved.used.percent(100 + guards::STEADY_PERCENT)
+        })
+    }
+
     /// How far the target lies below what it may have, where that is worth moving.
-    pub(super) fn gap(&self, round: &Round) -> Bytes {
+    pub(super) fn gap(&self, now: Duration, settings: &Settings) -> Option<Gap> {
         let Said { target, limits, .. } = self.said;
-        let guards = &round.settings.guards;
         // Comfort is a reason to leave memory with a guest, none to give it more. And where it
         // is held it is entitled to what it has, which is no reason to call a shrink back.
         let mut may = self.memory.entitlement.min(self.want());
-        let rests = guards.moves_rest && self.rests_shrunk(round.now, round.settings.rest);
-        if rests || (guards.buffers_wait && !round.ample) {
-            // What it is assured of within its fair share waits for nobody's ease, or a guest
-            // that claims all there is would keep the others from their buffers.
-            let assured = if rests { Bytes::ZERO } else { self.memory.assured };
-            may = may.min(self.urgent().max(assured));
+        // What it is assured of within its fair share waits for nobody's ease, or a guest
+        // that claims all there is would keep the others from their buffers.
+        let mut urgent = may.min(self.urgent().max(self.memory.assured));
+        if settings.guards.moves_rest && self.rests_shrunk(now, settings.rest) {
+            may = may.min(self.urgent());
+            urgent = may;
         }
-        let gap = may.saturating_sub(target);
+        if settings.guards.moves_rest && target >= limits.min() && self.would_turn(now, settings.rest) {
+            return None;
+        }
         // Use is capped by what the guest has: one with little left must not wait for a wide gap.
         let used = self.used().unwrap_or_default();
         let half_the_buffer = Bytes(self.memory.need.saturating_sub(used).0 / 2);
-        let pressed = target < used.saturating_add(half_the_buffer) && gap >= PIECE;
-        if target < limits.min() || pressed || gap > deadband(target) { gap } else { Bytes::ZERO }
-    }
-
-    /// What it will be given once there is ample memory.
-    pub(super) fn postponed(&self, round: &Round) -> Bytes {
-        let target = self.said.target;
-        let gap = self.memory.entitlement.min(self.want()).saturating_sub(target);
-        if round.ample || gap <= deadband(target) { Bytes::ZERO } else { gap }
+        let pressed = target < used.saturating_add(half_the_buffer);
+        let worth = |gap: Bytes| {
+            let counts = target < limits.min() || (pressed && gap >= PIECE) || gap > deadband(target);
+            if counts { gap } else { Bytes::ZERO }
+        };
+        let (whole, urgent) = (worth(may.saturating_sub(target)), worth(urgent.saturating_sub(target)));
+        (whole > Bytes::ZERO).then_some(Gap { whole, urgent, given: Bytes::ZERO })
     }
 
     /// How far it may be shrunk, by the band and the floors.
     pub(super) fn surplus(&self, round: &Round) -> Bytes {
         let Said { target, limits, .. } = self.said;
-        let Round { now, state, lasts, settings, .. } = *round;
+        let Round { now, state, paying, lasts, settings } = *round;
         let (Some(used), false) = (self.used(), self.is_held()) else { return Bytes::ZERO };
-        if settings.guards.moves_rest && state < HostState::Emergency && self.rests_grown(now, settings.rest)
-        {
+        let rest = match state {
+            // Who has just risen pays for who waits; who stands still is left to rest.
+            HostState::Emergency if paying && self.memory.demand.has_risen() => Duration::ZERO,
+            HostState::Emergency => settings.rest.min(guards::TURN),
+            _ => settings.rest,
+        };
+        if settings.guards.moves_rest && self.rests_grown(now, rest) {
             return Bytes::ZERO;
         }
         let band = DEADBAND.max(target.percent(BAND_PERCENT));
@@ -324,14 +350,18 @@ impl Vm {
         }
     }
 
+    fn moved(&self, at: Duration) -> Moved {
+        Moved { at, used: self.used().unwrap_or_default(), held: self.memory.demand.held() }
+    }
+
     /// Notes that it is grown.
     pub(super) fn grows(&mut self, now: Duration) {
-        self.memory.grown = Some(Moved { at: now, held: self.memory.demand.held() });
+        self.memory.grown = Some(self.moved(now));
     }
 
     /// Notes that it is shrunk; `hurried` where another VM waits for it.
     pub(super) fn shrinks(&mut self, now: Duration, hurried: bool) {
-        self.memory.shrunk = Some(Moved { at: now, held: self.memory.demand.held() });
+        self.memory.shrunk = Some(self.moved(now));
         if !hurried {
             self.memory.refilled_from = Some(now);
         }

@@ -129,15 +129,16 @@ fn steady_demand_moves_nothing_back_and_forth() {
     }
 }
 
+/// Targets that were turned round in an hour in which ten VMs rise at the same moments.
+fn reversals(switch: impl Fn(&mut Guards)) -> u64 {
+    let trace = Trace::generate(Kind::Peaks, 5, 10, 3600);
+    world::run(&trace, &Setup::default(), &mut without(switch), &mut |_| ()).reversals
+}
+
 #[test]
 fn without_rest_after_a_move_memory_goes_to_and_fro() {
-    // Buffers that wait for ample memory would hide what rest does.
-    let reversals = |rest| -> u64 {
-        let law = || without(|guards| (guards.buffers_wait, guards.moves_rest) = (false, rest));
-        [14, 16, 18].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).reversals).sum()
-    };
-    let (rested, restless) = (reversals(true), reversals(false));
-    assert!(rested < restless, "{rested} with rest, {restless} without");
+    assert_eq!(reversals(|_| ()), 0);
+    assert!(reversals(|guards| guards.moves_rest = false) > 0);
 }
 
 #[test]
@@ -155,12 +156,7 @@ fn without_following_rises_and_distress_guests_wait_longer() {
 
 #[test]
 fn without_waiting_for_ample_memory_buffers_come_and_go() {
-    let reversals = |waits| -> u64 {
-        let law = || without(|guards| guards.buffers_wait = waits);
-        [14, 16, 18].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).reversals).sum()
-    };
-    let (waiting, at_once) = (reversals(true), reversals(false));
-    assert!(waiting < at_once, "{waiting} when they wait, {at_once} at once");
+    assert!(reversals(|guards| guards.buffers_wait = false) > 0);
 }
 
 #[test]
