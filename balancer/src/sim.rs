@@ -6,11 +6,12 @@
 //!
 //! [`trace`] makes demand, [`recorded`] reads it from files, [`guest`] is how a
 //! VM lives with what it has, [`faults`] what goes wrong, [`laws`] who decides,
-//! [`world`] brings them together, [`score`] judges, [`sweep`] runs many, and
-//! [`plot`] draws.
+//! [`world`] brings them together, [`score`] judges, [`bound`] tells what nobody can do
+//! better than, [`sweep`] runs many, and [`plot`] draws.
 //!
 //! Ours is [`crate::policy`] itself, the code the daemon runs.
 
+pub mod bound;
 pub mod faults;
 pub mod guest;
 pub mod laws;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use balloon::units::Bytes;
 
 use super::reason::{Decision, Rule};
-use super::vm::{PIECE, Round, Vm, deadband};
+use super::vm::{PIECE, Round, Vm};
 use super::{Policy, Said};
 
 /// What stays free when guests are given their buffers, in percent of the pool. A host that is near its limit would give them between two

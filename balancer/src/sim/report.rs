@@ -6,9 +6,10 @@ use balloon::units::Bytes;
 use serde::Serialize;
 
 use super::Host;
+use super::faults::Fault;
 use super::laws::Name;
 use super::score::Told;
-use super::sweep::{Outcome, Source, Sweep};
+use super::sweep::{Capacity, Outcome, Source, Sweep};
 
 /// One row: a law with a number of VMs over all seeds.
 #[derive(Clone, Debug, Serialize)]
@@ -29,8 +30,20 @@ pub struct Row {
 pub struct Served {
     /// The law.
     pub law: Name,
-    /// The most VMs at good service; `None` if even the smallest number was too many.
-    pub most_vms: Option<usize>,
+    /// How many.
+    #[serde(flatten)]
+    pub capacity: Capacity,
+}
+
+/// With so many VMs no law does better that keeps the budget.
+#[derive(Clone, Debug, Serialize)]
+pub struct BoundRow {
+    /// How many VMs.
+    pub vms: usize,
+    /// The least that they wait for memory, in percent of VM-seconds.
+    pub stalled_percent: f64,
+    /// Whether that meets the SLO.
+    pub meets_slo: bool,
 }
 
 /// Everything about a sweep.
@@ -52,6 +65,12 @@ pub struct Report {
     pub seconds: u64,
     /// How many VMs each law serves.
     pub served: Vec<Served>,
+    /// How many VMs a law could serve at most that knew the future.
+    pub bound: Capacity,
+    /// The bound with every number of VMs.
+    pub bounds: Vec<BoundRow>,
+    /// What is wrong with the first VMs, one each.
+    pub faults: Vec<Fault>,
     /// Every law with every number of VMs.
     pub rows: Vec<Row>,
 }
@@ -69,7 +88,12 @@ impl Report {
             runs: cell.runs,
             score: Told::from(&cell.score),
         });
-        let served = sweep.laws.iter().map(|&law| Served { law, most_vms: outcome.most_vms(law) });
+        let served = sweep.laws.iter().map(|&law| Served { law, capacity: outcome.capacity(law) });
+        let bounds = outcome.bounds.iter().map(|(vms, cell)| BoundRow {
+            vms: *vms,
+            stalled_percent: cell.score.stalled_percent(),
+            meets_slo: cell.score.meets_slo(),
+        });
         Self {
             complete: outcome.complete,
             host: sweep.setup.host,
@@ -79,6 +103,9 @@ impl Report {
             last_seed: *sweep.seeds.end(),
             seconds: sweep.seconds,
             served: served.collect(),
+            bound: outcome.bound(),
+            bounds: bounds.collect(),
+            faults: sweep.setup.faults.clone(),
             rows: rows.collect(),
         }
     }
@@ -99,17 +126,33 @@ impl Report {
     /// Two tables: VMs at equal service, and every row.
     pub fn table(&self) -> String {
         let mut text = format!("{}\n", self.about());
+        if !self.faults.is_empty() {
+            let faults: Vec<_> = self.faults.iter().map(ToString::to_string).collect();
+            let _ = writeln!(
+                text,
+                "Faults of the first VMs, whose own stalls are not counted: {}",
+                faults.join(", ")
+            );
+        }
         if !self.complete {
             text.push_str("Ended early: the figures are of the runs that were done.\n");
         }
         if self.rows.iter().any(|row| row.vms != self.rows[0].vms) {
             text.push_str("\nThe most VMs that are served well (stalled at most 0.1 % of their time, nothing killed):\n");
+            let _ = writeln!(
+                text,
+                "  {:16} {:>9} {:>13} {:>12}",
+                "law", "all runs", "interpolated", "mean of runs"
+            );
             let mut served = self.served.clone();
-            served.sort_by_key(|served| std::cmp::Reverse(served.most_vms));
-            for Served { law, most_vms } in served {
-                let most = most_vms.map_or("none of those tried".to_owned(), |vms| vms.to_string());
-                let _ = writeln!(text, "  {:16} {most}", law.title());
+            served.sort_by_key(|served| std::cmp::Reverse(served.capacity.most_vms));
+            text.push_str(&capacity("bound", &self.bound));
+            for Served { law, capacity: own } in served {
+                text.push_str(&capacity(law.title(), &own));
             }
+            text.push_str(
+                "Bound: no law that keeps the budget can serve more, even if it knew the future.\n",
+            );
         }
         let _ = writeln!(
             text,
@@ -121,6 +164,10 @@ impl Report {
             "{:16} {:>4}  {:4} {:>9} {:>9} {:>12} {:>9} {:>12}",
             "", "", "", "% of time", "s", "GiB/VM-hour", "", "s"
         );
+        for BoundRow { vms, stalled_percent, meets_slo } in &self.bounds {
+            let slo = if *meets_slo { "ok" } else { "-" };
+            let _ = writeln!(text, "{:16} {vms:>4}  {slo:4} {stalled_percent:>9.4}", "bound");
+        }
         for Row { law, vms, score, .. } in &self.rows {
             let slo = if score.meets_slo { "ok" } else { "-" };
             let _ = writeln!(
@@ -136,4 +183,11 @@ impl Report {
         }
         text
     }
+}
+
+fn capacity(title: &str, own: &Capacity) -> String {
+    let most = own.most_vms.map_or("none".to_owned(), |vms| vms.to_string());
+    let number = |vms: Option<f64>| vms.map_or("-".to_owned(), |vms| format!("{vms:.2}"));
+    let (interpolated, mean) = (number(own.interpolated_vms), number(own.mean_vms));
+    format!("  {title:16} {most:>9} {interpolated:>13} {mean:>12}\n")
 }

@@ -38,7 +38,8 @@ pub struct Score {
     pub waited: u64,
     /// Memory moved.
     pub churn: Bytes,
-    /// Targets that went against the last while demand was steady.
+    /// Targets that went against the last within [`REVERSAL`] while the VM's own demand was
+    /// steady since that. What is called back before the guest gave it is none: nothing moved.
     pub reversals: u64,
     /// Targets set.
     pub decisions: u64,

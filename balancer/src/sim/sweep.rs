@@ -8,11 +8,13 @@ use std::ops::RangeInclusive;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use serde::Serialize;
+
 use super::Setup;
 use super::laws::Name;
-use super::score::Score;
+use super::score::{SLO_STALLED_PERMILLE, Score};
 use super::trace::{Kind, Trace};
-use super::world;
+use super::{bound, world};
 
 /// Where demand comes from.
 #[derive(Clone, Debug)]
@@ -49,11 +51,24 @@ pub struct Cell {
     pub runs: usize,
 }
 
+impl Cell {
+    fn add(&mut self, score: &Score) {
+        self.score.add(score);
+        self.runs += 1;
+    }
+}
+
 /// What came out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// By law and number of VMs.
     pub cells: BTreeMap<(Name, usize), Cell>,
+    /// What no law can do better than, by number of VMs.
+    pub bounds: BTreeMap<usize, Cell>,
+    /// How many VMs were served well in each single run, by law and seed.
+    pub served: BTreeMap<(Name, u64), Option<usize>>,
+    /// The same of the bound, by seed.
+    pub bound_served: BTreeMap<u64, Option<usize>>,
     /// Whether all runs were done; if not, cells have fewer runs, or are missing.
     pub complete: bool,
 }
@@ -62,9 +77,65 @@ impl Outcome {
     /// The largest number of VMs up to which `law` met the SLO with every number that was
     /// run; `None` if not even with the smallest.
     pub fn most_vms(&self, law: Name) -> Option<usize> {
-        let own = self.cells.iter().filter(|((name, _), _)| *name == law);
-        own.take_while(|(_, cell)| cell.score.meets_slo()).map(|((_, vms), _)| *vms).last()
+        self.capacity(law).most_vms
     }
+
+    /// How many VMs `law` serves.
+    pub fn capacity(&self, law: Name) -> Capacity {
+        let own = self.cells.iter().filter(|((name, _), _)| *name == law);
+        let runs = self.served.iter().filter(|((name, _), _)| *name == law).map(|(_, most)| *most);
+        Capacity::of(own.map(|((_, vms), cell)| (*vms, cell.score)), runs)
+    }
+
+    /// How many VMs could be served at most.
+    pub fn bound(&self) -> Capacity {
+        let cells = self.bounds.iter().map(|(vms, cell)| (*vms, cell.score));
+        Capacity::of(cells, self.bound_served.values().copied())
+    }
+}
+
+/// How many VMs are served well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Capacity {
+    /// The most with which all runs together meet the SLO, and with all smaller numbers; `None`
+    /// if even the smallest number was too many.
+    pub most_vms: Option<usize>,
+    /// Where the stalled share crosses the SLO, on a line between the logarithms of two
+    /// neighbours. A number with which something is killed earns no part.
+    pub interpolated_vms: Option<f64>,
+    /// The mean over the runs of the most that each serves; a run in which the smallest number
+    /// is too many counts as one less than that.
+    pub mean_vms: Option<f64>,
+}
+
+/// Less stalling than this, in percent, is taken as this: zero has no logarithm.
+const LEAST_STALLED: f64 = 1e-4;
+
+impl Capacity {
+    fn of(cells: impl Iterator<Item = (usize, Score)>, runs: impl Iterator<Item = Option<usize>>) -> Self {
+        let cells: Vec<_> = cells.collect();
+        let good = cells.iter().take_while(|(_, score)| score.meets_slo()).count();
+        let last = good.checked_sub(1).map(|index| cells[index]);
+        let interpolated = last.map(|last| crossing(last, cells.get(good).copied()));
+        let below = cells.first().map_or(0, |(vms, _)| vms.saturating_sub(1));
+        let runs: Vec<usize> = runs.map(|most| most.unwrap_or(below)).collect();
+        let mean = runs.iter().sum::<usize>() as f64 / runs.len() as f64;
+        Self {
+            most_vms: last.map(|(vms, _)| vms),
+            interpolated_vms: interpolated,
+            mean_vms: (!runs.is_empty()).then_some(mean),
+        }
+    }
+}
+
+/// Between the last number that meets the SLO and the first that doesn't.
+fn crossing((vms, score): (usize, Score), next: Option<(usize, Score)>) -> f64 {
+    let vms_there = vms as f64;
+    let Some((more, worse)) = next.filter(|(_, worse)| worse.killed == 0) else { return vms_there };
+    let slo = SLO_STALLED_PERMILLE / 10.0;
+    let low = score.stalled_percent().max(LEAST_STALLED).ln();
+    let high = worse.stalled_percent().ln();
+    vms_there + (more - vms) as f64 * ((slo.ln() - low) / (high - low)).clamp(0.0, 1.0)
 }
 
 impl Sweep {
@@ -91,9 +162,14 @@ impl Sweep {
             self.vms.iter().rev().flat_map(|&vms| self.seeds.clone().map(move |seed| (seed, vms))).collect();
         let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let scores: Mutex<BTreeMap<(Name, usize, u64), Score>> = Mutex::default();
+        let bounds: Mutex<BTreeMap<(usize, u64), Score>> = Mutex::default();
         let work = || {
             while let Some(&(seed, vms)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let trace = self.trace(seed, vms);
+                let bound = bound::bound(&trace, &self.setup);
+                if let Ok(mut bounds) = bounds.lock() {
+                    bounds.insert((vms, seed), bound);
+                }
                 for &law in &self.laws {
                     if stop.load(Ordering::Relaxed) {
                         return;
@@ -114,13 +190,26 @@ impl Sweep {
         });
         let scores = scores.into_inner().unwrap_or_default();
         let complete = scores.len() == self.runs();
-        let mut cells: BTreeMap<(Name, usize), Cell> = BTreeMap::new();
-        for ((law, vms, _), score) in scores {
-            let cell = cells.entry((law, vms)).or_default();
-            cell.score.add(&score);
-            cell.runs += 1;
+        let bounds = bounds.into_inner().unwrap_or_default();
+        let mut outcome = Outcome { complete, ..Outcome::default() };
+        for (&(law, vms, seed), score) in &scores {
+            outcome.cells.entry((law, vms)).or_default().add(score);
+            serve(outcome.served.entry((law, seed)).or_default(), vms, score, &self.vms);
         }
-        Outcome { cells, complete }
+        for (&(vms, seed), score) in &bounds {
+            outcome.bounds.entry(vms).or_default().add(score);
+            serve(outcome.bound_served.entry(seed).or_default(), vms, score, &self.vms);
+        }
+        outcome
+    }
+}
+
+/// Takes in that a run with so many VMs came to `score`. Runs come with more and more VMs, and
+/// one counts only if all with fewer were served well.
+fn serve(most: &mut Option<usize>, vms: usize, score: &Score, all: &[usize]) {
+    let fewer = all.iter().copied().filter(|&other| other < vms).max();
+    if score.meets_slo() && *most == fewer {
+        *most = Some(vms);
     }
 }
 

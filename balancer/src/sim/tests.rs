@@ -186,10 +186,14 @@ fn the_report_counts_vms_at_equal_service_and_pictures_are_drawn() {
     let sweep = sweep(&[Name::Ballast, Name::Static], &[6, 10, 40], Kind::Burst);
     let outcome = go(&sweep);
     let report = Report::new(&sweep, &outcome);
-    let most = |law| report.served.iter().find(|served| served.law == law).unwrap().most_vms;
+    let most = |law| report.served.iter().find(|served| served.law == law).unwrap().capacity.most_vms;
     assert!(most(Name::Ballast) >= most(Name::Static));
     assert!(most(Name::Ballast) < Some(40));
+    let bound = report.bound;
+    assert!(bound.most_vms >= most(Name::Ballast) && bound.mean_vms > Some(0.0), "{bound:?}");
+    assert!(report.table().contains("bound") && report.bounds.len() == 3);
     let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(json["served"][0]["most_vms"], serde_json::json!(most(Name::Ballast)));
     assert_eq!(json["rows"].as_array().unwrap().len(), 6);
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("service.svg");

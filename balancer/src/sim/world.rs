@@ -194,7 +194,9 @@ impl<'a> World<'a> {
             if target == guest.target {
                 continue;
             }
-            let turned = place.turns.moved(now, guest.target, target, place.series.at(now));
+            // A guest is told to keep what it was asked for and has not given: nothing moves back.
+            let called_back = target > guest.target && target <= guest.actual;
+            let turned = !called_back && place.turns.moved(now, guest.target, target, place.series.at(now));
             guest.target = target;
             if now >= WARM_UP {
                 self.score.decisions += 1;
