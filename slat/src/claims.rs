@@ -148,7 +148,7 @@ pub fn claims(material: Material<'_>) -> Vec<Claim> {
                 "C4" => material.lab.and_then(|l| density(l.density.as_ref()?)),
                 "C6" => Some(model()),
                 "C7" => material.here.and_then(chase),
-                "C8" => material.lab.and_then(|l| scaling(&l.scaling)),
+                "C8" => material.lab.and_then(|l| scaling(l.scaling.as_ref()?)),
                 "C9" => material.here.and_then(switches),
                 "C10" => Some(tested(material)),
                 "C11" => material.lab.and_then(|l| cold(&l.counted)),

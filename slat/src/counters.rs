@@ -5,6 +5,7 @@
 //! descriptors and a block of data. Statistics that this code never heard of
 //! are kept by name; those it knows and a kernel lacks are simply absent.
 
+pub mod pmu;
 pub mod reasons;
 
 use std::collections::BTreeMap;

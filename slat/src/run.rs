@@ -1,5 +1,7 @@
 //! Runs many setups in turn, round about, and makes figures of them.
 
+pub mod series;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -8,18 +10,20 @@ use balloon::units::Bytes;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use crate::figure::{Figure, Quality, Spread};
+use crate::counters::pmu::{Pmu, Whose};
+use crate::counters::reasons;
+use crate::figure::{Figure, Quality, Spread, short};
 use crate::host::{self, Fingerprint, KernelMemory};
 use crate::linux::Workload;
 use crate::linux::density::Density;
 use crate::payload::machine::{Failure, Machine, Round};
-use crate::payload::memory::Backing;
-use crate::payload::{Between, Payload, Place, Setup, native};
+use crate::payload::{Place, Setup, native};
 use crate::probe::{self, Probe, Verdict};
-use crate::walk::PageSize;
+
+pub use series::{Extent, SPACES, setups, spaces, untouched};
 
 /// Version of the JSON that a run is written in.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// What the host's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +69,8 @@ pub struct Plan {
     pub limit: Duration,
     /// What the clock counts.
     pub clock: Clock,
+    /// Whether a last pass, whose times are not told, traces why vCPUs leave.
+    pub reasons: bool,
 }
 
 /// One setup's figures.
@@ -86,6 +92,14 @@ pub struct Measurement {
     pub vmalloc: Figure,
     /// All kernel memory that the process's control group was charged for the machine, in bytes.
     pub cgroup: Figure,
+    /// Cycles an operation in which the processor was at work on a page walk.
+    pub walk_cycles: Figure,
+    /// Page walks an operation.
+    pub walks: Figure,
+    /// How much of the data lies in the host's huge pages, from 0 to 1.
+    pub huge_share: Figure,
+    /// Exits an operation by reason, of the machine's whole life (warm-up and all), where they were traced.
+    pub reasons: BTreeMap<String, f64>,
     /// KVM's statistics of the vCPUs in the middle round, those that are not zero.
     pub counts: BTreeMap<String, u64>,
     /// KVM's statistics of the machine at the end of that round, those that are not zero.
@@ -112,6 +126,8 @@ pub struct Run {
     pub interrupted: bool,
     /// The figures.
     pub measurements: Vec<Measurement>,
+    /// Why exits could not be traced, where that was asked for.
+    pub reasons_failure: Option<String>,
     /// Workloads of a Linux guest, in the lab.
     #[serde(default)]
     pub linux: Vec<Workload>,
@@ -121,134 +137,6 @@ pub struct Run {
     /// How many sessions the host bore, in the lab.
     #[serde(default)]
     pub density: Option<Density>,
-}
-
-/// Size of a plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// One setup of each payload.
-    Quick,
-    /// And what the lab can tell: series that count, none that only time.
-    Lab,
-    /// Churn and faults on 1 to N vCPUs alone.
-    Scaling,
-    /// What KVM's memory for a guest depends on, alone.
-    Memory,
-    /// Nothing but Linux guests.
-    Guests,
-    /// All of it.
-    Full,
-}
-
-/// The setups of a plan, none of which needs more than `memory`, on a host of `cpus`.
-pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
-    let mut setups = Vec::new();
-    let scale = || scaling(cpus);
-    match extent {
-        Extent::Scaling => return scale().collect(),
-        Extent::Memory => {
-            return memory_series().filter(|s| touched(s) <= memory.0 / 4).collect();
-        }
-        Extent::Guests => return Vec::new(),
-        Extent::Quick | Extent::Lab | Extent::Full => {}
-    }
-    for payload in Payload::ALL {
-        let usual = Setup::usual(payload);
-        if payload == Payload::Laps {
-            // It tells nothing but time.
-            continue;
-        }
-        if payload.runs_natively() {
-            setups.push(usual.clone().at(Place::Native));
-            setups.push(usual.clone().at(Place::Ring3));
-        }
-        setups.push(usual.at(Place::Ring0));
-    }
-    if matches!(extent, Extent::Lab | Extent::Full) {
-        setups.extend(counting());
-    }
-    if extent == Extent::Full {
-        setups.extend(timing());
-        setups.extend(scale().filter(|s| s.vcpus > 1));
-    }
-    setups.retain(|s| touched(s) <= memory.0 / 4);
-    setups
-}
-
-/// Bytes of host memory that a setup really takes.
-fn touched(setup: &Setup) -> u64 {
-    let data = setup.data.0.saturating_mul(setup.vcpus);
-    let stores = setup.operations.saturating_mul(PageSize::Size4K.bytes());
-    if setup.present || setup.backing != Backing::Small { data } else { data.min(stores) }
-}
-
-/// Series whose counts and memory say something.
-fn counting() -> Vec<Setup> {
-    let usual = Setup::usual;
-    let cold = |place| usual(Payload::ColdTouch).at(place);
-    let mut setups = Vec::new();
-    for place in [Place::Native, Place::Ring3] {
-        setups.push(Setup { present: false, ..cold(place) });
-    }
-    for backing in [Backing::Transparent, Backing::Hugetlb2M] {
-        setups.push(Setup { backing, ..cold(Place::Ring0) });
-    }
-    for roots in [1, 8, 64] {
-        setups.push(Setup { roots, ..usual(Payload::Cr3Reload) });
-    }
-    // One of the spaces is the payload's usual setup.
-    setups.extend(memory_series().filter(|s| *s != usual(Payload::Spaces)));
-    setups
-}
-
-/// What KVM keeps for a guest: by its size, and by its address spaces.
-fn memory_series() -> impl Iterator<Item = Setup> {
-    SPACES.into_iter().map(spaces).chain([untouched()])
-}
-
-/// Numbers of address spaces in the series.
-pub const SPACES: [u64; 5] = [1, 4, 16, 32, 64];
-
-/// Every page of 32 MiB through each of `roots` address spaces.
-pub fn spaces(roots: u64) -> Setup {
-    Setup { roots, operations: roots * 8192, ..Setup::usual(Payload::Spaces) }
-}
-
-/// A guest of 512 MiB that touches next to none of it: what KVM sets aside for the memory alone.
-pub fn untouched() -> Setup {
-    let setup = Setup::usual(Payload::ColdTouch).at(Place::Ring0);
-    Setup { data: Bytes::mib(512), present: false, operations: 512, ..setup }
-}
-
-/// Series whose times say something: a guest's ring 3, which every kind of host runs as it is, beside native.
-fn timing() -> Vec<Setup> {
-    let chase = |place| Setup::usual(Payload::Chase).at(place);
-    let mut setups = Vec::new();
-    for place in [Place::Native, Place::Ring3] {
-        for mib in CHASE_MIB {
-            setups.push(Setup { data: Bytes::mib(mib), ..chase(place) });
-        }
-        for backing in [Backing::Transparent, Backing::Hugetlb2M] {
-            setups.push(Setup { backing, data: Bytes::mib(64), ..chase(place) });
-        }
-    }
-    for backing in [Backing::Small, Backing::Transparent, Backing::Hugetlb2M, Backing::Hugetlb1G] {
-        let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
-        setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..chase(Place::Ring3) });
-    }
-    setups.extend(Between::ALL.map(|between| Setup { between, ..Setup::usual(Payload::Laps) }));
-    setups
-}
-
-/// Working sets of the pointer chase in the timing series.
-const CHASE_MIB: [u64; 8] = [2, 4, 8, 32, 64, 128, 256, 1024];
-
-/// Work on page tables by more and more vCPUs of one machine.
-fn scaling(cpus: u64) -> impl Iterator<Item = Setup> {
-    let counts = [1, 2, 4, 8, 16].into_iter().filter(move |n| *n <= cpus.max(1));
-    counts.flat_map(|vcpus| {
-        [Payload::Churn, Payload::DemandFault].map(|payload| Setup { vcpus, ..Setup::usual(payload) })
-    })
 }
 
 fn measure(
@@ -263,6 +151,30 @@ fn measure(
     }
     let kvm = kvm.map_err(|why| Failure::NoKvm(why.clone()))?;
     Machine::new(kvm, setup)?.run(rounds, plan.limit, stop)
+}
+
+/// Whether these setups can be run on this host at all, asked before anything runs.
+///
+/// # Errors
+/// A sentence about the first that can't.
+pub fn possible(setups: &[Setup]) -> Result<(), String> {
+    if setups.is_empty() {
+        return Err("nothing to run: no setup of this set has such a payload".into());
+    }
+    let available = host::available_memory().unwrap_or(Bytes(u64::MAX));
+    for setup in setups {
+        // What runs natively runs in a guest's ring 3, of the same size.
+        let place = if setup.place == Place::Native { Place::Ring3 } else { setup.place };
+        setup.clone().at(place).check().map_err(|e| e.to_string())?;
+        let touched = Bytes(series::touched(setup));
+        if touched > available {
+            return Err(format!(
+                "{} takes {touched} of memory, and this host has {available} to give: name less with --data",
+                setup.describe()
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Runs a plan; `progress` hears of each setup before it runs.
@@ -285,12 +197,20 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
             }
         }
     }
-    let measurements = plan
+    // The same for all machines.
+    let no_pmu = Pmu::of_this_thread(Whose::Guest).err();
+    let host = Circumstances { clock: plan.clock, verdict: probe.verdict, no_pmu: no_pmu.as_deref() };
+    let mut measurements: Vec<_> = plan
         .setups
         .iter()
         .zip(rounds.iter().zip(failures))
-        .map(|(setup, (rounds, failure))| figures(plan.clock, probe.verdict, setup, rounds, failure))
+        .map(|(setup, (rounds, failure))| figures(host, setup, rounds, failure))
         .collect();
+    let reasons_failure = match (plan.reasons, kvm.as_ref()) {
+        (true, Ok(kvm)) => trace(kvm, plan, stop, &mut measurements).err(),
+        (true, Err(why)) => Some(why.clone()),
+        (false, _) => None,
+    };
     Run {
         schema: SCHEMA,
         fingerprint: host::fingerprint(),
@@ -298,15 +218,44 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
         clock: plan.clock,
         interrupted: stop.load(Ordering::SeqCst),
         measurements,
+        reasons_failure,
         linux: Vec::new(),
         linux_failure: None,
         density: None,
     }
 }
 
-fn figures(
+/// One more round of each guest, traced. Stops at the first that can't be.
+fn trace(kvm: &Kvm, plan: &Plan, stop: &AtomicBool, measurements: &mut [Measurement]) -> Result<(), String> {
+    let guests = |m: &&mut Measurement| m.setup.place != Place::Native && m.failure.is_none();
+    for measurement in measurements.iter_mut().filter(guests) {
+        if stop.load(Ordering::SeqCst) {
+            return Err("stopped before all exits were traced".into());
+        }
+        let setup = &measurement.setup;
+        let trace = reasons::Trace::start().map_err(|e| e.to_string())?;
+        let result = Machine::new(kvm, setup).and_then(|m| m.run(1, plan.limit, stop));
+        let counts = reasons::read().map_err(|e| e.to_string())?;
+        drop(trace);
+        result.map_err(|e| format!("{}: {e}", setup.describe()))?;
+        let operations = (setup.warm() + setup.operations) as f64 * setup.vcpus as f64;
+        let each = |(reason, count): (String, u64)| (reason, count as f64 / operations);
+        measurement.reasons = counts.into_iter().map(each).collect();
+    }
+    Ok(())
+}
+
+/// What decides how far figures can be trusted.
+#[derive(Clone, Copy)]
+struct Circumstances<'a> {
     clock: Clock,
     verdict: Verdict,
+    /// Why the processor's counters can't be read.
+    no_pmu: Option<&'a str>,
+}
+
+fn figures(
+    Circumstances { clock, verdict, no_pmu }: Circumstances<'_>,
     setup: &Setup,
     rounds: &[Round],
     failure: Option<Failure>,
@@ -334,6 +283,7 @@ fn figures(
     let guest = setup.place != Place::Native;
     // Emulated ring 0 leaves for reasons of the emulator's own.
     let counted = if verdict == Verdict::EmulatedRing0 { Quality::DirectionOnly } else { Quality::Exact };
+    let counted_by_pmu = if clock == Clock::Time { Quality::RealTime } else { Quality::DirectionOnly };
     let kernel = |of: fn(&KernelMemory) -> Option<Bytes>| {
         move |r: &Round| if guest { of(&r.kernel).map(|b| b.0 as f64) } else { None }
     };
@@ -361,6 +311,14 @@ fn figures(
             "there is no guest, or no control group of its own with a memory controller (cgroup 2)",
             &kernel(|k| k.cgroup),
         ),
+        walk_cycles: figure(counted_by_pmu, no_pmu.unwrap_or("this processor has no event for it"), &|r| {
+            Some(r.walks.cycles? as f64 / all)
+        }),
+        walks: figure(counted_by_pmu, no_pmu.unwrap_or("the counters had no turn on the processor"), &|r| {
+            Some(r.walks.count? as f64 / all)
+        }),
+        huge_share: figure(Quality::Exact, "/proc/self/smaps does not tell", &|r| r.huge),
+        reasons: BTreeMap::new(),
         counts: nonzero(middle.map(|r| &r.vcpus)),
         machine: nonzero(middle.map(|r| &r.vm)),
         failure,
@@ -370,7 +328,6 @@ fn figures(
 
 /// A spread for people: the median, and the ends where they differ.
 fn spread(value: Spread) -> String {
-    use crate::figure::short;
     if short(value.low) == short(value.high) {
         return short(value.median);
     }
@@ -416,29 +373,61 @@ impl Run {
         }
     }
 
-    /// Rows for a table: setup, exits, time, quality of the time, tables.
-    pub fn rows(&self) -> Vec<[String; 5]> {
+    /// Rows for a table: setup, exits, time, quality of the time, walk cycles, huge pages, note.
+    pub fn rows(&self) -> Vec<[String; 7]> {
         let row = |m: &Measurement| {
+            let huge = m.huge_share.median().map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
             [
                 m.setup.describe(),
                 cell(&m.exits),
                 cell(&m.time),
                 m.time.quality.name().to_owned(),
+                cell(&m.walk_cycles),
+                huge,
                 m.failure.clone().unwrap_or_default(),
             ]
         };
         self.measurements.iter().map(row).collect()
+    }
+
+    /// Rows for why guests left: setup, reasons, the most frequent first.
+    pub fn reason_rows(&self) -> Vec<[String; 2]> {
+        let traced = self.measurements.iter().filter(|m| !m.reasons.is_empty());
+        traced.map(|m| [m.setup.describe(), reasons::list(&m.reasons)]).collect()
+    }
+
+    /// What could not be had on this host for any of the figures, and why.
+    pub fn remarks(&self) -> String {
+        let mut text = String::new();
+        let cycles = || self.measurements.iter().map(|m| &m.walk_cycles);
+        if cycles().all(|figure| figure.value.is_none())
+            && let Some(why) = cycles().find_map(|figure| figure.why.as_ref())
+        {
+            text += &format!("No walk cycles: {why}.\n");
+        }
+        if let Some(why) = &self.reasons_failure {
+            text += &format!("No exit reasons: {why}.\n");
+        }
+        text
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::payload::Payload;
 
     static GO_ON: AtomicBool = AtomicBool::new(false);
 
     fn plan(setups: Vec<Setup>) -> Plan {
-        Plan { setups, passes: 2, rounds: 2, limit: Duration::from_secs(30), clock: Clock::Time }
+        Plan {
+            setups,
+            passes: 2,
+            rounds: 2,
+            limit: Duration::from_secs(30),
+            clock: Clock::Time,
+            reasons: false,
+        }
     }
 
     #[test]
@@ -463,17 +452,14 @@ mod tests {
     }
 
     #[test]
-    fn plans_fit_the_host_and_repeat_nothing() {
-        for extent in [Extent::Quick, Extent::Lab, Extent::Scaling, Extent::Memory, Extent::Full] {
-            let mut all = setups(extent, Bytes::gib(64), 8);
-            let count = all.len();
-            assert!(all.iter().all(|s| s.place != Place::Native || s.payload.runs_natively()));
-            all.sort();
-            all.dedup();
-            assert_eq!(all.len(), count);
-            let small = setups(extent, Bytes::mib(64), 1);
-            assert!(small.iter().all(|s| touched(s) <= 16 << 20), "{small:?}");
+    fn what_this_host_has_no_memory_for_is_refused() {
+        let usual = Setup::usual(Payload::Chase).at(Place::Native);
+        assert_eq!(possible(std::slice::from_ref(&usual)), Ok(()));
+        for data in [Bytes::mib(3), Bytes::gib(1000), Bytes(0)] {
+            let why = possible(&[Setup { data, ..usual.clone() }]).expect_err("impossible");
+            assert!(why.contains(&data.to_string()), "{why}");
         }
+        assert!(possible(&[]).is_err());
     }
 
     #[test]

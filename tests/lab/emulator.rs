@@ -3,18 +3,18 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{IsTerminal, Read, Write as _};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use balloon::units::Bytes;
-use rustix::process::{Signal, set_parent_process_death_signal};
 use rustix::thread::sched_setaffinity;
+use slat::lab::archive::Archive;
+use slat::lab::emulator::{Ended, Machine, PROGRAM, wait};
 
-use crate::archive::{self, Archive};
+use crate::archive;
 use crate::artifacts::{self, BALLAST_INSIDE};
 use crate::cores::Cores;
 use crate::kernels::Kernel;
@@ -27,12 +27,6 @@ pub const INSIDE: &str = "BALLAST_LAB";
 const HOST_MODULES: &[&str] = &["virtio_pci", "virtio_console", "kvm-amd"];
 /// Variables of this machine that programs inside see too.
 const PASSED_ON: &[&str] = &["RUST_LOG", "RUST_BACKTRACE", "PROPTEST_CASES", "NO_COLOR"];
-/// The emulated processor, without what the emulation lacks (it would warn of each).
-const PROCESSOR: &str = "EPYC,+svm,+npt,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,\
-                         -nrip-save,-xsavec";
-/// How often a running emulator is looked after.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
 /// An emulated host: how it is made, and what is put into it.
 #[derive(Clone, Debug)]
 pub struct Emulator {
@@ -159,7 +153,7 @@ impl Emulator {
         let mut files = archive::read(&fs::read(directory.path().join("results")).unwrap_or_default());
         let code = files.pop_if(|(name, _)| name == "exit-code");
         let Some(code) = code.and_then(|(_, code)| String::from_utf8(code).ok()?.parse().ok()) else {
-            let Some(status) = ended else {
+            let Ended::Left(status) = ended else {
                 bail!("gave up after {:?} waiting for {waiting_for}; its kernel said:\n{log}", self.limit);
             };
             bail!(
@@ -173,7 +167,7 @@ impl Emulator {
     }
 
     fn initrd(&self, program: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
-        let mut archive = Archive::with_init(&fs::read(artifacts::guest_init()?)?)?;
+        let mut archive = Archive::with_program("/init", &fs::read(artifacts::guest_init()?)?)?;
         let mut job = String::new();
         for module in Kernel::V6_1.modules(HOST_MODULES)? {
             let path = format!("/lib/modules/{}.ko", module.name);
@@ -211,7 +205,7 @@ impl Emulator {
         };
         self.describe(&mut job, &program, arguments)?;
         archive.contents("/lab/job", 0o644, job.as_bytes())?;
-        archive.finish()
+        Ok(archive.finish()?)
     }
 
     fn describe(&self, job: &mut String, program: &str, arguments: &[&str]) -> Result<()> {
@@ -242,27 +236,8 @@ impl Emulator {
     }
 
     fn command(&self, initrd: &Path, directory: &Path) -> Result<Command> {
-        let mut append = "console=ttyS0 reboot=t panic=1 quiet tsc=reliable".to_owned();
-        let mut qemu = Command::new("qemu-system-x86_64");
-        // QEMU 7.2 with one thread for each processor delivers interrupts between processors at
-        // moments at which SVM holds them back: hosts oops in KVM's entry code, guests triple-fault.
-        let accelerator = if self.cpus > 1 { "tcg,thread=single" } else { "tcg" };
-        qemu.args(["-M", "q35", "-accel", accelerator, "-nodefaults", "-no-user-config", "-display", "none"]);
-        qemu.args(["-no-reboot", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory.0 >> 20)]);
-        if self.deterministic {
-            qemu.args([
-                "-cpu",
-                &format!("{PROCESSOR},-rdrand"),
-                "-icount",
-                "shift=0,sleep=off",
-                "-seed",
-                "1",
-            ]);
-            qemu.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
-            append.push_str(" nokaslr norandmaps random.trust_cpu=off");
-        } else {
-            qemu.args(["-cpu", PROCESSOR]);
-        }
+        let machine = Machine { cpus: self.cpus, memory: self.memory, deterministic: self.deterministic };
+        let mut qemu = machine.command(&Kernel::V6_1.bzimage()?, initrd, "");
         let signal = if self.terminal == Terminal::Interactive { "off" } else { "on" };
         let place = directory.display();
         qemu.args(["-serial", &format!("file:{place}/kernel.log")]);
@@ -272,8 +247,6 @@ impl Emulator {
         qemu.args(["-device", "virtio-serial-pci,ioeventfd=off"]);
         qemu.args(["-device", "virtconsole,chardev=program"]);
         qemu.args(["-device", "virtserialport,chardev=results,name=results"]);
-        qemu.arg("-kernel").arg(Kernel::V6_1.bzimage()?).arg("-initrd").arg(initrd);
-        qemu.args(["-append", &append]);
         match self.terminal {
             Terminal::Printed => qemu.stdin(Stdio::null()).stdout(Stdio::piped()),
             Terminal::Output => qemu.stdin(Stdio::null()),
@@ -282,36 +255,18 @@ impl Emulator {
         Ok(qemu)
     }
 
-    /// Runs the emulator to its end; `None` where it had to be killed at the limit.
-    fn emulate(&self, mut command: Command, cores: &Cores) -> Result<Option<ExitStatus>> {
+    /// Runs the emulator to its end, or to its limit.
+    fn emulate(&self, mut command: Command, cores: &Cores) -> Result<Ended> {
         sched_setaffinity(None, &cores.set())?;
-        let die_with_us = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
-        // SAFETY: prctl is an async-signal-safe system call; nothing is allocated.
-        unsafe { command.pre_exec(die_with_us) };
-        let mut child = command.spawn().context(
-            "qemu-system-x86_64 can't be run: install it with `sudo apt-get install qemu-system-x86`",
-        )?;
+        let mut child = command.spawn().with_context(|| {
+            format!("{PROGRAM} can't be run: install it with `sudo apt-get install qemu-system-x86`")
+        })?;
         let printer = child.stdout.take().map(|output| thread::spawn(|| print_all(output)));
-        let ended = wait(&mut child, self.limit)?;
+        let ended = wait(&mut child, self.limit, || false)?;
         if let Some(printer) = printer {
             let _ = printer.join();
         }
         Ok(ended)
-    }
-}
-
-fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
-        }
-        if start.elapsed() > limit {
-            child.kill()?;
-            child.wait()?;
-            return Ok(None);
-        }
-        thread::sleep(LOOK_AGAIN);
     }
 }
 

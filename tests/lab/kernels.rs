@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use slat::lab::archive::Archive;
 
-use crate::archive::Archive;
 use crate::{artifacts, cache, modules, packages};
 
 /// What a guest of the lab may need, in the order wanted where nothing else decides.
@@ -129,7 +129,7 @@ impl Kernel {
     }
 
     fn initrd(self, name: &str, modules: &[&str], files: &[(&str, PathBuf)]) -> Result<PathBuf> {
-        let mut archive = Archive::with_init(&fs::read(artifacts::guest_init()?)?)?;
+        let mut archive = Archive::with_program("/init", &fs::read(artifacts::guest_init()?)?)?;
         let mut order = String::new();
         for module in self.modules(modules)? {
             let path = format!("/lib/modules/{}.ko", module.name);

@@ -4,7 +4,7 @@ mod reload;
 mod walk;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::units::Bytes;
@@ -193,6 +193,9 @@ struct RunArgs {
     /// Seconds one machine may take
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     limit: u64,
+    /// Trace in a last pass why guests leave, by the tracepoint kvm:kvm_exit (root; every VM of the host counts)
+    #[arg(long)]
+    reasons: bool,
     /// Measure a second time with SLAT the other way round, by reloading KVM's module (root, no VM running)
     ///
     /// For real hosts. Refuses where anything is in the way: an emulated host, users of the module, another run
@@ -222,6 +225,10 @@ struct LabArgs {
     /// Also add Linux guests until they answer too late
     #[arg(long)]
     density: bool,
+    /// Emulated hosts at a time, each of which keeps a processor busy; as many as there are processors, and two
+    /// at most, where it is not given
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    jobs: Option<u8>,
     /// Minutes one emulated host may take
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
     limit: u64,
@@ -334,6 +341,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 rounds: 3,
                 limit: Duration::from_secs(600),
                 clock: if args.instructions { Clock::Instructions } else { Clock::Emulated },
+                reasons: false,
             };
             let job = inside::Job {
                 plan,
@@ -381,23 +389,33 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
     }
     let mut seen = std::collections::HashSet::new();
     setups.retain(|s| seen.insert(s.clone()));
+    run::possible(&setups).map_err(Failure::usage)?;
+    writable(args.output.as_ref())?;
     let plan = Plan {
         setups,
         passes: args.passes.into(),
         rounds: args.rounds.into(),
         limit: Duration::from_secs(args.limit),
         clock: if host::is_emulated() { Clock::Emulated } else { Clock::Time },
+        reasons: args.reasons,
     };
     let run = run::run(&plan, interrupt::flag(), |pass, setup| {
         eprintln!("pass {} of {}: {}", pass + 1, plan.passes, setup.describe());
     });
-    save(args.output.as_ref(), &run)?;
+    // A file that can't be written is no reason not to show what was measured.
+    let saved = save(args.output.as_ref(), &run);
     if args.json {
         output::json(&run)?;
     } else {
-        let head = ["PAYLOAD", "EXITS/OP", "TIME", "TIME IS", "NOTE"];
+        let head = ["PAYLOAD", "EXITS/OP", "TIME", "TIME IS", "WALK CYCLES/OP", "HUGE PAGES", "NOTE"];
         output::text(&format!("{}\n{}", run.heading(), table::render(head, &run.rows())))?;
+        let rows = run.reason_rows();
+        if !rows.is_empty() {
+            output::text(&format!("\n{}", table::render(["PAYLOAD", "WHY IT LEFT, EXITS/OP"], &rows)))?;
+        }
+        output::text(&format!("\n{}", run.remarks()))?;
     }
+    saved?;
     if run.interrupted {
         return Err(Failure::stopped("stopped; what was measured by then is shown"));
     }
@@ -411,6 +429,21 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
     }
 }
 
+/// Whether a result can go to this file, asked before it is worked for.
+fn writable(path: Option<&PathBuf>) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let wrong = |why: &dyn std::fmt::Display| {
+        Err(Failure::usage(format!("{} can't be written: {why}; nothing was run", path.display())))
+    };
+    match fs::metadata(directory) {
+        Err(error) => wrong(&format!("{}: {error}", directory.display())),
+        Ok(at) if !at.is_dir() => wrong(&format!("{} is no directory", directory.display())),
+        Ok(_) if path.is_dir() => wrong(&"it is a directory"),
+        Ok(_) => Ok(()),
+    }
+}
+
 fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Failure> {
     let Some(path) = path else { return Ok(()) };
     let text = serde_json::to_string_pretty(value).map_err(Failure::new)?;
@@ -418,15 +451,21 @@ fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Fai
 }
 
 fn in_lab(args: &LabArgs) -> Result<(), Failure> {
+    writable(args.output.as_ref())?;
     let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
-    let visit =
-        lab::Visit { twice: args.twice, density: args.density, limit: Duration::from_secs(args.limit * 60) };
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let visit = lab::Visit {
+        twice: args.twice,
+        density: args.density,
+        limit: Duration::from_secs(args.limit * 60),
+        jobs: args.jobs.map_or(processors.min(2), usize::from),
+    };
     let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),
     })?;
-    save(args.output.as_ref(), &result)?;
+    let saved = save(args.output.as_ref(), &result);
     if args.json {
         output::json(&result)?;
     } else {
@@ -438,8 +477,15 @@ fn in_lab(args: &LabArgs) -> Result<(), Failure> {
             output::text(&format!("{why}\n"))?;
         }
     }
-    match result.difference {
-        Some(difference) => Err(Failure::new(difference)),
+    saved?;
+    if let Some(difference) = result.difference {
+        return Err(Failure::new(difference));
+    }
+    if result.interrupted {
+        return Err(Failure::stopped("stopped; what was found by then is kept"));
+    }
+    match result.missing.first() {
+        Some(_) => Err(Failure::new("not all emulated hosts gave a result: see above")),
         None => Ok(()),
     }
 }

@@ -7,6 +7,8 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use crate::figure::short;
+
 const HISTOGRAM: &str = "hist:keys=exit_reason";
 
 fn event(file: &str) -> io::Result<PathBuf> {
@@ -67,6 +69,15 @@ fn parse(text: &str, svm: bool) -> BTreeMap<String, u64> {
         *counts.entry(if svm { of_svm(code) } else { of_vmx(code) }).or_default() += count;
     }
     counts
+}
+
+/// Reasons with how often each, the most frequent first; no more than five.
+pub fn list(reasons: &BTreeMap<String, f64>) -> String {
+    let mut reasons: Vec<_> = reasons.iter().collect();
+    reasons.sort_by(|a, b| b.1.total_cmp(a.1).then(a.0.cmp(b.0)));
+    let words: Vec<_> =
+        reasons.iter().take(5).map(|(reason, each)| format!("{reason} {}", short(**each))).collect();
+    if words.is_empty() { "none".to_owned() } else { words.join(", ") }
 }
 
 /// AMD APM volume 2, appendix C.

@@ -136,6 +136,7 @@ fn prepare_and_run(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
         rounds: 1,
         limit: Duration::from_secs(60),
         clock: plan.clock,
+        reasons: false,
     };
     let go_on = AtomicBool::new(false);
     run(&warm, &go_on, |_, _| {});

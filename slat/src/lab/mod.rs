@@ -6,28 +6,29 @@
 //! touched: no module, no setting, not even /dev/kvm.
 
 pub mod archive;
+pub mod emulator;
+pub mod findings;
+pub mod host;
 pub mod inside;
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
-use crate::figure::short;
-use crate::linux;
-use crate::run::{Measurement, Run, cell};
-use archive::Archive;
+use crate::run::Run;
+use emulator::PROGRAM;
+use findings::difference;
+pub use findings::{Findings, Pair};
+use host::{Errand, Host, Paging};
 
 /// Modules of an emulated host, in the order of loading.
 const MODULE_FILES: [&str; 3] =
     ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko", "kernel/arch/x86/kvm/kvm-amd.ko"];
-const EMULATOR: &str = "qemu-system-x86_64";
-/// Emulated CPUs, all of them on one thread: exits are exact, and time says nothing of contention.
-const SCALING_CPUS: &str = "4";
 
 /// Why the lab gave nothing.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +40,7 @@ pub enum Error {
     )]
     NoKernel(PathBuf),
     /// No emulator.
-    #[error("cannot start {EMULATOR}: {0}; install the package qemu-system-x86")]
+    #[error("cannot start {PROGRAM}: {0}; install the package qemu-system-x86")]
     NoEmulator(io::Error),
     /// Something with files.
     #[error("{what}: {source}")]
@@ -53,7 +54,7 @@ pub enum Error {
     #[error("the emulated host gave no result {0}; its last words:\n{1}")]
     NoResult(String, String),
     /// The user asked to stop.
-    #[error("stopped before the emulated hosts were done")]
+    #[error("stopped before SLAT on and off were both counted: there is nothing to keep")]
     Interrupted,
 }
 
@@ -98,106 +99,6 @@ fn numbers(release: &str) -> Vec<u64> {
     release.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
 
-/// How an emulated host's KVM translates a guest's addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Paging {
-    /// `npt=1`: SLAT.
-    Nested,
-    /// `npt=1` and `tdp_mmu=0`: SLAT by the code that also does shadow paging. What is left of the difference
-    /// to [`Paging::Shadow`] is SLAT's own.
-    NestedOldMmu,
-    /// `npt=0`: shadow paging.
-    Shadow,
-}
-
-impl Paging {
-    const fn words(self) -> &'static str {
-        match self {
-            Self::Nested => "npt=1",
-            Self::NestedOldMmu => "npt=1 tdp_mmu=0",
-            Self::Shadow => "npt=0",
-        }
-    }
-}
-
-/// What an emulated host is there for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Errand {
-    /// Payloads and a Linux guest's workloads, counted: one CPU, the same to the bit each time.
-    Count,
-    /// KVM's memory for a guest, counted.
-    Memory,
-    /// More and more Linux guests, on the same clock.
-    Density,
-    /// Page-table work on more and more vCPUs, and a Linux guest's exits by reason; in emulated time.
-    Scale,
-}
-
-impl Errand {
-    const fn words(self) -> &'static str {
-        match self {
-            Self::Count => "counting",
-            Self::Memory => "memory",
-            Self::Density => "density",
-            Self::Scale => "vCPUs and reasons",
-        }
-    }
-
-    /// The set of payloads and the guests' work, as the hidden command takes them.
-    const fn arguments(self) -> [&'static str; 2] {
-        match self {
-            Self::Count => ["lab", "workloads"],
-            Self::Memory => ["memory", "none"],
-            Self::Density => ["guests", "density"],
-            Self::Scale => ["scaling", "reasons"],
-        }
-    }
-
-    /// Whether the clock counts instructions.
-    const fn is_counted(self) -> bool {
-        !matches!(self, Self::Scale)
-    }
-}
-
-/// One emulated host.
-#[derive(Clone, Copy, Debug)]
-pub struct Host {
-    /// SLAT on or off.
-    pub paging: Paging,
-    /// What it is for.
-    pub errand: Errand,
-    /// How long it may take.
-    pub limit: Duration,
-}
-
-/// SLAT on and off.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Pair {
-    /// `npt=1`.
-    pub on: Run,
-    /// `npt=0`.
-    pub off: Run,
-}
-
-/// What one visit to the lab found.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Findings {
-    /// Counts and instructions, the same each time.
-    pub counted: Pair,
-    /// Page-table work on more and more vCPUs, in emulated time.
-    pub scaling: Pair,
-    /// KVM's memory with SLAT on and `kvm.tdp_mmu=0`.
-    #[serde(default)]
-    pub old_mmu: Option<Run>,
-    /// How many sessions fit.
-    #[serde(default)]
-    pub density: Option<Pair>,
-    /// Whether everything was counted twice.
-    pub twice: bool,
-    /// Where two deterministic runs differ; `None` where they are identical or there was only one.
-    pub difference: Option<String>,
-}
-
 /// What to do in the lab.
 #[derive(Clone, Copy, Debug)]
 pub struct Visit {
@@ -207,262 +108,159 @@ pub struct Visit {
     pub density: bool,
     /// How long one emulated host may take.
     pub limit: Duration,
+    /// Emulated hosts at a time: each keeps a processor busy.
+    pub jobs: usize,
 }
 
+/// One emulated host's place in the findings.
+type Place = (Paging, Errand, Round);
+
+/// Whether something is counted for the first time or again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    First,
+    Again,
+}
+
+impl Round {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::First => "",
+            Self::Again => ", again",
+        }
+    }
+}
+
+/// What came of a host.
+type Outcome = (Place, Result<Run, Error>);
+
 impl Visit {
-    /// Runs SLAT on and off, counting; then memory, the scaling over vCPUs, and density where asked for.
+    /// Runs SLAT on and off, counting; then the scaling over vCPUs, density where asked for, and memory.
+    ///
+    /// What comes after the first count may fail, or be stopped: the findings then say what is missing.
     ///
     /// # Errors
-    /// Where an emulated host gives nothing, or the user stops it.
+    /// Where counting gives nothing, or the user stops it.
     pub fn run(
         self,
         kernel: &Kernel,
         stop: &AtomicBool,
-        mut progress: impl FnMut(&str),
+        progress: impl Fn(&str) + Sync,
     ) -> Result<Findings, Error> {
-        let mut host = |paging: Paging, errand: Errand, round: &str| {
-            progress(&format!("{}, {}{round}", errand.words(), paging.words()));
-            Host { paging, errand, limit: self.limit }.run(kernel, stop)
+        let waiting = Mutex::new(self.places());
+        let outcomes = Mutex::new(Vec::new());
+        let hopeless = AtomicBool::new(false);
+        let stopped = || stop.load(Ordering::SeqCst) || hopeless.load(Ordering::SeqCst);
+        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let work = || {
+            while let Some(place) = next().filter(|_| !stopped()) {
+                let outcome = self.visit(place, kernel, &stopped, &progress);
+                // Without the first count there is nothing to set the rest against.
+                if outcome.is_err() && (place.1, place.2) == (Errand::Count, Round::First) {
+                    hopeless.store(true, Ordering::SeqCst);
+                }
+                outcomes.lock().unwrap_or_else(PoisonError::into_inner).push((place, outcome));
+            }
         };
-        let mut pair = |errand, round: &str| {
-            let on = host(Paging::Nested, errand, round)?;
-            Ok::<_, Error>(Pair { on, off: host(Paging::Shadow, errand, round)? })
-        };
-        let counted = pair(Errand::Count, "")?;
-        let again = if self.twice { Some(pair(Errand::Count, ", again")?) } else { None };
-        let scaling = pair(Errand::Scale, "")?;
-        let density = if self.density { Some(pair(Errand::Density, "")?) } else { None };
-        let old_mmu = Some(host(Paging::NestedOldMmu, Errand::Memory, "")?);
-        let difference = again.and_then(|again| {
-            difference(&counted.on, &again.on).or_else(|| difference(&counted.off, &again.off))
+        thread::scope(|scope| {
+            for _ in 0..self.jobs.max(1) {
+                scope.spawn(work);
+            }
         });
-        Ok(Findings { counted, scaling, old_mmu, density, twice: self.twice, difference })
-    }
-}
-
-/// The first measurement in which two deterministic runs differ.
-fn difference(first: &Run, second: &Run) -> Option<String> {
-    if first == second {
-        return None;
-    }
-    let pairs = first.measurements.iter().zip(&second.measurements);
-    let differing = pairs.into_iter().find(|(a, b)| a != b);
-    if let (None, Some((a, b))) = (differing, first.linux.iter().zip(&second.linux).find(|(a, b)| a != b)) {
-        return Some(format!("two deterministic runs differ in a Linux guest: {a:?} and {b:?}"));
-    }
-    Some(differing.map_or_else(
-        || "two deterministic runs differ in what the host is".into(),
-        |(a, b)| {
-            format!(
-                "two deterministic runs differ in {}: {} and {} exits an operation, {} and {} instructions",
-                a.setup.describe(),
-                cell(&a.exits),
-                cell(&b.exits),
-                cell(&a.time),
-                cell(&b.time)
-            )
-        },
-    ))
-}
-
-impl Pair {
-    /// The Linux guest's workloads that ran with SLAT on and off, in that order.
-    pub fn workloads(&self) -> impl Iterator<Item = (&linux::Workload, &linux::Workload)> {
-        let off = |on: &linux::Workload| self.off.linux.iter().find(|off| off.name == on.name);
-        self.on.linux.iter().filter_map(move |on| Some((on, off(on)?)))
-    }
-}
-
-impl Findings {
-    /// Why Linux guests gave nothing, where they should have.
-    pub fn failures(&self) -> impl Iterator<Item = &String> {
-        let pairs = [Some(&self.counted), Some(&self.scaling), self.density.as_ref()];
-        let runs = pairs.into_iter().flatten().flat_map(|pair| [&pair.on, &pair.off]);
-        runs.filter_map(|run| run.linux_failure.as_ref())
+        self.findings(
+            outcomes.into_inner().unwrap_or_else(PoisonError::into_inner),
+            stop.load(Ordering::SeqCst),
+        )
     }
 
-    /// Rows for a Linux guest's workloads: name, exits on and off, instructions on and off, off over on.
-    pub fn linux_rows(&self) -> Vec<[String; 6]> {
-        let exits = |w: &linux::Workload| w.exits.map_or("-".into(), short);
-        self.counted
-            .workloads()
-            .map(|(a, b)| {
-                let factor = format!("{:.3}", b.ticks / a.ticks.max(1.0));
-                [a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor]
+    /// All hosts, in the order of what is missed most.
+    fn places(self) -> VecDeque<Place> {
+        let mut errands = vec![(Errand::Count, Round::First)];
+        if self.twice {
+            errands.push((Errand::Count, Round::Again));
+        }
+        errands.push((Errand::Scale, Round::First));
+        if self.density {
+            errands.push((Errand::Density, Round::First));
+        }
+        let mut places: VecDeque<_> = errands
+            .into_iter()
+            .flat_map(|(errand, round)| {
+                [Paging::Nested, Paging::Shadow].map(|paging| (paging, errand, round))
             })
-            .collect()
+            .collect();
+        places.push_back((Paging::NestedOldMmu, Errand::Memory, Round::First));
+        places
     }
 
-    /// Rows for why a Linux guest left: workload, reasons with SLAT on, and off, the most frequent first.
-    pub fn reason_rows(&self) -> Vec<[String; 3]> {
-        let list = |workload: &linux::Workload| {
-            let mut reasons: Vec<_> = workload.reasons.iter().collect();
-            reasons.sort_by(|a, b| b.1.total_cmp(a.1).then(a.0.cmp(b.0)));
-            let words: Vec<_> =
-                reasons.iter().take(5).map(|(reason, each)| format!("{reason} {}", short(**each))).collect();
-            if words.is_empty() { "none".to_owned() } else { words.join(", ") }
+    /// One host; once more where it gave nothing, as an emulator that is starved of processor time may hang.
+    fn visit(
+        self,
+        (paging, errand, round): Place,
+        kernel: &Kernel,
+        stopped: &(impl Fn() -> bool + Sync),
+        progress: &(impl Fn(&str) + Sync),
+    ) -> Result<Run, Error> {
+        let host = Host { paging, errand, limit: self.limit };
+        let name = format!("{}{}", host.describe(), round.words());
+        progress(&format!("{name}: begun"));
+        let begin = Instant::now();
+        let result = match host.run(kernel, stopped) {
+            Err(error @ Error::NoResult(..)) => {
+                progress(&format!("{name}: {error}\n{name}: once more"));
+                host.run(kernel, stopped)
+            }
+            result => result,
         };
-        let traced = |(on, off): &(&linux::Workload, &linux::Workload)| {
-            !on.reasons.is_empty() || !off.reasons.is_empty()
+        let seconds = begin.elapsed().as_secs();
+        progress(&match &result {
+            Ok(_) => format!("{name}: done in {seconds} s"),
+            Err(error) => format!("{name}: nothing after {seconds} s: {error}"),
+        });
+        result
+    }
+
+    fn findings(self, outcomes: Vec<Outcome>, interrupted: bool) -> Result<Findings, Error> {
+        let mut runs = Vec::new();
+        let mut missing = Vec::new();
+        let mut fatal = None;
+        for (place, outcome) in outcomes {
+            match outcome {
+                Ok(run) => runs.push((place, run)),
+                Err(Error::Interrupted) => {}
+                Err(error) => {
+                    let host = Host { paging: place.0, errand: place.1, limit: self.limit };
+                    missing.push(format!("{}: {error}", host.describe()));
+                    fatal.get_or_insert(error);
+                }
+            }
+        }
+        let mut take = |paging, errand, round| {
+            let at = runs.iter().position(|(place, _)| *place == (paging, errand, round))?;
+            Some(runs.swap_remove(at).1)
         };
-        self.scaling
-            .workloads()
-            .filter(traced)
-            .map(|(on, off)| [on.name.clone(), list(on), list(off)])
-            .collect()
-    }
-
-    /// Rows for a table: setup, exits on and off, instructions on and off, note.
-    pub fn rows(&self) -> Vec<[String; 6]> {
-        let on = &self.counted.on.measurements;
-        let row = |on: &Measurement| {
-            let off = self.counted.off.find(&on.setup)?;
-            let note = on.failure.clone().or_else(|| off.failure.clone()).unwrap_or_default();
-            let (exits, time) = (|m: &Measurement| cell(&m.exits), |m: &Measurement| cell(&m.time));
-            Some([on.setup.describe(), exits(on), exits(off), time(on), time(off), note])
+        let mut pair = |errand, round| {
+            let on = take(Paging::Nested, errand, round);
+            let off = take(Paging::Shadow, errand, round);
+            Some(Pair { on: on?, off: off? })
         };
-        on.iter().filter_map(row).collect()
-    }
-}
-
-impl Host {
-    /// What runs inside.
-    fn arguments(&self) -> Vec<&'static str> {
-        let [set, guests] = self.errand.arguments();
-        let mut arguments = vec!["slat", "inside", "--set", set, "--guests", guests];
-        if self.paging != Paging::Shadow {
-            arguments.push("--nested-paging");
-        }
-        if self.paging == Paging::NestedOldMmu {
-            arguments.push("--no-tdp-mmu");
-        }
-        if self.errand.is_counted() {
-            arguments.push("--instructions");
-        }
-        arguments
-    }
-
-    fn command(&self, kernel: &Kernel, directory: &Path) -> Command {
-        let mut command = Command::new(EMULATOR);
-        let counted = self.errand.is_counted();
-        let processor = if counted { "EPYC,+svm,+npt,-rdrand,-rdseed" } else { "EPYC,+svm,+npt" };
-        let cpus = if counted { "1" } else { SCALING_CPUS };
-        let file = |name: &str| format!("file:{}", directory.join(name).display());
-        // QEMU 7.2 breaks hosts and guests where it emulates SVM on several threads at once.
-        command
-            .args(["-M", "q35", "-accel", "tcg,thread=single", "-cpu", processor, "-m", "2048"])
-            .args(["-smp", cpus, "-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-serial", &file("console"), "-serial", &file("result"), "-no-reboot"])
-            .arg("-kernel")
-            .arg(&kernel.image)
-            .arg("-initrd")
-            .arg(directory.join("initrd"));
-        let mut line = String::from("console=ttyS0 reboot=t panic=1 quiet tsc=reliable rdinit=/ballast");
-        if counted {
-            command
-                .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
-                .args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
-            line += " norandmaps random.trust_cpu=off";
-        }
-        line += " -- ";
-        line += &self.arguments().join(" ");
-        // The decompressor looks for this word everywhere; the kernel itself doesn't know it
-        // and would hand it to the first process in front of all others.
-        line += " nokaslr";
-        command.arg("-append").arg(line).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        command
-    }
-
-    /// Boots the host and waits for its result.
-    ///
-    /// # Errors
-    /// Where it can't be started, gives nothing in time, or gives nonsense.
-    pub fn run(&self, kernel: &Kernel, stop: &AtomicBool) -> Result<Run, Error> {
-        let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
-        let initrd = directory.path().join("initrd");
-        fs::write(&initrd, image(kernel, self.errand != Errand::Memory)?)
-            .map_err(files("the emulated host's initramfs"))?;
-        let mut child = self.command(kernel, directory.path()).spawn().map_err(Error::NoEmulator)?;
-        let ended = wait(&mut child, self.limit, stop);
-        let read = |name| fs::read_to_string(directory.path().join(name)).unwrap_or_default();
-        let reason = match ended {
-            Ended::Interrupted => return Err(Error::Interrupted),
-            Ended::TooLate => format!("within {} s", self.limit.as_secs()),
-            Ended::Left(words) => format!("and left ({})", words.trim()),
+        let Some(counted) = pair(Errand::Count, Round::First) else {
+            return Err(fatal.unwrap_or(Error::Interrupted));
         };
-        let result = read("result");
-        serde_json::from_str(&result).map_err(|e| {
-            let console = read("console");
-            let from = console.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
-            let words = console.get(from..).unwrap_or_default().to_owned();
-            Error::NoResult(format!("{reason}: {e}"), words)
+        let again = pair(Errand::Count, Round::Again);
+        Ok(Findings {
+            twice: again.is_some(),
+            difference: again.and_then(|again| {
+                difference(&counted.on, &again.on).or_else(|| difference(&counted.off, &again.off))
+            }),
+            counted,
+            scaling: pair(Errand::Scale, Round::First),
+            density: pair(Errand::Density, Round::First),
+            old_mmu: take(Paging::NestedOldMmu, Errand::Memory, Round::First),
+            interrupted,
+            missing,
         })
     }
-}
-
-enum Ended {
-    Left(String),
-    TooLate,
-    Interrupted,
-}
-
-fn wait(child: &mut Child, limit: Duration, stop: &AtomicBool) -> Ended {
-    let deadline = Instant::now() + limit;
-    let ended = loop {
-        if let Ok(Some(_)) | Err(_) = child.try_wait() {
-            let mut words = String::new();
-            if let Some(mut errors) = child.stderr.take() {
-                let _ = io::Read::read_to_string(&mut errors, &mut words);
-            }
-            return Ended::Left(words);
-        }
-        if stop.load(Ordering::SeqCst) {
-            break Ended::Interrupted;
-        }
-        if Instant::now() >= deadline {
-            break Ended::TooLate;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    let _ = child.kill();
-    let _ = child.wait();
-    ended
-}
-
-/// The emulated host's initramfs: this program, KVM's modules, a console.
-fn image(kernel: &Kernel, linux: bool) -> Result<Vec<u8>, Error> {
-    let this = std::env::current_exe().map_err(files("this program's own file"))?;
-    let read = |path: &Path| fs::read(path).map_err(files(path.display().to_string()));
-    let mut archive = Archive::default();
-    for directory in ["dev", "proc", "sys", inside::MODULES] {
-        archive.directory(directory);
-    }
-    archive.device("dev/console", 5, 1);
-    archive.device("dev/null", 1, 3);
-    archive.file("ballast", &read(&this)?);
-    for (number, module) in MODULE_FILES.iter().enumerate() {
-        let path = kernel.modules.join(module);
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        archive.file(&format!("{}/{number}-{name}", inside::MODULES), &read(&path)?);
-    }
-    if linux {
-        archive.directory("guest");
-        archive.file(linux::KERNEL.trim_start_matches('/'), &read(&kernel.image)?);
-        archive.file(linux::INITRD.trim_start_matches('/'), &guest_image(&read(&this)?));
-    }
-    Ok(archive.finish())
-}
-
-/// A Linux guest's initramfs: this program, one to execute, a console.
-fn guest_image(this: &[u8]) -> Vec<u8> {
-    let mut archive = Archive::default();
-    archive.directory("dev");
-    archive.device("dev/console", 5, 1);
-    archive.device("dev/null", 1, 3);
-    archive.file("ballast", this);
-    let (path, program) = linux::guest::program();
-    archive.file(path, &program);
-    archive.finish()
 }
 
 #[cfg(test)]

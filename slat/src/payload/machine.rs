@@ -8,47 +8,22 @@ use std::time::Duration;
 use balloon::units::Bytes;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use super::code::{self, Label, Params};
+use super::code::Params;
 use super::failure::{kvm, memory_error};
+use super::layout::{
+    CODE, DATA, DATA_ADDRESS, GDT, IDT, Layout, PARAMS, PARAMS_SIZE, STACK_SIZE, STACKS, data_size,
+    low_memory,
+};
 use super::memory::{Backing, Mapping};
-use super::native::chain;
-use super::tables::{self, Tables};
 use super::vcpu::{Shared, Vcpu, collect, end, install_kick};
 use super::{Between, Payload, Place, Setup};
 use crate::counters::Counters;
 use crate::host::KernelMemory;
-use crate::walk::PageSize;
 
 pub use super::failure::Failure;
 pub use super::vcpu::Round;
-
-const GDT: GuestAddress = GuestAddress(0x1000);
-const IDT: GuestAddress = GuestAddress(0x2000);
-const PARAMS: u64 = 0x3000;
-const PARAMS_SIZE: u64 = 0x100;
-const ROOTS: GuestAddress = GuestAddress(0x4000);
-/// Where the code of all payloads begins.
-pub(super) const CODE: u64 = 0x8000;
-const STACKS: u64 = 0x1_0000;
-const STACK_SIZE: u64 = 0x1000;
-const TABLES: GuestAddress = GuestAddress(0x10_0000);
-/// Guest physical address of the data: aligned for every page size.
-pub const DATA: u64 = 1 << 30;
-/// Virtual addresses that page-table payloads map and unmap: a table a vCPU.
-const WINDOW: u64 = 1 << 39;
-/// Virtual address of the data, in a slot of the root table of its own.
-pub const DATA_ADDRESS: u64 = 1 << 40;
-const WINDOW_SIZE: u64 = 2 << 20;
-const CHURN_PAGES: u64 = 64;
-/// From a page of the window to the other frame that churn gives it.
-const OTHER_FRAME: u64 = 1 << 20;
-
-/// Most vCPUs and roots a micro-VM has room for.
-pub const MOST_VCPUS: u64 = 16;
-/// Most CR3 values.
-pub const MOST_ROOTS: u64 = 512;
 
 /// A virtual machine with a payload in it, ready to run.
 pub struct Machine {
@@ -62,13 +37,6 @@ pub struct Machine {
     before: KernelMemory,
     /// The machine whose turn comes between laps.
     other: Option<Box<Machine>>,
-}
-
-/// How many table pages a setup can need, but for those over the low memory.
-fn table_count(setup: &Setup, data: u64) -> u64 {
-    let spaces = if setup.payload == Payload::Spaces { setup.roots } else { 1 };
-    let last = if setup.guest_page == PageSize::Size4K { data.div_ceil(2 << 20) } else { 0 };
-    spaces * (last + data.div_ceil(1 << 30) + 2) + setup.roots + setup.vcpus + 16
 }
 
 fn region(mapping: &Mapping, at: u64) -> Result<GuestRegionMmap<()>, Failure> {
@@ -85,15 +53,12 @@ impl Machine {
     /// # Errors
     /// Where the setup is impossible, or memory or KVM refuse.
     pub fn new(kvm_fd: &Kvm, setup: &Setup) -> Result<Self, Failure> {
-        check(setup)?;
-        let data = setup.data.0.saturating_mul(setup.vcpus);
-        let tables = table_count(setup, data);
-        // The low memory needs tables too: one for 2 MiB of it, and it grows by them.
-        let low = (TABLES.0 + (tables + tables.div_ceil(256) + 16) * 4096).next_multiple_of(2 << 20);
+        setup.check()?;
+        let (low, data) = (low_memory(setup), data_size(setup));
         let map = |size, backing| {
             Mapping::new(size, backing).map_err(|source| Failure::Memory { backing, size, source })
         };
-        let mappings = vec![map(Bytes(low), Backing::Small)?, map(Bytes(data), setup.backing)?];
+        let mappings = vec![map(low, Backing::Small)?, map(data, setup.backing)?];
         let populate = |mapping: &Mapping, backing| {
             let size = Bytes(mapping.size() as u64);
             mapping.populate().map_err(|source| Failure::Memory { backing, size, source })
@@ -119,110 +84,12 @@ impl Machine {
         }
         // Old Intel hosts put three pages of their own there; others don't care.
         let _ = vm.set_tss_address(0xfffb_d000);
-        let mut machine = Self {
-            vcpus: Vec::new(),
-            vm,
-            memory,
-            setup: setup.clone(),
-            root: GuestAddress(0),
-            mappings,
-            before,
-            other: None,
-        };
-        machine.lay_out(low, data)?;
+        let root = Layout { memory: &memory, setup }.fill()?;
+        let mut machine =
+            Self { vcpus: Vec::new(), vm, memory, setup: setup.clone(), root, mappings, before, other: None };
         machine.other = other(kvm_fd, setup)?.map(Box::new);
         machine.vcpus = (0..setup.vcpus).map(|i| machine.vcpu(kvm_fd, i)).collect::<Result<_, _>>()?;
         Ok(machine)
-    }
-
-    fn write(&self, value: u64, at: u64) -> Result<(), Failure> {
-        self.memory.write_obj(value, GuestAddress(at)).map_err(memory_error)
-    }
-
-    fn lay_out(&mut self, low: u64, data: u64) -> Result<(), Failure> {
-        self.memory.write_slice(code::bytes(), GuestAddress(CODE)).map_err(memory_error)?;
-        // Null, code and data of ring 0, code and data of ring 3: flat, 64-bit (SDM volume 3, 3.4.5).
-        let descriptors: [u64; 5] =
-            [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00af_fb00_0000_ffff, 0x00cf_f300_0000_ffff];
-        for (i, descriptor) in (0..).zip(descriptors) {
-            self.write(descriptor, GDT.0 + i * 8)?;
-        }
-        // One gate: vector 14, interrupt gate, ring 0 (SDM volume 3, 6.14.1).
-        let handler = CODE + Label::PageFault.offset();
-        self.write((handler & 0xffff) | 0x8 << 16 | 0x8e00 << 32 | (handler >> 16) << 48, IDT.0 + 14 * 16)?;
-        let setup = &self.setup;
-        let mut tables = Tables::new(&self.memory, TABLES, (low - TABLES.0) / 4096);
-        let root = tables.table()?;
-        tables.map(root, 0, 0, low, PageSize::Size4K)?;
-        tables.map(root, DATA_ADDRESS, DATA, data, setup.guest_page)?;
-        for vcpu in 0..setup.vcpus {
-            window(&self.memory, &mut tables, root, setup, vcpu)?;
-        }
-        for i in 0..setup.roots {
-            let copy = if i == 0 { root } else { tables.table()? };
-            let slot = |address: u64| (address >> 39 & 0x1ff) * 8;
-            for address in [0, WINDOW, DATA_ADDRESS] {
-                let entry: u64 =
-                    self.memory.read_obj(GuestAddress(root.0 + slot(address))).map_err(memory_error)?;
-                self.write(entry, copy.0 + slot(address))?;
-            }
-            if setup.payload == Payload::Spaces && i > 0 {
-                self.write(0, copy.0 + slot(DATA_ADDRESS))?;
-                tables.map(copy, DATA_ADDRESS, DATA, data, setup.guest_page)?;
-            }
-            self.write(copy.0, ROOTS.0 + i * 8)?;
-        }
-        self.root = root;
-        if matches!(setup.payload, Payload::Chase | Payload::Laps) {
-            chain(data / 4096, DATA_ADDRESS, |offset, link| self.write(link, DATA + offset))?;
-        }
-        (0..setup.vcpus).try_for_each(|vcpu| self.parameters(vcpu))
-    }
-
-    fn parameters(&self, vcpu: u64) -> Result<(), Failure> {
-        let setup = &self.setup;
-        let params = Params::default();
-        let own = vcpu * setup.data.0;
-        let window = WINDOW + vcpu * WINDOW_SIZE;
-        let entry = |level| Tables::new(&self.memory, TABLES, 0).entry(self.root, window, level);
-        let pages = if setup.payload == Payload::Churn { CHURN_PAGES } else { setup.links() };
-        Params::set(&params.op, CODE + setup.payload.label().offset());
-        Params::set(&params.warm, setup.warm());
-        Params::set(&params.count, setup.operations);
-        Params::set(&params.base, DATA_ADDRESS + own);
-        Params::set(&params.pages, pages);
-        Params::set(&params.stride, PageSize::Size4K.bytes());
-        Params::set(&params.window, window);
-        Params::set(&params.value, (DATA + own) | tables::LEAF);
-        Params::set(&params.other, (DATA + own + OTHER_FRAME) | tables::LEAF);
-        if setup.payload == Payload::MmapBatch {
-            // The window's table hangs in no entry yet: the payload puts it there.
-            let pde = entry(2)?.0;
-            let value: u64 = self.memory.read_obj(GuestAddress(pde)).map_err(memory_error)?;
-            Params::set(&params.pde, pde);
-            Params::set(&params.pde_value, value);
-            Params::set(&params.pte, value & !0xfff);
-            self.write(0, pde)?;
-        } else {
-            Params::set(&params.pte, entry(1)?.0);
-        }
-        Params::set(&params.roots, ROOTS.0);
-        Params::set(&params.root_count, setup.roots);
-        // Ring 0 may be emulated, by an emulator that has neither lfence nor a clock worth reading.
-        let flags = match (setup.payload, setup.between, setup.place) {
-            // Laps time themselves.
-            (Payload::Laps, Between::Nothing, _) => 0,
-            (Payload::Laps, ..) => code::RING_EACH_LAP,
-            (_, _, Place::Ring3) => code::TAKE_TSC,
-            _ => 0,
-        };
-        Params::set(&params.flags, flags);
-        Params::set(&params.cursor, DATA_ADDRESS);
-        // SAFETY: Params is plain integers without padding.
-        let bytes =
-            unsafe { std::slice::from_raw_parts((&raw const params).cast::<u8>(), size_of::<Params>()) };
-        let at = GuestAddress(PARAMS + vcpu * PARAMS_SIZE);
-        self.memory.write_slice(bytes, at).map_err(memory_error)
     }
 
     fn vcpu(&self, kvm_fd: &Kvm, id: u64) -> Result<VcpuFd, Failure> {
@@ -320,7 +187,8 @@ impl Machine {
         let result = collect(&receive, rounds, threads.len(), limit, stop);
         shared.stop.store(true, Ordering::SeqCst);
         end(threads, &shared);
-        result
+        let huge = self.mappings.last().and_then(Mapping::huge_share);
+        result.map(|rounds| rounds.into_iter().map(|round| Round { huge, ..round }).collect())
     }
 }
 
@@ -340,67 +208,21 @@ fn other(kvm_fd: &Kvm, setup: &Setup) -> Result<Option<Machine>, Failure> {
     let machine = Machine::new(kvm_fd, &endless)?;
     if setup.between == Between::OtherPage {
         // One link, which leads back to itself.
-        machine.write(DATA_ADDRESS, DATA)?;
-        machine.write(1, PARAMS + std::mem::offset_of!(Params, pages) as u64)?;
+        let layout = Layout { memory: &machine.memory, setup };
+        layout.write(DATA_ADDRESS, DATA)?;
+        layout.write(1, PARAMS + std::mem::offset_of!(Params, pages) as u64)?;
     }
     Ok(Some(machine))
-}
-
-fn check(setup: &Setup) -> Result<(), Failure> {
-    let wrong = |text: String| Err(Failure::Setup(text));
-    if setup.place == Place::Native {
-        return wrong("native code needs no machine".into());
-    }
-    if setup.payload == Payload::Laps && (setup.vcpus != 1 || setup.place != Place::Ring3) {
-        return wrong("laps run on one vCPU, in ring 3, where the clock can be read".into());
-    }
-    if setup.place == Place::Ring3 && setup.payload.needs_ring_0() {
-        return wrong(format!("{} uses instructions of ring 0", setup.payload));
-    }
-    if !(1..=MOST_VCPUS).contains(&setup.vcpus) {
-        return wrong(format!("{} vCPUs; 1 to {MOST_VCPUS} are possible", setup.vcpus));
-    }
-    if !(1..=MOST_ROOTS).contains(&setup.roots) {
-        return wrong(format!("{} roots; 1 to {MOST_ROOTS} are possible", setup.roots));
-    }
-    if setup.operations == 0 {
-        return wrong("no operations".into());
-    }
-    if setup.data < Bytes::mib(2) || !setup.data.0.is_multiple_of(2 << 20) {
-        return wrong(format!("{} of data; it must be a multiple of 2 MiB", setup.data));
-    }
-    if setup.data > Bytes::gib(64) {
-        return wrong(format!("{} of data; 64 GiB are the most", setup.data));
-    }
-    Ok(())
-}
-
-/// The tables over one vCPU's window, as its payload wants to find them.
-fn window(
-    memory: &GuestMemoryMmap,
-    tables: &mut Tables<'_>,
-    root: GuestAddress,
-    setup: &Setup,
-    vcpu: u64,
-) -> Result<(), Failure> {
-    let address = WINDOW + vcpu * WINDOW_SIZE;
-    let entry = tables.entry(root, address, 1)?;
-    if matches!(setup.payload, Payload::DemandFault | Payload::MmapBatch) {
-        return Ok(());
-    }
-    for page in 0..CHURN_PAGES {
-        let frame = DATA + vcpu * setup.data.0 + page * 4096;
-        let at = GuestAddress(entry.0 + page * 8);
-        memory.write_obj(frame | tables::LEAF, at).map_err(memory_error)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::walk::Depth;
+    use crate::payload::layout::WINDOW;
+    use crate::payload::tables;
+    use crate::walk::{Depth, PageSize};
     use std::time::Instant;
+    use vm_memory::Bytes as _;
 
     const LIMIT: Duration = Duration::from_secs(20);
     static GO_ON: AtomicBool = AtomicBool::new(false);
@@ -499,21 +321,5 @@ mod tests {
             println!("{}: {each} ticks a load", between.name());
             assert!(each > 0.5 && each < 1e6, "{each}");
         }
-    }
-
-    #[test]
-    fn impossible_setups_are_refused() {
-        let usual = Setup::usual(Payload::Churn);
-        for setup in [
-            usual.clone().at(Place::Native),
-            usual.clone().at(Place::Ring3),
-            Setup { vcpus: 0, ..usual.clone() },
-            Setup { roots: 1 << 40, ..usual.clone() },
-            Setup { data: Bytes(u64::MAX), ..usual.clone() },
-            Setup { operations: 0, ..usual.clone() },
-        ] {
-            assert!(matches!(check(&setup), Err(Failure::Setup(_))), "{setup:?}");
-        }
-        assert!(check(&usual).is_ok());
     }
 }

@@ -114,6 +114,13 @@ impl Mapping {
         self.advise(libc::MADV_POPULATE_WRITE)
     }
 
+    /// How much of what is present of it lies in huge pages, from 0 to 1; `None` where nothing is present, or
+    /// the kernel does not tell (`/proc/self/smaps`).
+    pub fn huge_share(&self) -> Option<f64> {
+        let start = self.start.as_ptr() as u64;
+        share(&std::fs::read_to_string("/proc/self/smaps").ok()?, start, start + self.len as u64)
+    }
+
     /// Where it starts.
     pub fn start(&self) -> *mut u8 {
         self.start.as_ptr()
@@ -123,6 +130,35 @@ impl Mapping {
     pub fn size(&self) -> usize {
         self.len
     }
+}
+
+/// The share of huge pages in all mappings of `smaps` that reach into a range of addresses (kernel:
+/// Documentation/filesystems/proc.rst).
+fn share(smaps: &str, start: u64, end: u64) -> Option<f64> {
+    let (mut inside, mut present, mut huge) = (false, 0_u64, 0_u64);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let Some(first) = words.next() else { continue };
+        if let Some((low, high)) = first.split_once('-') {
+            let address = |text| u64::from_str_radix(text, 16);
+            if let (Ok(low), Ok(high)) = (address(low), address(high)) {
+                inside = low < end && start < high;
+            }
+            continue;
+        }
+        let kib: u64 = words.next().and_then(|n| n.parse().ok()).unwrap_or(0);
+        match first {
+            "Rss:" if inside => present = present.saturating_add(kib),
+            "AnonHugePages:" if inside => huge = huge.saturating_add(kib),
+            // Not part of Rss.
+            "Private_Hugetlb:" | "Shared_Hugetlb:" if inside => {
+                present = present.saturating_add(kib);
+                huge = huge.saturating_add(kib);
+            }
+            _ => {}
+        }
+    }
+    (present > 0).then(|| huge as f64 / present as f64)
 }
 
 impl Drop for Mapping {
@@ -151,5 +187,23 @@ mod tests {
             mapping.populate().expect("memory");
         }
         assert!(Mapping::new(Bytes(u64::MAX), Backing::Small).is_err());
+    }
+
+    #[test]
+    fn small_pages_are_no_huge_ones() {
+        let mapping = Mapping::new(Bytes::mib(4), Backing::Small).expect("memory");
+        mapping.populate().expect("memory");
+        assert_eq!(mapping.huge_share(), Some(0.0));
+    }
+
+    #[test]
+    fn the_share_is_that_of_the_mappings_in_the_range() {
+        let smaps = "10000-20000 rw-p 00000000 00:00 0\nRss:  64 kB\nAnonHugePages:  64 kB\n\
+                     20000-30000 rw-p 00000000 00:00 0 [heap]\nRss: 48 kB\nAnonHugePages: 0 kB\n\
+                     40000-50000 rw-p 0 00:00 0\nRss: 0 kB\nPrivate_Hugetlb: 2048 kB\n";
+        assert_eq!(share(smaps, 0x10000, 0x20000), Some(1.0));
+        assert_eq!(share(smaps, 0x1f000, 0x21000), Some(64.0 / 112.0));
+        assert_eq!(share(smaps, 0x40000, 0x41000), Some(1.0));
+        assert_eq!(share(smaps, 0x30000, 0x40000), None);
     }
 }

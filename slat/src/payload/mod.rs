@@ -2,6 +2,7 @@
 
 pub mod code;
 pub mod failure;
+mod layout;
 pub mod machine;
 pub mod memory;
 pub mod native;
@@ -15,7 +16,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::walk::PageSize;
 use code::Label;
+use failure::Failure;
 use memory::Backing;
+
+/// Most vCPUs a micro-VM has room for.
+pub const MOST_VCPUS: u64 = 16;
+/// Most CR3 values.
+pub const MOST_ROOTS: u64 = 512;
 
 /// One kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -260,6 +267,39 @@ impl Setup {
         self.data.pages().0.max(1)
     }
 
+    /// Whether a machine can be made for it.
+    ///
+    /// # Errors
+    /// What is impossible about it.
+    pub fn check(&self) -> Result<(), Failure> {
+        let wrong = |text: String| Err(Failure::Setup(text));
+        if self.place == Place::Native {
+            return wrong("native code needs no machine".into());
+        }
+        if self.payload == Payload::Laps && (self.vcpus != 1 || self.place != Place::Ring3) {
+            return wrong("laps run on one vCPU, in ring 3, where the clock can be read".into());
+        }
+        if self.place == Place::Ring3 && self.payload.needs_ring_0() {
+            return wrong(format!("{} uses instructions of ring 0", self.payload));
+        }
+        if !(1..=MOST_VCPUS).contains(&self.vcpus) {
+            return wrong(format!("{} vCPUs; 1 to {MOST_VCPUS} are possible", self.vcpus));
+        }
+        if !(1..=MOST_ROOTS).contains(&self.roots) {
+            return wrong(format!("{} roots; 1 to {MOST_ROOTS} are possible", self.roots));
+        }
+        if self.operations == 0 {
+            return wrong("no operations".into());
+        }
+        if self.data < Bytes::mib(2) || !self.data.0.is_multiple_of(2 << 20) {
+            return wrong(format!("{} of data; it must be a multiple of 2 MiB", self.data));
+        }
+        if self.data > Bytes::gib(64) {
+            return wrong(format!("{} of data; 64 GiB are the most", self.data));
+        }
+        Ok(())
+    }
+
     /// In words, for tables.
     pub fn describe(&self) -> String {
         let mut text = format!("{}, {}", self.payload, self.place.name());
@@ -283,5 +323,26 @@ impl Setup {
             text += &format!(", {} vCPUs", self.vcpus);
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_setups_are_refused() {
+        let usual = Setup::usual(Payload::Churn);
+        for setup in [
+            usual.clone().at(Place::Native),
+            usual.clone().at(Place::Ring3),
+            Setup { vcpus: 0, ..usual.clone() },
+            Setup { roots: 1 << 40, ..usual.clone() },
+            Setup { data: Bytes(u64::MAX), ..usual.clone() },
+            Setup { operations: 0, ..usual.clone() },
+        ] {
+            assert!(matches!(setup.check(), Err(Failure::Setup(_))), "{setup:?}");
+        }
+        assert!(usual.check().is_ok());
     }
 }

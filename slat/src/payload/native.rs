@@ -7,6 +7,7 @@ use super::code::Params;
 use super::machine::{Failure, Round};
 use super::memory::Mapping;
 use super::{Payload, Place, Setup};
+use crate::counters::pmu::{Pmu, Whose};
 
 /// Writes a chain of `links` pointers, one a 4 KiB page, that visits all in
 /// random order and comes back to the first: the same order each time.
@@ -76,11 +77,17 @@ pub fn run(setup: &Setup, rounds: usize) -> Result<Vec<Round>, Failure> {
         }
         // A payload whose first time counts gets fresh memory each round.
         let here = if setup.payload.once() { 1 } else { rounds };
+        let mut pmu = Pmu::of_this_thread(Whose::Own).ok();
         for _ in 0..here {
+            if let Some(pmu) = &mut pmu {
+                pmu.start();
+            }
             let (begin, first) = (Instant::now(), ticks());
             call(setup.operations);
             let ticks = Some(ticks().saturating_sub(first));
-            measured.push(Round { elapsed: begin.elapsed(), ticks, ..Round::default() });
+            let elapsed = begin.elapsed();
+            let walks = pmu.as_mut().map(Pmu::stop).unwrap_or_default();
+            measured.push(Round { elapsed, ticks, walks, huge: mapping.huge_share(), ..Round::default() });
         }
     }
     Ok(measured)

@@ -12,7 +12,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::code::{self, Params};
 use super::failure::{Failure, memory_error};
-use super::machine::CODE;
+use super::layout::CODE;
+use crate::counters::pmu::{Pmu, Walks, Whose};
 use crate::counters::{Counters, Counts};
 use crate::host::KernelMemory;
 
@@ -29,6 +30,10 @@ pub struct Round {
     pub vm: Counts,
     /// What the host's kernel holds more than before the machine was made, at the end of the round.
     pub kernel: KernelMemory,
+    /// Page walks, where the processor's counters can be read.
+    pub walks: Walks,
+    /// How much of the data lies in the host's huge pages, from 0 to 1, at the end of the last round.
+    pub huge: Option<f64>,
 }
 
 /// Keeps this thread on the CPU on which it runs: two machines that take turns must share a TLB.
@@ -78,10 +83,12 @@ pub(super) fn collect(
             Err(RecvTimeoutError::Disconnected) => return Err(Failure::Thread),
         };
         let Some(whole) = all.get_mut(number) else { return Err(Failure::Thread) };
-        whole.elapsed = whole.elapsed.max(part.elapsed);
-        whole.ticks = whole.ticks.max(part.ticks);
         whole.vcpus.add(&part.vcpus);
         whole.vm.add(&part.vm);
+        // Every vCPU has its own.
+        whole.walks = if whole.elapsed.is_zero() { part.walks } else { whole.walks.and(part.walks) };
+        whole.elapsed = whole.elapsed.max(part.elapsed);
+        whole.ticks = whole.ticks.max(part.ticks);
         if part.kernel != KernelMemory::default() {
             whole.kernel = part.kernel;
         }
@@ -159,8 +166,10 @@ impl Vcpu {
         if self.other.is_some() {
             stay();
         }
+        // Why there are none the run says once, for all machines.
+        let mut pmu = Pmu::of_this_thread(Whose::Guest).ok();
         for number in 0..rounds {
-            match self.round() {
+            match self.round(pmu.as_mut()) {
                 Ok(Some(round)) => {
                     let _ = self.report.send(Ok((number, round)));
                 }
@@ -174,16 +183,20 @@ impl Vcpu {
     }
 
     /// To the start doorbell, through the gate, and to the end doorbell; `None` where it was stopped.
-    fn round(&mut self) -> Result<Option<Round>, Failure> {
+    fn round(&mut self, mut pmu: Option<&mut Pmu>) -> Result<Option<Round>, Failure> {
         if !self.until(code::BEGIN)? || !self.shared.pass() {
             return Ok(None);
         }
         let before = self.counters.read()?;
+        if let Some(pmu) = &mut pmu {
+            pmu.start();
+        }
         let start = Instant::now();
         if !self.until(code::END)? {
             return Ok(None);
         }
         let elapsed = start.elapsed();
+        let walks = pmu.map(Pmu::stop).unwrap_or_default();
         let vcpus = self.counters.read()?.since(&before);
         let (vm, kernel) = match &self.machine {
             Some((counters, earlier)) => (counters.read()?, KernelMemory::now().since(*earlier)),
@@ -191,7 +204,8 @@ impl Vcpu {
         };
         let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
         let ticks = self.memory.read_obj(at).map_err(memory_error)?;
-        Ok(Some(Round { elapsed, ticks: self.ticks.then_some(ticks), vcpus, vm, kernel }))
+        let ticks = self.ticks.then_some(ticks);
+        Ok(Some(Round { elapsed, ticks, vcpus, vm, kernel, walks, huge: None }))
     }
 
     /// Runs the guest until it rings `phase`; false where it was stopped.

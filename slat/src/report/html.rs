@@ -131,7 +131,7 @@ fn plots(material: Material<'_>) -> String {
              Shadow tables are capped: KVM recycles them.",
         );
         let factor = |payload| -> Vec<_> {
-            let points = scaling_points(&lab.scaling, payload).into_iter();
+            let points = lab.scaling.iter().flat_map(|pair| scaling_points(pair, payload));
             points.map(|(vcpus, on, off)| (vcpus as f64, on / off)).collect()
         };
         let lines = [
@@ -260,7 +260,18 @@ fn host_section(title: &str, run: &Run) -> String {
     if let Some(sentence) = &run.probe.disagreement {
         let _ = writeln!(text, "<p>{}</p>", escape(sentence));
     }
-    text + &table(["payload", "exits an operation", run.clock.unit(), "time is", "note"], &run.rows())
+    let head =
+        ["payload", "exits an operation", run.clock.unit(), "time is", "walk cycles", "huge pages", "note"];
+    text += &table(head, &run.rows());
+    for line in run.remarks().lines() {
+        let _ = writeln!(text, "<p>{}</p>", escape(line));
+    }
+    let rows = run.reason_rows();
+    if !rows.is_empty() {
+        text += "<p>Why guests left (traced in a pass of its own; exits an operation):</p>\n";
+        text += &table(["payload", "reasons"], &rows);
+    }
+    text
 }
 
 fn lab_section(lab: &Findings) -> String {
@@ -277,6 +288,9 @@ fn lab_section(lab: &Findings) -> String {
         (false, _) => "Counted once.",
     };
     text += "</p>\n";
+    if lab.interrupted {
+        text += "<p>Stopped before its end.</p>\n";
+    }
     if let Some(difference) = &lab.difference {
         let _ = writeln!(text, "<p>{}</p>", escape(difference));
     }
@@ -295,7 +309,7 @@ fn lab_section(lab: &Findings) -> String {
         text += &table(["Linux guest", "SLAT on", "SLAT off"], &rows);
     }
     for why in lab.failures() {
-        let _ = writeln!(text, "<p>No Linux guest: {}</p>", escape(why));
+        let _ = writeln!(text, "<p>Missing: {}</p>", escape(why));
     }
     let memory = |run: &Run, setup: &Setup| run.find(setup).map_or("-".into(), |m| cell(&m.tables));
     let rows: Vec<_> = SPACES

@@ -1,0 +1,121 @@
+//! What a visit to the lab found, and tables of it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::counters::reasons;
+use crate::figure::short;
+use crate::linux;
+use crate::run::{Measurement, Run, cell};
+
+/// SLAT on and off.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pair {
+    /// `npt=1`.
+    pub on: Run,
+    /// `npt=0`.
+    pub off: Run,
+}
+
+/// What one visit to the lab found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Findings {
+    /// Counts and instructions, the same each time.
+    pub counted: Pair,
+    /// Page-table work on more and more vCPUs, in emulated time.
+    #[serde(default)]
+    pub scaling: Option<Pair>,
+    /// KVM's memory with SLAT on and `kvm.tdp_mmu=0`.
+    #[serde(default)]
+    pub old_mmu: Option<Run>,
+    /// How many sessions fit.
+    #[serde(default)]
+    pub density: Option<Pair>,
+    /// Whether everything was counted twice.
+    pub twice: bool,
+    /// Where two deterministic runs differ; `None` where they are identical or there was only one.
+    pub difference: Option<String>,
+    /// Whether the user stopped it; what was found by then is kept.
+    #[serde(default)]
+    pub interrupted: bool,
+    /// What was asked for and failed, and why.
+    #[serde(default)]
+    pub missing: Vec<String>,
+}
+
+/// The first measurement in which two deterministic runs differ.
+pub(super) fn difference(first: &Run, second: &Run) -> Option<String> {
+    if first == second {
+        return None;
+    }
+    let pairs = first.measurements.iter().zip(&second.measurements);
+    let differing = pairs.into_iter().find(|(a, b)| a != b);
+    if let (None, Some((a, b))) = (differing, first.linux.iter().zip(&second.linux).find(|(a, b)| a != b)) {
+        return Some(format!("two deterministic runs differ in a Linux guest: {a:?} and {b:?}"));
+    }
+    Some(differing.map_or_else(
+        || "two deterministic runs differ in what the host is".into(),
+        |(a, b)| {
+            format!(
+                "two deterministic runs differ in {}: {} and {} exits an operation, {} and {} instructions",
+                a.setup.describe(),
+                cell(&a.exits),
+                cell(&b.exits),
+                cell(&a.time),
+                cell(&b.time)
+            )
+        },
+    ))
+}
+
+impl Pair {
+    /// The Linux guest's workloads that ran with SLAT on and off, in that order.
+    pub fn workloads(&self) -> impl Iterator<Item = (&linux::Workload, &linux::Workload)> {
+        let off = |on: &linux::Workload| self.off.linux.iter().find(|off| off.name == on.name);
+        self.on.linux.iter().filter_map(move |on| Some((on, off(on)?)))
+    }
+}
+
+impl Findings {
+    /// What gave nothing where it should have, and why.
+    pub fn failures(&self) -> impl Iterator<Item = &String> {
+        let pairs = [Some(&self.counted), self.scaling.as_ref(), self.density.as_ref()];
+        let runs = pairs.into_iter().flatten().flat_map(|pair| [&pair.on, &pair.off]);
+        runs.filter_map(|run| run.linux_failure.as_ref()).chain(&self.missing)
+    }
+
+    /// Rows for a Linux guest's workloads: name, exits on and off, instructions on and off, off over on.
+    pub fn linux_rows(&self) -> Vec<[String; 6]> {
+        let exits = |w: &linux::Workload| w.exits.map_or("-".into(), short);
+        self.counted
+            .workloads()
+            .map(|(a, b)| {
+                let factor = format!("{:.3}", b.ticks / a.ticks.max(1.0));
+                [a.name.clone(), exits(a), exits(b), short(a.ticks), short(b.ticks), factor]
+            })
+            .collect()
+    }
+
+    /// Rows for why a Linux guest left: workload, reasons with SLAT on, and off, the most frequent first.
+    pub fn reason_rows(&self) -> Vec<[String; 3]> {
+        let traced = |(on, off): &(&linux::Workload, &linux::Workload)| {
+            !on.reasons.is_empty() || !off.reasons.is_empty()
+        };
+        let workloads = self.scaling.iter().flat_map(Pair::workloads);
+        workloads
+            .filter(traced)
+            .map(|(on, off)| [on.name.clone(), reasons::list(&on.reasons), reasons::list(&off.reasons)])
+            .collect()
+    }
+
+    /// Rows for a table: setup, exits on and off, instructions on and off, note.
+    pub fn rows(&self) -> Vec<[String; 6]> {
+        let on = &self.counted.on.measurements;
+        let row = |on: &Measurement| {
+            let off = self.counted.off.find(&on.setup)?;
+            let note = on.failure.clone().or_else(|| off.failure.clone()).unwrap_or_default();
+            let (exits, time) = (|m: &Measurement| cell(&m.exits), |m: &Measurement| cell(&m.time));
+            Some([on.setup.describe(), exits(on), exits(off), time(on), time(off), note])
+        };
+        on.iter().filter_map(row).collect()
+    }
+}
