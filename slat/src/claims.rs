@@ -244,7 +244,13 @@ fn density(pair: &Pair) -> Option<Found> {
         list(on),
         list(off)
     );
-    let outcome = if on.sessions > off.sessions { Outcome::Partly } else { Outcome::Fails };
+    let outcome = match on.sessions > off.sessions {
+        // More may have fitted without.
+        true if off.unsettled => Outcome::NotMeasured,
+        true => Outcome::Partly,
+        false if on.unsettled => Outcome::NotMeasured,
+        false => Outcome::Fails,
+    };
     Some((outcome, text))
 }
 

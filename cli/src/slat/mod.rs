@@ -230,7 +230,7 @@ struct LabArgs {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
     jobs: Option<u8>,
     /// Minutes one emulated host may take
-    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
     limit: u64,
     /// Write the result to this file
     #[arg(long)]

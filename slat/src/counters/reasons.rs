@@ -16,8 +16,8 @@ fn event(file: &str) -> io::Result<PathBuf> {
     let found = roots.iter().map(|r| PathBuf::from(r).join("events/kvm/kvm_exit").join(file));
     found.into_iter().find(|p| fs::metadata(p).is_ok()).ok_or_else(|| {
         io::Error::other(
-            "exit reasons can't be read: there is no tracepoint kvm:kvm_exit in tracefs (it takes root, a mounted \
-             tracefs and a loaded KVM module)",
+            "there is no tracepoint kvm:kvm_exit in tracefs (it takes root, a tracefs mounted on \
+             /sys/kernel/tracing and a loaded KVM module)",
         )
     })
 }
@@ -37,7 +37,13 @@ impl Trace {
     /// # Errors
     /// Without root, tracefs or KVM; and where somebody else traces the same.
     pub fn start() -> io::Result<Self> {
-        trigger(HISTOGRAM)?;
+        trigger(HISTOGRAM).map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => {
+                io::Error::other("this kernel keeps no histograms of tracepoints (CONFIG_HIST_TRIGGERS)")
+            }
+            Some(libc::EEXIST) => io::Error::other("somebody else traces kvm:kvm_exit in the same way"),
+            _ => error,
+        })?;
         Ok(Self(()))
     }
 }

@@ -112,6 +112,26 @@ pub struct Visit {
     pub jobs: usize,
 }
 
+/// Keeps this thread and what it starts on one of the processors that it may use: an emulator whose threads
+/// move about can stand still for minutes.
+fn stay_on(number: usize) {
+    let size = size_of::<libc::cpu_set_t>();
+    // SAFETY: zeroed sets are empty ones; the kernel fills the first and reads the second. Indices are below
+    // the size of a set. Where it fails nothing is lost but speed.
+    unsafe {
+        let mut usable: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size, &raw mut usable) != 0 {
+            return;
+        }
+        let all: Vec<usize> =
+            (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &usable)).collect();
+        let Some(&own) = all.get(number % all.len().max(1)) else { return };
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(own, &mut set);
+        libc::sched_setaffinity(0, size, &raw const set);
+    }
+}
+
 /// One emulated host's place in the findings.
 type Place = (Paging, Errand, Round);
 
@@ -152,7 +172,7 @@ impl Visit {
         let hopeless = AtomicBool::new(false);
         let stopped = || stop.load(Ordering::SeqCst) || hopeless.load(Ordering::SeqCst);
         let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let work = || {
+        let work = &|| {
             while let Some(place) = next().filter(|_| !stopped()) {
                 let outcome = self.visit(place, kernel, &stopped, &progress);
                 // Without the first count there is nothing to set the rest against.
@@ -163,8 +183,11 @@ impl Visit {
             }
         };
         thread::scope(|scope| {
-            for _ in 0..self.jobs.max(1) {
-                scope.spawn(work);
+            for number in 0..self.jobs.max(1) {
+                scope.spawn(move || {
+                    stay_on(number);
+                    work();
+                });
             }
         });
         self.findings(

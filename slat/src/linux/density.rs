@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead, BufReader};
 use std::process::Child;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,8 +28,11 @@ const ANSWERS: usize = 8;
 const MOST: usize = 8;
 /// Host memory that must stay free.
 const RESERVE: Bytes = Bytes::mib(256);
-/// How long to wait for a guest, by the host's own clock.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// How long to wait for enough answers, by the host's own clock: ten times what the slowest step took.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Guests that may be replaced. QEMU's emulation of SVM now and then interrupts a guest that holds interrupts
+/// back; one whose kernel held a lock then waits for itself for ever.
+const REPLACEMENTS: usize = 4;
 
 /// Answers with a number of guests.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +52,12 @@ pub struct Density {
     pub sessions: usize,
     /// What stopped it.
     pub ended_by: String,
+    /// Guests that hung and were replaced.
+    #[serde(default)]
+    pub replaced: usize,
+    /// Whether too many hung, so that it is not known how many sessions would fit.
+    #[serde(default)]
+    pub unsettled: bool,
     /// Each number of guests.
     pub steps: Vec<Step>,
 }
@@ -59,38 +68,64 @@ struct Answer {
     took: Option<Duration>,
 }
 
-struct Running(Vec<Child>);
+/// A guest with its session; killed when dropped.
+struct Session {
+    guest: usize,
+    child: Option<Child>,
+    /// Its first answer still pays for what comes in the first time.
+    fresh: bool,
+}
 
-impl Drop for Running {
+impl Drop for Session {
     fn drop(&mut self) {
-        for guest in &mut self.0 {
+        if let Some(child) = &mut self.child {
             // One that has ended by itself can't be killed; that is all the same here.
-            let _ = guest.kill();
-            let _ = guest.wait();
+            let _ = child.kill();
+            let _ = child.wait();
         }
     }
+}
+
+fn start(guest: usize, sender: &Sender<Answer>) -> io::Result<Session> {
+    let mut child = super::start(MEMORY, false, &["sessions"])?;
+    let output = child.stdout.take().ok_or_else(|| super::unfinished("has no pipe"))?;
+    follow(guest, BufReader::new(output), sender.clone());
+    Ok(Session { guest, child: Some(child), fresh: true })
 }
 
 /// Adds guests until one too many is there.
 ///
 /// # Errors
-/// Where a guest can't be started or does not come up.
+/// Where a guest can't be started.
 pub fn density() -> io::Result<Density> {
-    let mut running = Running(Vec::new());
     let (sender, receiver) = channel();
+    let mut sessions: Vec<Session> = Vec::new();
     let mut steps: Vec<Step> = Vec::new();
+    let mut started = 0;
+    let mut unsettled = false;
     let ended_by = loop {
-        if running.0.len() == MOST {
+        if steps.len() == MOST {
             break format!("{MOST} guests, as many as were to be started");
         }
         if available_memory().is_some_and(|free| free < RESERVE) {
             break format!("less than {RESERVE} of the host's memory left");
         }
-        let mut guest = super::start(MEMORY, false, &["sessions"])?;
-        let output = guest.stdout.take().ok_or_else(|| super::unfinished("has no pipe"))?;
-        follow(running.0.len(), BufReader::new(output), sender.clone());
-        running.0.push(guest);
-        let step = step(&receiver, running.0.len())?;
+        while sessions.len() <= steps.len() {
+            sessions.push(start(started, &sender)?);
+            started += 1;
+        }
+        let step = match step(&receiver, &mut sessions, PATIENCE) {
+            Ok(step) => step,
+            Err(silent) if started - sessions.len() < REPLACEMENTS => {
+                eprintln!("{} of {} guests hang: replaced", silent.len(), sessions.len());
+                sessions.retain(|session| !silent.contains(&session.guest));
+                continue;
+            }
+            Err(_) => {
+                unsettled = true;
+                break "guests that hang, which is the emulation's doing".into();
+            }
+        };
         eprintln!("{} guests: {:.1} ms, p95 {:.1} ms", step.guests, step.median, step.p95);
         steps.push(step);
         if step.p95 > LATEST.as_secs_f64() * 1e3 {
@@ -98,8 +133,8 @@ pub fn density() -> io::Result<Density> {
         }
     };
     let in_time = |step: &&Step| step.p95 <= LATEST.as_secs_f64() * 1e3;
-    let sessions = steps.iter().filter(in_time).map(|step| step.guests).max().unwrap_or(0);
-    Ok(Density { sessions, ended_by, steps })
+    let most = steps.iter().filter(in_time).map(|step| step.guests).max().unwrap_or(0);
+    Ok(Density { sessions: most, ended_by, replaced: started - sessions.len(), unsettled, steps })
 }
 
 /// Reads a guest's notes on a thread of its own, until it ends.
@@ -117,50 +152,77 @@ fn follow(guest: usize, output: impl BufRead + Send + 'static, sender: Sender<An
     });
 }
 
-/// Waits for the newest guest's first sign, then for enough answers of all.
-fn step(receiver: &Receiver<Answer>, guests: usize) -> io::Result<Step> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut newest = false;
-    let mut answers: Vec<Vec<f64>> = vec![Vec::new(); guests];
-    while !newest || answers.iter().any(|of| of.len() < ANSWERS) {
+/// Waits until no guest is fresh, then for enough answers of all.
+///
+/// # Errors
+/// The guests that were silent for too long.
+fn step(
+    receiver: &Receiver<Answer>,
+    sessions: &mut [Session],
+    patience: Duration,
+) -> Result<Step, Vec<usize>> {
+    let deadline = Instant::now() + patience;
+    let mut answers: Vec<Vec<f64>> = vec![Vec::new(); sessions.len()];
+    let mut heard = Vec::new();
+    while sessions.iter().any(|s| s.fresh) || answers.iter().any(|of| of.len() < ANSWERS) {
         let left = deadline.saturating_duration_since(Instant::now());
-        let answer = receiver.recv_timeout(left).map_err(|error| match error {
-            RecvTimeoutError::Timeout => super::unfinished(format!("did not answer within {PATIENCE:?}")),
-            RecvTimeoutError::Disconnected => super::unfinished("has gone"),
-        })?;
-        // Its first answer still pays for what comes in the first time.
-        let first = answer.guest + 1 == guests && !newest;
-        newest |= first && answer.took.is_some();
-        if let (Some(took), Some(of), true, false) =
-            (answer.took, answers.get_mut(answer.guest), newest, first)
-        {
-            of.push(took.as_secs_f64() * 1e3);
+        let Ok(answer) = receiver.recv_timeout(left) else {
+            let guests = sessions.iter().map(|session| session.guest);
+            return Err(guests.filter(|guest| !heard.contains(guest)).collect());
+        };
+        let all_settled = sessions.iter().all(|session| !session.fresh);
+        // What a guest said before it was replaced counts for nobody.
+        let found = sessions.iter_mut().zip(&mut answers).find(|(session, _)| session.guest == answer.guest);
+        let (Some((session, of)), Some(took)) = (found, answer.took) else { continue };
+        heard.push(session.guest);
+        match (session.fresh, all_settled) {
+            (true, _) => session.fresh = false,
+            (false, true) => of.push(took.as_secs_f64() * 1e3),
+            (false, false) => {}
         }
     }
     let mut all: Vec<f64> = answers.into_iter().flatten().collect();
     all.sort_by(f64::total_cmp);
     let at = |share: f64| all.get((all.len() as f64 * share) as usize).or(all.last()).copied().unwrap_or(0.0);
-    Ok(Step { guests, median: at(0.5), p95: at(0.95) })
+    Ok(Step { guests: sessions.len(), median: at(0.5), p95: at(0.95) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn session(guest: usize, fresh: bool) -> Session {
+        Session { guest, child: None, fresh }
+    }
+
     #[test]
     fn a_step_waits_for_the_newest_and_counts_all() {
         let (sender, receiver) = channel();
         let answer = |guest, took| sender.send(Answer { guest, took: Some(Duration::from_millis(took)) });
-        // Before the newest has answered once, nothing counts.
+        // Before the newest has answered once, nothing counts; nor does one that is gone.
         answer(0, 900).expect("sent");
         sender.send(Answer { guest: 1, took: None }).expect("sent");
+        answer(7, 700).expect("sent");
         answer(1, 800).expect("sent");
         for took in 1..=ANSWERS as u64 {
             answer(0, took).expect("sent");
             answer(1, took * 10).expect("sent");
         }
-        let step = step(&receiver, 2).expect("enough");
+        let mut sessions = [session(0, false), session(1, true)];
+        let step = step(&receiver, &mut sessions, PATIENCE).expect("enough");
         assert_eq!((step.guests, step.p95), (2, 80.0));
         assert!(step.median > 7.0 && step.median < 11.0, "{step:?}");
+        assert!(!sessions[1].fresh);
+    }
+
+    #[test]
+    fn those_that_are_silent_are_named() {
+        let (sender, receiver) = channel();
+        sender.send(Answer { guest: 3, took: Some(Duration::from_millis(1)) }).expect("sent");
+        sender.send(Answer { guest: 4, took: None }).expect("sent");
+        let mut sessions = [session(3, false), session(4, true)];
+        // Both answers are there already: no patience is needed to read them.
+        let silent = step(&receiver, &mut sessions, Duration::from_millis(100)).err();
+        assert_eq!(silent, Some(vec![4]), "a guest that has booted has not answered");
     }
 }
