@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use balloon::units::Bytes;
 use rustix::thread::sched_setaffinity;
 use slat::lab::archive::Archive;
-use slat::lab::emulator::{Ended, Machine, PROGRAM, wait};
+use slat::lab::emulator::{Ended, Kind, Machine, PROGRAM, wait};
 
 use crate::archive;
 use crate::artifacts::{self, BALLAST_INSIDE};
@@ -236,7 +236,8 @@ impl Emulator {
     }
 
     fn command(&self, initrd: &Path, directory: &Path) -> Result<Command> {
-        let machine = Machine { cpus: self.cpus, memory: self.memory, deterministic: self.deterministic };
+        let kind = if self.deterministic { Kind::Counted } else { Kind::Emulated };
+        let machine = Machine { cpus: self.cpus, memory: self.memory, kind };
         let mut qemu = machine.command(&Kernel::V6_1.bzimage()?, initrd, "");
         let signal = if self.terminal == Terminal::Interactive { "off" } else { "on" };
         let place = directory.display();

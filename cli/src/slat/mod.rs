@@ -1,5 +1,6 @@
 //! `ballast slat`.
 
+mod lab;
 mod reload;
 mod walk;
 
@@ -10,8 +11,7 @@ use std::time::Duration;
 use balloon::units::Bytes;
 use clap::{Subcommand, ValueEnum};
 use slat::claims::claims;
-use slat::lab::{self, inside};
-use slat::linux::{self, Guests, doorbell};
+use slat::linux::{self, doorbell};
 use slat::payload::Payload;
 use slat::payload::memory::Backing;
 use slat::probe::{self, Verdict};
@@ -43,15 +43,14 @@ enum Command {
     Walk(walk::Args),
     /// Run payloads in a micro-VM, and natively where they can
     Run(RunArgs),
-    /// Run with SLAT on and off in throw-away emulated hosts
-    Lab(LabArgs),
+    Lab(lab::Args),
     /// Hold every claim about SLAT against figures of `run` and `lab`
     Report(ReportArgs),
     /// Set two runs of different hosts or settings side by side
     Compare(CompareArgs),
     /// Be the first process of an emulated host
     #[command(hide = true)]
-    Inside(InsideArgs),
+    Inside(lab::InsideArgs),
     /// Be the first process of a Linux guest
     #[command(hide = true)]
     Guest(GuestArgs),
@@ -215,32 +214,6 @@ struct RunArgs {
 }
 
 #[derive(clap::Args)]
-struct LabArgs {
-    /// Directory with `boot` and `lib/modules` of a kernel that has kvm-amd
-    #[arg(long, default_value = "/")]
-    kernel_root: PathBuf,
-    /// Do everything twice and fail where the counts differ
-    #[arg(long)]
-    twice: bool,
-    /// Also add Linux guests until they answer too late
-    #[arg(long)]
-    density: bool,
-    /// Emulated hosts at a time, each of which keeps a processor busy; as many as there are processors, and two
-    /// at most, where it is not given
-    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
-    jobs: Option<u8>,
-    /// Minutes one emulated host may take
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
-    limit: u64,
-    /// Write the result to this file
-    #[arg(long)]
-    output: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(clap::Args)]
 struct ReportArgs {
     /// What `run --output` and `lab --output` wrote
     #[arg(required = true)]
@@ -267,45 +240,6 @@ struct CompareArgs {
     json: bool,
 }
 
-#[derive(clap::Args)]
-struct InsideArgs {
-    /// Load KVM with nested paging
-    #[arg(long)]
-    nested_paging: bool,
-    /// The clock counts instructions
-    #[arg(long)]
-    instructions: bool,
-    #[arg(long, default_value = "lab")]
-    set: Set,
-    /// Load KVM with the MMU that also does shadow paging
-    #[arg(long)]
-    no_tdp_mmu: bool,
-    /// What Linux guests do
-    #[arg(long, default_value = "none")]
-    guests: GuestsArg,
-    /// Words of the kernel's command line: it hands those that it doesn't know to its first process
-    words: Vec<String>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum GuestsArg {
-    None,
-    Workloads,
-    Reasons,
-    Density,
-}
-
-impl GuestsArg {
-    fn guests(self) -> Guests {
-        match self {
-            Self::None => Guests::None,
-            Self::Workloads => Guests::Workloads,
-            Self::Reasons => Guests::Reasons,
-            Self::Density => Guests::Density,
-        }
-    }
-}
-
 fn payload(name: &str) -> Result<Payload, String> {
     Payload::ALL.into_iter().chain([Payload::Hang]).find(|p| p.name() == name).ok_or_else(|| {
         let names: Vec<_> = Payload::ALL.iter().map(|p| p.name()).collect();
@@ -319,7 +253,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Walk(args) => walk::run(args),
         Command::Run(args) if args.reload_module => reload::run(args),
         Command::Run(args) => measure(args),
-        Command::Lab(args) => in_lab(args),
+        Command::Lab(args) => lab::run(args),
         Command::Report(args) => tell(args),
         Command::Compare(args) => compare(args),
         Command::Guest(args) => linux::guest::guest(&args.words).map_err(Failure::new),
@@ -333,24 +267,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             };
             doorbell::run(&guest).map_err(Failure::new)
         }
-        Command::Inside(args) => {
-            // The host's memory can be asked for only once its file systems are there.
-            let plan = || Plan {
-                setups: setups(args.set),
-                passes: 1,
-                rounds: 3,
-                limit: Duration::from_secs(600),
-                clock: if args.instructions { Clock::Instructions } else { Clock::Emulated },
-                reasons: false,
-            };
-            let job = inside::Job {
-                plan,
-                nested_paging: args.nested_paging,
-                tdp_mmu: !args.no_tdp_mmu,
-                guests: args.guests.guests(),
-            };
-            inside::main(job).map_err(Failure::new)
-        }
+        Command::Inside(args) => lab::inside(args),
     }
 }
 
@@ -448,46 +365,6 @@ fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Fai
     let Some(path) = path else { return Ok(()) };
     let text = serde_json::to_string_pretty(value).map_err(Failure::new)?;
     fs::write(path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
-}
-
-fn in_lab(args: &LabArgs) -> Result<(), Failure> {
-    writable(args.output.as_ref())?;
-    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let visit = lab::Visit {
-        twice: args.twice,
-        density: args.density,
-        limit: Duration::from_secs(args.limit * 60),
-        jobs: args.jobs.map_or(processors.min(2), usize::from),
-    };
-    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
-    let result = result.map_err(|error| match error {
-        lab::Error::Interrupted => Failure::stopped(error),
-        error => Failure::new(error),
-    })?;
-    let saved = save(args.output.as_ref(), &result);
-    if args.json {
-        output::json(&result)?;
-    } else {
-        let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "NOTE"];
-        output::text(&table::render(head, &result.rows()))?;
-        let head = ["LINUX GUEST", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "OFF/ON"];
-        output::text(&format!("\n{}", table::render(head, &result.linux_rows())))?;
-        for why in result.failures() {
-            output::text(&format!("{why}\n"))?;
-        }
-    }
-    saved?;
-    if let Some(difference) = result.difference {
-        return Err(Failure::new(difference));
-    }
-    if result.interrupted {
-        return Err(Failure::stopped("stopped; what was found by then is kept"));
-    }
-    match result.missing.first() {
-        Some(_) => Err(Failure::new("not all emulated hosts gave a result: see above")),
-        None => Ok(()),
-    }
 }
 
 fn tell(args: &ReportArgs) -> Result<(), Failure> {

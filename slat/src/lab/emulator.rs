@@ -20,12 +20,23 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// An emulated PC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Machine {
-    /// Processors. A deterministic machine has one.
+    /// Processors. A counted machine has one.
     pub cpus: usize,
     /// Memory.
     pub memory: Bytes,
-    /// Counts instructions as time and draws no randomness: two runs are the same to the bit.
-    pub deterministic: bool,
+    /// What its processors are.
+    pub kind: Kind,
+}
+
+/// What runs a machine's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The emulator, as fast as it can.
+    Emulated,
+    /// The emulator, which counts instructions as time and draws no randomness: two runs are the same to the bit.
+    Counted,
+    /// This host's processor, by its KVM: the machine nests.
+    Nested,
 }
 
 impl Machine {
@@ -39,18 +50,24 @@ impl Machine {
         let mut qemu = Command::new(PROGRAM);
         // QEMU 7.2 with one thread for each processor delivers interrupts between processors at
         // moments at which SVM holds them back: hosts oops in KVM's entry code, guests triple-fault.
-        let accelerator = if self.cpus > 1 { "tcg,thread=single" } else { "tcg" };
+        let accelerator = match self.kind {
+            Kind::Nested => "kvm",
+            _ if self.cpus > 1 => "tcg,thread=single",
+            _ => "tcg",
+        };
         qemu.args(["-M", "q35", "-accel", accelerator, "-nodefaults", "-no-user-config", "-display", "none"]);
         qemu.args(["-no-reboot", "-smp", &self.cpus.to_string(), "-m", &format!("{}M", self.memory.0 >> 20)]);
-        if self.deterministic {
-            qemu.args(["-cpu", &format!("{PROCESSOR},-rdrand")]);
-            qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"]);
-            qemu.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
-            append += " norandmaps random.trust_cpu=off";
-            last = " nokaslr";
-        } else {
-            qemu.args(["-cpu", PROCESSOR]);
-        }
+        match self.kind {
+            Kind::Emulated => qemu.args(["-cpu", PROCESSOR]),
+            Kind::Nested => qemu.args(["-cpu", "host"]),
+            Kind::Counted => {
+                append += " norandmaps random.trust_cpu=off";
+                last = " nokaslr";
+                qemu.args(["-cpu", &format!("{PROCESSOR},-rdrand")]);
+                qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"]);
+                qemu.args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"])
+            }
+        };
         qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
         qemu.args(["-append", &format!("{append}{line}{last}")]);
         let die_with_us = || {
@@ -110,15 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn a_deterministic_machine_has_no_clock_and_no_chance_of_its_own() {
-        let machine = Machine { cpus: 1, memory: Bytes::gib(2), deterministic: true };
+    fn a_counted_machine_has_no_clock_and_no_chance_of_its_own() {
+        let machine = Machine { cpus: 1, memory: Bytes::gib(2), kind: Kind::Counted };
         let counted = words(&machine.command(Path::new("k"), Path::new("i"), " more"));
         for word in ["-icount", "clock=vm", "-rdrand", "norandmaps", "-m 2048M", "more"] {
             assert!(counted.contains(word), "{word}: {counted}");
         }
-        let timed = Machine { cpus: 4, deterministic: false, ..machine };
+        let timed = Machine { cpus: 4, kind: Kind::Emulated, ..machine };
         let timed = words(&timed.command(Path::new("k"), Path::new("i"), ""));
         assert!(timed.contains("thread=single") && !timed.contains("icount"), "{timed}");
+        let nested = Machine { cpus: 4, kind: Kind::Nested, ..machine };
+        let nested = words(&nested.command(Path::new("k"), Path::new("i"), ""));
+        assert!(nested.contains("-accel kvm") && nested.contains("-cpu host"), "{nested}");
     }
 
     #[test]

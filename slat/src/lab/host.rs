@@ -8,12 +8,12 @@ use std::time::Duration;
 use balloon::units::Bytes;
 
 use super::archive::Archive;
-use super::emulator::{Ended, Machine, wait};
-use super::{Error, Kernel, MODULE_FILES, files, inside};
+use super::emulator::{Ended, Kind, Machine, wait};
+use super::{Error, Kernel, files, inside};
 use crate::linux;
 use crate::run::Run;
 
-/// Emulated CPUs, all of them on one thread: exits are exact, and time says nothing of contention.
+/// CPUs of the scaling series. Emulated ones share a thread: exits are exact, and time says nothing of contention.
 const SCALING_CPUS: usize = 4;
 
 /// How an emulated host's KVM translates a guest's addresses.
@@ -49,6 +49,8 @@ pub enum Errand {
     Density,
     /// Page-table work on more and more vCPUs, and a Linux guest's exits by reason; in emulated time.
     Scale,
+    /// Every payload and a Linux guest's workloads in real time, in a nested host.
+    Time,
 }
 
 impl Errand {
@@ -58,6 +60,7 @@ impl Errand {
             Self::Memory => "memory",
             Self::Density => "density",
             Self::Scale => "vCPUs and reasons",
+            Self::Time => "time",
         }
     }
 
@@ -68,12 +71,13 @@ impl Errand {
             Self::Memory => ["memory", "none"],
             Self::Density => ["guests", "density"],
             Self::Scale => ["scaling", "reasons"],
+            Self::Time => ["full", "workloads"],
         }
     }
 
     /// Whether the clock counts instructions.
     const fn is_counted(self) -> bool {
-        !matches!(self, Self::Scale)
+        !matches!(self, Self::Scale | Self::Time)
     }
 }
 
@@ -106,8 +110,13 @@ impl Host {
     }
 
     fn machine(&self) -> Machine {
-        let deterministic = self.errand.is_counted();
-        Machine { cpus: if deterministic { 1 } else { SCALING_CPUS }, memory: Bytes::gib(2), deterministic }
+        let (cpus, memory, kind) = match self.errand {
+            Errand::Count | Errand::Memory | Errand::Density => (1, Bytes::gib(2), Kind::Counted),
+            Errand::Scale => (SCALING_CPUS, Bytes::gib(2), Kind::Emulated),
+            // A quarter of it is room for the chase over 1 GiB.
+            Errand::Time => (SCALING_CPUS, Bytes::gib(5), Kind::Nested),
+        };
+        Machine { cpus, memory, kind }
     }
 
     /// What it does, for progress.
@@ -156,7 +165,7 @@ fn image(kernel: &Kernel, linux: bool) -> Result<Vec<u8>, Error> {
     let this = std::env::current_exe().map_err(files("this program's own file"))?;
     let this = fs::read(&this).map_err(files(this.display().to_string()))?;
     let mut parts = vec![];
-    for (number, module) in MODULE_FILES.iter().enumerate() {
+    for (number, module) in kernel.modules().iter().enumerate() {
         let path = kernel.modules.join(module);
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         parts.push((format!("/{}/{number}-{name}", inside::MODULES), path));

@@ -68,6 +68,13 @@ fn load_all(nested_paging: bool, tdp_mmu: bool) -> io::Result<()> {
         let parameters = match (name.contains("kvm-amd"), nested_paging) {
             (true, true) => "npt=1",
             (true, false) => "npt=0",
+            _ if name.contains("kvm-intel") => {
+                if nested_paging {
+                    "ept=1"
+                } else {
+                    "ept=0"
+                }
+            }
             _ if name.ends_with("kvm.ko") && !tdp_mmu => "tdp_mmu=0",
             _ => "",
         };

@@ -10,6 +10,7 @@ pub mod emulator;
 pub mod findings;
 pub mod host;
 pub mod inside;
+pub mod nested;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -26,9 +27,12 @@ use findings::difference;
 pub use findings::{Findings, Pair};
 use host::{Errand, Host, Paging};
 
-/// Modules of an emulated host, in the order of loading.
-const MODULE_FILES: [&str; 3] =
-    ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko", "kernel/arch/x86/kvm/kvm-amd.ko"];
+/// Modules of every host, in the order of loading.
+const MODULE_FILES: [&str; 2] = ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko"];
+/// The module of an emulated processor, and of a nested host on AMD's.
+const AMD: &str = "kernel/arch/x86/kvm/kvm-amd.ko";
+/// The module of a nested host on Intel's processors.
+const INTEL: &str = "kernel/arch/x86/kvm/kvm-intel.ko";
 
 /// Why the lab gave nothing.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +72,8 @@ fn files(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
 pub struct Kernel {
     image: PathBuf,
     modules: PathBuf,
+    /// The module for the processor, below `modules`.
+    module: &'static str,
 }
 
 impl Kernel {
@@ -88,9 +94,16 @@ impl Kernel {
             .map(|release| Self {
                 image: root.join("boot").join(format!("vmlinuz-{release}")),
                 modules: root.join("lib/modules").join(release),
+                module: AMD,
             })
-            .find(|k| k.image.is_file() && MODULE_FILES.iter().all(|m| k.modules.join(m).is_file()))
+            .find(|k| k.image.is_file() && k.modules().iter().all(|m| k.modules.join(m).is_file()))
             .ok_or_else(none)
+    }
+
+    /// The modules of a host that boots it, in the order of loading.
+    fn modules(&self) -> [&'static str; 3] {
+        let [first, second] = MODULE_FILES;
+        [first, second, self.module]
     }
 }
 
@@ -295,7 +308,7 @@ mod tests {
         let root = tempfile::tempdir().expect("a directory");
         assert!(matches!(Kernel::find(root.path()), Err(Error::NoKernel(_))));
         for release in ["6.12.1+deb12-cloud-amd64", "6.1.0-9-cloud-amd64", "5.0.0-amd64"] {
-            for module in MODULE_FILES {
+            for module in [MODULE_FILES[0], MODULE_FILES[1], AMD] {
                 let path = root.path().join("lib/modules").join(release).join(module);
                 fs::create_dir_all(path.parent().expect("a parent")).expect("directories");
                 fs::write(path, "").expect("a file");

@@ -1,0 +1,183 @@
+//! `ballast slat lab`, and what runs in its hosts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use slat::lab::{self, Visit, inside, nested::Nested};
+use slat::linux::Guests;
+use slat::report::side_by_side;
+use slat::run::{Clock, Plan};
+use slat::{host, interrupt, probe};
+
+use super::{Set, save, setups, writable};
+use crate::failure::Failure;
+use crate::{output, table};
+
+/// Run with SLAT on and off in throw-away hosts: emulated ones, or with --nested in VMs of this host
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  ballast slat lab --output lab.json                       # about ten minutes on two processors
+  ballast slat lab --twice --density --output lab.json     # about half an hour
+  ballast slat lab --nested --output nested.json           # real time, where this host can nest
+")]
+pub struct Args {
+    /// Directory with `boot` and `lib/modules` of a kernel with kvm-amd or kvm-intel
+    #[arg(long, default_value = "/")]
+    kernel_root: PathBuf,
+    /// Measure time, in VMs of this host that are hosts themselves: takes SLAT and nested virtualisation here
+    ///
+    /// With --output NAME.json it writes NAME.slat-on.json and NAME.slat-off.json, for `report` and `compare`.
+    #[arg(long, conflicts_with_all = ["twice", "density", "jobs"])]
+    nested: bool,
+    /// Do everything twice and fail where the counts differ
+    #[arg(long)]
+    twice: bool,
+    /// Also add Linux guests until they answer too late
+    #[arg(long)]
+    density: bool,
+    /// Emulated hosts at a time, each of which keeps a processor busy; as many as there are processors, and two
+    /// at most, where it is not given
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    jobs: Option<u8>,
+    /// Minutes one emulated host may take
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+    limit: u64,
+    /// Write the result to this file
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Visits the lab.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    if args.nested {
+        return nested(args);
+    }
+    writable(args.output.as_ref())?;
+    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let visit = Visit {
+        twice: args.twice,
+        density: args.density,
+        limit: Duration::from_secs(args.limit * 60),
+        jobs: args.jobs.map_or(processors.min(2), usize::from),
+    };
+    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
+    let result = result.map_err(|error| match error {
+        lab::Error::Interrupted => Failure::stopped(error),
+        error => Failure::new(error),
+    })?;
+    let saved = save(args.output.as_ref(), &result);
+    if args.json {
+        output::json(&result)?;
+    } else {
+        let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "NOTE"];
+        output::text(&table::render(head, &result.rows()))?;
+        let head = ["LINUX GUEST", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "OFF/ON"];
+        output::text(&format!("\n{}", table::render(head, &result.linux_rows())))?;
+        for why in result.failures() {
+            output::text(&format!("{why}\n"))?;
+        }
+    }
+    saved?;
+    if let Some(difference) = result.difference {
+        return Err(Failure::new(difference));
+    }
+    if result.interrupted {
+        return Err(Failure::stopped("stopped; what was found by then is kept"));
+    }
+    match result.missing.first() {
+        Some(_) => Err(Failure::new("not all emulated hosts gave a result: see above")),
+        None => Ok(()),
+    }
+}
+
+/// SLAT on and off in nested hosts, set side by side.
+fn nested(args: &Args) -> Result<(), Failure> {
+    writable(args.output.as_ref())?;
+    let nested = Nested::find(&probe::probe()).map_err(Failure::host_cannot)?;
+    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
+    let limit = Duration::from_secs(args.limit * 60);
+    let result = nested.run(&kernel, limit, interrupt::flag(), |what| eprintln!("{what}"));
+    let pair = result.map_err(|error| match error {
+        lab::Error::Interrupted => Failure::stopped(error),
+        error => Failure::new(error),
+    })?;
+    let file = |name: &str| args.output.as_ref().map(|path| path.with_extension(format!("{name}.json")));
+    save(file("slat-on").as_ref(), &pair.on)?;
+    save(file("slat-off").as_ref(), &pair.off)?;
+    let rows = side_by_side(&pair.on, &pair.off);
+    if args.json {
+        return output::json(&rows);
+    }
+    let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "TIME ON", "OFF", "OFF IS"];
+    output::text(&format!("{}\n{}", pair.on.heading(), table::render(head, &rows)))
+}
+
+#[derive(clap::Args)]
+pub struct InsideArgs {
+    /// Load KVM with nested paging
+    #[arg(long)]
+    nested_paging: bool,
+    /// The clock counts instructions
+    #[arg(long)]
+    instructions: bool,
+    #[arg(long, default_value = "lab")]
+    set: Set,
+    /// Load KVM with the MMU that also does shadow paging
+    #[arg(long)]
+    no_tdp_mmu: bool,
+    /// What Linux guests do
+    #[arg(long, default_value = "none")]
+    guests: GuestsArg,
+    /// Words of the kernel's command line: it hands those that it doesn't know to its first process
+    words: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum GuestsArg {
+    None,
+    Workloads,
+    Reasons,
+    Density,
+}
+
+impl GuestsArg {
+    fn guests(self) -> Guests {
+        match self {
+            Self::None => Guests::None,
+            Self::Workloads => Guests::Workloads,
+            Self::Reasons => Guests::Reasons,
+            Self::Density => Guests::Density,
+        }
+    }
+}
+
+/// What the first process of a host of the lab does.
+pub fn inside(args: &InsideArgs) -> Result<(), Failure> {
+    let clock = match (args.instructions, host::is_emulated()) {
+        (true, _) => Clock::Instructions,
+        (false, true) => Clock::Emulated,
+        (false, false) => Clock::Time,
+    };
+    // The host's memory can be asked for only once its file systems are there.
+    let plan = || Plan {
+        setups: setups(args.set),
+        passes: 1,
+        rounds: 3,
+        limit: Duration::from_secs(600),
+        clock,
+        reasons: false,
+    };
+    let job = inside::Job {
+        plan,
+        nested_paging: args.nested_paging,
+        tdp_mmu: !args.no_tdp_mmu,
+        guests: args.guests.guests(),
+    };
+    inside::main(job).map_err(Failure::new)
+}
