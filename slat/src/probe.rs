@@ -94,7 +94,11 @@ pub struct Probe {
 /// # Errors
 /// A sentence for the user.
 pub fn open_kvm() -> Result<Kvm, String> {
-    Kvm::new().map_err(|error| match error.errno() {
+    Kvm::new().map_err(why_closed)
+}
+
+fn why_closed(error: kvm_ioctls::Error) -> String {
+    match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => {
             "there is no /dev/kvm: load kvm_intel or kvm_amd, or switch virtualisation on in the firmware \
              (under another hypervisor: nested virtualisation)"
@@ -104,7 +108,7 @@ pub fn open_kvm() -> Result<Kvm, String> {
             "no permission to open /dev/kvm: join the group `kvm`, or run as root".into()
         }
         _ => format!("/dev/kvm cannot be opened: {error}"),
-    })
+    }
 }
 
 fn behave(kvm: &Kvm) -> Result<Behaviour, Failure> {
@@ -218,6 +222,18 @@ mod tests {
         // Emulated SVM without saved next RIP: KVM emulates the mov cr3 itself.
         assert_eq!(host(1.0, Some(1.0)), Verdict::ShadowPaging);
         assert_eq!(host(0.02, Some(8.5)), Verdict::EmulatedRing0);
+    }
+
+    #[test]
+    fn a_closed_door_has_a_sentence() {
+        for (errno, word) in [
+            (libc::ENOENT, "there is no /dev/kvm"),
+            (libc::EACCES, "group `kvm`"),
+            (libc::EIO, "cannot be opened"),
+        ] {
+            let why = why_closed(kvm_ioctls::Error::new(errno));
+            assert!(why.contains(word), "{why}");
+        }
     }
 
     #[test]

@@ -1,0 +1,114 @@
+//! `ballast slat` as a user meets it, on whatever host runs the test.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+fn slat(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ballast"));
+    command.arg("slat").args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    slat(arguments).output().expect("ballast can be run")
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn read(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).expect("written")).expect("JSON")
+}
+
+#[test]
+fn wishes_that_no_host_fulfils_are_refused_before_anything_runs() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("run.json");
+    let file = file.to_str().expect("a name");
+    for (wish, word) in [
+        (&["--payload", "chase", "--data", "3M"][..], "multiple of 2 MiB"),
+        (&["--payload", "chase", "--data", "1000G"], "64 GiB"),
+        (&["--payload", "churn", "--vcpus", "99"], "1 to 16"),
+        (&["--payload", "churn", "--operations", "0"], "no operations"),
+        (&["--payload", "chase", "--set", "scaling"], "nothing to run"),
+        (&["--payload", "nonsense"], "no payload of this name"),
+        (&["--passes", "0"], "--passes"),
+    ] {
+        let output = run(&[&["run", "--output", file], wish].concat());
+        assert_eq!(output.status.code(), Some(2), "{wish:?}: {output:?}");
+        assert!(said(&output).contains(word), "{wish:?}: {}", said(&output));
+        assert!(!said(&output).contains("pass 1"), "{wish:?}: {}", said(&output));
+        assert!(!Path::new(file).exists(), "{wish:?}");
+    }
+    for command in [&["run", "--payload", "chase"][..], &["lab"]] {
+        let output = run(&[command, &["--output", "/no/such/directory/x.json"]].concat());
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert!(said(&output).contains("nothing was run"), "{}", said(&output));
+    }
+}
+
+#[test]
+fn files_and_kernels_that_are_not_there_are_named() {
+    for (arguments, word) in [
+        (&["report", "/no/such.json"][..], "/no/such.json"),
+        (&["compare", "/no/such.json", "/etc/passwd"], "/no/such.json"),
+        (&["report", "/etc/passwd"], "/etc/passwd is neither"),
+        (&["lab", "--kernel-root", "/no/such/root"], "/no/such/root"),
+    ] {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(said(&output).contains(word), "{}", said(&output));
+    }
+}
+
+#[test]
+fn a_payload_that_hangs_is_stopped_and_named() {
+    let output = run(&["run", "--payload", "hang", "--limit", "1", "--passes", "1"]);
+    match output.status.code() {
+        Some(1) => assert!(said(&output).contains("did not finish within 1 s: hang"), "{}", said(&output)),
+        Some(3) => println!("not run: {}", said(&output)),
+        _ => panic!("{output:?}"),
+    }
+}
+
+#[test]
+fn ctrl_c_keeps_what_was_measured() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("run.json");
+    let mut command = slat(&["run", "--payload", "chase", "--passes", "100", "--rounds", "2", "--output"]);
+    let mut child = command.arg(&file).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it runs");
+    let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines().map_while(Result::ok);
+    // By the second pass each setup has had its turn.
+    lines.find(|line| line.starts_with("pass 2 of 100")).expect("the second pass");
+    kill_process(Pid::from_child(&child), Signal::INT).expect("it lives");
+    let rest: Vec<_> = lines.collect();
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.code(), Some(130), "{rest:?}");
+    assert!(rest.iter().any(|line| line.contains("stopped")), "{rest:?}");
+    let run = read(&file);
+    assert_eq!(run["interrupted"], true);
+    let natively = &run["measurements"][0];
+    assert_eq!(natively["setup"]["place"], "native");
+    let samples = natively["time"]["value"]["samples"].as_u64().expect("measured");
+    assert!((2..200).contains(&samples), "{samples}");
+    // And the report takes it.
+    let report = slat(&["report"]).arg(&file).output().expect("ballast can be run");
+    assert!(report.status.success(), "{report:?}");
+    assert!(String::from_utf8_lossy(&report.stdout).contains("C10"), "{report:?}");
+}
+
+#[test]
+fn nesting_is_refused_where_it_can_not_be_or_asks_for_a_kernel() {
+    let output = run(&["lab", "--nested", "--kernel-root", "/no/such/root"]);
+    match output.status.code() {
+        Some(3) => assert!(said(&output).len() > 40, "{}", said(&output)),
+        Some(1) => assert!(said(&output).contains("/no/such/root"), "{}", said(&output)),
+        _ => panic!("{output:?}"),
+    }
+}
