@@ -232,7 +232,7 @@ fn density(pair: &Pair) -> Option<Found> {
         let steps = density.steps.iter().map(|s| format!("{}: {} ms", s.guests, short(s.p95.round())));
         steps.collect::<Vec<_>>().join(", ")
     };
-    let text = format!(
+    let mut text = format!(
         "Sessions that answered within {} ms (19 of 20; half their own work, half the kernel's), SLAT on / off: {} \
          (stopped by {}) / {} (stopped by {}). Slowest twentieth by number of guests, on {}; off {}. One processor \
          on the clock of instructions: exact, and blind to TLBs and caches.",
@@ -244,6 +244,10 @@ fn density(pair: &Pair) -> Option<Found> {
         list(on),
         list(off)
     );
+    let replaced = on.replaced + off.replaced;
+    if replaced > 0 {
+        text += &format!(" Guests that the emulation hung, and that were replaced: {replaced}.");
+    }
     let outcome = match on.sessions > off.sessions {
         // More may have fitted without.
         true if off.unsettled => Outcome::NotMeasured,

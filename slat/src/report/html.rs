@@ -30,6 +30,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid #dde2e6; }
 th { background: #f4f6f8; }
 td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n:last-child { white-space: normal; min-width: 8rem; }
 .tag { display: inline-block; border-radius: 1rem; padding: 0 .6rem; font-size: .85rem; white-space: nowrap;
        background: #e8ecef; }
 .holds { background: #d9efdc; } .partly { background: #fdf0cf; } .fails { background: #f8d9d3; }
@@ -40,7 +41,14 @@ td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
   .claims tr, .claims td { display: block; width: 100%; border: 0; padding: .1rem 0; }
   .claims tr { border-bottom: 1px solid #dde2e6; padding: .7rem 0; }
 }
-@media print { body { max-width: none; font-size: 11pt; } .scroll { overflow: visible; } }
+@media print {
+  body { max-width: none; font-size: 11pt; }
+  .scroll { overflow: visible; }
+  table { font-size: 8.5pt; }
+  th, td { padding: .25rem .35rem; }
+  td.n { white-space: normal; }
+  td.n:last-child { min-width: 0; }
+}
 ";
 
 /// Text as HTML.
@@ -299,7 +307,7 @@ fn lab_section(lab: &Findings) -> String {
     let rows = lab.linux_rows();
     if !rows.is_empty() {
         text += "<p>A stock Linux guest under <code>ballast run</code>, each workload between two turns at its \
-                 console:</p>\n";
+                 doorbell:</p>\n";
         let head = ["Linux guest", "exits, on", "off", "instructions, on", "off", "off / on"];
         text += &table(head, &rows);
     }

@@ -5,8 +5,6 @@ pub mod plot;
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
 use crate::claims::{Claim, Material, Outcome, claims};
 use crate::figure::{Comparison, compare};
 use crate::lab::Findings;
@@ -25,15 +23,14 @@ pub enum Error {
     Format(PathBuf, serde_json::Error),
     /// It is of another version.
     #[error("{0} is of version {1}, this ballast reads version {SCHEMA}: measure again")]
-    Version(PathBuf, u32),
+    Version(PathBuf, u64),
     /// It has no single run in it.
     #[error("{0} is of the lab; compare takes what `ballast slat run --output` writes")]
     NotARun(PathBuf),
 }
 
 /// A file of figures.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Input {
     /// Of the lab.
     Lab(Box<Findings>),
@@ -48,12 +45,19 @@ impl Input {
     /// Where it can't be read or is something else.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::Read(path.into(), e))?;
-        let input: Self = serde_json::from_str(&text).map_err(|e| Error::Format(path.into(), e))?;
-        let schema = match &input {
-            Self::Lab(lab) => lab.counted.on.schema,
-            Self::Run(run) => run.schema,
-        };
-        if schema == SCHEMA { Ok(input) } else { Err(Error::Version(path.into(), schema)) }
+        let format = |e| Error::Format(path.into(), e);
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(format)?;
+        let lab = value.get("counted");
+        // Told before anything else: another version has other fields.
+        let version = lab.and_then(|pair| pair.get("on")).unwrap_or(&value).get("schema");
+        match version.and_then(serde_json::Value::as_u64) {
+            Some(other) if other != u64::from(SCHEMA) => return Err(Error::Version(path.into(), other)),
+            _ => {}
+        }
+        match lab {
+            Some(_) => serde_json::from_value(value).map(Self::Lab).map_err(format),
+            None => serde_json::from_value(value).map(Self::Run).map_err(format),
+        }
     }
 
     /// Reads a file that must hold one host's run.
@@ -137,9 +141,13 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("x.json");
         assert!(matches!(Input::read(&path), Err(Error::Read(..))));
-        for text in ["", "{}", "[1]", "{\"schema\": 1}"] {
+        for text in ["", "{}", "[1]", "{\"schema\": 3}", "{\"counted\": {\"on\": {\"schema\": 3}}}"] {
             std::fs::write(&path, text).expect("written");
             assert!(matches!(Input::read(&path), Err(Error::Format(..))), "{text}");
+        }
+        for text in ["{\"schema\": 1}", "{\"counted\": {\"on\": {\"schema\": 2}}}"] {
+            std::fs::write(&path, text).expect("written");
+            assert!(matches!(Input::read(&path), Err(Error::Version(..))), "{text}");
         }
     }
 
