@@ -144,14 +144,15 @@ impl Report {
                 "  {:16} {:>9} {:>13} {:>12}",
                 "law", "all runs", "interpolated", "mean of runs"
             );
+            let largest = self.rows.iter().map(|row| row.vms).max();
             let mut served = self.served.clone();
             served.sort_by_key(|served| std::cmp::Reverse(served.capacity.most_vms));
-            text.push_str(&capacity("bound", &self.bound));
+            text.push_str(&capacity("bound", &self.bound, largest));
             for Served { law, capacity: own } in served {
-                text.push_str(&capacity(law.title(), &own));
+                text.push_str(&capacity(law.title(), &own, largest));
             }
             text.push_str(
-                "Bound: no law that keeps the budget can serve more, even if it knew the future.\n",
+                "Bound: no law that keeps the budget can serve more, even if it knew the future; +: or more than was tried.\n",
             );
         }
         let _ = writeln!(
@@ -185,8 +186,13 @@ impl Report {
     }
 }
 
-fn capacity(title: &str, own: &Capacity) -> String {
-    let most = own.most_vms.map_or("none".to_owned(), |vms| vms.to_string());
+/// One line. A `+` where even the largest number that was tried is served well.
+fn capacity(title: &str, own: &Capacity, largest: Option<usize>) -> String {
+    let most = match own.most_vms {
+        Some(vms) if Some(vms) == largest => format!("{vms}+"),
+        Some(vms) => vms.to_string(),
+        None => "none".to_owned(),
+    };
     let number = |vms: Option<f64>| vms.map_or("-".to_owned(), |vms| format!("{vms:.2}"));
     let (interpolated, mean) = (number(own.interpolated_vms), number(own.mean_vms));
     format!("  {title:16} {most:>9} {interpolated:>13} {mean:>12}\n")

@@ -1,0 +1,163 @@
+//! Each guard, and its twin: the same host with the guard switched off, which fails.
+//!
+//! Those that need minutes of many guests to show are in the simulator's tests.
+
+use super::*;
+
+/// Two guests: one has more than its share and gives nothing up, the other is short, a third could pay.
+fn with_a_stuck_guest(guards: Guards) -> World {
+    let mut stuck = Guest::new(1, "900M,min=128M,max=1G", Bytes::mib(150));
+    stuck.stuck = true;
+    let payer = Guest::new(2, "700M,min=128M,max=1G", Bytes::mib(150));
+    let short = Guest::new(3, "200M,min=128M,max=1G", Bytes::mib(500));
+    World::with(Bytes::mib(1800), vec![stuck, payer, short], guards)
+}
+
+#[test]
+fn a_stuck_guest_is_found_in_time_and_costs_the_others_nothing() {
+    let mut world = with_a_stuck_guest(Guards::default());
+    let mut found = None;
+    for second in 0..60 {
+        world.tick();
+        if world.guests[0].vm.standing() == Standing::Stuck && found.is_none() {
+            found = Some(second);
+            assert_eq!(world.target(0), Bytes::mib(900), "a stuck guest's target is what it has");
+        }
+    }
+    assert!(found.is_some_and(|second| second <= 8), "{found:?}");
+    assert!(world.target(2) >= Bytes::mib(580), "{}", world.target(2));
+    // It rests for a minute, then is asked again; each rest is twice as long.
+    let mut asked = 0;
+    for _ in 0..600 {
+        world.guests[1].wants = Bytes::mib(650);
+        let before = world.target(0);
+        world.tick();
+        asked += u32::from(world.target(0) < before);
+    }
+    assert!((1..=24).contains(&asked), "asked {asked} times in 10 minutes");
+}
+
+#[test]
+fn without_the_stuck_guard_what_it_owes_is_waited_for() {
+    let served = |guards: Guards| {
+        let mut world = with_a_stuck_guest(guards);
+        world.run(60);
+        let stuck = &world.guests[0].vm.said;
+        stuck.actual.saturating_sub(stuck.target)
+    };
+    let without = Guards { stuck_are_left_alone: false, ..Guards::default() };
+    assert_eq!(served(Guards::default()), Bytes::ZERO, "nobody counts on memory that does not come");
+    assert!(served(without) > Bytes::mib(100), "the law counts on what the stuck guest owes");
+}
+
+fn with_a_stale_guest(guards: Guards) -> World {
+    let mut stale = Guest::new(1, "900M,min=128M,max=1G", Bytes::mib(150));
+    stale.age = Duration::from_secs(30);
+    let short = Guest::new(2, "200M,min=128M,max=1G", Bytes::mib(500));
+    World::with(Bytes::mib(1150), vec![stale, short], guards)
+}
+
+#[test]
+fn a_guest_whose_report_is_stale_is_not_shrunk() {
+    let mut world = with_a_stale_guest(Guards::default());
+    world.run(120);
+    assert_eq!(world.target(0), Bytes::mib(900));
+    // Nor one whose reports stop later.
+    let mut world = with_a_stale_guest(Guards::default());
+    world.guests[0].age = Duration::ZERO;
+    world.guests[1].wants = Bytes::mib(150);
+    world.run(10);
+    world.guests[0].age = Duration::from_secs(30);
+    world.guests[1].wants = Bytes::mib(900);
+    let before = world.target(0);
+    world.run(60);
+    assert_eq!(world.target(0), before);
+}
+
+#[test]
+fn without_the_stale_guard_it_is_shrunk_on_old_news() {
+    let mut world = with_a_stale_guest(Guards { stale_are_held: false, ..Guards::default() });
+    world.guests[0].age = Duration::ZERO;
+    world.guests[1].wants = Bytes::mib(150);
+    world.run(10);
+    world.guests[0].age = Duration::from_secs(30);
+    world.guests[1].wants = Bytes::mib(900);
+    let before = world.target(0);
+    world.run(60);
+    assert!(world.target(0) < before);
+}
+
+/// One guest falls, another rises at once; the first gives memory up slowly.
+fn over_budget_seconds(guards: Guards) -> u32 {
+    let mut slow = Guest::new(1, "900M,min=128M,max=1G", Bytes::mib(150));
+    slow.speed = Bytes::mib(20);
+    let short = Guest::new(2, "200M,min=128M,max=1G", Bytes::mib(600));
+    let mut world = World::with(Bytes::mib(1150), vec![slow, short], guards);
+    let mut over = 0;
+    for _ in 0..60 {
+        world.tick();
+        over += u32::from(world.charged() > Bytes::mib(1150));
+    }
+    assert!(world.target(1) > Bytes::mib(600), "{}", world.target(1));
+    over
+}
+
+#[test]
+fn no_grant_precedes_its_payment() {
+    assert_eq!(over_budget_seconds(Guards::default()), 0);
+}
+
+#[test]
+fn without_payment_first_the_budget_is_overrun() {
+    assert!(over_budget_seconds(Guards { payment_comes_first: false, ..Guards::default() }) > 0);
+}
+
+/// The least that a guest over its share keeps beyond its use while another is short for 8 s.
+fn least_kept(guards: Guards) -> i128 {
+    // Rest after a move would hide what this guard does.
+    let guards = Guards { moves_rest: false, ..guards };
+    let big = Guest::new(1, "900M,min=128M,max=1G,weight=1", Bytes::mib(850));
+    let heavy = Guest::new(2, "128M,min=128M,max=1G,weight=1000", Bytes::mib(700));
+    let mut world = World::with(Bytes::mib(1150), vec![big, heavy], guards);
+    let mut least = i128::MAX;
+    for _ in 0..8 {
+        world.tick();
+        least = least.min(i128::from(world.target(0).0) - i128::from(Bytes::mib(850).0));
+    }
+    least
+}
+
+#[test]
+fn use_is_spared_short_of_an_emergency() {
+    assert!(least_kept(Guards::default()) >= 0);
+}
+
+#[test]
+fn without_sparing_use_a_guest_loses_what_it_uses() {
+    assert!(least_kept(Guards { use_is_spared: false, ..Guards::default() }) < 0);
+}
+
+/// What a guest gets that comes to want its share after another took all that it did not want and lies on.
+fn beside_a_liar(guards: Guards) -> (Bytes, Bytes) {
+    let mut liar = Guest::new(1, "512M,min=128M,max=1G", Bytes::mib(100));
+    liar.lies = true;
+    let mut world = World::with(Bytes::gib(1), vec![liar, Guest::new(2, WIDE, Bytes::mib(150))], guards);
+    world.run(60);
+    world.guests[1].wants = Bytes::mib(400);
+    world.run(120);
+    assert!(world.charged() <= Bytes::gib(1));
+    (world.guests[1].vm.entitlement(), world.target(1))
+}
+
+#[test]
+fn a_liar_takes_no_more_than_its_share_from_who_needs_it() {
+    let (share, target) = beside_a_liar(Guards::default());
+    assert!(share >= Bytes::mib(470), "{share}");
+    assert!(target.saturating_add(Bytes::mib(20)) >= share, "{target} of {share}");
+}
+
+#[test]
+fn without_fair_shares_first_a_liar_takes_the_others_buffers() {
+    let (share, _) = beside_a_liar(Guards { fair_comes_first: false, ..Guards::default() });
+    assert!(share < Bytes::mib(470), "{share}");
+}
