@@ -1,5 +1,6 @@
 //! Guests that boot with less than they may have and plug the rest (virtio-mem).
 
+use std::fs;
 use std::time::Duration;
 
 use balloon::status::{DriverState, MemoryStatus, PlugStatus};
@@ -12,8 +13,14 @@ const STARTUP: Bytes = Bytes::mib(256);
 const MAX: Bytes = Bytes::gib(1);
 
 fn guest(name: &str, kernel: Kernel, memory: &str) -> Vm {
+    guest_on(name, kernel, memory, &[])
+}
+
+/// A guest whose memory is of the kind that the arguments say.
+fn guest_on(name: &str, kernel: Kernel, memory: &str, arguments: &[&str]) -> Vm {
     let mut vm = VmSettings::new(name, &kernel.guest_images(), memory, "ballast.console")
         .with(&["--grow", "plug"])
+        .with(arguments)
         .start();
     vm.wait_until_ready();
     vm.wait_for_memory("the drivers", MOVING, |memory| {
@@ -58,8 +65,71 @@ fn a_guest_plugs_uses_and_unplugs() {
     });
 }
 
-/// What the balancer has for two guests, of which only one at a time can have its most.
-const BUDGET: Bytes = Bytes::mib(1400);
+/// Plugs up to 768 MiB, uses it, and unplugs down to what the guest booted with.
+fn follows_the_host(name: &str, kernel: Kernel, startup: Bytes, arguments: &[&str]) {
+    let memory = format!("{}M,min=128M,max=768M", startup.0 >> 20);
+    let mut vm = guest_on(name, kernel, &memory, arguments);
+    vm.set_target(Bytes::mib(768));
+    let grown = plug(&settled(&vm));
+    assert!(grown.plugged >= Bytes::mib(510) && grown.boot == startup, "{grown:#?}");
+    vm.step("grow:560M", MOVING);
+    vm.wait_for_memory("its use to show", MOVING, |memory| memory.host_rss > Bytes::mib(560));
+    vm.step("release", MOVING);
+    vm.set_target(startup);
+    settled(&vm);
+    let memory = vm.wait_for_memory("the host's memory", MOVING, |memory| {
+        memory.host_rss <= startup + plug(memory).plugged + Bytes::mib(8)
+    });
+    let plug = plug(&memory);
+    assert!(plug.plugged <= Bytes::mib(128), "{memory:#?}");
+    assert_eq!((plug.counters.refused, plug.counters.discard_failures), (0, 0), "{memory:#?}");
+    vm.type_in("end\n");
+    vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+}
+
+/// A memfd whose guest boots with no whole number of huge pages, and private memory.
+#[test]
+#[ignore = "not seen to pass yet"]
+fn shadow_paging_follows_what_is_plugged_and_unplugged() {
+    let host = Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).nested_paging(false);
+    host.usually(Duration::from_secs(90)).run(|| {
+        follows_the_host("memfd", Kernel::V6_12, Bytes::mib(255), &["--memory-backing", "memfd"]);
+        follows_the_host("private", Kernel::V6_1, STARTUP, &[]);
+    });
+}
+
+#[test]
+fn huge_pages_are_taken_when_they_are_plugged_and_go_back_when_they_are_not() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        fs::write("/proc/sys/vm/nr_hugepages", "400").expect("the host reserves huge pages");
+        follows_the_host("huge", Kernel::V6_1, STARTUP, &["--hugepages", "2M"]);
+    });
+}
+
+/// Huge pages that the host has not got are no reason for a guest to end: it plugs what there is.
+#[test]
+#[ignore = "not seen to pass yet"]
+fn a_host_without_enough_huge_pages_gives_what_it_has() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        fs::write("/proc/sys/vm/nr_hugepages", "200").expect("the host reserves huge pages");
+        let mut vm = guest_on("poor", Kernel::V6_1, "256M,min=128M,max=768M", &["--hugepages", "2M"]);
+        vm.set_target(Bytes::mib(768));
+        let memory = vm.wait_for_memory("all there is", MOVING, |memory| {
+            plug(memory).counters.refused > 0 && plug(memory).plugged > Bytes::ZERO
+        });
+        assert!(plug(&memory).plugged <= Bytes::mib(400) - STARTUP, "{memory:#?}");
+        assert!(memory.host_rss <= STARTUP + plug(&memory).plugged, "pages are held for nobody: {memory:#?}");
+        vm.step("grow:200M", MOVING);
+        vm.set_target(STARTUP);
+        vm.step("release", MOVING);
+        vm.type_in("end\n");
+        vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+    });
+}
+
+/// What the balancer has for two guests, of which only one at a time can have its most: beside
+/// that, what the other can't give any more, and what the balancer keeps in hand.
+const BUDGET: Bytes = Bytes::mib(1500);
 
 /// Has a guest use more and more, each time once the balancer has seen to the last.
 fn grow_to_the_most(vm: &mut Vm, other: &Vm) {

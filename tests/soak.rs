@@ -355,7 +355,6 @@ fn host() -> Host {
 }
 
 #[test]
-#[ignore = "not seen to pass yet"]
 fn memory_that_is_plugged_survives_all_that_happens() {
     host().guest(Kernel::V6_12).run(|| soak(Kernel::V6_12, &["--grow", "plug"]));
 }

@@ -106,11 +106,18 @@ fn to_usize(value: u64) -> io::Result<usize> {
     usize::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
 }
 
-/// Has the host set memory of a file aside, so that no later touch of it can fail.
+/// Has the host set memory of a file aside, so that no later touch of it can fail. All of it or none.
 fn allocate(file: RawFd, offset: Bytes, len: Bytes) -> io::Result<()> {
+    fallocate(file, 0, offset, len).inspect_err(|_| {
+        // The pages that it could get before there were no more would be kept for nobody.
+        let _ = fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len);
+    })
+}
+
+fn fallocate(file: RawFd, mode: libc::c_int, offset: Bytes, len: Bytes) -> io::Result<()> {
     let number = |bytes: Bytes| libc::off_t::try_from(bytes.0).map_err(io::Error::other);
     // SAFETY: a descriptor that the caller holds, and no pointer.
-    let done = unsafe { libc::fallocate(file, 0, number(offset)?, number(len)?) };
+    let done = unsafe { libc::fallocate(file, mode, number(offset)?, number(len)?) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
