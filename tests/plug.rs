@@ -108,7 +108,6 @@ fn huge_pages_are_taken_when_they_are_plugged_and_go_back_when_they_are_not() {
 
 /// Huge pages that the host has not got are no reason for a guest to end: it plugs what there is.
 #[test]
-#[ignore = "not seen to pass yet"]
 fn a_host_without_enough_huge_pages_gives_what_it_has() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
         fs::write("/proc/sys/vm/nr_hugepages", "200").expect("the host reserves huge pages");
@@ -175,7 +174,6 @@ fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
 
 /// Without the driver it works with what it has, and says so.
 #[test]
-#[ignore = "not seen to pass yet"]
 fn a_guest_without_the_driver_keeps_what_it_booted_with() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {
         let images = Kernel::V6_1.guest_images();
