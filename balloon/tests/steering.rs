@@ -63,6 +63,8 @@ fn a_guest_grows_by_plugging_and_shrinks_by_unplugging_first() {
     let mut bench = Bench::new();
     assert_eq!((bench.steering.target(), bench.steering.actual()), (BOOT, BOOT));
     // Whole blocks only.
+    bench.set_target(MAP + Bytes(BLOCK - 1));
+    assert_eq!(bench.steering.target(), MAP, "a part of a block is rounded away");
     bench.set_target(MAP - Bytes(1));
     assert_eq!(bench.steering.target(), MAP - Bytes(BLOCK));
     assert_eq!(bench.yard.ask(PLUG, 0, 15), (ACK, 0));
@@ -109,7 +111,7 @@ fn a_target_that_no_driver_can_reach_is_refused() {
     bench.balloon.reset();
     let half = Bytes(BOOT.0 / 2);
     assert_eq!(bench.steering.set_target(half), Err(SteeringError::NoBalloon));
-    let beyond = MAP + Bytes(1);
+    let beyond = MAP + Bytes(BLOCK);
     assert_eq!(bench.steering.set_target(beyond), Err(SteeringError::OutOfMap { target: beyond, map: MAP }));
     // The driver comes later and finds what it is asked for.
     bench.yard.guest.start(0);

@@ -116,7 +116,8 @@ impl Steering {
         };
         let Pluggable { plug, boot, .. } = &**pluggable;
         let map = boot.saturating_add(plug.most());
-        if target == Bytes::ZERO || target > map {
+        // A part of a block beyond the map is rounded away, as any other is.
+        if target == Bytes::ZERO || target.saturating_sub(map) >= plug.block() {
             return Err(SteeringError::OutOfMap { target, map });
         }
         let above = plug.whole_blocks(target.saturating_sub(*boot));
