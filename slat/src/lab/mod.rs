@@ -168,7 +168,7 @@ impl Round {
 type Outcome = (Place, Result<Run, Error>);
 
 impl Visit {
-    /// Runs SLAT on and off, counting; then the scaling over vCPUs, density where asked for, and memory.
+    /// Runs SLAT on and off, counting; then memory, the scaling over vCPUs, and density where asked for.
     ///
     /// What comes after the first count may fail, or be stopped: the findings then say what is missing.
     ///
@@ -209,23 +209,18 @@ impl Visit {
         )
     }
 
-    /// All hosts, in the order of what is missed most.
+    /// All hosts, in the order of what is missed most where the visit is stopped; the longest last.
     fn places(self) -> VecDeque<Place> {
-        let mut errands = vec![(Errand::Count, Round::First)];
-        if self.twice {
-            errands.push((Errand::Count, Round::Again));
-        }
-        errands.push((Errand::Scale, Round::First));
-        if self.density {
-            errands.push((Errand::Density, Round::First));
-        }
-        let mut places: VecDeque<_> = errands
-            .into_iter()
-            .flat_map(|(errand, round)| {
-                [Paging::Nested, Paging::Shadow].map(|paging| (paging, errand, round))
-            })
-            .collect();
+        let pair = |errand, round| [Paging::Nested, Paging::Shadow].map(|paging| (paging, errand, round));
+        let mut places = VecDeque::from(pair(Errand::Count, Round::First));
         places.push_back((Paging::NestedOldMmu, Errand::Memory, Round::First));
+        if self.twice {
+            places.extend(pair(Errand::Count, Round::Again));
+        }
+        places.extend(pair(Errand::Scale, Round::First));
+        if self.density {
+            places.extend(pair(Errand::Density, Round::First));
+        }
         places
     }
 
