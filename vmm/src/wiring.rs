@@ -82,7 +82,7 @@ impl<'a> Wiring<'a> {
     }
 
     /// A virtio device in the next free slot. A notification by its driver goes from KVM
-    /// to the device's event loop, past the vCPU's thread.
+    /// to the device's event loop, past the vCPU's thread, but for queues that this serves itself.
     ///
     /// # Errors
     /// [`WiringError`] says what could not be had.
@@ -91,9 +91,12 @@ impl<'a> Wiring<'a> {
         let line = self.interrupt(slot.irq)?;
         let device = Mmio::new(device, Arc::clone(self.memory), line)?;
         let notify = IoEventAddress::Mmio(slot.window.0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
-        for (queue, notifier) in (0u32..).zip(device.notifiers()) {
+        for (queue, notifier) in device.notifiers().iter().enumerate() {
+            if device.is_served_by_vcpu(queue) {
+                continue;
+            }
             self.vm
-                .register_ioevent(notifier, &notify, queue)
+                .register_ioevent(notifier, &notify, u32::try_from(queue).unwrap_or(u32::MAX))
                 .map_err(|source| WiringError::Kvm { what: "queue", source })?;
         }
         self.acknowledge_in_kvm(&slot)?;

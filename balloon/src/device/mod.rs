@@ -429,6 +429,11 @@ impl VirtioDevice for Balloon {
         progress
     }
 
+    /// Pages that come back are only counted, and Linux's driver waits for every 256 of them.
+    fn is_served_by_vcpu(&self, index: usize) -> bool {
+        index == DEFLATE
+    }
+
     fn own_events(&self) -> Vec<RawFd> {
         vec![self.shared.wake.as_raw_fd(), self.statistics.timer(), self.timer.descriptor()]
     }

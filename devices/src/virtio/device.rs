@@ -44,7 +44,8 @@ pub enum Progress {
 }
 
 /// A virtio device. Its methods are called with the transport's lock held:
-/// queue and own events on the device's event loop, the rest on a vCPU's thread.
+/// queue and own events on the device's event loop, the rest on a vCPU's thread, as are events of
+/// queues that are [`is_served_by_vcpu`](Self::is_served_by_vcpu).
 pub trait VirtioDevice: Send {
     /// The device's number (virtio 1.2, section 5).
     fn device_id(&self) -> u32;
@@ -71,6 +72,12 @@ pub trait VirtioDevice: Send {
     ///
     /// Bounded work only: what does not fit in one event is left for the next ([`Progress::More`]).
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress;
+
+    /// Whether the vCPU that notifies queue `index` does the work on it at once, rather than wake
+    /// the event loop: for short work whose driver waits for it anyway. The same for all its life.
+    fn is_served_by_vcpu(&self, _index: usize) -> bool {
+        false
+    }
 
     /// File descriptors of the device's own that its event loop shall watch
     /// for reading (timers, requests from outside); fixed for its life.

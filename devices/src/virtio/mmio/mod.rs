@@ -136,6 +136,11 @@ impl Mmio {
         &self.notifiers
     }
 
+    /// Whether a driver's write to QueueNotify for this queue must come here: no notifier does the same.
+    pub fn is_served_by_vcpu(&self, queue: usize) -> bool {
+        self.device.is_served_by_vcpu(queue)
+    }
+
     fn offered_features(&self) -> u64 {
         self.device.features() | TRANSPORT_FEATURES
     }
@@ -209,9 +214,13 @@ impl Mmio {
         half.put(&mut self.driver_features, value);
     }
 
-    /// Wakes the device's event loop: a queue is never worked on by a vCPU.
-    fn notify(&self, queue: u32) {
-        if let Some(notifier) = usize::try_from(queue).ok().and_then(|index| self.notifiers.get(index)) {
+    /// Wakes the device's event loop, for queues that the vCPU itself does not serve.
+    fn notify(&mut self, queue: u32) {
+        let Ok(index) = usize::try_from(queue) else { return };
+        if let Some(notifier) = self.notifiers.get(index) {
+            if self.device.is_served_by_vcpu(index) {
+                return self.work_on(index);
+            }
             // The one failure is a full counter, which is a notification already pending.
             let _ = notifier.write(1);
         }
@@ -340,6 +349,11 @@ impl Mmio {
         let Some(notifier) = self.notifiers.get(index) else { return };
         // Empty already where a reset or an earlier event has read it.
         let _ = notifier.read();
+        self.work_on(index);
+    }
+
+    fn work_on(&mut self, index: usize) {
+        let Some(notifier) = self.notifiers.get(index) else { return };
         let State::Running(active) = &mut self.state else { return };
         if self.line.is_broken() || !active.queues.get(index).is_some_and(Queue::ready) {
             return;
