@@ -246,6 +246,7 @@ impl Visit {
         let seconds = begin.elapsed().as_secs();
         progress(&match &result {
             Ok(_) => format!("{name}: done in {seconds} s"),
+            Err(Error::Interrupted) => format!("{name}: stopped after {seconds} s"),
             Err(error) => format!("{name}: nothing after {seconds} s: {error}"),
         });
         result
