@@ -68,7 +68,6 @@ fn wait_until(name: &str, what: &str, fits: impl Fn(Bytes) -> bool) {
 }
 
 #[test]
-#[ignore = "seen to move memory both ways, and not yet to pass as it stands; run it with --run-ignored all"]
 fn memory_moves_between_guests_of_ballast_and_of_qemu() {
     Host::new().guest(Kernel::V6_1).qemu().memory(Bytes::gib(4)).usually(Duration::from_secs(400)).run(
         || {
