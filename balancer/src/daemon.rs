@@ -12,13 +12,16 @@ mod history;
 mod listen;
 mod metrics;
 mod notify;
+mod refusal;
 mod reload;
 mod reservation;
 mod roster;
 mod rounds;
 mod server;
+mod shared;
 mod slot;
 mod state;
+mod timings;
 
 use std::fs::{self, File, Permissions};
 use std::future::Future;
@@ -46,7 +49,7 @@ pub use self::state::{HostView, MemoryView, State, VmView};
 use self::reload::Reread;
 use self::rounds::Daemon;
 use self::server::Api;
-use self::state::Shared;
+use self::shared::Shared;
 use crate::host::{HostError, HostReader};
 
 /// The daemon's own place in the runtime directory, which no VM's socket can be.

@@ -17,7 +17,7 @@ use balloon::ranges::Range;
 use balloon::units::Bytes;
 
 use crate::config::Backing;
-use crate::memory::{MemoryError, Region, Use, map};
+use crate::memory::mapping::{MemoryError, Region, Use, map};
 
 /// A region of guest memory into which blocks can be plugged.
 pub struct Pluggable {

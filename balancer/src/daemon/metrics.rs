@@ -6,12 +6,12 @@ use balloon::units::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::state::{MemoryView, Shared, State, VmView};
+use super::shared::Shared;
+use super::state::{MemoryView, State, VmView};
 
 /// What Prometheus is told the text is.
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -31,52 +31,6 @@ pub fn page(shared: Shared) -> Result<String, fmt::Error> {
 /// The last state, as metrics. VMs that have gone are in no scrape.
 #[derive(Debug)]
 struct Metrics(Shared);
-
-/// How long things take, counted as they happen.
-#[derive(Clone, Debug)]
-pub struct Timings {
-    /// From the round that finds a guest short of what it wants to its VM taking a target that gives it.
-    pub grant: Histogram,
-    /// Deciding, for all VMs of one round.
-    pub policy: Histogram,
-    /// A whole round: asking, deciding, telling.
-    pub round: Histogram,
-    /// Rounds that began later than they should, by more than a tenth of the interval.
-    pub late: Counter,
-}
-
-impl Default for Timings {
-    fn default() -> Self {
-        Self {
-            grant: Histogram::new([
-                0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
-            ]),
-            policy: Histogram::new([1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]),
-            round: Histogram::new([1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 0.75, 1.0, 3.0]),
-            late: Counter::default(),
-        }
-    }
-}
-
-impl Timings {
-    fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        for (name, help, histogram) in [
-            (
-                "time_to_grant_seconds",
-                "From finding a guest short of what it wants to its VM taking a target that gives it",
-                &self.grant,
-            ),
-            ("policy_seconds", "Deciding, for all VMs of one round", &self.policy),
-            ("round_seconds", "One round: asking, deciding, telling", &self.round),
-        ] {
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-            histogram.encode(metric)?;
-        }
-        let help = "Rounds that began late by more than a tenth of the interval";
-        let metric = encoder.encode_descriptor("rounds_late", help, None, MetricType::Counter)?;
-        self.late.encode(metric)
-    }
-}
 
 type MemoryGauge = (&'static str, &'static str, fn(&MemoryView) -> Option<u64>);
 

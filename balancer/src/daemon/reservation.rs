@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::info;
 
-use super::command::Refusal;
+use super::refusal::Refusal;
 use crate::policy::reason::Decision;
 use crate::policy::{Said, Vm};
 

@@ -18,10 +18,11 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::command::{Command, Refusal};
+use super::command::Command;
 use super::metrics;
+use super::refusal::Refusal;
 use super::reservation::Wanted;
-use super::state::Shared;
+use super::shared::Shared;
 
 /// The largest body that is read; the largest that makes sense has some hundred bytes.
 const LARGEST_BODY: usize = 64 << 10;

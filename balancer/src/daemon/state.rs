@@ -1,13 +1,9 @@
 //! What the daemon tells about itself: `GET /state`.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use balloon::limits::Limits;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::history::History;
-use super::metrics::Timings;
 use super::reservation::ReservationView;
 use crate::driver::Kind;
 use crate::policy::guards::Standing;
@@ -104,37 +100,4 @@ pub struct MemoryView {
     pub overhead: Bytes,
     /// What it is charged.
     pub charge: Bytes,
-}
-
-/// The last [`State`] and the past, for whoever asks while the next round runs.
-#[derive(Clone, Debug, Default)]
-pub struct Shared(Arc<Inner>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    state: Mutex<Arc<State>>,
-    history: Mutex<History>,
-    timings: Timings,
-}
-
-impl Shared {
-    /// The last one.
-    pub fn get(&self) -> Arc<State> {
-        Arc::clone(&self.0.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Puts a newer one in its place.
-    pub fn set(&self, state: State) {
-        *self.0.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
-    }
-
-    /// How long things take.
-    pub fn timings(&self) -> &Timings {
-        &self.0.timings
-    }
-
-    /// The past. Don't hold it for long: rounds wait for it.
-    pub fn history(&self) -> MutexGuard<'_, History> {
-        self.0.history.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }

@@ -2,9 +2,9 @@
 
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
+use super::chain::chain;
 use super::code::{self, Label, Params};
 use super::failure::{Failure, memory_error};
-use super::native::chain;
 use super::tables::{self, Tables};
 use super::{Between, Payload, Place, Setup};
 use crate::walk::PageSize;

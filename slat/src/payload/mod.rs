@@ -1,5 +1,6 @@
 //! Freestanding payloads: what they do, where they run, and how one is set up.
 
+pub mod chain;
 pub mod code;
 pub mod failure;
 mod layout;

@@ -3,7 +3,8 @@
 use tracing::info;
 
 use super::Daemon;
-use crate::daemon::command::{Command, Refusal};
+use crate::daemon::command::Command;
+use crate::daemon::refusal::Refusal;
 use crate::daemon::reservation::Taken;
 use crate::daemon::slot::{Outcome, Slot};
 
