@@ -47,11 +47,11 @@ impl Daemon {
         });
     }
 
-    /// When it first said that `vm` gets more.
-    pub fn first_grant(&self, vm: &str) -> Option<Instant> {
+    /// When it said that `vm` gets more, at each time from `since` on.
+    pub fn grants(&self, vm: &str, since: Instant) -> Vec<Instant> {
         let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         let grant = |line: &str| line.contains("rule=Grow") && line.contains(&format!(" {vm}: "));
-        said.iter().find(|(_, line)| grant(line)).map(|(at, _)| *at)
+        said.iter().filter(|(at, line)| *at >= since && grant(line)).map(|(at, _)| *at).collect()
     }
 }
 

@@ -12,8 +12,8 @@ pub struct Sample {
     pub onset: Option<Instant>,
     /// The VM heard the agent's last call before the grant was seen; `None` without an agent.
     pub called: Option<Instant>,
-    /// The VM had taken its new target.
-    pub decided: Instant,
+    /// The VM had taken the target that answers the wait; before the onset where that one sufficed.
+    pub granted: Option<Instant>,
     /// The guest had half of what it was granted.
     pub has: Instant,
     /// How far the onset may be wrong.
@@ -34,7 +34,7 @@ impl Samples {
         println!(
             "latency: {:?}: target after {:?} ms, memory after {:?} ms (+-{} ms)",
             sample.mode,
-            since(sample.decided),
+            sample.granted.and_then(since),
             since(sample.has),
             sample.doubt.as_millis()
         );
@@ -46,7 +46,7 @@ impl Samples {
         let early = self.all.iter().filter(|sample| sample.onset.is_none()).count();
         for (what, moment) in [
             ("call heard", (|sample: &Sample| sample.called) as fn(&Sample) -> Option<Instant>),
-            ("target raised", |sample| Some(sample.decided)),
+            ("target raised", |sample| sample.granted),
             ("guest has half of the grant", |sample| Some(sample.has)),
         ] {
             let waits = self.all.iter();
