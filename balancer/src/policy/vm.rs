@@ -290,7 +290,10 @@ impl Vm {
         let half_the_buffer = Bytes(self.memory.need.saturating_sub(used).0 / 2);
         let pressed = target < used.saturating_add(half_the_buffer);
         let worth = |gap: Bytes| {
-            let counts = target < limits.min() || (pressed && gap >= PIECE) || gap > deadband(target);
+            // Nothing will ever be added to the last piece up to its max, that it might be wider.
+            let last = target.saturating_add(gap) >= limits.max();
+            let counts =
+                target < limits.min() || ((pressed || last) && gap >= PIECE) || gap > deadband(target);
             if counts { gap } else { Bytes::ZERO }
         };
         let (whole, urgent) = (worth(may.saturating_sub(target)), worth(urgent.saturating_sub(target)));

@@ -10,6 +10,15 @@ fn a_guest_in_need_grows_within_a_tick_or_two() {
 }
 
 #[test]
+fn a_guest_gets_the_last_of_its_max_though_that_is_less_than_is_worth_a_move_elsewhere() {
+    let mut guest = Guest::new(1, "256M,min=128M,max=1G,buffer=80%", Bytes::mib(960));
+    (guest.vm.said.target, guest.vm.said.actual) = (Bytes::mib(1010), Bytes::mib(1010));
+    let mut world = World::new(Bytes::gib(2), vec![guest]);
+    world.run(5);
+    assert_eq!(world.target(0), Bytes::gib(1));
+}
+
+#[test]
 fn memory_moves_to_who_needs_it_and_back_within_seconds() {
     let mut world = World::new(
         Bytes::mib(1200),
