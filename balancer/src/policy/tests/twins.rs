@@ -57,34 +57,34 @@ fn with_a_stale_guest(guards: Guards) -> World {
     World::with(Bytes::mib(1150), vec![stale, short], guards)
 }
 
+/// The first guest's target when its reports stop and the other wants more, and a minute later.
+fn targets_when_reports_stop(guards: Guards) -> (Bytes, Bytes) {
+    let mut world = with_a_stale_guest(guards);
+    world.guests[0].age = Duration::ZERO;
+    world.guests[1].wants = Bytes::mib(150);
+    world.run(10);
+    world.guests[0].age = Duration::from_secs(30);
+    world.guests[1].wants = Bytes::mib(900);
+    let before = world.target(0);
+    world.run(60);
+    (before, world.target(0))
+}
+
 #[test]
 fn a_guest_whose_report_is_stale_is_not_shrunk() {
     let mut world = with_a_stale_guest(Guards::default());
     world.run(120);
     assert_eq!(world.target(0), Bytes::mib(900));
     // Nor one whose reports stop later.
-    let mut world = with_a_stale_guest(Guards::default());
-    world.guests[0].age = Duration::ZERO;
-    world.guests[1].wants = Bytes::mib(150);
-    world.run(10);
-    world.guests[0].age = Duration::from_secs(30);
-    world.guests[1].wants = Bytes::mib(900);
-    let before = world.target(0);
-    world.run(60);
-    assert_eq!(world.target(0), before);
+    let (before, after) = targets_when_reports_stop(Guards::default());
+    assert_eq!(after, before);
 }
 
 #[test]
 fn without_the_stale_guard_it_is_shrunk_on_old_news() {
-    let mut world = with_a_stale_guest(Guards { stale_are_held: false, ..Guards::default() });
-    world.guests[0].age = Duration::ZERO;
-    world.guests[1].wants = Bytes::mib(150);
-    world.run(10);
-    world.guests[0].age = Duration::from_secs(30);
-    world.guests[1].wants = Bytes::mib(900);
-    let before = world.target(0);
-    world.run(60);
-    assert!(world.target(0) < before);
+    let guards = Guards { stale_are_held: false, ..Guards::default() };
+    let (before, after) = targets_when_reports_stop(guards);
+    assert!(after < before);
 }
 
 /// One guest falls, another rises at once; the first gives memory up slowly.
