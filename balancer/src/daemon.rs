@@ -2,6 +2,7 @@
 //!
 //! It keeps nothing that a restart could lose: targets and limits are read from
 //! the VMs each round, so that after `kill -9` a new daemon carries on from there.
+//! Only what it has promised to VMs that have no socket yet is on file.
 
 mod calls;
 pub mod client;
@@ -96,9 +97,13 @@ pub enum DaemonError {
     },
 }
 
+fn own_directory(directory: &Path) -> PathBuf {
+    directory.join(OWN_DIRECTORY)
+}
+
 /// Where the daemon that looks after the VMs in `directory` is asked, as `resources/balancer-openapi.yaml` says.
 pub fn socket_in(directory: &Path) -> PathBuf {
-    directory.join(OWN_DIRECTORY).join("balancer.sock")
+    own_directory(directory).join("balancer.sock")
 }
 
 /// Ends when the process is asked to: SIGTERM, or Ctrl-C on the terminal.
@@ -184,7 +189,7 @@ fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
         Some(directory) => directory.clone(),
         None => runtime::create_directory()?,
     };
-    let own = directory.join(OWN_DIRECTORY);
+    let own = own_directory(&directory);
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -195,7 +200,7 @@ fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
 
 /// Holds a lock that the kernel drops when this process ends in whatever way.
 fn lock(directory: &Path) -> Result<File, DaemonError> {
-    let path = directory.join(OWN_DIRECTORY).join("lock");
+    let path = own_directory(directory).join("lock");
     let own = |source| DaemonError::Own { path: path.clone(), source };
     let mut file =
         File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(own)?;

@@ -226,6 +226,62 @@ async fn a_client_that_goes_gives_its_room_back() {
     assert!(error.contains("not room enough"), "{error}");
 }
 
+#[tokio::test]
+async fn what_was_reserved_is_known_to_the_next_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let old = FakeVm::start(path, "old", "700M,min=128M,max=1G", Bytes::mib(100));
+    let daemon = start(path);
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    let view = client(path).reserve(&wanted("new", "512M")).await.unwrap();
+    kill(daemon).await;
+    // It wants all there is, at the first round of a daemon that was told of no reservation.
+    old.state().used = Bytes::mib(1000);
+    let daemon = start(path);
+    until("some rounds are over", || async {
+        assert!(target(&old) + view.size <= Bytes::gib(1), "{}", target(&old));
+        client(path).state().await.is_ok_and(|state| state.rounds > 5)
+    })
+    .await;
+    let state = client(path).state().await.unwrap();
+    assert_eq!((state.reservations[0].name.as_str(), state.reservations[0].granted), ("new", view.size));
+    assert!(state.reservations[0].expires_in_ms <= view.expires_in_ms);
+    // Given back, it is forgotten by all that follow.
+    client(path).release("new").await.unwrap();
+    kill(daemon).await;
+    let _daemon = start(path);
+    until("the old one grows into it", || async { target(&old) + view.size > Bytes::gib(1) }).await;
+}
+
+#[tokio::test]
+async fn whoever_waits_for_room_asks_the_next_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
+    stubborn.state().follows = false;
+    let daemon = start(path);
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    let waiting = {
+        let path = path.to_owned();
+        tokio::spawn(async move { client(&path).reserve(&wanted("new", "512M")).await })
+    };
+    let waits = || async { client(path).state().await.is_ok_and(|state| state.reservations.len() == 1) };
+    until("it waits", waits).await;
+    kill(daemon).await;
+    stubborn.state().follows = true;
+    let _daemon = start(path);
+    let view = tokio::time::timeout(PATIENCE, waiting).await.expect("it is answered").unwrap().unwrap();
+    assert_eq!(view.granted, view.size);
+}
+
+/// Ends a daemon as SIGKILL does: nothing of it runs any more.
+async fn kill(daemon: JoinHandle<()>) {
+    daemon.abort();
+    let _ = daemon.await;
+}
+
 fn target(vm: &FakeVm) -> Bytes {
     vm.state().memory.target
 }

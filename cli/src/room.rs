@@ -41,7 +41,7 @@ pub fn reserve(vm: &str, limits: Limits) -> Result<Option<Room>, Failure> {
         Err(Error::Refused(sentence)) => {
             Err(Failure::new(format!("{sentence}; --no-balancer starts it all the same")))
         }
-        Err(error @ (Error::NotAnswering | Error::Failed(_))) => {
+        Err(error @ (Error::NotAnswering | Error::HungUp(_) | Error::Failed(_))) => {
             warn!("starting without room: {error}");
             Ok(None)
         }

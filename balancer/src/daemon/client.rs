@@ -6,8 +6,10 @@ use std::time::Duration;
 use balloon::limits::Limits;
 use hyper::Method;
 use serde::Deserialize;
+use tokio::time::{Instant, sleep};
 
 use super::history::{Decisions, Why};
+use super::refusal;
 use super::reservation::{ReservationView, Wanted};
 use super::{State, socket_in};
 use crate::driver::http::Http;
@@ -15,6 +17,12 @@ use crate::driver::{self, Kind};
 
 /// The largest answer that is read, in bytes: some tens of thousands of VMs.
 const LARGEST_ANSWER: usize = 32 << 20;
+
+/// How long a daemon that has ended is given to come back.
+pub const RESTART: Duration = Duration::from_secs(5);
+
+/// How often it is looked for meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Why the daemon said nothing that could be used.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +36,9 @@ pub enum Error {
     /// It is there and says nothing.
     #[error("the balancer does not answer: it hangs or this host is overloaded")]
     NotAnswering,
+    /// It ended in the middle of an answer: a new one may be there in a moment.
+    #[error("the balancer ended before it answered ({0})")]
+    HungUp(String),
     /// It understood and said no.
     #[error("{0}")]
     Refused(String),
@@ -41,9 +52,12 @@ impl From<driver::Error> for Error {
         match error {
             driver::Error::NoSuchVm { socket, .. } => Self::NotRunning { socket },
             driver::Error::NotAnswering { .. } => Self::NotAnswering,
-            driver::Error::HungUp { cause, .. } => Self::Failed(format!("it hung up ({cause})")),
+            driver::Error::HungUp { cause, .. } => Self::HungUp(cause),
             driver::Error::Nonsense { what, .. } => {
                 Self::Failed(format!("{what}; is it of this version of ballast?"))
+            }
+            driver::Error::Refused { error, .. } if error == refusal::Refusal::Stopping.to_string() => {
+                Self::HungUp(error)
             }
             driver::Error::Refused { error, .. } => Self::Refused(error),
             error @ driver::Error::Busy { .. } => Self::Failed(error.to_string()),
@@ -113,12 +127,29 @@ impl Client {
         Ok(self.http.send(Method::PUT, &format!("/vms/{vm}/limits"), &limits).await?)
     }
 
-    /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is.
+    /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is. Asks
+    /// again where the daemon ends before it has answered and a new one is there within [`RESTART`].
     ///
     /// # Errors
     /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
     pub async fn reserve(&mut self, wanted: &Wanted) -> Result<ReservationView, Error> {
-        Ok(self.http.ask("/reservations", wanted).await?)
+        let mut again_until: Option<Instant> = None;
+        loop {
+            let error = match self.http.ask("/reservations", wanted).await {
+                Ok(view) => return Ok(view),
+                Err(error) => Error::from(error),
+            };
+            let now = Instant::now();
+            let again = match error {
+                Error::HungUp(_) => *again_until.insert(now + RESTART),
+                Error::NotRunning { .. } => again_until.unwrap_or(now),
+                _ => now,
+            };
+            if now >= again {
+                return Err(error);
+            }
+            sleep(ASK_AGAIN).await;
+        }
     }
 
     /// `DELETE /reservations/NAME`: the VM does not start after all.

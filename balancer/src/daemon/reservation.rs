@@ -3,9 +3,13 @@
 //! A reservation is to the policy a VM that has nothing yet and is owed what it
 //! starts with. So memory is taken for it from others as for any guest in need,
 //! what it was given is charged, and nothing of it exceeds the budget. When the
-//! VM's socket answers, the VM's own charge takes its place.
+//! VM's socket answers, the VM's own charge takes its place. Until then it is kept on
+//! file ([`kept`]), as a daemon that starts anew could learn of it from nobody.
+
+mod kept;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use balloon::limits::Limits;
@@ -13,8 +17,9 @@ use balloon::status::DriverState;
 use balloon::units::{Bytes, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
-use tracing::info;
+use tracing::{info, warn};
 
+use self::kept::{Book, Kept};
 use super::refusal::Refusal;
 use crate::policy::reason::Decision;
 use crate::policy::{Said, Vm};
@@ -114,9 +119,42 @@ pub struct Taken {
 #[derive(Debug, Default)]
 pub struct Ledger {
     of: BTreeMap<String, Reservation>,
+    book: Option<Book>,
 }
 
 impl Ledger {
+    /// One that is kept on file in the daemon's `own` directory, with all that the daemon before this one
+    /// had promised. `next_id` gives each its number as a VM of the policy.
+    pub fn in_directory(own: &Path, now: Duration, mut next_id: impl FnMut() -> u64) -> Self {
+        let book = Book::in_directory(own);
+        let kept = book.read().unwrap_or_else(|error| {
+            warn!("{}: {error}: nothing is known of VMs that were about to start", book.path().display());
+            Vec::new()
+        });
+        let mut of = BTreeMap::new();
+        for kept in kept.into_iter().take(MOST).filter(|kept| kept.left() > Duration::ZERO) {
+            let Some(said) = said(kept.size, kept.size) else { continue };
+            info!(vm = kept.name, "{} stay reserved for {}", kept.size, kept.name);
+            let vm = Vm::new(next_id(), LONGEST_WAIT, said);
+            let until = now + kept.left();
+            let reservation = Reservation { vm, size: kept.size, granted: kept.size, until, answer: None };
+            of.insert(kept.name, reservation);
+        }
+        Self { of, book: Some(book) }
+    }
+
+    /// Writes down what was promised, where this changed it.
+    fn keep(&self, now: Duration) {
+        let Some(book) = &self.book else { return };
+        let promised = self.of.iter().filter(|(_, reservation)| reservation.granted >= reservation.size);
+        let promised = promised.map(|(name, reservation)| {
+            Kept::new(name, reservation.granted, reservation.until.saturating_sub(now))
+        });
+        if let Err(error) = book.write(&promised.collect::<Vec<_>>()) {
+            warn!("{}: {error}: after a restart nobody will know what was reserved", book.path().display());
+        }
+    }
+
     /// Admits a VM, or refuses it with the numbers. Whoever waits is answered by [`Ledger::grant`]
     /// or [`Ledger::expire`]. A second request for the same name takes the place of the first.
     pub fn admit(
@@ -127,7 +165,9 @@ impl Ledger {
         taken: Taken,
         answer: oneshot::Sender<Result<ReservationView, Refusal>>,
     ) {
-        self.of.remove(&wanted.name);
+        if self.of.remove(&wanted.name).is_some() {
+            self.keep(now);
+        }
         let size = wanted.size();
         let reserved: Bytes = self.of.values().map(|reservation| reservation.size).sum();
         let kept = taken.by_vms.saturating_add(reserved);
@@ -161,9 +201,10 @@ impl Ledger {
     }
 
     /// Drops one. True where there was one.
-    pub fn release(&mut self, name: &str) -> bool {
+    pub fn release(&mut self, now: Duration, name: &str) -> bool {
         let found = self.of.remove(name);
         if found.is_some() {
+            self.keep(now);
             info!(vm = name, "the reservation for {name} was given back");
         }
         found.is_some()
@@ -171,6 +212,7 @@ impl Ledger {
 
     /// Drops those whose VM has come, whose client has gone, and whose time is over.
     pub fn expire(&mut self, now: Duration, has_come: impl Fn(&str) -> bool) {
+        let before = self.of.len();
         self.of.retain(|name, reservation| {
             if has_come(name) {
                 info!(
@@ -196,6 +238,9 @@ impl Ledger {
             let _ = answer.send(Err(Refusal::NotInTime { name: name.clone(), granted, size }));
             false
         });
+        if self.of.len() < before {
+            self.keep(now);
+        }
     }
 
     /// Hands them to the policy as VMs.
@@ -232,6 +277,8 @@ impl Ledger {
             info!(vm = name, "{} is reserved for {name}", reservation.size);
             reservation.until = now + LIFE;
             let view = reservation.view(name, now);
+            // First on file: nobody holds a promise that a killed daemon forgets.
+            self.keep(now);
             let _ = answer.send(Ok(view));
         }
         true
@@ -385,6 +432,6 @@ mod tests {
         assert!(ledger.is_empty(), "its VM has come");
 
         let _answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        assert!(ledger.release("web") && !ledger.release("web"));
+        assert!(ledger.release(second, "web") && !ledger.release(second, "web"));
     }
 }

@@ -22,6 +22,7 @@ use super::complaint::Complaint;
 use super::config::Config;
 use super::history::Fate;
 use super::notify::Notify;
+use super::own_directory;
 use super::reload::{Reread, reload};
 use super::reservation::Ledger;
 use super::roster::{Roster, Watch};
@@ -97,6 +98,13 @@ impl Daemon {
         commands: mpsc::Receiver<Command>,
         reread: Option<Reread>,
     ) -> Self {
+        let mut next_id = 0;
+        let own = own_directory(&directory);
+        let reservations = Ledger::in_directory(&own, EPOCH, || {
+            next_id += 1;
+            next_id
+        });
+        next_id += 1;
         Self {
             roster: Roster::new(directory, config.vms.clone()),
             reader: HostReader::new(&config.sources),
@@ -106,13 +114,13 @@ impl Daemon {
             budget_now: Bytes::ZERO,
             host,
             policy: Policy::new(config.to_settings()),
-            reservations: Ledger::default(),
+            reservations,
             waiting: BTreeMap::new(),
             pressure: None,
             notify: Notify::from_environment(),
             reread,
             slots: BTreeMap::new(),
-            next_id: 0,
+            next_id,
             switchboard: Switchboard::default(),
             chase: None,
             requests: JoinSet::new(),

@@ -26,7 +26,7 @@ impl Daemon {
                 return true;
             }
             Command::Release { name, answer } => {
-                let released = self.reservations.release(&name);
+                let released = self.reservations.release(self.now(), &name);
                 let _ = answer.send(if released { Ok(()) } else { Err(Refusal::NoReservation(name)) });
                 return released;
             }
