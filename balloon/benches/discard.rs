@@ -1,10 +1,12 @@
 //! How fast memory goes back to the host: real memory, no KVM.
 //!
-//! Three ways over the same 1 GiB, one after the other, again and again, in processor time of the
-//! one thread that does it, so that what else the machine does hits all of them alike: ballast's (page numbers in chains of 256, as Linux's
-//! driver sends them), one system call a page (as most VMMs do it), and the limit, one call over
-//! everything. Criterion measures one thing at a time, and so can't tell such ratios on a machine
-//! that others use; hence a loop of its own, and medians.
+//! Four ways over the same 1 GiB, one after the other, again and again, in processor time of the
+//! one thread that does it, so that what else the machine does hits all of them alike: ballast's
+//! (page numbers in chains of 256, as Linux's driver sends them); one system call a page (as most
+//! VMMs do it); bare calls, the kernel's limit for scattered pages: the ranges that ballast makes of
+//! the page numbers, made before the clock starts and given to `process_madvise` as they are; and one
+//! call over everything, the limit of all. Criterion measures one thing at a time, and so can't tell
+//! such ratios on a machine that others use; hence a loop of its own, and medians.
 //!
 //! `cargo bench -p balloon --bench discard`, or with `-- WORD` only what has that word in its name.
 
@@ -12,7 +14,7 @@ use std::ptr;
 use std::time::Duration;
 
 use balloon::discard::{Backing, Discard, Region};
-use balloon::ranges::Range;
+use balloon::ranges::{self, Range};
 use balloon::units::{Bytes, PAGE_SIZE};
 use vm_memory::GuestAddress;
 
@@ -21,6 +23,10 @@ const PAGES: u32 = (MEMORY as u64 / PAGE_SIZE) as u32;
 const HUGE: u64 = 2 << 20;
 /// Page numbers in one chain of Linux's driver.
 const CHAIN: usize = 256;
+/// Page numbers that wait for each other at most, in ballast: 256 MiB (`pending::MOST_WAITING`).
+const WINDOW: usize = 65_536;
+/// Ranges in one call at most (`UIO_MAXIOV`).
+const VECTOR: usize = 1024;
 const ROUNDS: usize = 5;
 
 fn main() {
@@ -30,8 +36,16 @@ fn main() {
     }
     println!("giving back 1 GiB; medians of {ROUNDS} interleaved rounds");
     println!(
-        "{:<34} {:>10} {:>13} {:>10} {:>14} {:>10}",
-        "", "ballast", "page by page", "one call", "x page by page", "of limit"
+        "{:<28} {:>10} {:>13} {:>12} {:>10} {:>14} {:>7} {:>12} {:>10}",
+        "",
+        "ballast",
+        "page by page",
+        "bare calls",
+        "one call",
+        "x page by page",
+        "(bare)",
+        "of the bare",
+        "of limit"
     );
     let mut shuffled: Vec<u32> = (0..PAGES).collect();
     shuffle(&mut shuffled);
@@ -57,30 +71,36 @@ fn report(name: &str, huge: bool, given: &Given) {
     if words.peek().is_some() && !words.any(|word| name.contains(&word)) {
         return;
     }
-    let (mut ours, mut single, mut limit) = (Vec::new(), Vec::new(), Vec::new());
+    let mut times = [(); 4].map(|()| Vec::new());
     // The first round finds caches cold: not counted.
     for round in 0..=ROUNDS {
         // A new mapping for each: where a huge page was split, older kernels never put one again.
         let memory = || Memory::new(huge);
-        let times = [memory().ballast(given), memory().page_by_page(given), memory().one_call()];
-        if round > 0 {
-            ours.push(times[0]);
-            single.push(times[1]);
-            limit.push(times[2]);
+        let took = [
+            Some(memory().ballast(given)),
+            Some(memory().page_by_page(given)),
+            memory().bare_calls(given),
+            Some(memory().one_call()),
+        ];
+        for (all, one) in times.iter_mut().zip(took) {
+            all.extend(one.filter(|_| round > 0));
         }
     }
-    let [ours, single, limit] = [median(ours), median(single), median(limit)];
+    let [ours, single, bare, limit] = times.map(median);
     // By the byte: every second page is half of the limit's memory.
     let share = match given {
         Given::Pages(pages) => pages.len() as f64 / f64::from(PAGES),
         Given::Ranges(_) => 1.0,
     };
     println!(
-        "{name:<34} {:>7.2} ms {:>10.2} ms {:>7.2} ms {:>14.2} {:>10.2}",
+        "{name:<28} {:>7.2} ms {:>10.2} ms {:>9.2} ms {:>7.2} ms {:>14.2} {:>7.2} {:>12.2} {:>10.2}",
         ours * 1e3,
         single * 1e3,
+        bare * 1e3,
         limit * 1e3,
         single / ours,
+        single / bare,
+        bare / ours,
         share * limit / ours,
     );
 }
@@ -177,6 +197,48 @@ impl Memory {
                 };
             }
         })
+    }
+
+    /// `None` where the kernel takes no `process_madvise` about oneself (Linux 6.13 does).
+    fn bare_calls(&self, given: &Given) -> Option<Duration> {
+        let ranges: Vec<Range> = match given {
+            Given::Pages(pages) => pages
+                .clone()
+                .chunks_mut(WINDOW)
+                .flat_map(|pages| ranges::of_pages(pages).collect::<Vec<_>>())
+                .collect(),
+            Given::Ranges(size) => (0..MEMORY as u64)
+                .step_by(*size as usize)
+                .map(|start| Range { start: GuestAddress(start), len: Bytes(*size) })
+                .collect(),
+        };
+        let vectors: Vec<libc::iovec> = ranges
+            .iter()
+            .map(|range| libc::iovec {
+                // SAFETY: inside the mapping.
+                iov_base: unsafe { self.start.add(range.start.0 as usize) }.cast(),
+                iov_len: range.len.0 as usize,
+            })
+            .collect();
+        // SAFETY: no pointers.
+        let process = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
+        let advise = |some: &[libc::iovec]| {
+            let (name, advice) = (libc::SYS_process_madvise, libc::MADV_DONTNEED);
+            // SAFETY: each range lies inside the mapping.
+            unsafe { libc::syscall(name, process, some.as_ptr(), some.len(), advice, 0) }
+        };
+        let takes_it = advise(&[]) == 0;
+        let time = takes_it.then(|| {
+            self.time(|| {
+                for some in vectors.chunks(VECTOR) {
+                    let all: usize = some.iter().map(|range| range.iov_len).sum();
+                    assert_eq!(usize::try_from(advise(some)), Ok(all), "the kernel takes every range");
+                }
+            })
+        });
+        // SAFETY: opened above.
+        unsafe { libc::close(process as libc::c_int) };
+        time
     }
 
     fn one_call(&self) -> Duration {

@@ -6,7 +6,7 @@ pub use crate::advise::Discarded;
 
 use crate::advise::Batch;
 use crate::blocks::{BLOCK, Blocks};
-use crate::pending::{MOST_WAITING, Pending};
+use crate::pending::Pending;
 use crate::ranges::{self, PartlyGiven, Range};
 use crate::units::{Bytes, PAGE_SIZE};
 
@@ -61,25 +61,23 @@ pub struct Region {
     pub backing: Backing,
 }
 
-struct Mapped {
+/// What the guest has given up and the host still holds.
+enum Given {
+    /// It waits for its neighbours.
+    Soon(Pending),
+    /// Parts of the host's huge pages.
+    Huge(PartlyGiven),
+}
+
+/// A region, and how it is dropped.
+struct Place {
     region: Region,
     range: Range,
-    /// Only for huge pages.
-    partly_given: Option<PartlyGiven>,
     /// What becomes of transparent huge pages.
     blocks: Blocks,
 }
 
-impl Mapped {
-    fn new(region: Region) -> Self {
-        let partly_given = match region.backing {
-            Backing::Hugetlb { page, .. } => Some(PartlyGiven::new(region.len, page)),
-            _ => None,
-        };
-        let range = Range { start: region.guest, len: region.len };
-        Self { region, range, partly_given, blocks: Blocks::new(range) }
-    }
-
+impl Place {
     /// Puts `part`, whole host pages of this region, down to go back to the host.
     fn discard(&self, part: Range, batch: &mut Batch) {
         let offset = usize::try_from(part.offset_in(&self.range));
@@ -90,26 +88,63 @@ impl Mapped {
 
     /// As [`discard`](Self::discard), with account of the transparent huge pages that this splits.
     fn discard_small(&mut self, part: Range, batch: &mut Batch) {
+        let Some(part) = part.within(&self.range) else { return };
         let (whole, broken) = self.blocks.dropped(part);
         batch.count_blocks(whole, broken);
         self.discard(part, batch);
     }
+}
 
-    /// Marks `part` as given up and drops the huge pages that this completes.
-    fn give_part_of_huge(&mut self, part: Range, batch: &mut Batch) {
-        let Some(bits) = &mut self.partly_given else { return };
-        let from_start = Range { start: GuestAddress(part.offset_in(&self.range)), len: part.len };
-        for huge in bits.give(from_start) {
-            let start = GuestAddress(huge.start.0.saturating_add(self.range.start.0));
-            self.discard(Range { start, len: huge.len }, batch);
+struct Mapped {
+    place: Place,
+    given: Given,
+}
+
+impl Mapped {
+    fn new(region: Region) -> Self {
+        let range = Range { start: region.guest, len: region.len };
+        let given = match region.backing {
+            Backing::Hugetlb { page, .. } => Given::Huge(PartlyGiven::new(region.len, page)),
+            _ => Given::Soon(Pending::new(range, BLOCK)),
+        };
+        Self { place: Place { region, range, blocks: Blocks::new(range) }, given }
+    }
+
+    /// Marks `part` as given up, and drops what has come together by it: of the host's huge pages
+    /// those that it completes, of other memory all that is ready once there is enough.
+    fn give_soon(&mut self, part: Range, batch: &mut Batch) {
+        let place = &mut self.place;
+        match &mut self.given {
+            Given::Soon(pending) => {
+                if pending.push(part) {
+                    pending.take_ready(|range| place.discard_small(range, batch));
+                }
+            }
+            Given::Huge(bits) => {
+                let from_start = Range { start: GuestAddress(part.offset_in(&place.range)), len: part.len };
+                for huge in bits.give(from_start) {
+                    place.discard(inside(&place.range, huge), batch);
+                }
+            }
         }
     }
+
+    /// Drops all that waits for its neighbours.
+    fn finish(&mut self, batch: &mut Batch) {
+        if let Given::Soon(pending) = &mut self.given {
+            pending.take_all(|range| self.place.discard_small(range, batch));
+        }
+    }
+}
+
+/// The range of guest memory that is `part`, counted from the start of `region`.
+fn inside(region: &Range, part: Range) -> Range {
+    Range { start: GuestAddress(part.start.0.saturating_add(region.start.0)), len: part.len }
 }
 
 /// Gives memory of one guest back to the host.
 pub struct Discard {
     regions: Vec<Mapped>,
-    pending: Pending,
     batch: Batch,
 }
 
@@ -125,11 +160,7 @@ impl Discard {
     /// memory that may change at any time, never through references: their
     /// content turns to zeros when the guest gives it up.
     pub unsafe fn new(regions: Vec<Region>) -> Self {
-        Self {
-            regions: regions.into_iter().map(Mapped::new).collect(),
-            pending: Pending::default(),
-            batch: Batch::new(),
-        }
+        Self { regions: regions.into_iter().map(Mapped::new).collect(), batch: Batch::new() }
     }
 
     /// What discards have done so far.
@@ -152,47 +183,48 @@ impl Discard {
     /// a page again before it has said so.
     pub fn give_up_soon(&mut self, pfns: &mut [u32]) -> Bytes {
         let mut given = Bytes::ZERO;
-        let mut full = false;
         for range in ranges::of_pages(pfns) {
-            for mapped in &mut self.regions {
-                let Some(part) = range.within(&mapped.range) else { continue };
-                given += part.len;
-                match mapped.partly_given {
-                    None => full |= self.pending.push(part),
-                    Some(_) => mapped.give_part_of_huge(part, &mut self.batch),
-                }
-            }
-        }
-        if full {
-            let whole = self.pending.take_whole(BLOCK);
-            self.drop_all(&whole);
+            given += self.give_range_soon(&range);
         }
         self.batch.flush();
         given
     }
 
-    /// What was given up and the host still holds.
+    fn give_range_soon(&mut self, range: &Range) -> Bytes {
+        let mut given = Bytes::ZERO;
+        for mapped in &mut self.regions {
+            let Some(part) = range.within(&mapped.place.range) else { continue };
+            given += part.len;
+            mapped.give_soon(part, &mut self.batch);
+        }
+        given
+    }
+
+    /// What was given up and waits to go.
     pub fn waiting(&self) -> Bytes {
-        self.pending.waiting()
+        let waits = |mapped: &Mapped| match &mapped.given {
+            Given::Soon(pending) => pending.waiting(),
+            Given::Huge(_) => Bytes::ZERO,
+        };
+        self.regions.iter().map(waits).sum()
     }
 
     /// What was given up and the host still holds, in ranges of the guest's: what waits, and parts
     /// of huge pages, with the whole ones beside them.
     pub fn given_up(&self) -> Vec<Range> {
-        let mut ranges = self.pending.ranges();
-        for mapped in &self.regions {
-            let Some(bits) = &mapped.partly_given else { continue };
-            ranges.extend(bits.ranges().map(|part| Range {
-                start: GuestAddress(part.start.0.saturating_add(mapped.range.start.0)),
-                len: part.len,
-            }));
+        let mut ranges = Vec::new();
+        for Mapped { place, given } in &self.regions {
+            match given {
+                Given::Soon(pending) => ranges.extend(pending.ranges()),
+                Given::Huge(bits) => ranges.extend(bits.ranges().map(|part| inside(&place.range, part))),
+            }
         }
         ranges
     }
 
     /// Whether all of `range` is guest RAM, in whole pages.
     pub fn is_ram(&self, range: &Range) -> bool {
-        let found = self.regions.iter().filter_map(|mapped| range.within(&mapped.range));
+        let found = self.regions.iter().filter_map(|mapped| range.within(&mapped.place.range));
         range.len > Bytes::ZERO
             && range.whole_pages(Bytes(PAGE_SIZE)) == Some(*range)
             && found.fold(Bytes::ZERO, |sum, part| sum.saturating_add(part.len)) == range.len
@@ -201,34 +233,15 @@ impl Discard {
     /// Takes in what another process saw [given up](Self::given_up).
     pub fn restore(&mut self, given_up: &[Range]) {
         for range in given_up {
-            for mapped in &mut self.regions {
-                let Some(part) = range.within(&mapped.range) else { continue };
-                match mapped.partly_given {
-                    None => drop(self.pending.push(part)),
-                    Some(_) => mapped.give_part_of_huge(part, &mut self.batch),
-                }
-            }
-            if self.pending.waiting() >= MOST_WAITING {
-                self.finish();
-            }
+            self.give_range_soon(range);
         }
         self.batch.flush();
     }
 
     /// Gives all that waits back to the host.
     pub fn finish(&mut self) {
-        let waiting = self.pending.take_all();
-        self.drop_all(&waiting);
-    }
-
-    fn drop_all(&mut self, ranges: &[Range]) {
-        for range in ranges {
-            // Regions may lie side by side, and pages of both have been merged then.
-            for mapped in &mut self.regions {
-                if let Some(part) = range.within(&mapped.range) {
-                    mapped.discard_small(part, &mut self.batch);
-                }
-            }
+        for mapped in &mut self.regions {
+            mapped.finish(&mut self.batch);
         }
         self.batch.flush();
     }
@@ -240,16 +253,16 @@ impl Discard {
         // Nothing may go any more once the driver has its pages.
         self.finish();
         let mut taken = Bytes::ZERO;
-        for mapped in &mut self.regions {
-            let Some(bits) = &mut mapped.partly_given else {
+        for Mapped { place, given } in &mut self.regions {
+            let Given::Huge(bits) = given else {
                 // Nothing to do: the host brings memory in when it is touched.
-                taken += ranges::pages_inside(pfns, &mapped.range).bytes();
+                taken += ranges::pages_inside(pfns, &place.range).bytes();
                 continue;
             };
             for range in ranges::of_pages(pfns) {
-                let Some(part) = range.within(&mapped.range) else { continue };
+                let Some(part) = range.within(&place.range) else { continue };
                 taken += part.len;
-                bits.take_back(Range { start: GuestAddress(part.offset_in(&mapped.range)), len: part.len });
+                bits.take_back(Range { start: GuestAddress(part.offset_in(&place.range)), len: part.len });
             }
         }
         taken
@@ -257,9 +270,11 @@ impl Discard {
 
     /// The guest has nothing in its balloon any more, and uses all of it again.
     pub fn take_back_all(&mut self) {
-        self.pending.clear();
-        for bits in self.regions.iter_mut().filter_map(|mapped| mapped.partly_given.as_mut()) {
-            bits.clear();
+        for mapped in &mut self.regions {
+            match &mut mapped.given {
+                Given::Soon(pending) => pending.clear(),
+                Given::Huge(bits) => bits.clear(),
+            }
         }
     }
 
@@ -270,13 +285,13 @@ impl Discard {
         free.sort_unstable();
         let mut reported = Bytes::ZERO;
         for range in ranges::merged(free.iter().copied()) {
-            for mapped in &mut self.regions {
-                let Some(part) = range.within(&mapped.range) else { continue };
+            for Mapped { place, given } in &mut self.regions {
+                let Some(part) = range.within(&place.range) else { continue };
                 reported += part.len;
-                let Some(whole) = part.whole_pages(mapped.region.backing.page()) else { continue };
-                match mapped.partly_given {
-                    None => mapped.discard_small(whole, &mut self.batch),
-                    Some(_) => mapped.discard(whole, &mut self.batch),
+                let Some(whole) = part.whole_pages(place.region.backing.page()) else { continue };
+                match given {
+                    Given::Soon(_) => place.discard_small(whole, &mut self.batch),
+                    Given::Huge(_) => place.discard(whole, &mut self.batch),
                 }
             }
         }

@@ -1,88 +1,188 @@
 //! Memory that a guest has given up and the host still holds, until enough of it has come
 //! together. Pure: no system call here.
 
+use vm_memory::GuestAddress;
+
 use crate::ranges::{self, Range};
-use crate::units::Bytes;
+use crate::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
 
-/// Memory that waits at most. A balloon's page numbers come in pieces of 1 MiB (Linux); this is
-/// enough of them to find whole huge pages together.
-pub const MOST_WAITING: Bytes = Bytes::mib(16);
+/// Whole blocks that wait at most. A balloon's page numbers come in pieces of 1 MiB (Linux); this
+/// is enough to make the system calls few.
+pub const MOST_WHOLE: Bytes = Bytes::mib(16);
 
-/// Ranges that wait at most: 64 KiB of them.
-const MOST_RANGES: usize = 4096;
+/// Memory of a region that waits at most, where it does not come together to whole blocks. In
+/// random order, 256 MiB of 1 GiB are a quarter fewer ranges than pages.
+pub const MOST_WAITING: Bytes = Bytes::mib(256);
 
-/// Given up, not dropped yet.
-#[derive(Debug, Default)]
+/// Pages of one region that were given up and not dropped yet. One bit for each 4 KiB, 32 KiB for
+/// each GiB; untouched until the first page comes.
 pub struct Pending {
-    ranges: Vec<Range>,
-    waiting: Bytes,
+    /// The region, from the start of the block in which it starts.
+    region: Range,
+    /// How large a block is (a power of two, at least a page).
+    block: Bytes,
+    /// A bit for each page.
+    words: Vec<u64>,
+    /// How many pages wait, for each block.
+    counts: Vec<u32>,
+    /// The blocks of which any page waits, in the order in which they came.
+    touched: Vec<usize>,
+    /// How many blocks wait whole.
+    whole: u64,
+    waiting: Pages,
 }
 
 impl Pending {
-    /// What waits. A page that was given twice counts twice.
-    pub fn waiting(&self) -> Bytes {
-        self.waiting
+    /// For `region`, in blocks of `block` bytes (a power of two, at least 4 KiB).
+    pub fn new(region: Range, block: Bytes) -> Self {
+        let start = region.start.0 & !block.0.saturating_sub(1);
+        let region = Range { start: GuestAddress(start), len: Bytes(region.end().saturating_sub(start)) };
+        let blocks = region.len.0.checked_div(block.0).unwrap_or(0).saturating_add(1);
+        // As large as the host's own configuration says.
+        Self {
+            region,
+            block,
+            words: vec![0; region.len.pages().0.div_ceil(64) as usize],
+            counts: vec![0; blocks as usize],
+            touched: Vec::new(),
+            whole: 0,
+            waiting: Pages(0),
+        }
     }
 
-    /// Puts `range` down; returns whether it is time to [`take_whole`](Self::take_whole).
+    /// What waits.
+    pub fn waiting(&self) -> Bytes {
+        self.waiting.bytes()
+    }
+
+    /// Puts the whole pages of `range` in the region down; returns whether it is time to
+    /// [`take_ready`](Self::take_ready).
     pub fn push(&mut self, range: Range) -> bool {
-        self.waiting = self.waiting.saturating_add(range.len);
-        match self.ranges.last_mut().filter(|last| last.end() == range.start.0) {
-            Some(last) => last.len = last.len.saturating_add(range.len),
-            None => self.ranges.push(range),
+        let pages = range.within(&self.region).and_then(|range| range.whole_pages(Bytes(PAGE_SIZE)));
+        if let Some(pages) = pages {
+            let first = pages.offset_in(&self.region) >> PAGE_SHIFT;
+            for piece in pieces(first..first.saturating_add(pages.len.pages().0), self.block.pages().0) {
+                self.push_piece(&piece);
+            }
         }
         self.is_full()
     }
 
+    fn push_piece(&mut self, piece: &Piece) {
+        let (Some(word), Some(count)) = (self.words.get_mut(piece.word), self.counts.get_mut(piece.block))
+        else {
+            return;
+        };
+        let new = (piece.bits & !*word).count_ones();
+        if new == 0 {
+            return;
+        }
+        *word |= piece.bits;
+        if *count == 0 {
+            self.touched.push(piece.block);
+        }
+        *count += new;
+        self.whole += u64::from(is_whole(*count, self.block));
+        self.waiting = Pages(self.waiting.0.saturating_add(u64::from(new)));
+    }
+
     fn is_full(&self) -> bool {
-        self.waiting >= MOST_WAITING || self.ranges.len() >= MOST_RANGES
+        let whole = Bytes(self.block.0.saturating_mul(self.whole));
+        whole >= MOST_WHOLE || self.waiting() >= MOST_WAITING
     }
 
-    /// The whole blocks of `block` bytes (a power of two) that have come together, sorted and
-    /// merged; the rest goes on waiting, where it is at most half of what may. Where it is more, all goes.
-    pub fn take_whole(&mut self, block: Bytes) -> Vec<Range> {
-        let all = self.take_all();
-        let whole: Vec<Range> = all.iter().filter_map(|range| range.whole_pages(block)).collect();
-        let sum = |ranges: &[Range]| ranges.iter().map(|range| range.len).sum::<Bytes>();
-        let left = sum(&all).saturating_sub(sum(&whole));
-        // A range with a middle may have an edge on either side of it.
-        let most_left = all.len().saturating_add(whole.len());
-        if left.0 > MOST_WAITING.0 / 2 || most_left > MOST_RANGES / 2 {
-            return all;
+    /// The blocks that have come together whole, in merged ranges upwards; the rest goes on
+    /// waiting. Where all is more than may wait, all goes.
+    pub fn take_ready(&mut self, gone: impl FnMut(Range)) {
+        let (all, block) = (self.waiting() >= MOST_WAITING, self.block);
+        self.take(|count| all || is_whole(count, block), gone);
+    }
+
+    /// All that waits, in merged ranges upwards.
+    pub fn take_all(&mut self, gone: impl FnMut(Range)) {
+        self.take(|_| true, gone);
+    }
+
+    fn take(&mut self, goes: impl Fn(u32) -> bool, gone: impl FnMut(Range)) {
+        self.touched.sort_unstable();
+        let taken: Vec<usize> =
+            self.touched.iter().copied().filter(|number| goes(self.count(*number))).collect();
+        self.ranges_of(&taken).for_each(gone);
+        for number in taken {
+            self.forget(number);
         }
-        for range in &all {
-            let Some(middle) = range.whole_pages(block) else {
-                self.push(*range);
-                continue;
-            };
-            for edge in [range.before(&middle), range.behind(&middle)].into_iter().flatten() {
-                self.push(edge);
-            }
-        }
-        whole
+        let counts = &self.counts;
+        self.touched.retain(|number| counts.get(*number).is_some_and(|count| *count > 0));
     }
 
-    /// All that waits, sorted and merged.
-    pub fn take_all(&mut self) -> Vec<Range> {
-        self.waiting = Bytes::ZERO;
-        let mut ranges = std::mem::take(&mut self.ranges);
-        ranges.sort_unstable();
-        ranges::merge(&mut ranges);
-        ranges
-    }
-
-    /// All that waits, sorted and merged, which goes on waiting.
+    /// All that waits, in merged ranges upwards, which goes on waiting.
     pub fn ranges(&self) -> Vec<Range> {
-        let mut ranges = self.ranges.clone();
-        ranges.sort_unstable();
-        ranges::merged(ranges.into_iter()).collect()
+        let mut touched = self.touched.clone();
+        touched.sort_unstable();
+        self.ranges_of(&touched).collect()
     }
 
     /// Forgets what waits: the guest uses it again.
     pub fn clear(&mut self) {
-        self.ranges.clear();
-        self.waiting = Bytes::ZERO;
+        for number in std::mem::take(&mut self.touched) {
+            self.forget(number);
+        }
     }
+
+    /// What waits in these blocks, which are sorted.
+    fn ranges_of(&self, blocks: &[usize]) -> impl Iterator<Item = Range> {
+        let runs = blocks.iter().flat_map(|number| ranges::runs(&self.words, self.pages_of(*number)));
+        ranges::merged(runs.map(|run| {
+            let start = self.region.start.0.saturating_add(run.start << PAGE_SHIFT);
+            Range { start: GuestAddress(start), len: Pages(run.end.saturating_sub(run.start)).bytes() }
+        }))
+    }
+
+    fn forget(&mut self, number: usize) {
+        for piece in pieces(self.pages_of(number), self.block.pages().0) {
+            let Some(word) = self.words.get_mut(piece.word) else { continue };
+            *word &= !piece.bits;
+        }
+        let count = self.counts.get_mut(number).map(std::mem::take).unwrap_or(0);
+        self.whole = self.whole.saturating_sub(u64::from(is_whole(count, self.block)));
+        self.waiting = Pages(self.waiting.0.saturating_sub(u64::from(count)));
+    }
+
+    fn count(&self, number: usize) -> u32 {
+        self.counts.get(number).copied().unwrap_or(0)
+    }
+
+    /// The numbers of a block's pages in the region.
+    fn pages_of(&self, number: usize) -> std::ops::Range<u64> {
+        let pages = self.block.pages().0;
+        let first = pages.saturating_mul(number as u64);
+        first..first.saturating_add(pages).min(self.region.len.pages().0)
+    }
+}
+
+/// Pages of one block that share a word.
+struct Piece {
+    block: usize,
+    word: usize,
+    bits: u64,
+}
+
+/// Cuts `pages` where words and blocks of `block` pages (a power of two) end.
+fn pieces(pages: std::ops::Range<u64>, block: u64) -> impl Iterator<Item = Piece> {
+    let most = block.clamp(1, 64);
+    let mut next = pages.start;
+    std::iter::from_fn(move || {
+        let first = next;
+        let count = (most - first % most).min(pages.end.checked_sub(first).filter(|rest| *rest > 0)?);
+        next = first.saturating_add(count);
+        let bits = (u64::MAX >> 64_u64.saturating_sub(count)) << (first % 64);
+        let number = first.checked_div(block).unwrap_or(0);
+        Some(Piece { block: number as usize, word: (first / 64) as usize, bits })
+    })
+}
+
+fn is_whole(count: u32, block: Bytes) -> bool {
+    u64::from(count) == block.pages().0
 }
 
 #[cfg(test)]
@@ -102,41 +202,71 @@ mod tests {
         Range { start: GuestAddress(first * PAGE_SIZE), len: Bytes(count * PAGE_SIZE) }
     }
 
+    fn all(pending: &mut Pending) -> Vec<Range> {
+        let mut gone = Vec::new();
+        pending.take_all(|range| gone.push(range));
+        gone
+    }
+
+    fn ready(pending: &mut Pending) -> Vec<Range> {
+        let mut gone = Vec::new();
+        pending.take_ready(|range| gone.push(range));
+        gone
+    }
+
     fn pages_of(ranges: &[Range]) -> BTreeSet<u64> {
         ranges.iter().flat_map(|range| range.start.0 / PAGE_SIZE..range.end() / PAGE_SIZE).collect()
     }
 
     #[test]
     fn halves_of_a_block_find_together() {
-        let mut pending = Pending::default();
-        assert!(!pending.push(range(0, 4)));
-        assert!(!pending.push(range(12, 4)));
-        assert!(!pending.push(range(4, 4)));
-        assert_eq!(pending.waiting(), Bytes(12 * PAGE_SIZE));
-        assert_eq!(pending.take_whole(BLOCK), [range(0, 8)]);
-        assert_eq!(pending.waiting(), Bytes(4 * PAGE_SIZE));
-        assert_eq!(pending.take_all(), [range(12, 4)]);
-        assert_eq!(pending.take_all(), []);
-    }
-
-    #[test]
-    fn what_never_becomes_whole_does_not_wait_for_ever() {
-        let mut pending = Pending::default();
-        let mut pages = 0;
-        while !pending.push(range(2 * pages, 1)) {
-            pages += 1;
+        let mut pending = Pending::new(range(0, 24), BLOCK);
+        for (first, count) in [(0, 4), (12, 4), (4, 4)] {
+            assert!(!pending.push(range(first, count)));
         }
-        let dropped = pending.take_whole(BLOCK);
-        assert_eq!(dropped.len() as u64, pages + 1);
-        assert_eq!(pending.waiting(), Bytes::ZERO);
+        assert_eq!(pending.waiting(), Bytes(12 * PAGE_SIZE));
+        assert_eq!(ready(&mut pending), [range(0, 8)]);
+        assert_eq!(pending.waiting(), Bytes(4 * PAGE_SIZE));
+        // The same page again is no news.
+        pending.push(range(13, 1));
+        assert_eq!(pending.waiting(), Bytes(4 * PAGE_SIZE));
+        assert_eq!(all(&mut pending), [range(12, 4)]);
+        assert_eq!(all(&mut pending), []);
     }
 
     #[test]
     fn a_bounded_amount_waits() {
-        let mut pending = Pending::default();
+        let gib = range(0, Bytes::gib(1).pages().0);
+        let block = Bytes::mib(2);
+        let mut pending = Pending::new(gib, block);
+        // Whole blocks go soon.
+        assert!(!pending.push(range(0, MOST_WHOLE.pages().0 - 1)));
+        assert!(pending.push(range(MOST_WHOLE.pages().0 - 1, 1)));
+        assert_eq!(ready(&mut pending), [range(0, MOST_WHOLE.pages().0)]);
+        // What never comes together goes in the end.
+        let mut pages = 0;
+        while !pending.push(range(2 * pages, 1)) {
+            pages += 1;
+        }
+        assert_eq!(pending.waiting(), MOST_WAITING);
+        assert_eq!(ready(&mut pending).len() as u64, pages + 1);
+        assert_eq!(pending.waiting(), Bytes::ZERO);
+        // What the guest uses again stays.
         assert!(pending.push(range(0, MOST_WAITING.pages().0)));
         pending.clear();
-        assert_eq!((pending.take_all(), pending.waiting()), (vec![], Bytes::ZERO));
+        assert!(!pending.push(range(0, 1)));
+        assert_eq!(all(&mut pending), [range(0, 1)]);
+    }
+
+    /// A region may start and end within a block, and nothing outside it is ever named.
+    #[test]
+    fn a_region_need_not_be_whole_blocks() {
+        let mut pending = Pending::new(range(5, 8), BLOCK);
+        pending.push(range(5, 100));
+        assert_eq!(ready(&mut pending), []);
+        assert_eq!(all(&mut pending), [range(5, 8)]);
+        pending.push(Range { start: GuestAddress(u64::MAX - 5000), len: Bytes(5000) });
+        assert_eq!(pending.ranges(), []);
     }
 
     proptest! {
@@ -145,25 +275,31 @@ mod tests {
             given in vec((0u64..200, 1u64..12), 1..60),
             pieces in 1usize..4,
         ) {
-            let mut pending = Pending::default();
-            let (mut all, mut gone) = (BTreeSet::new(), BTreeSet::new());
+            let mut pending = Pending::new(range(0, 212), BLOCK);
+            let (mut given_up, mut gone) = (BTreeSet::new(), BTreeSet::new());
             for part in given.chunks(given.len().div_ceil(pieces)) {
+                let mut waits: BTreeSet<u64> = pages_of(&pending.ranges());
                 for (first, count) in part {
                     pending.push(range(*first, *count));
-                    all.extend(*first..first + count);
+                    waits.extend(*first..first + count);
                 }
-                let whole = pending.take_whole(BLOCK);
+                given_up.extend(&waits);
+                prop_assert_eq!(pending.waiting().pages().0, waits.len() as u64);
+                let whole = ready(&mut pending);
                 for range in &whole {
                     prop_assert_eq!((range.start.0 | range.len.0) % BLOCK.0, 0);
                 }
+                let block = |page: &u64| (page / 8 * 8..page / 8 * 8 + 8).all(|page| waits.contains(&page));
+                prop_assert_eq!(pages_of(&whole), waits.iter().copied().filter(block).collect());
                 gone.extend(pages_of(&whole));
             }
-            let rest = pending.take_all();
+            let rest = all(&mut pending);
             for pair in rest.windows(2) {
                 prop_assert!(pair[0].end() < pair[1].start.0, "not merged or not sorted");
             }
             gone.extend(pages_of(&rest));
-            prop_assert_eq!(gone, all);
+            prop_assert_eq!(gone, given_up);
+            prop_assert_eq!(pending.waiting(), Bytes::ZERO);
         }
     }
 }

@@ -83,12 +83,13 @@ fn huge_pages_go_when_whole(steps: [(bool, u64, u64); 3]) {
 /// What waits goes once, whole blocks first, and nothing else goes.
 fn what_waits_goes_once(pushed: [(u64, u64); 3]) {
     const BLOCK: u64 = 2;
-    let mut pending = Pending::default();
+    let mut pending = Pending::new(pages(0, 8), pages(0, BLOCK).len);
     for (first, count) in pushed {
         pending.push(pages(first, count));
     }
-    let whole = pending.take_whole(pages(0, BLOCK).len);
-    let rest = pending.take_all();
+    let (mut whole, mut rest) = (Vec::new(), Vec::new());
+    pending.take_ready(|range| whole.push(range));
+    pending.take_all(|range| rest.push(range));
     assert_eq!(pending.waiting(), Bytes::ZERO);
     for page in 0..8 {
         let given = pushed.iter().any(|(first, count)| (*first..first + count).contains(&page));

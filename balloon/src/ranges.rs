@@ -100,13 +100,13 @@ pub fn merged(sorted: impl Iterator<Item = Range>) -> impl Iterator<Item = Range
     })
 }
 
-/// As [`merged`], in place.
-pub fn merge(sorted: &mut Vec<Range>) {
-    sorted.dedup_by(|next, range| range.takes_in(next));
-}
-
-/// Where the lowest `count` bits of `words` are set, as runs that don't touch each other, upwards.
-pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
+/// Which bits of `words` are set among those in `within`, as runs that don't touch each other, upwards.
+pub(crate) fn runs(
+    words: &[u64],
+    within: std::ops::Range<u64>,
+) -> impl Iterator<Item = std::ops::Range<u64>> {
+    let end = within.end;
+    let words = usize::try_from(end.div_ceil(64)).ok().and_then(|count| words.get(..count)).unwrap_or(words);
     let first = move |from: u64, set: bool| {
         let rest = usize::try_from(from / 64).ok().and_then(|word| words.get(word..))?;
         let found = rest.iter().zip(from / 64..).find_map(|(bits, word)| {
@@ -114,12 +114,12 @@ pub(crate) fn runs(words: &[u64], count: u64) -> impl Iterator<Item = std::ops::
             let bits = if word == from / 64 { bits >> (from % 64) << (from % 64) } else { bits };
             (bits != 0).then(|| word.saturating_mul(64).saturating_add(u64::from(bits.trailing_zeros())))
         });
-        found.filter(|bit| *bit < count)
+        found.filter(|bit| *bit < end)
     };
-    let mut next = 0;
+    let mut next = within.start;
     std::iter::from_fn(move || {
         let start = first(next, true)?;
-        next = first(start, false).unwrap_or(count);
+        next = first(start, false).unwrap_or(end);
         Some(start..next)
     })
 }
@@ -178,7 +178,7 @@ impl PartlyGiven {
 
     /// What is given up (counted from the region's start), upwards.
     pub fn ranges(&self) -> impl Iterator<Item = Range> {
-        runs(&self.words, self.len.pages().0).map(|run| Range {
+        runs(&self.words, 0..self.len.pages().0).map(|run| Range {
             start: GuestAddress(run.start << PAGE_SHIFT),
             len: Pages(run.end - run.start).bytes(),
         })

@@ -143,9 +143,10 @@ pub fn reporting() -> Result<()> {
             let time = trace.wait()?.saturating_sub(asked);
             let counts = Counts::read(vm.pid())?.since(before);
             let reported = memory.status()?.counters.reported.saturating_sub(reported);
-            // The guest keeps some of it in lists of its own.
-            ensure!(reported >= TAKEN.percent(90), "only {reported} of {TAKEN} were reported");
+            // The guest keeps some of it in lists of its own, and reports whole blocks alone.
+            ensure!(reported >= TAKEN.percent(75), "only {reported} of {TAKEN} were reported");
             print("reporting", guest, what, Step { time, counts });
+            println!("reporting      {guest:<7} {what:<10} reported {reported}");
         }
     }
     Ok(())

@@ -65,7 +65,7 @@ impl Blocks {
 
     /// The plugged blocks, as runs that don't touch each other, upwards.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        runs(&self.words, self.count)
+        runs(&self.words, 0..self.count)
     }
 
     fn masks(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
