@@ -13,7 +13,7 @@ use balancer::sim::laws::Name;
 use balancer::sim::report::Report;
 use balancer::sim::sweep::{Source, Sweep, watch};
 use balancer::sim::trace::Kind;
-use balancer::sim::{Host, Setup, Speeds, plot, recorded};
+use balancer::sim::{Grow, Host, Setup, Speeds, plot, recorded};
 use balloon::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -33,14 +33,14 @@ const LONGEST: f64 = 28.0 * 24.0;
 Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
-Faults: stuck, intermittent, lying, silent, driverless, unresponsive; the first VMs get one each.
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
 The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.",
     after_long_help = "\
 Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
-Faults: stuck, intermittent, lying, silent, driverless, unresponsive; the first VMs get one each.
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
 The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.
 
@@ -77,15 +77,28 @@ pub struct Args {
     /// What is wrong with the first VMs, one each
     #[arg(long, value_name = "FAULT", value_delimiter = ',')]
     faults: Vec<Fault>,
-    /// How fast memory moves: a JSON file with inflate, deflate, reclaim, swap, read in bytes a second
+    /// How fast memory moves: a JSON file with inflate, deflate, plug, unplug, reclaim, swap, read in bytes a
+    /// second; `make bench` writes one
     #[arg(long, value_name = "FILE")]
     speeds: Option<PathBuf>,
+    /// By what guests grow beyond what they start with
+    #[arg(long, value_enum, default_value_t = GrowBy::Balloon)]
+    grow: GrowBy,
     /// Print JSON
     #[arg(long)]
     json: bool,
     /// Draw SVG pictures into this directory
     #[arg(long, value_name = "DIR")]
     plot: Option<PathBuf>,
+}
+
+/// As `ballast run --grow`.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum GrowBy {
+    /// A balloon in all of their memory map
+    Balloon,
+    /// Memory that is plugged in
+    Plug,
 }
 
 fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
@@ -157,6 +170,10 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
     let setup = Setup {
         host: Host { total: args.host, reserve: args.host_reserve },
         speeds: args.speeds.as_deref().map(speeds).transpose()?.unwrap_or_default(),
+        grow: match args.grow {
+            GrowBy::Balloon => Grow::Balloon,
+            GrowBy::Plug => Grow::Plug,
+        },
         faults: args.faults.clone(),
     };
     // A recording is the same for every seed.

@@ -7,6 +7,7 @@
 //! the kind: there a step ends with its last write to the device. The host's kernel traces those
 //! writes, so that nobody has to ask the VMM meanwhile.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ const LOAD: [&str; 2] = ["grow:700M", "release"];
 const UNPLUGGED: Duration = Duration::from_millis(500);
 /// Linux reports free pages 2 s after they came to be free (`PAGE_REPORTING_DELAY`).
 const REPORTED: Duration = Duration::from_secs(5);
-/// Where the measured speeds lie afterwards, as `ballast sim --speeds` reads them. They are virtual:
+/// Where a run's measured speeds lie afterwards, as `ballast sim --speeds` reads them. They are virtual:
 /// 1e9 instructions a second, which a processor of today beats two or three times over.
 pub const SPEEDS: &str = "/tmp/speeds.json";
 
@@ -37,9 +38,14 @@ pub const SPEEDS: &str = "/tmp/speeds.json";
 /// Where the VM can't be started or does not do as it is asked; so all here.
 pub fn zeroing() -> Result<()> {
     let [inflate, deflate, _] = by_balloon(Vmm::Ballast, true)?;
+    leave_speeds([("inflate", inflate), ("deflate", deflate)])
+}
+
+/// Leaves behind how fast what was taken moved, in bytes a second.
+fn leave_speeds(steps: [(&str, Step); 2]) -> Result<()> {
     let speed = |step: Step| (TAKEN.0 as f64 / step.time.as_secs_f64()) as u64;
-    let speeds = format!("{{\"inflate\": {}, \"deflate\": {}}}\n", speed(inflate), speed(deflate));
-    Ok(fs::write(SPEEDS, speeds)?)
+    let speeds = BTreeMap::from(steps.map(|(name, step)| (name, speed(step))));
+    Ok(fs::write(SPEEDS, serde_json::to_vec(&speeds)?)?)
 }
 
 /// The same with `init_on_alloc=0`.
@@ -110,11 +116,18 @@ pub fn plug() -> Result<()> {
         }
         let guest = if init_on_alloc { "zeroing" } else { "plain" };
         print_huge_pages("virtio-mem", guest, &vm)?;
-        for (what, taken) in [("take", TAKEN), ("give back", Bytes::ZERO), ("take again", TAKEN)] {
+        let mut reach = |what: &str, taken: Bytes| -> Result<Step> {
             let step = memory.reach(GUEST - taken, End::Quiet(UNPLUGGED))?;
             let status = memory.status()?;
             ensure!(status.actual == GUEST - taken, "the guest has {}: {status:#?}", status.actual);
             print("virtio-mem", guest, what, step);
+            Ok(step)
+        };
+        let [unplug, plug] = [reach("take", TAKEN)?, reach("give back", Bytes::ZERO)?];
+        reach("take again", TAKEN)?;
+        // As with the balloon: a guest that zeroes, as Debian's do.
+        if init_on_alloc {
+            leave_speeds([("unplug", unplug), ("plug", plug)])?;
         }
     }
     Ok(())

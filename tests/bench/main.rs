@@ -7,9 +7,10 @@ mod memory;
 mod trace;
 mod vm;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -96,7 +97,11 @@ fn emulate(name: &str) -> Result<()> {
         memory: Bytes::gib(3),
         guests: vec![Kernel::V6_1],
         files: qemu_with_libraries()?,
-        bring: if name == "balloon" { vec![PathBuf::from(balloon::SPEEDS)] } else { Vec::new() },
+        bring: if ["balloon", "plug"].contains(&name) {
+            vec![PathBuf::from(balloon::SPEEDS)]
+        } else {
+            Vec::new()
+        },
         terminal: Terminal::Output,
         limit: LIMIT,
         ..Emulator::default()
@@ -111,11 +116,20 @@ fn emulate(name: &str) -> Result<()> {
     };
     ensure!(outcome.code == 0, "it ended with {}", outcome.code);
     if let Some(speeds) = outcome.results.get(balloon::SPEEDS) {
-        fs::create_dir_all("out")?;
-        fs::write("out/speeds.json", speeds)?;
+        add_speeds(Path::new("out/speeds.json"), speeds)?;
         println!("for the simulator: ballast sim --speeds out/speeds.json");
     }
     Ok(())
+}
+
+/// Adds a run's speeds to what other runs have left in `file`.
+fn add_speeds(file: &Path, speeds: &[u8]) -> Result<()> {
+    let read = |text: &[u8]| serde_json::from_slice::<BTreeMap<String, u64>>(text);
+    // What makes no sense is written anew.
+    let mut all = fs::read(file).ok().and_then(|text| read(&text).ok()).unwrap_or_default();
+    all.extend(read(speeds)?);
+    file.parent().map_or(Ok(()), fs::create_dir_all)?;
+    Ok(fs::write(file, serde_json::to_vec_pretty(&all)?)?)
 }
 
 /// What was measured of one VM.

@@ -35,4 +35,4 @@ pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};
 pub use qemu::{Qemu, QemuSettings, qemu_with_libraries};
-pub use vm::{BOOT, Vm, VmSettings, wait_for};
+pub use vm::{BOOT, Vm, VmSettings, wait_for, wait_looking_every};

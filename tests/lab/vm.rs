@@ -32,7 +32,20 @@ pub const BOOT: Duration = Duration::from_secs(15);
 ///
 /// # Panics
 /// After ten times what it `usually` takes, with `what` was waited for.
-pub fn wait_for<T>(what: &str, usually: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, usually: Duration, look: impl FnMut() -> Option<T>) -> T {
+    wait_looking_every(LOOK_AGAIN, what, usually, look)
+}
+
+/// The same for those who measure when it comes: looks again after `pause`.
+///
+/// # Panics
+/// As [`wait_for`].
+pub fn wait_looking_every<T>(
+    pause: Duration,
+    what: &str,
+    usually: Duration,
+    mut look: impl FnMut() -> Option<T>,
+) -> T {
     let start = Instant::now();
     loop {
         if let Some(found) = look() {
@@ -43,7 +56,7 @@ pub fn wait_for<T>(what: &str, usually: Duration, mut look: impl FnMut() -> Opti
             "gave up after {:?} waiting for {what}",
             start.elapsed()
         );
-        thread::sleep(LOOK_AGAIN);
+        thread::sleep(pause);
     }
 }
 
@@ -197,6 +210,11 @@ impl Vm {
         });
         self.seen = number + 1;
         line
+    }
+
+    /// A line that contains `text`, behind the last one that was waited for, if it is there already.
+    pub fn line(&self, text: &str) -> Option<String> {
+        self.console.find(self.seen, text).map(|(_, line)| line)
     }
 
     /// Waits until the guest's init has loaded its modules; gives its `READY` line.

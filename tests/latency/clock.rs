@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use lab::Vm;
+use lab::{Vm, wait_looking_every};
+
+/// How often an answer is looked for: a part of the doubt.
+const CLOSELY: Duration = Duration::from_millis(1);
 
 /// Questions of which the one that took least counts.
 const QUESTIONS: usize = 5;
@@ -22,8 +25,9 @@ impl Offset {
         for _ in 0..QUESTIONS {
             let before = Instant::now();
             vm.type_in("clock\n");
-            let line = vm.wait_for_line("CLOCK us=", usually);
+            let line = wait_looking_every(CLOSELY, "the guest's clock", usually, || vm.line("CLOCK us="));
             let took = before.elapsed();
+            vm.wait_for_line("DONE clock", usually);
             let guest = number(&line, "us=").context("the guest tells its clock")?;
             let zero = (before + took / 2).checked_sub(Duration::from_micros(guest));
             let zero = zero.context("the guest is no older than the host")?;

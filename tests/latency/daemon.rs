@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use balancer::daemon::State;
 use balancer::daemon::client::Client;
 use balloon::runtime;
 use lab::{ballast, wait_for};
@@ -37,14 +38,15 @@ impl Daemon {
 
     /// Waits until it has looked at all guests so often.
     pub fn wait_for_rounds(&self, rounds: u64, usually: Duration) {
-        let directory = runtime::directory().expect("there is a runtime directory");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.expect("a runtime can be made");
         wait_for("the daemon's first rounds", usually, || {
-            let mut client = Client::new(&directory, usually);
-            let state = runtime.block_on(client.state()).ok()?;
+            let state = ask(usually)?;
             (state.rounds >= rounds && state.vms.len() == self.guests).then_some(())
         });
+    }
+
+    /// How often it has looked at its guests.
+    pub fn rounds(&self, usually: Duration) -> u64 {
+        wait_for("the daemon's count of rounds", usually, || Some(ask(usually)?.rounds))
     }
 
     /// When it said that `vm` gets more, at each time from `since` on.
@@ -60,6 +62,13 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn ask(patience: Duration) -> Option<State> {
+    let directory = runtime::directory().expect("there is a runtime directory");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("a runtime can be made");
+    runtime.block_on(Client::new(&directory, patience).state()).ok()
 }
 
 fn follow(source: impl Read + Send + 'static, said: Arc<Mutex<Vec<(Instant, String)>>>) {

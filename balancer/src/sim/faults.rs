@@ -12,6 +12,12 @@ pub const QUIET_FROM: Duration = Duration::from_secs(300);
 /// How long an [`Fault::Intermittent`] balloon works, and then how long it does not.
 pub const INTERMITTENT: Duration = Duration::from_secs(30);
 
+/// How often a [`Fault::Dying`] VM dies,
+pub const LIFE: Duration = Duration::from_secs(240);
+
+/// and how long it is gone each time.
+pub const DEAD: Duration = Duration::from_secs(20);
+
 /// How a VM misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -28,19 +34,28 @@ pub enum Fault {
     Driverless,
     /// Its API stops answering: no news from it, and no target reaches it.
     Unresponsive,
+    /// It dies without a word, and starts anew a while later; again and again.
+    Dying,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Stuck, Self::Intermittent, Self::Lying, Self::Silent, Self::Driverless, Self::Unresponsive];
+    pub const ALL: [Self; 7] = [
+        Self::Stuck,
+        Self::Intermittent,
+        Self::Lying,
+        Self::Silent,
+        Self::Driverless,
+        Self::Unresponsive,
+        Self::Dying,
+    ];
 
     /// Whether a balloon with this fault gives memory up at `now`.
     pub fn inflates(self, now: Duration) -> bool {
         match self {
             Self::Stuck | Self::Driverless => false,
             Self::Intermittent => (now.as_secs() / INTERMITTENT.as_secs()).is_multiple_of(2),
-            Self::Lying | Self::Silent | Self::Unresponsive => true,
+            Self::Lying | Self::Silent | Self::Unresponsive | Self::Dying => true,
         }
     }
 
@@ -58,6 +73,12 @@ impl Fault {
         self != Self::Unresponsive || now < QUIET_FROM
     }
 
+    /// Whether it is dead at `now`.
+    pub fn is_dead(self, now: Duration) -> bool {
+        let into_a_life = now.as_secs() % LIFE.as_secs();
+        self == Self::Dying && now >= LIFE && into_a_life < DEAD.as_secs()
+    }
+
     const fn name(self) -> &'static str {
         match self {
             Self::Stuck => "stuck",
@@ -66,6 +87,7 @@ impl Fault {
             Self::Silent => "silent",
             Self::Driverless => "driverless",
             Self::Unresponsive => "unresponsive",
+            Self::Dying => "dying",
         }
     }
 }
@@ -78,7 +100,7 @@ impl fmt::Display for Fault {
 
 /// A word that names no fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no fault: use stuck, intermittent, lying, silent, driverless or unresponsive")]
+#[error("`{0}` is no fault: use stuck, intermittent, lying, silent, driverless, unresponsive or dying")]
 pub struct UnknownFault(String);
 
 impl FromStr for Fault {

@@ -12,7 +12,7 @@ use balloon::limits::Limits;
 use balloon::units::Bytes;
 
 use super::faults::Fault;
-use super::{STEP, Speeds};
+use super::{Grow, STEP, Speeds};
 
 /// Swap space of each guest.
 pub const SWAP: Bytes = Bytes::gib(1);
@@ -65,6 +65,8 @@ pub struct Guest {
     pub driver: bool,
     /// What is wrong with it.
     pub fault: Option<Fault>,
+    /// By what it grows.
+    pub grow: Grow,
     used: Bytes,
     swapped: Bytes,
     cache: Bytes,
@@ -103,13 +105,19 @@ impl Guest {
             settled: driver,
             // Reports come at different moments, as guests' timers do.
             reports_at: STEP * (index % 4) as u32,
-            ..Self::starting(limits, actual, fault, Duration::ZERO)
+            ..Self::starting(limits, actual, fault, Grow::Balloon, Duration::ZERO)
         }
     }
 
+    /// The same guest, growing by other means.
+    pub fn growing_by(self, grow: Grow) -> Self {
+        Self { grow, ..self }
+    }
+
     /// A guest that starts `now`: it has all of its memory map until its driver takes some.
-    pub fn starting(limits: Limits, target: Bytes, fault: Option<Fault>, now: Duration) -> Self {
-        let actual = if now == Duration::ZERO { target } else { limits.max() };
+    /// One that grows by plugging has what it starts with, and no more.
+    pub fn starting(limits: Limits, target: Bytes, fault: Option<Fault>, grow: Grow, now: Duration) -> Self {
+        let actual = if now == Duration::ZERO || grow == Grow::Plug { target } else { limits.max() };
         Self {
             limits,
             target,
@@ -119,6 +127,7 @@ impl Guest {
             report: None,
             driver: false,
             fault,
+            grow,
             used: Bytes::ZERO,
             swapped: Bytes::ZERO,
             cache: Bytes::ZERO,
@@ -205,8 +214,9 @@ impl Guest {
     }
 
     fn balloon(&mut self, now: Duration, speeds: &Speeds, room: Option<&mut Bytes>) {
+        let (up, down) = self.grow.speeds(speeds, &self.limits, self.actual);
         if self.target > self.actual {
-            let mut up = in_a_step(speeds.deflate).min(self.target - self.actual);
+            let mut up = in_a_step(up).min(self.target - self.actual);
             if let Some(room) = room {
                 up = up.min(*room);
                 *room = room.saturating_sub(up);
@@ -217,7 +227,7 @@ impl Guest {
         if self.fault.is_some_and(|fault| !fault.inflates(now)) {
             return;
         }
-        let wanted = in_a_step(speeds.inflate).min(self.actual.saturating_sub(self.target));
+        let wanted = in_a_step(down).min(self.actual.saturating_sub(self.target));
         let free = self
             .actual
             .saturating_sub(watermark(self.actual))
@@ -333,11 +343,38 @@ mod tests {
     #[test]
     fn a_start_has_its_whole_map_until_the_driver_runs_and_is_charged_what_it_touched() {
         let now = Duration::from_secs(100);
-        let mut guest = Guest::starting(limits(), Bytes::gib(2), None, now);
+        let mut guest = Guest::starting(limits(), Bytes::gib(2), None, Grow::Balloon, now);
         run(&mut guest, 100, 4, Bytes::gib(1));
         assert_eq!(guest.actual, Bytes::gib(4));
         assert!(guest.holds() < Bytes::mib(1200));
         run(&mut guest, 104, 20, Bytes::gib(1));
         assert_eq!(guest.holds(), Bytes::gib(2));
+    }
+
+    #[test]
+    fn a_guest_that_plugs_has_no_more_than_it_was_given_and_moves_at_its_own_speeds() {
+        let now = Duration::from_secs(100);
+        let mut guest = Guest::starting(limits(), Bytes::gib(2), None, Grow::Plug, now);
+        run(&mut guest, 100, 4, Bytes::gib(1));
+        assert_eq!(guest.actual, Bytes::gib(2), "its map is not there yet");
+        run(&mut guest, 104, 20, Bytes::gib(1));
+        let speeds = Speeds::default();
+        let seconds = |guest: &mut Guest, target| {
+            guest.target = target;
+            (1..100).find(|step| {
+                guest.step(now * 2 + STEP * *step, Bytes::gib(1), Bytes::ZERO, &speeds, None);
+                guest.actual == target
+            })
+        };
+        let mut other = Guest { grow: Grow::Balloon, ..guest.clone() };
+        for target in [Bytes::gib(4), Bytes::gib(2)] {
+            let (plugs, inflates) = (seconds(&mut guest, target), seconds(&mut other, target));
+            assert!(plugs.is_some() && plugs < inflates, "{target}: {plugs:?} {inflates:?}");
+        }
+        assert_eq!(
+            seconds(&mut guest, Bytes::gib(2) - Bytes::mib(512)),
+            seconds(&mut other, Bytes::gib(2) - Bytes::mib(512)),
+            "below what it started with a balloon takes it"
+        );
     }
 }

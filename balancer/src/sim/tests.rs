@@ -10,7 +10,7 @@ use super::report::Report;
 use super::score::Score;
 use super::sweep::{Source, Sweep};
 use super::trace::{Kind, Trace};
-use super::{Host, Setup, Speeds, plot, sweep, world};
+use super::{Grow, Host, Setup, Speeds, plot, sweep, world};
 use crate::policy::{Guards, Settings};
 
 fn sweep(laws: &[Name], vms: &[usize], kind: Kind) -> Sweep {
@@ -98,6 +98,30 @@ fn each_fault_changes_what_happens() {
     for fault in Fault::ALL {
         let faulty = score(&mut Ballast::default(), Kind::Burst, 16, &[fault, fault]);
         assert_ne!((well.churn, well.decisions), (faulty.churn, faulty.decisions), "{fault}");
+    }
+}
+
+#[test]
+fn who_dies_and_starts_anew_waits_for_room_and_gets_it() {
+    let trace = Trace::generate(Kind::Steady, 5, 10, 900);
+    let setup = Setup { faults: vec![Fault::Dying], ..Setup::default() };
+    let (mut deaths, mut starts, mut there) = (0, 0, true);
+    let score = world::run(&trace, &setup, &mut Ballast::default(), &mut |moment| {
+        let is = moment.vms.iter().any(|(index, ..)| *index == 0);
+        deaths += u32::from(there && !is);
+        starts += u32::from(!there && is);
+        there = is;
+    });
+    assert_eq!((deaths, starts, score.over_budget), (3, 3, 0));
+}
+
+#[test]
+fn guests_that_grow_by_plugging_are_balanced_too() {
+    for kind in [Kind::Burst, Kind::Storm] {
+        let trace = Trace::generate(kind, 5, 10, 1800);
+        let setup = Setup { grow: Grow::Plug, ..Setup::default() };
+        let score = world::run(&trace, &setup, &mut Ballast::default(), &mut |_| ());
+        assert!(score.over_budget == 0 && score.meets_slo(), "{kind}: {} stalled", score.stalled);
     }
 }
 
@@ -214,5 +238,9 @@ fn the_report_counts_vms_at_equal_service_and_pictures_are_drawn() {
 fn speeds_are_read_from_a_file_and_the_rest_stays_as_it_is() {
     let speeds: Speeds = serde_json::from_str(r#"{"inflate": 1048576}"#).unwrap();
     assert_eq!((speeds.inflate, speeds.deflate), (Bytes::mib(1), Speeds::default().deflate));
+    // What `make bench` writes.
+    let measured = r#"{"deflate": 4, "inflate": 3, "plug": 6, "unplug": 5}"#;
+    let speeds: Speeds = serde_json::from_str(measured).unwrap();
+    assert_eq!((speeds.plug, speeds.unplug, speeds.swap), (Bytes(6), Bytes(5), Speeds::default().swap));
     assert!(serde_json::from_str::<Speeds>(r#"{"inflat": 1}"#).is_err());
 }

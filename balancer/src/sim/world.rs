@@ -36,6 +36,8 @@ struct Place<'a> {
     turns: Turns,
     over: bool,
     stalled: bool,
+    /// When it last asked to be started.
+    asked: Duration,
 }
 
 /// Runs `law` over `trace`. `watch` sees the world once a second.
@@ -66,8 +68,10 @@ impl<'a> World<'a> {
                 let share = u128::from(budget.0) * 95 / 100 * u128::from(series.limits.max().0)
                     / u128::from(sizes.0.max(1));
                 let share = series.limits.clamp(Bytes(u64::try_from(share).unwrap_or(u64::MAX)));
-                let guest = (series.starts == 0).then(|| Guest::running(series.limits, share, fault, index));
-                Place { series, guest, fault, turns: Turns::default(), over: false, stalled: false }
+                let guest = (series.starts == 0)
+                    .then(|| Guest::running(series.limits, share, fault, index).growing_by(setup.grow));
+                let turns = Turns::default();
+                Place { series, guest, fault, turns, over: false, stalled: false, asked: Duration::ZERO }
             })
             .collect();
         Self { setup, places, waiting: Vec::new(), seconds: trace.seconds, score: Score::default() }
@@ -117,20 +121,28 @@ impl<'a> World<'a> {
                 place.guest = None;
                 place.over = true;
             }
-            if starts > 0 && place.guest.is_none() && !place.over && now == Duration::from_secs(starts) {
+            let dead = place.fault.is_some_and(|fault| fault.is_dead(now));
+            if dead && place.guest.take().is_some() {
+                (place.turns, place.stalled) = (Turns::default(), false);
+            }
+            let due = now == Duration::from_secs(starts) && starts > 0;
+            let again = place.fault == Some(Fault::Dying) && now >= Duration::from_secs(starts);
+            let waits = self.waiting.contains(&index);
+            if place.guest.is_none() && !place.over && !dead && !waits && (due || again) {
+                place.asked = now;
                 self.waiting.push(index);
             }
         }
         while let Some(&index) = self.waiting.first() {
-            let Series { limits, starts, .. } = self.places[index].series;
+            let Place { series: Series { limits, .. }, asked, .. } = self.places[index];
             let room = self.setup.host.budget().saturating_sub(self.promised());
-            let waited = now.saturating_sub(Duration::from_secs(*starts));
+            let waited = now.saturating_sub(asked);
             if room < limits.startup() && waited < LONGEST_WAIT {
                 self.score.waited += self.waiting.len() as u64;
                 return;
             }
             let place = &mut self.places[index];
-            place.guest = Some(Guest::starting(*limits, limits.startup(), place.fault, now));
+            place.guest = Some(Guest::starting(*limits, limits.startup(), place.fault, self.setup.grow, now));
             self.waiting.remove(0);
         }
     }

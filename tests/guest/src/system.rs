@@ -53,6 +53,8 @@ pub enum End {
 /// Ends this machine; never returns.
 pub fn end(how: End) -> ! {
     rustix::fs::sync();
+    // What was printed last is on its way through the serial port yet.
+    let _ = rustix::termios::tcdrain(rustix::stdio::stdout());
     let outcome = match how {
         End::PowerOff => reboot(RebootCommand::PowerOff).map_err(io::Error::from),
         End::Reboot => reboot(RebootCommand::Restart).map_err(io::Error::from),
