@@ -96,8 +96,8 @@ impl Samples {
                 )
             }
         };
-        let (waited, doubt) = (sample.waited.as_millis(), sample.doubt.as_millis());
-        println!("latency: {}: {what}; waited {waited} ms in all (onset +-{doubt} ms)", sample.mode.name());
+        let (waited, doubt) = (sample.waited.as_millis(), sample.doubt.as_micros());
+        println!("latency: {}: {what}; waited {waited} ms in all (onset +-{doubt} us)", sample.mode.name());
         self.all.push(sample);
     }
 
@@ -126,8 +126,8 @@ impl Samples {
         );
         let doubt = self.all.iter().map(|sample| sample.doubt).max().unwrap_or_default();
         println!(
-            "{name:<8} the clocks agree within {} ms (half of a line to a guest and back)",
-            doubt.as_millis()
+            "{name:<8} the clocks agree within {} us (half of a line to a guest and back)",
+            doubt.as_micros()
         );
     }
 }

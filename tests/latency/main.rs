@@ -1,9 +1,13 @@
 //! `latency`: how long a guest in distress waits until it is granted memory, called for and polled.
 //!
 //! Four real guests in the deterministic lab, where a nanosecond is an instruction: how slow the
-//! machine is that emulates all this does not show in any figure. That takes hours on a busy machine;
-//! with `wall` the emulated host goes by the machine's clock, and its slowness is in the figures:
-//! how long a guest takes to answer a line on its console stands beside them.
+//! machine is that emulates all this does not show in any figure. That takes a quarter of an hour; with
+//! `wall` the emulated host goes by the machine's clock, and its slowness is in the figures: how long a
+//! guest takes to answer a line on its console stands beside them.
+//!
+//! A spike counts from when tasks of its guest first waited for memory, as the guest's kernel says
+//! (`/proc/pressure/memory`), until the balancer next raised its target. A spike in which nobody waited is
+//! counted as such.
 
 mod clock;
 mod daemon;
