@@ -13,9 +13,15 @@ const MOVING: Duration = Duration::from_secs(20);
 /// How long a piece of the attack takes.
 const ATTACK: Duration = Duration::from_secs(20);
 /// Rounds of an attack.
-const ROUNDS: usize = 96;
+const ROUNDS: usize = 32;
 /// After so many rounds the test looks in; the attacker says where it is every 8.
-const PIECE: usize = 24;
+const PIECE: usize = 8;
+/// What an attack does to the balloon at least. The same seed draws the same attack, but how much of
+/// it a device sees before its next reset is a matter of time: a fourth to a seventh of what one
+/// CPU was seen to do (179, 3.4 MiB, 100 MiB).
+const LEAST_MALFORMED: u64 = 40;
+const LEAST_INFLATED: Bytes = Bytes::kib(512);
+const LEAST_REPORTED: Bytes = Bytes::mib(16);
 /// A mapping of at least this size is guest memory.
 const GUEST_MEMORY: Bytes = Bytes::mib(48);
 /// By how much the memory of a process may grow during an attack: the host backs heaps with
@@ -80,9 +86,10 @@ fn survives(cpus: &str, seed: u32) {
     let end = hostile.wait_for_line("HOSTILE END", ATTACK);
     // The attack has really reached the devices: by their own word, as an attacker's rings hold
     // what it wrote there itself. Some chains went through, some were nonsense.
-    let memory = hostile.memory();
-    assert!(memory.counters.malformed > 10, "{memory:#?}");
-    assert!(memory.counters.inflated > Bytes::ZERO, "{memory:#?}");
+    let counters = hostile.memory().counters;
+    println!("the attack's balloon: {counters:?}");
+    assert!(counters.malformed >= LEAST_MALFORMED, "{counters:#?}");
+    assert!(counters.inflated >= LEAST_INFLATED && counters.reported >= LEAST_REPORTED, "{counters:#?}");
 
     let distinct = hostile.wait_for_line("RNG distinct=", BOOT);
     let distinct: u32 = distinct.rsplit('=').next().and_then(|count| count.parse().ok()).expect("a count");
@@ -111,7 +118,6 @@ fn survives(cpus: &str, seed: u32) {
 }
 
 #[test]
-#[ignore = "32 rounds were seen to end, and hit the balloon too rarely; 96 were not tried yet: cargo test -p tests --test hostile_guest -- --ignored"]
 fn one_cpu_attacks() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| survives("1", 1));
 }

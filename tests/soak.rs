@@ -360,7 +360,6 @@ fn memory_that_is_plugged_survives_all_that_happens() {
 }
 
 #[test]
-#[ignore = "not seen to pass yet"]
 fn memory_that_is_ballooned_survives_all_that_happens() {
     host().guest(Kernel::V6_1).run(|| soak(Kernel::V6_1, &["--grow", "balloon"]));
 }

@@ -57,6 +57,7 @@ mod register {
 
 const NEEDS_RESET: u32 = 0x40;
 const RNG: u32 = 4;
+const BALLOON: u32 = 5;
 
 /// What all attackers did and saw.
 #[derive(Default)]
@@ -259,11 +260,21 @@ struct Attacker<'a> {
 
 impl Attacker<'_> {
     fn round(&mut self) {
-        let device = self.random.below(self.devices.len() as u64) as usize;
+        let device = self.choose();
         match self.random.below(10) {
             0..6 => self.drive(device),
             6..9 => (0..32).for_each(|_| self.any_access(device)),
             _ => (0..32).for_each(|_| self.access_nowhere()),
+        }
+    }
+
+    /// Every other time the balloon, whose word ends up in the host's memory; else any device.
+    fn choose(&mut self) -> usize {
+        let balloon =
+            self.devices.iter().position(|device| device.read::<u32>(register::DEVICE_ID) == BALLOON);
+        match balloon {
+            Some(device) if self.random.one_in(2) => device,
+            _ => self.random.below(self.devices.len() as u64) as usize,
         }
     }
 
