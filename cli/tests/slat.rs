@@ -54,6 +54,26 @@ fn wishes_that_no_host_fulfils_are_refused_before_anything_runs() {
 }
 
 #[test]
+fn a_part_of_the_lab_asks_for_a_visit_to_put_it_into() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("lab.json");
+    let name = file.to_str().expect("a name");
+    let part = |arguments: &[&str]| {
+        let output = run(&[&["lab", "--only", "density"], arguments].concat());
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        said(&output)
+    };
+    assert!(part(&[]).contains("--output"));
+    assert!(part(&["--output", name]).contains("lab.json"), "nothing is there yet");
+    assert!(!file.exists());
+    let output = run(&["run", "--payload", "warm-touch", "--passes", "1", "--rounds", "1", "--output", name]);
+    assert!(file.exists(), "{output:?}");
+    let before = fs::read(&file).expect("written");
+    assert!(part(&["--output", name]).contains("ballast slat run"));
+    assert_eq!(fs::read(&file).expect("still there"), before);
+}
+
+#[test]
 fn files_and_kernels_that_are_not_there_are_named() {
     for (arguments, word) in [
         (&["report", "/no/such.json"][..], "/no/such.json"),

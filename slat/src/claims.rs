@@ -232,7 +232,7 @@ fn density(pair: &Pair) -> Option<Found> {
         let steps = density.steps.iter().map(|s| format!("{}: {} ms", s.guests, short(s.p95.round())));
         steps.collect::<Vec<_>>().join(", ")
     };
-    let mut text = format!(
+    let text = format!(
         "Sessions that answered within {} ms (19 of 20; half their own work, half the kernel's), SLAT on / off: {} \
          (stopped by {}) / {} (stopped by {}). Slowest twentieth by number of guests, on {}; off {}. One processor \
          on the clock of instructions: exact, and blind to TLBs and caches.",
@@ -244,10 +244,6 @@ fn density(pair: &Pair) -> Option<Found> {
         list(on),
         list(off)
     );
-    let replaced = on.replaced + off.replaced;
-    if replaced > 0 {
-        text += &format!(" Guests that the emulation hung, and that were replaced: {replaced}.");
-    }
     let outcome = match on.sessions > off.sessions {
         // More may have fitted without.
         true if off.unsettled => Outcome::NotMeasured,
@@ -361,9 +357,19 @@ fn scaling(pair: &Pair) -> Option<Found> {
     }
     let list: Vec<_> = points.iter().map(|p| format!("x{} at {}", short(gain(p).round()), p.0)).collect();
     let outcome = if last > first { Outcome::Partly } else { Outcome::Fails };
+    let exits = |payload| {
+        let of = |vcpus| {
+            let (on, off) = medians(pair, &Setup { vcpus, ..Setup::usual(payload) }, |m| &m.exits)?;
+            Some(format!("{} / {} at {vcpus}", short(on), short(off)))
+        };
+        points.iter().filter_map(|point| of(point.0)).collect::<Vec<_>>().join(", ")
+    };
     let text = format!(
-        "Churn, throughput with SLAT on over off, by vCPUs: {}. Direction only, and hardly that: the emulated \
-                 CPUs take turns on one thread, so that they never wait for each other; the exits are exact.",
+        "Exits an operation by vCPUs, SLAT on / off (exact): churn {}; demand fault {}. Churn, throughput with SLAT \
+         on over off: {}; direction only, and hardly that: the emulated CPUs take turns on one thread, so that they \
+         never wait for each other.",
+        exits(Payload::Churn),
+        exits(Payload::DemandFault),
         list.join(", ")
     );
     Some((outcome, text))

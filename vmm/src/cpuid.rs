@@ -1,6 +1,8 @@
 //! What the guest's processor claims to be: the host's, as far as KVM can give it, less
 //! what a guest here should not use.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::config::Cpus;
@@ -29,6 +31,10 @@ struct Rule {
 }
 
 const ALL: u32 = u32::MAX;
+/// KVM's paravirtual features (kernel: Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
+/// A guest may end an interrupt by a store to its own memory.
+const KVM_FEATURE_PV_EOI: u32 = 6;
 
 /// Every bit in which a guest's CPUID differs from KVM's offer, beside topology.
 const RULES: &[Rule] = &[
@@ -99,9 +105,27 @@ const RULES: &[Rule] = &[
     Rule { leaf: 0x8000_0022, register: Eax, clear: ALL, set: 0, reason: "no PMU (AMD version 2)" },
 ];
 
+/// Whether this host is a machine that QEMU emulates in software.
+pub fn host_is_emulated() -> bool {
+    let hypervisor = __cpuid(0x1).ecx >> 31 == 1;
+    let name = __cpuid(0x4000_0000);
+    hypervisor && name.ebx.to_le_bytes() == *b"TCGT"
+}
+
 /// The CPUID of vCPU `index` among `cpus`, made from what KVM supports.
-pub fn of_vcpu(supported: &CpuId, index: u8, cpus: Cpus) -> CpuId {
+///
+/// On an `emulated` host the end of an interrupt leaves the guest, where it would be a store to its own memory.
+/// QEMU 7.2 does not forget the interrupt that KVM gave a guest along with VMRUN before that guest leaves for
+/// whatever reason (target/i386/tcg/sysemu/svm_helper.c: `exception_index` stays set). When the emulator stops in
+/// between to look at its clock it delivers the interrupt again, though the guest holds interrupts back: a kernel
+/// that took a lock of its timers meanwhile waits for itself for ever. The end of the interrupt comes before that.
+pub fn of_vcpu(supported: &CpuId, index: u8, cpus: Cpus, emulated: bool) -> CpuId {
     let mut cpuid = supported.clone();
+    if emulated {
+        for entry in cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == KVM_CPUID_FEATURES) {
+            entry.eax &= !(1 << KVM_FEATURE_PV_EOI);
+        }
+    }
     // Extended topology is written anew below: KVM offers it with a host's numbers, or not at all.
     cpuid.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
     for entry in cpuid.as_mut_slice() {
@@ -205,7 +229,7 @@ mod tests {
             CpuId::from_entries(&[entry(0), entry(1), entry(0xb), entry(0x8000_001e)]).expect("fits");
         let cpus: Cpus = "4".parse().expect("vCPUs");
         for index in 0..4 {
-            let cpuid = of_vcpu(&offered, index, cpus);
+            let cpuid = of_vcpu(&offered, index, cpus, false);
             let find = |function: u32, sub: u32| {
                 *cpuid.as_slice().iter().find(|e| e.function == function && e.index == sub).expect("leaf")
             };
@@ -217,9 +241,17 @@ mod tests {
     }
 
     #[test]
+    fn on_an_emulated_host_an_interrupts_end_leaves_the_guest() {
+        let offered = CpuId::from_entries(&[entry(KVM_CPUID_FEATURES)]).expect("fits");
+        let features = |emulated| of_vcpu(&offered, 0, Cpus::ONE, emulated).as_slice()[0].eax;
+        assert_eq!(features(false), ALL);
+        assert_eq!(features(true), ALL & !(1 << 6));
+    }
+
+    #[test]
     fn the_rules_win_over_the_offer() {
         let offered = CpuId::from_entries(&[entry(1), entry(0xa), entry(0x8000_0001)]).expect("fits");
-        let cpuid = of_vcpu(&offered, 0, Cpus::ONE);
+        let cpuid = of_vcpu(&offered, 0, Cpus::ONE, false);
         let [one, pmu, extended] = cpuid.as_slice() else { panic!("three leaves") };
         assert_eq!(one.ecx & (1 << 3 | 1 << 5), 0);
         assert_eq!(one.ecx >> 31, 1);

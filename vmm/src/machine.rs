@@ -389,10 +389,11 @@ fn create_vcpus(
 ) -> Result<Vec<VcpuFd>, MachineError> {
     let supported =
         kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell what CPUID it supports"))?;
+    let emulated = cpuid::host_is_emulated();
     let mut vcpus = Vec::new();
     for index in 0..config.cpus.get() {
         let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
-        let cpuid = cpuid::of_vcpu(&supported, index, config.cpus);
+        let cpuid = cpuid::of_vcpu(&supported, index, config.cpus, emulated);
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
         set_msrs(&vcpu)?;
         vcpu.set_fpu(&registers::floating_point()).map_err(kvm("set a vCPU's FPU"))?;

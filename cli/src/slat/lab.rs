@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use slat::lab::{self, Visit, inside, nested::Nested};
+use slat::lab::{self, Errand, Findings, Visit, inside, nested::Nested};
 use slat::linux::Guests;
-use slat::report::side_by_side;
+use slat::report::{Input, side_by_side};
 use slat::run::{Clock, Plan};
 use slat::{host, interrupt, probe};
 
@@ -20,6 +20,7 @@ use crate::{output, table};
 Examples:
   ballast slat lab --output lab.json                       # about ten minutes on two processors
   ballast slat lab --twice --density --output lab.json     # about half an hour
+  ballast slat lab --only density --output lab.json        # this part anew, into what lab.json holds
   ballast slat lab --nested --output nested.json           # real time, where this host can nest
 ")]
 pub struct Args {
@@ -29,8 +30,11 @@ pub struct Args {
     /// Measure time, in VMs of this host that are hosts themselves: takes SLAT and nested virtualisation here
     ///
     /// With --output NAME.json it writes NAME.slat-on.json and NAME.slat-off.json, for `report` and `compare`.
-    #[arg(long, conflicts_with_all = ["twice", "density", "jobs"])]
+    #[arg(long, conflicts_with_all = ["twice", "density", "jobs", "only"])]
     nested: bool,
+    /// Do only this part (may be given more than once), and keep what else the file of --output holds
+    #[arg(long, value_name = "PART", requires = "output")]
+    only: Vec<Part>,
     /// Do everything twice and fail where the counts differ
     #[arg(long)]
     twice: bool,
@@ -41,8 +45,8 @@ pub struct Args {
     /// at most, where it is not given
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
     jobs: Option<u8>,
-    /// Minutes one emulated host may take
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=600))]
+    /// Minutes one emulated host may take; one that says nothing for five is stopped before
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
     limit: u64,
     /// Write the result to this file
     #[arg(long)]
@@ -52,21 +56,66 @@ pub struct Args {
     json: bool,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Payloads and a Linux guest's workloads, counted
+    Counting,
+    /// KVM's memory, with its older MMU
+    Memory,
+    /// Page-table work on 1 to 4 vCPUs
+    Vcpus,
+    /// A Linux guest's exits by reason
+    Reasons,
+    /// How many sessions fit
+    Density,
+}
+
+impl Part {
+    const fn errand(self) -> Errand {
+        match self {
+            Self::Counting => Errand::Count,
+            Self::Memory => Errand::Memory,
+            Self::Vcpus => Errand::Scale,
+            Self::Reasons => Errand::Reasons,
+            Self::Density => Errand::Density,
+        }
+    }
+}
+
+/// The parts to do, and what they are put into.
+fn only(args: &Args) -> Result<Option<(Vec<Errand>, Box<Findings>)>, Failure> {
+    let (false, Some(path)) = (args.only.is_empty(), &args.output) else { return Ok(None) };
+    match Input::read(path) {
+        Ok(Input::Lab(before)) => Ok(Some((args.only.iter().map(|part| part.errand()).collect(), before))),
+        Ok(Input::Run(_)) => Err(Failure::usage(format!(
+            "--only puts parts into what `ballast slat lab --output` wrote before, and {} is of `ballast slat run`",
+            path.display()
+        ))),
+        Err(error) => Err(Failure::usage(format!(
+            "--only puts parts into what `ballast slat lab --output` wrote before: {error}"
+        ))),
+    }
+}
+
 /// Visits the lab.
 pub fn run(args: &Args) -> Result<(), Failure> {
     if args.nested {
         return nested(args);
     }
     writable(args.output.as_ref())?;
+    let only = only(args)?;
     let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let visit = Visit {
+        only,
         twice: args.twice,
-        density: args.density,
+        density: args.density || args.only.contains(&Part::Density),
         limit: Duration::from_secs(args.limit * 60),
         jobs: args.jobs.map_or(processors.min(2), usize::from),
     };
-    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"));
+    // One that can't be written is told of in the end.
+    let keep = |so_far: &Findings| drop(save(args.output.as_ref(), so_far));
+    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"), keep);
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),

@@ -24,6 +24,9 @@ pub struct Findings {
     /// Page-table work on more and more vCPUs, in emulated time.
     #[serde(default)]
     pub scaling: Option<Pair>,
+    /// A Linux guest's exits by reason.
+    #[serde(default)]
+    pub reasons: Option<Pair>,
     /// KVM's memory with SLAT on and `kvm.tdp_mmu=0`.
     #[serde(default)]
     pub old_mmu: Option<Run>,
@@ -43,7 +46,7 @@ pub struct Findings {
 }
 
 /// The first measurement in which two deterministic runs differ.
-pub(super) fn difference(first: &Run, second: &Run) -> Option<String> {
+fn difference(first: &Run, second: &Run) -> Option<String> {
     if first == second {
         return None;
     }
@@ -76,9 +79,31 @@ impl Pair {
 }
 
 impl Findings {
+    /// A first count, and nothing else yet.
+    pub(super) const fn of(counted: Pair) -> Self {
+        Self {
+            counted,
+            scaling: None,
+            reasons: None,
+            old_mmu: None,
+            density: None,
+            twice: false,
+            difference: None,
+            interrupted: false,
+            missing: Vec::new(),
+        }
+    }
+
+    /// Notes that all was counted again, and where the two differ.
+    pub(super) fn compare(&mut self, again: &Pair) {
+        self.twice = true;
+        self.difference =
+            difference(&self.counted.on, &again.on).or_else(|| difference(&self.counted.off, &again.off));
+    }
+
     /// What gave nothing where it should have, and why.
     pub fn failures(&self) -> impl Iterator<Item = &String> {
-        let pairs = [Some(&self.counted), self.scaling.as_ref(), self.density.as_ref()];
+        let pairs = [Some(&self.counted), self.reasons.as_ref(), self.density.as_ref()];
         let runs = pairs.into_iter().flatten().flat_map(|pair| [&pair.on, &pair.off]);
         runs.filter_map(|run| run.linux_failure.as_ref()).chain(&self.missing)
     }
@@ -100,7 +125,7 @@ impl Findings {
         let traced = |(on, off): &(&linux::Workload, &linux::Workload)| {
             !on.reasons.is_empty() || !off.reasons.is_empty()
         };
-        let workloads = self.scaling.iter().flat_map(Pair::workloads);
+        let workloads = self.reasons.iter().flat_map(Pair::workloads);
         workloads
             .filter(traced)
             .map(|(on, off)| [on.name.clone(), reasons::list(&on.reasons), reasons::list(&off.reasons)])

@@ -1,9 +1,11 @@
 //! One emulated host: what it is for, what lies in it, and its result.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use balloon::units::Bytes;
 
@@ -15,6 +17,13 @@ use crate::run::Run;
 
 /// CPUs of the scaling series. Emulated ones share a thread: exits are exact, and time says nothing of contention.
 const SCALING_CPUS: usize = 4;
+/// A host that says nothing for as long stands still. It says which payload it begins, when a guest boots and
+/// when sessions have answered; on an idle machine a minute lies between two of these at most.
+const SILENCE: Duration = Duration::from_secs(300);
+/// Where its console goes, below a directory of its own.
+const CONSOLE: &str = "console";
+/// Where its result goes.
+const RESULT: &str = "result";
 
 /// How an emulated host's KVM translates a guest's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,19 +56,23 @@ pub enum Errand {
     Memory,
     /// More and more Linux guests, on the same clock.
     Density,
-    /// Page-table work on more and more vCPUs, and a Linux guest's exits by reason; in emulated time.
+    /// Page-table work on more and more vCPUs, in emulated time.
     Scale,
+    /// A Linux guest's exits by reason, on the clock of instructions.
+    Reasons,
     /// Every payload and a Linux guest's workloads in real time, in a nested host.
     Time,
 }
 
 impl Errand {
-    const fn words(self) -> &'static str {
+    /// In words, for progress.
+    pub const fn words(self) -> &'static str {
         match self {
             Self::Count => "counting",
             Self::Memory => "memory",
             Self::Density => "density",
-            Self::Scale => "vCPUs and reasons",
+            Self::Scale => "vCPUs",
+            Self::Reasons => "reasons",
             Self::Time => "time",
         }
     }
@@ -70,7 +83,8 @@ impl Errand {
             Self::Count => ["lab", "workloads"],
             Self::Memory => ["memory", "none"],
             Self::Density => ["guests", "density"],
-            Self::Scale => ["scaling", "reasons"],
+            Self::Scale => ["scaling", "none"],
+            Self::Reasons => ["guests", "reasons"],
             Self::Time => ["full", "workloads"],
         }
     }
@@ -111,7 +125,9 @@ impl Host {
 
     fn machine(&self) -> Machine {
         let (cpus, memory, kind) = match self.errand {
-            Errand::Count | Errand::Memory | Errand::Density => (1, Bytes::gib(2), Kind::Counted),
+            Errand::Count | Errand::Memory | Errand::Reasons => (1, Bytes::gib(2), Kind::Counted),
+            // Room for as many guests as are to be started: this is about the processor.
+            Errand::Density => (1, Bytes::gib(3), Kind::Counted),
             Errand::Scale => (SCALING_CPUS, Bytes::gib(2), Kind::Emulated),
             // A quarter of it is room for the chase over 1 GiB.
             Errand::Time => (SCALING_CPUS, Bytes::gib(5), Kind::Nested),
@@ -131,32 +147,71 @@ impl Host {
     pub fn run(&self, kernel: &Kernel, stopped: impl Fn() -> bool) -> Result<Run, Error> {
         let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
         let at = |name: &str| directory.path().join(name);
-        fs::write(at("initrd"), image(kernel, self.errand != Errand::Memory)?)
-            .map_err(files("the emulated host's initramfs"))?;
+        let linux = !matches!(self.errand, Errand::Memory | Errand::Scale);
+        fs::write(at("initrd"), image(kernel, linux)?).map_err(files("the emulated host's initramfs"))?;
         let line = format!(" rdinit=/ballast -- {}", self.arguments().join(" "));
         let mut command = self.machine().command(&kernel.image, &at("initrd"), &line);
-        for port in ["console", "result"] {
+        for port in [CONSOLE, RESULT] {
             command.args(["-serial", &format!("file:{}", at(port).display())]);
         }
         let errors = fs::File::create(at("errors")).map_err(files("the emulator's messages"))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         let mut child = command.spawn().map_err(Error::NoEmulator)?;
-        let ended = wait(&mut child, self.limit, &stopped).map_err(files("the emulator's end"))?;
+        let silence = Silence::of(directory.path());
+        let ended = wait(&mut child, self.limit, || stopped() || silence.lasts())
+            .map_err(files("the emulator's end"))?;
         // Not all that an emulator or a guest writes need be text.
         let read = |name| String::from_utf8_lossy(&fs::read(at(name)).unwrap_or_default()).into_owned();
         let reason = match ended {
-            Ended::Stopped => return Err(Error::Interrupted),
             // A terminal's Ctrl-C ends the emulator as well.
-            Ended::Left(_) if stopped() => return Err(Error::Interrupted),
+            Ended::Stopped | Ended::Left(_) if stopped() => return Err(Error::Interrupted),
+            Ended::Stopped => format!("and said nothing for {} s", SILENCE.as_secs()),
             Ended::TooLate => format!("within {} s", self.limit.as_secs()),
             Ended::Left(status) => format!("and left ({status}; {})", read("errors").trim()),
         };
-        serde_json::from_str(&read("result")).map_err(|e| {
-            let console = read("console");
+        last(&read(RESULT)).map_err(|why| {
+            let console = read(CONSOLE);
             let from = console.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
             let words = console.get(from..).unwrap_or_default().to_owned();
-            Error::NoResult(format!("{reason}: {e}"), words)
+            Error::NoResult(format!("{reason}: {why}"), words)
         })
+    }
+}
+
+/// The last of the results that a host sent, a line each, that is whole.
+fn last(sent: &str) -> Result<Run, String> {
+    let mut why = "nothing was sent".to_owned();
+    for line in sent.lines().rev().filter(|line| !line.trim().is_empty()) {
+        match serde_json::from_str(line) {
+            Ok(run) => return Ok(run),
+            Err(error) => why = error.to_string(),
+        }
+    }
+    Err(why)
+}
+
+/// How long a host has said nothing, neither on its console nor as a result.
+struct Silence<'a> {
+    directory: &'a Path,
+    /// How much it had said when it last said more, and when that was.
+    heard: Cell<(u64, Instant)>,
+}
+
+impl<'a> Silence<'a> {
+    fn of(directory: &'a Path) -> Self {
+        Self { directory, heard: Cell::new((0, Instant::now())) }
+    }
+
+    /// Whether it has lasted too long.
+    fn lasts(&self) -> bool {
+        let length = |name| fs::metadata(self.directory.join(name)).map_or(0, |file| file.len());
+        let said = length(CONSOLE) + length(RESULT);
+        let (before, when) = self.heard.get();
+        if said != before {
+            self.heard.set((said, Instant::now()));
+            return false;
+        }
+        when.elapsed() > SILENCE
     }
 }
 
@@ -195,4 +250,31 @@ fn guest_image(this: &[u8]) -> io::Result<Vec<u8>> {
     let (path, program) = linux::guest::program();
     archive.contents(path, 0o755, &program)?;
     archive.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_off_is_no_result() {
+        assert_eq!(last(""), Err("nothing was sent".into()));
+        let error = last("{\"schema\": 3").expect_err("it has no end");
+        assert!(error.contains("EOF"), "{error}");
+    }
+
+    #[test]
+    fn a_host_that_speaks_is_not_silent() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let silence = Silence::of(directory.path());
+        let long_ago = Instant::now().checked_sub(SILENCE * 2).expect("the machine runs for longer");
+        silence.heard.set((0, long_ago));
+        assert!(silence.lasts(), "nothing was ever said");
+        fs::write(directory.path().join(CONSOLE), "booting").expect("written");
+        assert!(!silence.lasts());
+        silence.heard.set((7, long_ago));
+        assert!(silence.lasts(), "it said no more");
+        fs::write(directory.path().join(RESULT), "{}").expect("written");
+        assert!(!silence.lasts());
+    }
 }

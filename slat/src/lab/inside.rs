@@ -17,6 +17,9 @@ pub const MODULES: &str = "modules";
 /// Where the result goes.
 const RESULT: &str = "/dev/ttyS1";
 
+/// What stands in a result that is sent before Linux guests have done their work.
+const UNFINISHED: &str = "the Linux guests did not come to their end";
+
 /// Huge pages of 2 MiB set aside: what the largest payload over them takes.
 const HUGE_PAGES: &str = "16";
 
@@ -83,6 +86,7 @@ fn load_all(nested_paging: bool, tdp_mmu: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Sends a result as a line of JSON; the last whole line counts.
 fn send(run: &Run) -> io::Result<()> {
     let mut port = OpenOptions::new().write(true).open(RESULT)?;
     // SAFETY: termios is plain data that tcgetattr fills in.
@@ -148,11 +152,25 @@ fn prepare_and_run(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
     let go_on = AtomicBool::new(false);
     run(&warm, &go_on, |_, _| {});
     let mut result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
+    if job.guests != Guests::None {
+        // Should a guest never come to its end, whoever waits for this host has what came before.
+        result.linux_failure = Some(UNFINISHED.into());
+        send(&result)?;
+    }
     let failure = match job.guests {
         Guests::None => None,
         Guests::Workloads => keep(linux::workloads(false), |found| result.linux = found),
         Guests::Reasons => keep(linux::workloads(true), |found| result.linux = found),
-        Guests::Density => keep(density(), |found| result.density = Some(found)),
+        Guests::Density => {
+            let mut partial = result.clone();
+            let found = density(|so_far| {
+                partial.density = Some(so_far);
+                if let Err(error) = send(&partial) {
+                    eprintln!("ballast slat: {RESULT}: {error}");
+                }
+            });
+            keep(found, |found| result.density = Some(found))
+        }
     };
     result.linux_failure = failure;
     send(&result)

@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 
 use crate::run::Run;
 use emulator::PROGRAM;
-use findings::difference;
 pub use findings::{Findings, Pair};
-use host::{Errand, Host, Paging};
+pub use host::Errand;
+use host::{Host, Paging};
 
 /// Modules of every host, in the order of loading.
 const MODULE_FILES: [&str; 2] = ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko"];
@@ -113,8 +113,10 @@ fn numbers(release: &str) -> Vec<u64> {
 }
 
 /// What to do in the lab.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Visit {
+    /// The parts to do; what else an earlier visit found is kept.
+    pub only: Option<(Vec<Errand>, Box<Findings>)>,
     /// Count everything twice and compare.
     pub twice: bool,
     /// Add guests until they answer too late.
@@ -179,6 +181,7 @@ impl Visit {
         kernel: &Kernel,
         stop: &AtomicBool,
         progress: impl Fn(&str) + Sync,
+        keep: impl Fn(&Findings) + Sync,
     ) -> Result<Findings, Error> {
         let waiting = Mutex::new(self.places());
         let outcomes = Mutex::new(Vec::new());
@@ -192,7 +195,12 @@ impl Visit {
                 if outcome.is_err() && (place.1, place.2) == (Errand::Count, Round::First) {
                     hopeless.store(true, Ordering::SeqCst);
                 }
-                outcomes.lock().unwrap_or_else(PoisonError::into_inner).push((place, outcome));
+                let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+                outcomes.push((place, outcome));
+                // What is there already is kept, should this process not come to its end.
+                if let Ok(so_far) = self.findings(&outcomes, true) {
+                    keep(&so_far);
+                }
             }
         };
         thread::scope(|scope| {
@@ -203,14 +211,20 @@ impl Visit {
                 });
             }
         });
-        self.findings(
-            outcomes.into_inner().unwrap_or_else(PoisonError::into_inner),
-            stop.load(Ordering::SeqCst),
-        )
+        let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let interrupted = stop.load(Ordering::SeqCst);
+        let fatal = outcomes.iter().position(|(place, outcome)| {
+            (place.1, place.2) == (Errand::Count, Round::First)
+                && !matches!(outcome, Ok(_) | Err(Error::Interrupted))
+        });
+        self.findings(&outcomes, interrupted).map_err(|none| {
+            let mut outcomes = outcomes;
+            fatal.and_then(|at| outcomes.swap_remove(at).1.err()).unwrap_or(none)
+        })
     }
 
     /// All hosts, in the order of what is missed most where the visit is stopped; the longest last.
-    fn places(self) -> VecDeque<Place> {
+    fn places(&self) -> VecDeque<Place> {
         let pair = |errand, round| [Paging::Nested, Paging::Shadow].map(|paging| (paging, errand, round));
         let mut places = VecDeque::from(pair(Errand::Count, Round::First));
         places.push_back((Paging::NestedOldMmu, Errand::Memory, Round::First));
@@ -218,15 +232,20 @@ impl Visit {
             places.extend(pair(Errand::Count, Round::Again));
         }
         places.extend(pair(Errand::Scale, Round::First));
+        places.extend(pair(Errand::Reasons, Round::First));
         if self.density {
             places.extend(pair(Errand::Density, Round::First));
+        }
+        if let Some((parts, _)) = &self.only {
+            places.retain(|(_, errand, _)| parts.contains(errand));
         }
         places
     }
 
-    /// One host; once more where it gave nothing, as an emulator that is starved of processor time may hang.
+    /// One host; once more where it gave nothing, or not all, as an emulator that is starved of processor time
+    /// may stand still.
     fn visit(
-        self,
+        &self,
         (paging, errand, round): Place,
         kernel: &Kernel,
         stopped: &(impl Fn() -> bool + Sync),
@@ -236,10 +255,16 @@ impl Visit {
         let name = format!("{}{}", host.describe(), round.words());
         progress(&format!("{name}: begun"));
         let begin = Instant::now();
-        let result = match host.run(kernel, stopped) {
+        let result = host.run(kernel, stopped);
+        let result = match result {
             Err(error @ Error::NoResult(..)) => {
                 progress(&format!("{name}: {error}\n{name}: once more"));
                 host.run(kernel, stopped)
+            }
+            Ok(Run { linux_failure: Some(ref why), .. }) if !stopped() => {
+                progress(&format!("{name}: {why}\n{name}: once more"));
+                // A part is better than nothing.
+                host.run(kernel, stopped).or(result)
             }
             result => result,
         };
@@ -252,46 +277,47 @@ impl Visit {
         result
     }
 
-    fn findings(self, outcomes: Vec<Outcome>, interrupted: bool) -> Result<Findings, Error> {
-        let mut runs = Vec::new();
-        let mut missing = Vec::new();
-        let mut fatal = None;
-        for (place, outcome) in outcomes {
-            match outcome {
-                Ok(run) => runs.push((place, run)),
-                Err(Error::Interrupted) => {}
-                Err(error) => {
-                    let host = Host { paging: place.0, errand: place.1, limit: self.limit };
-                    missing.push(format!("{}: {error}", host.describe()));
-                    fatal.get_or_insert(error);
-                }
-            }
-        }
-        let mut take = |paging, errand, round| {
-            let at = runs.iter().position(|(place, _)| *place == (paging, errand, round))?;
-            Some(runs.swap_remove(at).1)
+    /// All that came of hosts so far, over what an earlier visit found.
+    fn findings(&self, outcomes: &[Outcome], interrupted: bool) -> Result<Findings, Error> {
+        let before = self.only.as_ref().map(|(parts, findings)| (parts, findings.as_ref()));
+        let name = |place: &Place| Host { paging: place.0, errand: place.1, limit: self.limit }.describe();
+        let failed = outcomes.iter().filter_map(|(place, outcome)| match outcome {
+            Err(Error::Interrupted) | Ok(_) => None,
+            Err(error) => Some(format!("{}: {error}", name(place))),
+        });
+        let not_redone = before.into_iter().flat_map(|(parts, findings)| {
+            let redone = |why: &&String| parts.iter().any(|part| why.starts_with(part.words()));
+            findings.missing.iter().filter(move |why| !redone(why)).cloned()
+        });
+        let find = |paging, errand, round| {
+            let found = outcomes.iter().find(|(place, _)| *place == (paging, errand, round))?;
+            found.1.as_ref().ok().cloned()
         };
-        let mut pair = |errand, round| {
-            let on = take(Paging::Nested, errand, round);
-            let off = take(Paging::Shadow, errand, round);
+        let pair = |errand, round| {
+            let (on, off) = (find(Paging::Nested, errand, round), find(Paging::Shadow, errand, round));
             Some(Pair { on: on?, off: off? })
         };
-        let Some(counted) = pair(Errand::Count, Round::First) else {
-            return Err(fatal.unwrap_or(Error::Interrupted));
+        let counted_now = pair(Errand::Count, Round::First);
+        let mut findings = match (counted_now, before) {
+            (Some(counted), Some((_, before))) => {
+                Findings { counted, twice: false, difference: None, ..before.clone() }
+            }
+            (None, Some((_, before))) => before.clone(),
+            (Some(counted), None) => Findings::of(counted),
+            (None, None) => return Err(Error::Interrupted),
         };
-        let again = pair(Errand::Count, Round::Again);
-        Ok(Findings {
-            twice: again.is_some(),
-            difference: again.and_then(|again| {
-                difference(&counted.on, &again.on).or_else(|| difference(&counted.off, &again.off))
-            }),
-            counted,
-            scaling: pair(Errand::Scale, Round::First),
-            density: pair(Errand::Density, Round::First),
-            old_mmu: take(Paging::NestedOldMmu, Errand::Memory, Round::First),
-            interrupted,
-            missing,
-        })
+        if let Some(again) = pair(Errand::Count, Round::Again) {
+            findings.compare(&again);
+        }
+        let replace = |old: &mut Option<Pair>, errand| *old = pair(errand, Round::First).or(old.take());
+        replace(&mut findings.scaling, Errand::Scale);
+        replace(&mut findings.reasons, Errand::Reasons);
+        replace(&mut findings.density, Errand::Density);
+        findings.old_mmu =
+            find(Paging::NestedOldMmu, Errand::Memory, Round::First).or(findings.old_mmu.take());
+        findings.missing = not_redone.chain(failed).collect();
+        findings.interrupted = interrupted;
+        Ok(findings)
     }
 }
 

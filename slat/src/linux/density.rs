@@ -25,14 +25,11 @@ const MEMORY: &str = "128M";
 /// Answers of each guest that count for a step.
 const ANSWERS: usize = 8;
 /// Guests at most: what an emulated host can bear in minutes.
-const MOST: usize = 8;
+const MOST: usize = 12;
 /// Host memory that must stay free.
 const RESERVE: Bytes = Bytes::mib(256);
 /// How long to wait for enough answers, by the host's own clock: ten times what the slowest step took.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Guests that may be replaced. QEMU's emulation of SVM now and then interrupts a guest that holds interrupts
-/// back; one whose kernel held a lock then waits for itself for ever.
-const REPLACEMENTS: usize = 4;
 
 /// Answers with a number of guests.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,10 +49,7 @@ pub struct Density {
     pub sessions: usize,
     /// What stopped it.
     pub ended_by: String,
-    /// Guests that hung and were replaced.
-    #[serde(default)]
-    pub replaced: usize,
-    /// Whether too many hung, so that it is not known how many sessions would fit.
+    /// Whether it was stopped before one too many was there, so that it is not known how many would fit.
     #[serde(default)]
     pub unsettled: bool,
     /// Each number of guests.
@@ -93,16 +87,15 @@ fn start(guest: usize, sender: &Sender<Answer>) -> io::Result<Session> {
     Ok(Session { guest, child: Some(child), fresh: true })
 }
 
-/// Adds guests until one too many is there.
+/// Adds guests until one too many is there. `tell` hears of each number of guests: what is known by then, should
+/// the host not come to its end.
 ///
 /// # Errors
 /// Where a guest can't be started.
-pub fn density() -> io::Result<Density> {
+pub fn density(mut tell: impl FnMut(Density)) -> io::Result<Density> {
     let (sender, receiver) = channel();
     let mut sessions: Vec<Session> = Vec::new();
     let mut steps: Vec<Step> = Vec::new();
-    let mut started = 0;
-    let mut unsettled = false;
     let ended_by = loop {
         if steps.len() == MOST {
             break format!("{MOST} guests, as many as were to be started");
@@ -110,31 +103,31 @@ pub fn density() -> io::Result<Density> {
         if available_memory().is_some_and(|free| free < RESERVE) {
             break format!("less than {RESERVE} of the host's memory left");
         }
-        while sessions.len() <= steps.len() {
-            sessions.push(start(started, &sender)?);
-            started += 1;
-        }
-        let step = match step(&receiver, &mut sessions, PATIENCE) {
-            Ok(step) => step,
-            Err(silent) if started - sessions.len() < REPLACEMENTS => {
-                eprintln!("{} of {} guests hang: replaced", silent.len(), sessions.len());
-                sessions.retain(|session| !silent.contains(&session.guest));
-                continue;
-            }
-            Err(_) => {
-                unsettled = true;
-                break "guests that hang, which is the emulation's doing".into();
-            }
+        sessions.push(start(sessions.len(), &sender)?);
+        let Ok(step) = step(&receiver, &mut sessions, PATIENCE) else {
+            return Ok(Density::of(steps, "guests that answer no more".into(), true));
         };
         eprintln!("{} guests: {:.1} ms, p95 {:.1} ms", step.guests, step.median, step.p95);
         steps.push(step);
-        if step.p95 > LATEST.as_secs_f64() * 1e3 {
+        if !step.is_in_time() {
             break format!("answers later than {} ms", LATEST.as_millis());
         }
+        tell(Density::of(steps.clone(), "an emulated host that stood still".into(), true));
     };
-    let in_time = |step: &&Step| step.p95 <= LATEST.as_secs_f64() * 1e3;
-    let most = steps.iter().filter(in_time).map(|step| step.guests).max().unwrap_or(0);
-    Ok(Density { sessions: most, ended_by, replaced: started - sessions.len(), unsettled, steps })
+    Ok(Density::of(steps, ended_by, false))
+}
+
+impl Density {
+    fn of(steps: Vec<Step>, ended_by: String, unsettled: bool) -> Self {
+        let in_time = steps.iter().filter(|step| step.is_in_time());
+        Self { sessions: in_time.map(|step| step.guests).max().unwrap_or(0), ended_by, unsettled, steps }
+    }
+}
+
+impl Step {
+    fn is_in_time(&self) -> bool {
+        self.p95 <= LATEST.as_secs_f64() * 1e3
+    }
 }
 
 /// Reads a guest's notes on a thread of its own, until it ends.
@@ -155,7 +148,7 @@ fn follow(guest: usize, output: impl BufRead + Send + 'static, sender: Sender<An
 /// Waits until no guest is fresh, then for enough answers of all.
 ///
 /// # Errors
-/// The guests that were silent for too long.
+/// The guests that had not answered enough when patience ended.
 fn step(
     receiver: &Receiver<Answer>,
     sessions: &mut [Session],
@@ -163,18 +156,15 @@ fn step(
 ) -> Result<Step, Vec<usize>> {
     let deadline = Instant::now() + patience;
     let mut answers: Vec<Vec<f64>> = vec![Vec::new(); sessions.len()];
-    let mut heard = Vec::new();
     while sessions.iter().any(|s| s.fresh) || answers.iter().any(|of| of.len() < ANSWERS) {
         let left = deadline.saturating_duration_since(Instant::now());
         let Ok(answer) = receiver.recv_timeout(left) else {
-            let guests = sessions.iter().map(|session| session.guest);
-            return Err(guests.filter(|guest| !heard.contains(guest)).collect());
+            let late = sessions.iter().zip(&answers).filter(|(_, of)| of.len() < ANSWERS);
+            return Err(late.map(|(session, _)| session.guest).collect());
         };
         let all_settled = sessions.iter().all(|session| !session.fresh);
-        // What a guest said before it was replaced counts for nobody.
         let found = sessions.iter_mut().zip(&mut answers).find(|(session, _)| session.guest == answer.guest);
         let (Some((session, of)), Some(took)) = (found, answer.took) else { continue };
-        heard.push(session.guest);
         match (session.fresh, all_settled) {
             (true, _) => session.fresh = false,
             (false, true) => of.push(took.as_secs_f64() * 1e3),
@@ -199,7 +189,7 @@ mod tests {
     fn a_step_waits_for_the_newest_and_counts_all() {
         let (sender, receiver) = channel();
         let answer = |guest, took| sender.send(Answer { guest, took: Some(Duration::from_millis(took)) });
-        // Before the newest has answered once, nothing counts; nor does one that is gone.
+        // Before the newest has answered once, nothing counts; nor does one that nobody knows.
         answer(0, 900).expect("sent");
         sender.send(Answer { guest: 1, took: None }).expect("sent");
         answer(7, 700).expect("sent");
@@ -218,11 +208,23 @@ mod tests {
     #[test]
     fn those_that_are_silent_are_named() {
         let (sender, receiver) = channel();
-        sender.send(Answer { guest: 3, took: Some(Duration::from_millis(1)) }).expect("sent");
+        for _ in 0..ANSWERS {
+            let answer = Answer { guest: 3, took: Some(Duration::from_millis(1)) };
+            sender.send(answer).expect("sent");
+        }
         sender.send(Answer { guest: 4, took: None }).expect("sent");
-        let mut sessions = [session(3, false), session(4, true)];
-        // Both answers are there already: no patience is needed to read them.
+        let mut sessions = [session(3, false), session(4, false)];
+        // All that will come is there already: no patience is needed to read it.
         let silent = step(&receiver, &mut sessions, Duration::from_millis(100)).err();
         assert_eq!(silent, Some(vec![4]), "a guest that has booted has not answered");
+    }
+
+    #[test]
+    fn what_is_late_does_not_count_as_served() {
+        let late = LATEST.as_secs_f64() * 1e3 + 0.1;
+        let step = |guests, p95| Step { guests, median: 1.0, p95 };
+        let density = Density::of(vec![step(1, 10.0), step(2, 60.0), step(3, late)], String::new(), false);
+        assert_eq!(density.sessions, 2);
+        assert_eq!(Density::of(vec![], String::new(), true).sessions, 0);
     }
 }

@@ -172,10 +172,10 @@ pub const fn bells(number: u8) -> (u8, u8) {
 
 /// A session's answer: half of it a program's own work, half of it the kernel's.
 fn answer() -> io::Result<()> {
-    (0..8).try_for_each(|_| fork_exec())?;
-    (0..4).try_for_each(|_| map_touch_unmap())?;
-    pipe(50)?;
-    user_loop(3000)
+    (0..4).try_for_each(|_| fork_exec())?;
+    (0..2).try_for_each(|_| map_touch_unmap())?;
+    pipe(25)?;
+    user_loop(1500)
 }
 
 /// Takes the doorbell's port for this process.
