@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use slat::lab::{self, Errand, Findings, Visit, inside, nested::Nested};
+use slat::lab::{self, Errand, Findings, Only, Visit, inside, nested::Nested};
 use slat::linux::Guests;
 use slat::report::{Input, side_by_side};
 use slat::run::{Clock, Plan};
@@ -83,10 +83,12 @@ impl Part {
 }
 
 /// The parts to do, and what they are put into.
-fn only(args: &Args) -> Result<Option<(Vec<Errand>, Box<Findings>)>, Failure> {
+fn only(args: &Args) -> Result<Option<Only>, Failure> {
     let (false, Some(path)) = (args.only.is_empty(), &args.output) else { return Ok(None) };
     match Input::read(path) {
-        Ok(Input::Lab(before)) => Ok(Some((args.only.iter().map(|part| part.errand()).collect(), before))),
+        Ok(Input::Lab(before)) => {
+            Ok(Some(Only { parts: args.only.iter().map(|part| part.errand()).collect(), before }))
+        }
         Ok(Input::Run(_)) => Err(Failure::usage(format!(
             "--only puts parts into what `ballast slat lab --output` wrote before, and {} is of `ballast slat run`",
             path.display()

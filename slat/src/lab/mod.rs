@@ -112,11 +112,20 @@ fn numbers(release: &str) -> Vec<u64> {
     release.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
 
+/// Parts of a visit, to be put into what an earlier one found.
+#[derive(Clone, Debug)]
+pub struct Only {
+    /// What is done anew.
+    pub parts: Vec<Errand>,
+    /// What was found before.
+    pub before: Box<Findings>,
+}
+
 /// What to do in the lab.
 #[derive(Clone, Debug)]
 pub struct Visit {
     /// The parts to do; what else an earlier visit found is kept.
-    pub only: Option<(Vec<Errand>, Box<Findings>)>,
+    pub only: Option<Only>,
     /// Count everything twice and compare.
     pub twice: bool,
     /// Add guests until they answer too late.
@@ -236,8 +245,8 @@ impl Visit {
         if self.density {
             places.extend(pair(Errand::Density, Round::First));
         }
-        if let Some((parts, _)) = &self.only {
-            places.retain(|(_, errand, _)| parts.contains(errand));
+        if let Some(only) = &self.only {
+            places.retain(|(_, errand, _)| only.parts.contains(errand));
         }
         places
     }
@@ -279,15 +288,14 @@ impl Visit {
 
     /// All that came of hosts so far, over what an earlier visit found.
     fn findings(&self, outcomes: &[Outcome], interrupted: bool) -> Result<Findings, Error> {
-        let before = self.only.as_ref().map(|(parts, findings)| (parts, findings.as_ref()));
         let name = |place: &Place| Host { paging: place.0, errand: place.1, limit: self.limit }.describe();
         let failed = outcomes.iter().filter_map(|(place, outcome)| match outcome {
             Err(Error::Interrupted) | Ok(_) => None,
             Err(error) => Some(format!("{}: {error}", name(place))),
         });
-        let not_redone = before.into_iter().flat_map(|(parts, findings)| {
-            let redone = |why: &&String| parts.iter().any(|part| why.starts_with(part.words()));
-            findings.missing.iter().filter(move |why| !redone(why)).cloned()
+        let not_redone = self.only.iter().flat_map(|only| {
+            let redone = |why: &&String| only.parts.iter().any(|part| why.starts_with(part.words()));
+            only.before.missing.iter().filter(move |why| !redone(why)).cloned()
         });
         let find = |paging, errand, round| {
             let found = outcomes.iter().find(|(place, _)| *place == (paging, errand, round))?;
@@ -298,11 +306,11 @@ impl Visit {
             Some(Pair { on: on?, off: off? })
         };
         let counted_now = pair(Errand::Count, Round::First);
-        let mut findings = match (counted_now, before) {
-            (Some(counted), Some((_, before))) => {
+        let mut findings = match (counted_now, self.only.as_ref().map(|only| only.before.as_ref())) {
+            (Some(counted), Some(before)) => {
                 Findings { counted, twice: false, difference: None, ..before.clone() }
             }
-            (None, Some((_, before))) => before.clone(),
+            (None, Some(before)) => before.clone(),
             (Some(counted), None) => Findings::of(counted),
             (None, None) => return Err(Error::Interrupted),
         };

@@ -15,7 +15,7 @@ use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::doorbell::Note;
-use super::guest::bells;
+use super::guest::{SESSIONS, bells};
 use crate::host::available_memory;
 
 /// A session whose slowest twentieth answers are later than this is one too many.
@@ -81,7 +81,7 @@ impl Drop for Session {
 }
 
 fn start(guest: usize, sender: &Sender<Answer>) -> io::Result<Session> {
-    let mut child = super::start(MEMORY, false, &["sessions"])?;
+    let mut child = super::start(MEMORY, false, &[SESSIONS])?;
     let output = child.stdout.take().ok_or_else(|| super::unfinished("has no pipe"))?;
     follow(guest, BufReader::new(output), sender.clone());
     Ok(Session { guest, child: Some(child), fresh: true })

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use super::doorbell::{BOOTED, FLUSH, PORT};
 
+/// The word for a guest that answers for ever.
+pub const SESSIONS: &str = "sessions";
 /// A program that only ends, for fork + exec.
 const NOTHING: &str = "/nothing";
 const PAGES: usize = 256;
@@ -190,7 +192,7 @@ fn ring(bell: u8) {
     unsafe { asm!("out dx, al", in("dx") PORT, in("al") bell, options(nomem, nostack, preserves_flags)) };
 }
 
-/// The guest's first process: with the word `sessions` answers for ever, else every workload in turn,
+/// The guest's first process: with the word [`SESSIONS`] answers for ever, else every workload in turn,
 /// then power off. Comes back only where it can't.
 ///
 /// # Errors
@@ -201,7 +203,7 @@ pub fn guest(words: &[String]) -> io::Result<()> {
     }
     reach_the_bell()?;
     ring(BOOTED);
-    if words.iter().any(|word| word == "sessions") {
+    if words.iter().any(|word| word == SESSIONS) {
         ring(FLUSH);
         let (begin, end) = bells(0);
         loop {

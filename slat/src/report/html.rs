@@ -42,11 +42,14 @@ td.n:last-child { white-space: normal; min-width: 8rem; }
   .claims tr { border-bottom: 1px solid #dde2e6; padding: .7rem 0; }
 }
 @media print {
-  body { max-width: none; font-size: 11pt; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .plots { grid-template-columns: 1fr 1fr; }
+  tr { break-inside: avoid; }
   .scroll { overflow: visible; }
   table { font-size: 8.5pt; }
   th, td { padding: .25rem .35rem; }
   td.n { white-space: normal; }
+  td.n:first-child { min-width: 11rem; }
   td.n:last-child { min-width: 0; }
 }
 ";

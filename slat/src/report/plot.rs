@@ -49,7 +49,7 @@ pub fn lines(x: &str, y: &str, lines: &[Line]) -> Option<String> {
             .light_line_style(TRANSPARENT)
             .label_style((FONT, 19).into_font().color(&INK))
             .axis_desc_style((FONT, 20).into_font().color(&INK))
-            .x_label_formatter(&|v| crate::figure::short(v.round()))
+            .x_label_formatter(&whole)
             .y_label_formatter(&|v| crate::figure::short(*v))
             .y_labels(6)
             .draw()?;
@@ -68,6 +68,11 @@ pub fn lines(x: &str, y: &str, lines: &[Line]) -> Option<String> {
             .background_style(WHITE.mix(0.85))
             .draw()
     })
+}
+
+/// Whole numbers alone: between two of them there is nothing on these axes.
+fn whole(value: &f64) -> String {
+    if (value - value.round()).abs() < 0.01 { crate::figure::short(value.round()) } else { String::new() }
 }
 
 /// A pair of bars for each name: SLAT on above, off below, with the numbers written out.
@@ -134,5 +139,6 @@ mod tests {
         assert!(lines("MiB", "ns", &[line(vec![(0.0, 1.0), (1.0, 1.0)])]).is_none());
         let svg = lines("MiB", "ns", &[line(vec![(2.0, 1.0), (1024.0, 90.0)])]).expect("lines");
         assert!(svg.contains("native") && svg.contains("<svg"));
+        assert_eq!((whole(&2.0), whole(&2.5)), ("2".into(), String::new()));
     }
 }
