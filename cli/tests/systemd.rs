@@ -1,0 +1,96 @@
+//! The units in `resources/`, and what a service manager hears of the daemon.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Every wait is for an event; this is only when to give up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits for a message that begins with `what`.
+fn until_told(manager: &UnixDatagram, what: &str) -> String {
+    let begun = Instant::now();
+    let mut buffer = [0; 1024];
+    while begun.elapsed() < PATIENCE {
+        if let Ok(length) = manager.recv(&mut buffer) {
+            let message = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if message.starts_with(what) {
+                return message;
+            }
+        }
+    }
+    panic!("gave up waiting for {what}");
+}
+
+fn send(daemon: &Child, signal: Signal) {
+    kill_process(Pid::from_raw(daemon.id().try_into().unwrap()).unwrap(), signal).unwrap();
+}
+
+#[test]
+fn a_service_manager_hears_of_the_daemons_whole_life() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&socket).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let settings = directory.path().join("balancer.toml");
+    fs::write(&settings, "budget = \"1G\"\n").unwrap();
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_ballast"))
+        .args(["balancer", "--config", settings.to_str().unwrap()])
+        .env("BALLAST_RUNTIME_DIR", directory.path())
+        .env("NOTIFY_SOCKET", &socket)
+        .env("WATCHDOG_USEC", "1000000")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let ready = until_told(&manager, "READY=1");
+    assert!(ready.contains("\nWATCHDOG=1\nSTATUS=0 VMs may hold "), "{ready}");
+    until_told(&manager, "WATCHDOG=1");
+    send(&daemon, Signal::HUP);
+    let reloading = until_told(&manager, "RELOADING=1");
+    assert!(reloading.contains("\nMONOTONIC_USEC="), "{reloading}");
+    until_told(&manager, "READY=1");
+    send(&daemon, Signal::TERM);
+    until_told(&manager, "STOPPING=1");
+    assert_eq!(daemon.wait().unwrap().code(), Some(0));
+}
+
+/// What systemd itself says of a unit whose program is there; `None` where there is no systemd here.
+fn verdict(unit: &Path, program: &str) -> Option<(bool, String)> {
+    let text = fs::read_to_string(unit).unwrap();
+    assert!(text.contains(program), "{} starts {program}", unit.display());
+    let directory = tempfile::tempdir().unwrap();
+    let copy = directory.path().join(unit.file_name().unwrap());
+    fs::write(&copy, text.replace(program, env!("CARGO_BIN_EXE_ballast"))).unwrap();
+    match Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output() {
+        Ok(output) => {
+            // It may have something to say of other units of this machine.
+            let name = copy.file_name().unwrap().to_str().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            let of_it: Vec<&str> = error.lines().filter(|line| line.contains(name)).collect();
+            Some((output.status.success(), of_it.join("\n")))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => panic!("systemd-analyze: {error}"),
+    }
+}
+
+#[test]
+fn systemd_takes_the_units_as_they_are() {
+    let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
+    for (unit, program) in [
+        ("systemd/ballast-balancer.service", "/usr/local/bin/ballast"),
+        ("ballast-agent.service", "/usr/local/sbin/ballast-agent"),
+    ] {
+        match verdict(&resources.join(unit), program) {
+            Some(verdict) => assert_eq!(verdict, (true, String::new()), "{unit}"),
+            None => eprintln!("{unit} was not verified: systemd-analyze is not installed"),
+        }
+    }
+}
