@@ -25,7 +25,7 @@ pub mod vm;
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use balloon::units::{Bytes, Pages};
 
 use self::entitlement::{Claim, divide};
 use self::host_state::HostState;
@@ -109,7 +109,7 @@ impl Policy {
         self.state = self.state.next(free, pool, host.pressure);
         let lasts = self.emergency_lasts(now);
 
-        self.entitle(host.budget.saturating_sub(pool), vms);
+        self.entitle(now, host.budget, pool, vms);
         let ample = self.ample(pool);
         let Granted { left, unserved, postponed } = self.grow(now, free, ample, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
@@ -156,43 +156,58 @@ impl Policy {
 
     /// What each VM may have.
     ///
-    /// If everyone's need fits, each has it, and the rest is shared as comfort. If not,
-    /// each has its need up to its fair share first, whatever others claim; what the modest
-    /// leave goes to what can't wait, and only then to buffers. (With buffers on the same
-    /// footing as use, one guest's spare memory would be served before another's programs.)
-    fn entitle(&mut self, capacity: Bytes, vms: &mut [Vm]) {
-        let capacity = capacity.pages();
+    /// If everyone's need fits, each has it, and the rest is shared as comfort. If not, in this
+    /// order: what can't wait within fair shares; what can't wait beyond them, of those who have
+    /// not been there for long; the buffers of those within theirs; and the rest. So buffers are
+    /// lent to bursts, most of which are short, and who claims more than its share for long keeps
+    /// nobody from a buffer. For what can't wait the pool is there too.
+    fn entitle(&mut self, now: Duration, budget: Bytes, pool: Bytes, vms: &mut [Vm]) {
+        let (capacity, all) = (budget.saturating_sub(pool).pages(), budget.pages());
         self.claims.clear();
         self.claims.extend(vms.iter().enumerate().map(|(index, vm)| vm.claim(index)));
-        if divide(&mut self.claims, capacity) {
+        self.find_fair_shares(now, capacity, vms);
+        let fits = self.ask(capacity, vms, Vm::want);
+        if fits {
+            self.go_on(capacity, vms, Vm::comfort);
+        } else if self.settings.guards.fair_comes_first {
             for claim in &mut self.claims {
-                (claim.floor, claim.want) = (claim.given, vms[claim.index].comfort().pages());
-                vms[claim.index].assure(Bytes::ZERO);
+                claim.floor = claim.floor.max(vms[claim.index].urgent_in_share().pages());
             }
+            self.ask(all, vms, |vm| vm.borrows(now));
+            self.go_on(capacity, vms, Vm::in_share);
+            self.go_on(all, vms, Vm::urgent);
+            self.go_on(capacity, vms, Vm::want);
         } else {
-            if self.settings.guards.fair_comes_first {
-                for claim in &mut self.claims {
-                    claim.want = vms[claim.index].said.limits.max().pages();
-                }
-                divide(&mut self.claims, capacity);
-                for claim in &mut self.claims {
-                    let need = vms[claim.index].want().pages();
-                    claim.floor = claim.floor.max(claim.given.min(need));
-                    vms[claim.index].assure(claim.floor.bytes());
-                }
-            }
-            for claim in &mut self.claims {
-                claim.want = vms[claim.index].urgent().pages();
-            }
-            divide(&mut self.claims, capacity);
-            for claim in &mut self.claims {
-                (claim.floor, claim.want) = (claim.given, vms[claim.index].want().pages());
-            }
+            self.ask(all, vms, Vm::urgent);
+            self.go_on(capacity, vms, Vm::want);
         }
-        divide(&mut self.claims, capacity);
         for claim in &self.claims {
-            vms[claim.index].entitle(claim.given.bytes());
+            vms[claim.index].entitle(claim.given.bytes(), fits);
         }
+    }
+
+    /// What each would have if all claimed all there is.
+    fn find_fair_shares(&mut self, now: Duration, capacity: Pages, vms: &mut [Vm]) {
+        self.ask(capacity, vms, |vm| vm.said.limits.max());
+        for claim in &mut self.claims {
+            vms[claim.index].share(now, claim.given.bytes());
+        }
+    }
+
+    /// Divides `capacity` anew, with `what` of each VM as its claim. True where all got that.
+    fn ask(&mut self, capacity: Pages, vms: &[Vm], what: impl Fn(&Vm) -> Bytes) -> bool {
+        for claim in &mut self.claims {
+            claim.want = what(&vms[claim.index]).pages();
+        }
+        divide(&mut self.claims, capacity)
+    }
+
+    /// As [`ask`](Self::ask), on top of what was given already.
+    fn go_on(&mut self, capacity: Pages, vms: &[Vm], what: impl Fn(&Vm) -> Bytes) {
+        for claim in &mut self.claims {
+            claim.floor = claim.given;
+        }
+        self.ask(capacity, vms, what);
     }
 }
 

@@ -34,9 +34,6 @@ pub const LEAD: Duration = Duration::from_secs(3);
 /// that varies by 1 % either way rises by 2 %.
 pub const RISE_PERCENT: u64 = 2;
 
-/// Use this far above its average of the last minute has risen, in percent.
-pub const RISEN_PERCENT: u64 = 10;
-
 /// Reports closer to each other than this are one report that was read twice.
 const APART: Duration = Duration::from_millis(200);
 
@@ -171,11 +168,6 @@ impl Demand {
     /// Its use as the law holds it: up at once, down only when it has clearly fallen.
     pub fn held(&self) -> Bytes {
         self.held
-    }
-
-    /// Whether it uses clearly more than in the last minute.
-    pub fn has_risen(&self) -> bool {
-        self.held > Bytes(self.slow as u64).percent(100 + RISEN_PERCENT)
     }
 
     /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, within its limits.

@@ -52,6 +52,10 @@ pub const UNHURRIED_PART: u64 = 8;
 /// bursts are over before, and what guests swap out meanwhile they swap in again.
 pub const EMERGENCY_DWELL: Duration = Duration::from_secs(60);
 
+/// How long a VM that claims more than its fair share may have what is kept as others' buffers:
+/// 88 % of published bursts are over by then.
+pub const LOAN: Duration = Duration::from_secs(120);
+
 /// How a VM stands with the balancer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

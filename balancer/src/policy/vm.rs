@@ -62,7 +62,11 @@ struct Memory {
     charge: Bytes,
     need: Bytes,
     entitlement: Bytes,
-    /// What of it is within its fair share while not everyone's need fits.
+    /// What it would have if all claimed all there is.
+    share: Bytes,
+    /// Since when it can't do with that.
+    beyond: Option<Duration>,
+    /// What of its need is within its fair share, while not everyone's need fits.
     assured: Bytes,
 }
 
@@ -224,11 +228,36 @@ impl Vm {
         }
     }
 
-    pub(super) fn assure(&mut self, assured: Bytes) {
-        self.memory.assured = assured;
+    /// Notes its fair share, and since when it can't do with that.
+    pub(super) fn share(&mut self, now: Duration, share: Bytes) {
+        self.memory.share = share;
+        let urgent = self.urgent();
+        if urgent > share {
+            self.memory.beyond.get_or_insert(now);
+        } else if urgent < share.percent(100 - guards::STEADY_PERCENT) {
+            self.memory.beyond = None;
+        }
     }
 
-    pub(super) fn entitle(&mut self, entitlement: Bytes) {
+    /// What can't wait and is within its fair share.
+    pub(super) fn urgent_in_share(&self) -> Bytes {
+        self.urgent().min(self.memory.share)
+    }
+
+    /// What can't wait, where the others' buffers may be lent for it.
+    pub(super) fn borrows(&self, now: Duration) -> Bytes {
+        let long = self.memory.beyond.is_some_and(|since| now.saturating_sub(since) >= guards::LOAN);
+        if long { self.urgent_in_share() } else { self.urgent() }
+    }
+
+    /// What of its need is within its fair share.
+    pub(super) fn in_share(&self) -> Bytes {
+        self.want().min(self.memory.share)
+    }
+
+    /// Notes what it may have, and whether everyone's need fits.
+    pub(super) fn entitle(&mut self, entitlement: Bytes, fits: bool) {
+        self.memory.assured = if fits { Bytes::ZERO } else { self.in_share() };
         // One that was just found stuck keeps what it has.
         if !self.memory.just_stuck {
             self.memory.entitlement = entitlement;
@@ -259,14 +288,15 @@ impl Vm {
         })
     }
 
-    /// Whether it was shrunk so short a time ago that growing it would be a turn, and it uses no
-    /// more now than then.
-    fn would_turn(&self, now: Duration, rest: Duration) -> bool {
+    /// Whether it was shrunk so short a time ago that growing it would be a turn.
+    fn was_just_shrunk(&self, now: Duration, rest: Duration) -> bool {
+        self.memory.shrunk.is_some_and(|moved| now.saturating_sub(moved.at) < rest.min(guards::TURN))
+    }
+
+    /// Whether it uses no more than when it was last shrunk.
+    fn stands_still(&self) -> bool {
         let used = self.used().unwrap_or_default();
-        self.memory.shrunk.is_some_and(|moved| {
-            now.saturating_sub(moved.at) < rest.min(guards::TURN)
-                && used <= moved.used.percent(100 + guards::STEADY_PERCENT)
-        })
+        self.memory.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + guards::STEADY_PERCENT))
     }
 
     /// How far the target lies below what it may have, where that is worth moving.
@@ -278,12 +308,15 @@ impl Vm {
         // What it is assured of within its fair share waits for nobody's ease, or a guest
         // that claims all there is would keep the others from their buffers.
         let mut urgent = may.min(self.urgent().max(self.memory.assured));
-        if settings.guards.moves_rest && self.rests_shrunk(now, settings.rest) {
-            may = may.min(self.urgent());
-            urgent = may;
-        }
-        if settings.guards.moves_rest && target >= limits.min() && self.would_turn(now, settings.rest) {
-            return None;
+        if settings.guards.moves_rest {
+            let just_shrunk = self.was_just_shrunk(now, settings.rest);
+            if just_shrunk && target >= limits.min() && self.stands_still() {
+                return None;
+            }
+            if just_shrunk || self.rests_shrunk(now, settings.rest) {
+                may = may.min(self.urgent());
+                urgent = may;
+            }
         }
         // Use is capped by what the guest has: one with little left must not wait for a wide gap.
         let used = self.used().unwrap_or_default();
@@ -306,15 +339,14 @@ impl Vm {
         let Round { now, state, paying, lasts, settings } = *round;
         let (Some(used), false) = (self.used(), self.is_held()) else { return Bytes::ZERO };
         let rest = match state {
-            // Who has just risen pays for who waits; who stands still is left to rest.
-            HostState::Emergency if paying && self.memory.demand.has_risen() => Duration::ZERO,
             HostState::Emergency => settings.rest.min(guards::TURN),
             _ => settings.rest,
         };
         if settings.guards.moves_rest && self.rests_grown(now, rest) {
             return Bytes::ZERO;
         }
-        let band = DEADBAND.max(target.percent(BAND_PERCENT));
+        // Where another waits, the band of each VM would be a pool that serves nobody.
+        let band = if paying { PIECE } else { DEADBAND.max(target.percent(BAND_PERCENT)) };
         let most = self.memory.entitlement;
         if target <= most.saturating_add(band) {
             return Bytes::ZERO;

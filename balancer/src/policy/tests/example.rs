@@ -18,11 +18,17 @@ fn the_worked_example_comes_out_as_it_is_told() {
     world.guests[1].wants = Bytes::mib(6000);
     world.tick();
     let whole = |bytes: Bytes| bytes.0 >> 20;
+    let entitled = |world: &World| [0, 1].map(|index| whole(world.guests[index].vm.entitlement()));
+    let targets = |world: &World| [0, 1].map(|index| whole(world.target(index)));
     assert_eq!(whole(world.guests[1].vm.demand()), 7840);
-    assert_eq!(whole(world.guests[0].vm.entitlement()), 3600);
-    assert_eq!((whole(world.guests[1].vm.entitlement()), whole(world.target(1))), (6332, 6332));
+    assert_eq!((entitled(&world), targets(&world)), ([3150, 7090], [3152, 6640]));
+    world.tick();
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 7088], 448));
+    world.run(20);
+    assert_eq!(entitled(&world), [3600, 6332]);
     world.run(60);
-    assert_eq!((world.target(0), whole(world.target(1))), (Bytes::mib(3600), 6332));
-    assert_eq!(whole(world.balance.free), 307);
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 6780], 307));
+    world.run(60);
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3600, 6334], 305));
     assert_eq!(world.guests[1].vm.used(), Some(Bytes::mib(6000)));
 }
