@@ -351,6 +351,8 @@ fn series(name: &str, mut seen: Seen, first: u64, last: u64) -> Result<Series, S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::laws::Name;
+    use crate::sim::{Host, Setup, world};
 
     fn file(name: &str, content: &str) -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
@@ -380,6 +382,27 @@ mod tests {
         assert_eq!(vm.limits.max(), Bytes::gib(8));
         assert_eq!(vm.demand[0], Bytes::gib(2));
         assert_eq!(vm.demand[150], Bytes::gib(4), "the window's most is in its middle");
+    }
+
+    #[test]
+    fn what_real_guests_did_is_played_under_every_law() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/lab.csv");
+        let trace = read(&path).unwrap();
+        let names: Vec<&str> = trace.vms.iter().map(|vm| vm.name.as_str()).collect();
+        assert_eq!(names, ["build", "db", "leak", "web"]);
+        assert!(trace.seconds >= 120, "{} s", trace.seconds);
+        for vm in &trace.vms {
+            let most = vm.demand.iter().max().unwrap();
+            let least = vm.demand.iter().filter(|demand| **demand > Bytes::ZERO).min().unwrap();
+            assert!(most.0 > least.0 * 3 / 2, "{} moved from {least} to {most} only", vm.name);
+        }
+        let host = Host { total: Bytes::mib(1280), reserve: Bytes::mib(256) };
+        let setup = Setup { host, ..Setup::default() };
+        for name in Name::ALL {
+            let score = world::run(&trace, &setup, &mut *name.make(), &mut |_| ());
+            assert!(score.steps > 0, "{name}");
+            assert!(name != Name::Ballast || score.over_budget == 0, "{} over", score.worst_over);
+        }
     }
 
     #[test]
