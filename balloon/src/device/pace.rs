@@ -7,7 +7,7 @@
 //! meet ends: Linux's driver tries again five times a second for as long as the
 //! device asks for more than it has ("Out of puff!"), and takes pages from a
 //! guest that has just got them back to stay alive. So what was reached becomes
-//! what is asked for, until the host asks anew.
+//! what is asked for, until the host asks anew, or the guest says that it has much free.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,9 @@ const FREE_PERCENT: u64 = 80;
 const LEAST_STEP: Bytes = Bytes::mib(64);
 /// A step is at least this part of the guest's memory map.
 const STEPS_IN_MAP: u64 = 64;
+/// A guest that gave nothing, and says that it has so many steps free, had no time: starved of
+/// processor, not of memory.
+const STEPS_OF_A_STARVED: u64 = 4;
 /// Ticks without a page until a guest counts as unable. With ten ticks a
 /// second the driver has tried and failed several times by then.
 const PATIENCE: u32 = 15;
@@ -60,8 +63,10 @@ enum State {
         /// What was there at the last tick.
         before: Pages,
     },
-    /// The guest gave up.
+    /// The guest gave nothing more.
     Settled,
+    /// It took pages back to live on.
+    TookBack,
 }
 
 impl Pace {
@@ -88,7 +93,8 @@ impl Pace {
     /// gets on begins anew.
     pub fn resumed(map: Bytes, saved: PaceState) -> Self {
         let PaceState { wanted, asked, reached, settled } = saved;
-        let state = if settled { State::Settled } else { State::Moving { idle: 0, before: reached } };
+        // Which of the two is not saved: one that took pages back must not be asked.
+        let state = if settled { State::TookBack } else { State::Moving { idle: 0, before: reached } };
         Self { wanted, asked, reached, state, ..Self::new(map, wanted) }
     }
 
@@ -111,11 +117,13 @@ impl Pace {
     /// a guest that always keeps a little free would be asked for it as fast as it could.
     pub fn heard(&mut self, free: Bytes) {
         let spare = free.percent(FREE_PERCENT).pages();
-        if let State::Moving { .. } = self.state
-            && spare >= self.step
-        {
-            let at_once = self.reached.0.saturating_add(spare.0);
-            self.asked = self.wanted.min(self.asked.max(Pages(at_once)));
+        match self.state {
+            State::Moving { .. } if spare >= self.step => {
+                let at_once = self.reached.0.saturating_add(spare.0);
+                self.asked = self.wanted.min(self.asked.max(Pages(at_once)));
+            }
+            State::Settled if spare.0 / STEPS_OF_A_STARVED >= self.step.0 => self.aim(self.wanted, free),
+            _ => {}
         }
     }
 
@@ -131,7 +139,7 @@ impl Pace {
         let shrank = reached < self.reached;
         self.reached = reached;
         if shrank && reached < self.asked {
-            self.settle();
+            self.settle(State::TookBack);
         }
     }
 
@@ -146,7 +154,7 @@ impl Pace {
         let idle = if self.reached == before { idle.saturating_add(1) } else { 0 };
         self.state = State::Moving { idle, before: self.reached };
         if idle >= PATIENCE {
-            self.settle();
+            self.settle(State::Settled);
         }
     }
 
@@ -167,7 +175,7 @@ impl Pace {
 
     /// The guest could not give what was wanted, and is no longer asked for it.
     pub fn is_settled(&self) -> bool {
-        self.state == State::Settled
+        matches!(self.state, State::Settled | State::TookBack)
     }
 
     /// Whether a tick can change anything.
@@ -175,9 +183,9 @@ impl Pace {
         !self.is_settled() && self.reached < self.wanted
     }
 
-    fn settle(&mut self) {
+    fn settle(&mut self, state: State) {
         self.asked = self.reached;
-        self.state = State::Settled;
+        self.state = state;
     }
 }
 
@@ -251,6 +259,19 @@ mod tests {
         assert_eq!((pace.asked(), pace.is_settled()), (mib(50), true));
         pace.aim(mib(600), Bytes::ZERO);
         assert_eq!((pace.asked(), pace.is_settled()), (mib(114), false));
+    }
+
+    #[test]
+    fn a_guest_that_had_no_time_is_asked_again_when_it_has_much_free() {
+        let mut pace = Pace::new(MAP, mib(600));
+        pace.arrived(mib(50));
+        for _ in 0..=PATIENCE {
+            pace.tick();
+        }
+        pace.heard(Bytes::mib(300));
+        assert_eq!((pace.asked(), pace.is_settled()), (mib(50), true), "that little may be what it lives on");
+        pace.heard(Bytes::mib(400));
+        assert_eq!((pace.asked(), pace.is_settled()), (mib(370), false));
     }
 
     #[test]
