@@ -18,10 +18,9 @@ const ROUNDS: usize = 32;
 const PIECE: usize = 8;
 /// What an attack does to the balloon at least. The same seed draws the same attack, but how much of
 /// it a device sees before its next reset is a matter of time: a fourth to a seventh of what one
-/// CPU was seen to do (179, 3.4 MiB, 100 MiB).
+/// CPU was seen to do (179, 3.4 MiB). What it reports lay between 2.8 KiB and 100 MiB.
 const LEAST_MALFORMED: u64 = 40;
 const LEAST_INFLATED: Bytes = Bytes::kib(512);
-const LEAST_REPORTED: Bytes = Bytes::mib(16);
 /// A mapping of at least this size is guest memory.
 const GUEST_MEMORY: Bytes = Bytes::mib(48);
 /// By how much the memory of a process may grow during an attack: the host backs heaps with
@@ -89,7 +88,7 @@ fn survives(cpus: &str, seed: u32) {
     let counters = hostile.memory().counters;
     println!("the attack's balloon: {counters:?}");
     assert!(counters.malformed >= LEAST_MALFORMED, "{counters:#?}");
-    assert!(counters.inflated >= LEAST_INFLATED && counters.reported >= LEAST_REPORTED, "{counters:#?}");
+    assert!(counters.inflated >= LEAST_INFLATED && counters.reported > Bytes::ZERO, "{counters:#?}");
 
     let distinct = hostile.wait_for_line("RNG distinct=", BOOT);
     let distinct: u32 = distinct.rsplit('=').next().and_then(|count| count.parse().ok()).expect("a count");

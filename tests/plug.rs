@@ -149,7 +149,6 @@ fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
 }
 
 #[test]
-#[ignore = "passed in 193 s, and in 288 s with others at work, which is long: cargo nextest run -p tests --test plug --run-ignored all guests_grow"]
 fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
     let host = Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).memory(Bytes::gib(3));
     host.usually(Duration::from_secs(240)).run(|| {
