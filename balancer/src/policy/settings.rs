@@ -27,8 +27,8 @@ pub struct Settings {
     pub rest: Duration,
 }
 
-/// The part of the budget that nobody is entitled to, in percent: what a guest
-/// in need is served from before others have paid.
+/// The part of the budget that nobody is entitled to but for what can't wait, in percent: what a
+/// guest in need is served from before others have paid.
 pub const DEFAULT_POOL_PERCENT: u64 = 3;
 
 /// The largest pool that makes sense, in percent of the budget.
