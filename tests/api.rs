@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use balloon::status::VmState;
+use balloon::status::{Pauser, VmState};
 use balloon::units::Bytes;
-use lab::{BOOT, Host, Kernel, VmSettings, wait_for};
+use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -23,9 +23,31 @@ fn a_vm_is_paused_resumed_and_switched_off() {
         assert_eq!((status.name.as_str(), status.state, status.pid), ("steered", VmState::Running, vm.pid()));
 
         vm.ask(async |client| client.pause().await).expect("a running VM pauses");
-        assert_eq!(vm.status().state, VmState::Paused);
+        assert_eq!(paused_by(&vm), Some(Pauser::Operator));
         assert!(vm.ask(async |client| client.pause().await).is_err(), "it is paused already");
+        assert!(
+            vm.ask(async |client| client.resume_as(Pauser::Balancer).await).is_err(),
+            "not the balancer's"
+        );
         vm.ask(async |client| client.resume().await).expect("a paused VM resumes");
+        vm.step("rest:1ms", SOON);
+
+        for _ in 0..2 {
+            vm.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("it may ask twice");
+        }
+        assert_eq!(paused_by(&vm), Some(Pauser::Balancer));
+        vm.ask(async |client| client.resume_as(Pauser::Balancer).await).expect("that ends its own pause");
+        assert_eq!(paused_by(&vm), None);
+        vm.step("rest:1ms", SOON);
+
+        vm.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("a running VM pauses");
+        vm.ask(async |client| client.pause().await).expect("an operator takes the pause over");
+        assert_eq!(paused_by(&vm), Some(Pauser::Operator));
+        assert!(
+            vm.ask(async |client| client.resume_as(Pauser::Balancer).await).is_err(),
+            "no longer its own"
+        );
+        vm.ask(async |client| client.resume().await).expect("an operator resumes");
         vm.step("rest:1ms", SOON);
 
         let beyond = vm.ask(async |client| client.set_target(Bytes::gib(1)).await);
@@ -35,6 +57,13 @@ fn a_vm_is_paused_resumed_and_switched_off() {
         vm.wait_for_line("POWER BUTTON", SOON);
         assert_eq!(vm.wait_for_end(SOON), 0);
     });
+}
+
+/// Who paused it, as both documents say that tell.
+fn paused_by(vm: &Vm) -> Option<Pauser> {
+    let by = vm.status().state.paused_by();
+    assert_eq!(vm.memory().paused_by, by);
+    by
 }
 
 #[test]

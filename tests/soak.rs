@@ -11,7 +11,7 @@ use std::env;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use balloon::status::{DriverState, MemoryStatus, VmState};
+use balloon::status::{DriverState, MemoryStatus, Pauser, VmState};
 use balloon::units::Bytes;
 use lab::{Host, Kernel, Vm, VmSettings};
 
@@ -229,7 +229,7 @@ impl Soak {
             Event::ResetMem => self.reset_mem(),
             Event::Pause => {
                 self.vm.ask(async |client| client.pause().await).expect("it can be paused");
-                assert_eq!(self.vm.status().state, VmState::Paused);
+                assert_eq!(self.vm.status().state, VmState::Paused { by: Pauser::Operator });
                 let target = self.random.between(STARTUP.max(SYSTEM + self.grown + self.kept).min(MAX), MAX);
                 self.set_target(target);
                 std::thread::sleep(Duration::from_millis(self.random.below(2000)));

@@ -27,6 +27,9 @@ pub struct MemoryStatus {
     /// touched most of what it gives up; after that it may have touched all that it has.
     #[serde(default)]
     pub followed: Option<bool>,
+    /// Who paused the VM; `None` for one that is not paused, or whose VMM does not tell.
+    #[serde(default)]
+    pub paused_by: Option<Pauser>,
     /// Guest memory that the host really holds (resident pages of the mapping).
     pub host_rss: Bytes,
     /// How much of that lies in huge pages of the host and is mapped as such, which makes every
@@ -189,18 +192,52 @@ pub struct TargetRequest {
     pub target: Bytes,
 }
 
-/// Where a VM stands in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Who paused a VM, and so who may let it run on: the balancer only what it paused itself, an
+/// operator any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+pub enum Pauser {
+    /// Somebody who steers this VM by hand or by a program of their own.
+    #[default]
+    Operator,
+    /// The balancer, as memory ran out.
+    Balancer,
+}
+
+/// The body of `POST /vm/pause` and `POST /vm/resume`: in whose name. No body is an operator's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PauseRequest {
+    /// Who asks.
+    pub by: Pauser,
+}
+
+/// Where a VM stands in its life. Written as the field `state`, beside `paused_by` where it is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
 pub enum VmState {
     /// Set up, its vCPUs have not run yet.
     Created,
     /// Its vCPUs run.
     Running,
     /// Its vCPUs stand still; its memory stays.
-    Paused,
+    Paused {
+        /// Who paused it.
+        #[serde(rename = "paused_by", default)]
+        by: Pauser,
+    },
     /// It has ended; the process is about to.
     Stopped,
+}
+
+impl VmState {
+    /// Who paused it; `None` where it is not paused.
+    pub const fn paused_by(self) -> Option<Pauser> {
+        match self {
+            Self::Paused { by } => Some(by),
+            Self::Created | Self::Running | Self::Stopped => None,
+        }
+    }
 }
 
 /// `GET /vm`: what this VM is.
@@ -211,6 +248,7 @@ pub struct VmStatus {
     /// The process that is it.
     pub pid: u32,
     /// Where it stands.
+    #[serde(flatten)]
     pub state: VmState,
     /// Its vCPUs.
     pub cpus: u8,
@@ -231,6 +269,7 @@ mod tests {
             actual: Bytes::mib(300),
             settled: false,
             followed: Some(true),
+            paused_by: None,
             host_rss: Bytes::mib(200),
             host_huge: None,
             driver: DriverState::Active,
@@ -260,6 +299,28 @@ mod tests {
         }
         status.host_rss = Bytes::ZERO;
         assert_eq!(status.huge_percent(), None);
+    }
+
+    #[test]
+    fn the_state_is_one_word_and_who_paused_stands_beside_it() {
+        let mut vm = VmStatus {
+            name: "web".to_owned(),
+            pid: 1,
+            state: VmState::Running,
+            cpus: 1,
+            uptime_ms: 1,
+            version: "0".to_owned(),
+        };
+        let json = serde_json::to_value(&vm).unwrap();
+        assert_eq!((json["state"].as_str(), json.get("paused_by")), (Some("running"), None));
+        assert_eq!(serde_json::from_value::<VmStatus>(json).unwrap(), vm);
+        vm.state = VmState::Paused { by: Pauser::Balancer };
+        let mut json = serde_json::to_value(&vm).unwrap();
+        assert_eq!((json["state"].as_str(), json["paused_by"].as_str()), (Some("paused"), Some("balancer")));
+        assert_eq!(serde_json::from_value::<VmStatus>(json.clone()).unwrap(), vm);
+        json.as_object_mut().unwrap().remove("paused_by");
+        let told_by_an_older_one: VmStatus = serde_json::from_value(json).unwrap();
+        assert_eq!(told_by_an_older_one.state.paused_by(), Some(Pauser::Operator));
     }
 
     #[test]

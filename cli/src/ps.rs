@@ -9,7 +9,7 @@ use balancer::driver::ballast::{Client, Error};
 use balloon::agent::AgentStatus;
 use balloon::limits::Limits;
 use balloon::runtime;
-use balloon::status::{MemoryStatus, VmState, VmStatus};
+use balloon::status::{MemoryStatus, Pauser, VmState, VmStatus};
 use balloon::units::Bytes;
 use serde::Serialize;
 use tokio::task::JoinSet;
@@ -207,7 +207,8 @@ const fn state(state: VmState) -> &'static str {
     match state {
         VmState::Created => "created",
         VmState::Running => "running",
-        VmState::Paused => "paused",
+        VmState::Paused { by: Pauser::Operator } => "paused",
+        VmState::Paused { by: Pauser::Balancer } => "paused by balancer",
         VmState::Stopped => "stopped",
     }
 }

@@ -5,6 +5,8 @@ use crate::failure::Failure;
 
 /// Let a paused VM run on
 #[derive(clap::Args)]
+#[command(after_help = "\
+This also ends a pause of the balancer's, which would resume the VM only when there is room for it.")]
 pub struct Args {
     /// The VM, as `ballast ps` names it
     name: String,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use balloon::agent::AgentStatus;
 use balloon::limits::Limits;
 use balloon::means::steering::{Steering, SteeringError};
-use balloon::status::{BalloonCounters, DriverState, MemoryStatus, VmState, VmStatus};
+use balloon::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
 use balloon::units::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,6 +16,7 @@ use crate::crew::{Crew, VisitError};
 use crate::exit::Exit;
 use crate::feed::{Feed, Subscription};
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
+use crate::life::{self, Change};
 use crate::memory::Ram;
 
 /// Why a request was not carried out.
@@ -73,7 +74,8 @@ const fn word(state: VmState) -> &'static str {
     match state {
         VmState::Created => "not started yet",
         VmState::Running => "running",
-        VmState::Paused => "paused",
+        VmState::Paused { by: Pauser::Operator } => "paused",
+        VmState::Paused { by: Pauser::Balancer } => "paused by the balancer",
         VmState::Stopped => "stopped",
     }
 }
@@ -180,6 +182,7 @@ impl Control {
                 actual: self.map,
                 settled: false,
                 followed: Some(false),
+                paused_by: None,
                 host_rss: Bytes::ZERO,
                 host_huge: None,
                 driver: DriverState::Absent,
@@ -201,6 +204,7 @@ impl Control {
             actual: steering.actual(),
             settled: balloon.settled(),
             followed: Some(balloon.followed()),
+            paused_by: lock(&self.state).paused_by(),
             host_rss: held.map(|held| held.resident).unwrap_or_default(),
             host_huge: held.map(|held| held.huge),
             driver: balloon.driver(),
@@ -278,26 +282,22 @@ impl Control {
         Ok(())
     }
 
-    /// Stops the vCPUs; returns when all of them stand still.
+    /// Stops the vCPUs; returns when all of them stand still. An operator may also take over a pause
+    /// of the balancer's, which then no longer ends it; see [`life`].
     ///
     /// # Errors
-    /// [`ControlError::State`] unless the VM runs; [`ControlError::Host`] when a vCPU hangs, and
-    /// the VM runs on.
-    pub fn pause(&self) -> Result<(), ControlError> {
-        self.change(VmState::Running, VmState::Paused, "be paused", |parts| {
-            parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))
-        })
+    /// [`ControlError::State`] unless the VM runs, or `by` may take its pause over, or has made it;
+    /// [`ControlError::Host`] when a vCPU hangs, and the VM runs on.
+    pub fn pause(&self, by: Pauser) -> Result<(), ControlError> {
+        self.change(|state| life::pause(state, by))
     }
 
     /// Lets paused vCPUs run on.
     ///
     /// # Errors
-    /// [`ControlError::State`] unless the VM is paused.
-    pub fn resume(&self) -> Result<(), ControlError> {
-        self.change(VmState::Paused, VmState::Running, "be resumed", |parts| {
-            parts.crew.run();
-            Ok(())
-        })
+    /// [`ControlError::State`] unless the VM is paused and `by` may end that.
+    pub fn resume(&self, by: Pauser) -> Result<(), ControlError> {
+        self.change(|state| life::resume(state, by))
     }
 
     /// Presses the power button: a guest that listens shuts down in its own time.
@@ -305,11 +305,16 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM runs.
     pub fn power_button(&self) -> Result<(), ControlError> {
-        self.change(VmState::Running, VmState::Running, "take a press of the power button", |parts| {
-            // The one failure is a full counter: a press that is pending already.
-            let _ = parts.power.write(1);
-            Ok(())
-        })
+        const ACTION: &str = "take a press of the power button";
+        let state = lock(&self.state);
+        match self.parts.get() {
+            Some(parts) if *state == VmState::Running => {
+                // The one failure is a full counter: a press that is pending already.
+                let _ = parts.power.write(1);
+                Ok(())
+            }
+            _ => Err(ControlError::State { state: *state, action: ACTION }),
+        }
     }
 
     /// Ends the VM at once, whatever the guest does.
@@ -327,20 +332,22 @@ impl Control {
 
     fn change(
         &self,
-        from: VmState,
-        to: VmState,
-        action: &'static str,
-        act: impl FnOnce(&Parts) -> Result<(), ControlError>,
+        decide: impl FnOnce(VmState) -> Result<Change, &'static str>,
     ) -> Result<(), ControlError> {
         let mut state = lock(&self.state);
-        match self.parts.get() {
-            Some(parts) if *state == from => {
-                act(parts)?;
-                *state = to;
-                Ok(())
+        let refused = |action| ControlError::State { state: *state, action };
+        let change = decide(*state).map_err(refused)?;
+        // Whoever runs or is paused has its parts.
+        let parts = self.parts.get().ok_or_else(|| refused("be steered"))?;
+        match change {
+            Change::Hold { .. } => {
+                parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?
             }
-            _ => Err(ControlError::State { state: *state, action }),
+            Change::Run => parts.crew.run(),
+            Change::TakeOver { .. } | Change::Nothing => {}
         }
+        *state = change.end(*state);
+        Ok(())
     }
 
     fn parts(&self, action: &'static str) -> Result<&Parts, ControlError> {

@@ -14,6 +14,7 @@ pub mod exit;
 pub mod feed;
 pub mod host;
 pub mod inspect;
+pub mod life;
 pub mod machine;
 pub mod memory;
 pub mod pluggable;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::limits::Limits;
-use balloon::status::{MemoryStatus, TargetRequest, VmStatus};
+use balloon::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
 use balloon::units::Bytes;
 use hyper::Method;
 use serde::de::DeserializeOwned;
@@ -109,12 +109,28 @@ impl Client {
         self.http.post("/vm/pause").await
     }
 
+    /// As [`Client::pause`], in the name of `by`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where the VM does not run, and the pause is not `by`'s to take.
+    pub async fn pause_as(&mut self, by: Pauser) -> Result<(), Error> {
+        self.http.send(Method::POST, "/vm/pause", &PauseRequest { by }).await
+    }
+
     /// `POST /vm/resume`: lets the vCPUs run again.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn resume(&mut self) -> Result<(), Error> {
         self.http.post("/vm/resume").await
+    }
+
+    /// As [`Client::resume`], in the name of `by`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where the pause is not `by`'s to end.
+    pub async fn resume_as(&mut self, by: Pauser) -> Result<(), Error> {
+        self.http.send(Method::POST, "/vm/resume", &PauseRequest { by }).await
     }
 
     /// `POST /vm/power-button`: asks the guest to shut down.

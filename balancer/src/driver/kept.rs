@@ -142,6 +142,7 @@ impl Kept {
             actual,
             settled: false,
             followed: None,
+            paused_by: None,
             host_rss: guest,
             host_huge: None,
             driver,

@@ -110,6 +110,7 @@ impl FakeVm {
             actual: limits.startup(),
             settled: false,
             followed: Some(true),
+            paused_by: None,
             host_rss: limits.startup(),
             host_huge: None,
             driver: DriverState::Active,

@@ -8,7 +8,6 @@ use balancer::driver::ballast::{Client, Error};
 use balancer::host::{HostMemory, MEMINFO};
 use balloon::limits::Limits;
 use balloon::runtime;
-use balloon::status::VmState;
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
 use crate::roster::{Answer, Roster};
@@ -90,7 +89,7 @@ impl Gatherer {
         }
         let mut vm = self.vm(name)?;
         let done = async {
-            if vm.status().await?.state == VmState::Paused {
+            if vm.status().await?.state.paused_by().is_some() {
                 vm.resume().await?;
                 return Ok(format!("{name} runs on"));
             }

@@ -7,7 +7,8 @@ use balloon::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version}
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{
-    AgedReport, BalloonCounters, DriverState, MemoryStatus, PlugCounters, PlugStatus, VmState,
+    AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, PlugCounters, PlugStatus,
+    VmState, VmStatus,
 };
 use balloon::units::Bytes;
 use serde_json::{Value, json};
@@ -161,6 +162,7 @@ fn a_full_answer_is_as_described() {
             actual: Bytes(u64::MAX),
             settled: true,
             followed: Some(true),
+            paused_by: Some(Pauser::Balancer),
             host_rss: Bytes::ZERO,
             host_huge: Some(Bytes::ZERO),
             driver,
@@ -178,10 +180,39 @@ fn a_full_answer_is_as_described() {
         };
         check(&document, named(&document, "MemoryStatus"), &serde_json::to_value(status).unwrap());
     }
-    for state in [VmState::Created, VmState::Running, VmState::Paused, VmState::Stopped] {
-        let mut vm = serde_json::to_value(control().status()).unwrap();
-        vm["state"] = serde_json::to_value(state).unwrap();
-        check(&document, named(&document, "VmStatus"), &vm);
+    let paused = |by| VmState::Paused { by };
+    for state in [
+        VmState::Created,
+        VmState::Running,
+        paused(Pauser::Operator),
+        paused(Pauser::Balancer),
+        VmState::Stopped,
+    ] {
+        let vm = VmStatus { state, ..control().status() };
+        check(&document, named(&document, "VmStatus"), &serde_json::to_value(vm).unwrap());
+    }
+}
+
+#[test]
+fn a_pause_names_who_asks_or_nobody() {
+    let document = document();
+    for by in [Pauser::Operator, Pauser::Balancer] {
+        let request = serde_json::to_value(PauseRequest { by }).unwrap();
+        check(&document, named(&document, "PauseRequest"), &request);
+    }
+    let control = control();
+    for path in ["/vm/pause", "/vm/resume"] {
+        for (body, status) in [
+            ("", 409),
+            ("{}", 409),
+            (r#"{"by":"operator"}"#, 409),
+            (r#"{"by":"balancer"}"#, 409),
+            (r#"{"by":"me"}"#, 400),
+            (r#"{"by":"balancer","force":true}"#, 400),
+            ("balancer", 400),
+        ] {
+            assert_eq!(ask(&document, &control, "POST", path, body).status.code(), status, "{path} {body}");
+        }
     }
 }
 

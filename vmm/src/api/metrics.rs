@@ -5,7 +5,7 @@ use std::fmt;
 
 use balloon::agent::AgentStatus;
 use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus, PlugStatus, VmState, VmStatus};
+use balloon::status::{DriverState, MemoryStatus, Pauser, PlugStatus, VmState, VmStatus};
 use balloon::units::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
@@ -79,7 +79,8 @@ impl Snapshot {
             &[
                 ("created", VmState::Created),
                 ("running", VmState::Running),
-                ("paused", VmState::Paused),
+                ("paused", VmState::Paused { by: Pauser::Operator }),
+                ("paused-by-balancer", VmState::Paused { by: Pauser::Balancer }),
                 ("stopped", VmState::Stopped),
             ],
         )

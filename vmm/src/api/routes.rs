@@ -1,7 +1,7 @@
 //! What each path and method does: a pure function from a request to a response.
 
 use balloon::limits::Limits;
-use balloon::status::TargetRequest;
+use balloon::status::{PauseRequest, TargetRequest};
 use serde::de::DeserializeOwned;
 
 use super::http::{Request, Response, Status};
@@ -20,8 +20,16 @@ pub struct Route {
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
 pub const ROUTES: [Route; 12] = [
     Route { method: "GET", path: "/vm", act: |control, _| Response::json(&control.status()) },
-    Route { method: "POST", path: "/vm/pause", act: |control, _| answer(control.pause()) },
-    Route { method: "POST", path: "/vm/resume", act: |control, _| answer(control.resume()) },
+    Route {
+        method: "POST",
+        path: "/vm/pause",
+        act: |control, body| in_name_of(body, |PauseRequest { by }| control.pause(by)),
+    },
+    Route {
+        method: "POST",
+        path: "/vm/resume",
+        act: |control, body| in_name_of(body, |PauseRequest { by }| control.resume(by)),
+    },
     Route { method: "POST", path: "/vm/power-button", act: |control, _| answer(control.power_button()) },
     Route { method: "POST", path: "/vm/shutdown", act: |control, _| answer(control.shutdown()) },
     Route { method: "GET", path: "/memory", act: |control, _| Response::json(&control.memory()) },
@@ -76,6 +84,11 @@ fn events(control: &Control) -> Response {
 
 fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), ControlError>) -> Response {
     with(body, |value| act(value).map(|()| Response::done()))
+}
+
+/// As [`put`], where no body is an operator's.
+fn in_name_of(body: &[u8], act: impl FnOnce(PauseRequest) -> Result<(), ControlError>) -> Response {
+    if body.is_empty() { answer(act(PauseRequest::default())) } else { put(body, act) }
 }
 
 fn with<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<Response, ControlError>) -> Response {
