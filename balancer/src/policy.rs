@@ -29,9 +29,10 @@ use balloon::units::{Bytes, Pages};
 
 use self::entitlement::{Claim, divide};
 use self::host_state::HostState;
+use self::last_resort::Room;
 use self::moves::{Granted, Shortage};
 use self::reason::{Decision, Rule};
-pub use self::said::{Host, Pressure, Said, Stalls};
+pub use self::said::{Host, Pressure, Said, Stalls, Vcpus};
 pub use self::settings::{Guards, Settings, SettingsError};
 use self::vm::Gap;
 pub use self::vm::{DEADBAND, FRESH, STALE_TICKS, Vm};
@@ -82,7 +83,7 @@ impl Policy {
     /// Fills `decisions` with at most one for each VM and does not change `said`:
     /// the caller sets the targets and says next time what became of them. A decision whose
     /// rule is [`Rule::Swap`], [`Rule::Pause`] or [`Rule::Resume`] leaves the target as it is:
-    /// it advises the caller, see [`last_resort`].
+    /// it asks the caller for something else or advises it, see [`last_resort`].
     ///
     /// It is called once a tick, and may be called at any moment in between, when a guest
     /// pushes that it is in distress: with all VMs as they were last seen, and that one's
@@ -109,7 +110,10 @@ impl Policy {
         self.state = self.state.next(free, pool, host.pressure);
         let lasts = self.emergency_lasts(now);
 
-        self.entitle(now, host.budget, pool, vms);
+        let mut returning = self.entitle(now, host.budget, pool, vms);
+        if self.state >= HostState::Hard {
+            returning = Bytes::ZERO;
+        }
         let ample = self.ample(pool);
         let Granted { left, unserved, postponed } = self.grow(now, free, ample, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
@@ -121,12 +125,22 @@ impl Policy {
         if postponed > Bytes::ZERO {
             kept = kept.max(pool.percent(moves::AMPLE_PERCENT).saturating_add(postponed));
         }
+        if returning > Bytes::ZERO {
+            kept = kept.max(pool.saturating_add(returning));
+        }
         let refill = kept.saturating_add(over).saturating_sub(left);
         let short = unserved.saturating_add(refill).saturating_sub(owed);
-        let waiting = unserved.saturating_add(postponed);
+        let waiting = unserved.saturating_add(postponed).saturating_add(returning);
         self.shrink(now, Shortage { short, waiting, lasts }, vms, decisions);
         let helpless = lasts && over > Bytes::ZERO && owed == Bytes::ZERO && decisions.is_empty();
-        self.last_resort(now, host, helpless.then_some(over), vms, decisions);
+        let left = left.saturating_sub(Bytes(pool.0 / 2));
+        self.last_resort(
+            now,
+            host,
+            if helpless { Room::Over(over) } else { Room::Left(left) },
+            vms,
+            decisions,
+        );
         Balance { charged, free, over, unserved, state: self.state }
     }
 
@@ -151,7 +165,7 @@ impl Policy {
             _ => self.emergency = None,
         }
         self.state == HostState::Emergency
-            && self.emergency.is_some_and(|since| now.saturating_sub(since) >= guards::EMERGENCY_DWELL)
+            && self.emergency.is_some_and(|since| now.saturating_sub(since) >= self.settings.emergency_dwell)
     }
 
     /// What each VM may have.
@@ -161,14 +175,20 @@ impl Policy {
     /// not been there for long; the buffers of those within theirs; and the rest. So buffers are
     /// lent to bursts, most of which are short, and who claims more than its share for long keeps
     /// nobody from a buffer. For what can't wait the pool is there too.
-    fn entitle(&mut self, now: Duration, budget: Bytes, pool: Bytes, vms: &mut [Vm]) {
+    ///
+    /// Returns the room that is to be made for a VM that was laid down. It comes before comfort, and
+    /// after all needs of those that run.
+    fn entitle(&mut self, now: Duration, budget: Bytes, pool: Bytes, vms: &mut [Vm]) -> Bytes {
+        let mut returning = Bytes::ZERO;
         let (capacity, all) = (budget.saturating_sub(pool).pages(), budget.pages());
         self.claims.clear();
         self.claims.extend(vms.iter().enumerate().map(|(index, vm)| vm.claim(index)));
         self.find_fair_shares(now, capacity, vms);
         let fits = self.ask(capacity, vms, Vm::want);
         if fits {
-            self.go_on(capacity, vms, Vm::comfort);
+            let given: u64 = self.claims.iter().map(|claim| claim.given.0).sum();
+            returning = last_resort::room_to_return(vms, Pages(capacity.0.saturating_sub(given)).bytes());
+            self.go_on(Pages(capacity.0.saturating_sub(returning.pages().0)), vms, Vm::comfort);
         } else if self.settings.guards.fair_comes_first {
             for claim in &mut self.claims {
                 claim.floor = claim.floor.max(vms[claim.index].urgent_in_share().pages());
@@ -184,6 +204,7 @@ impl Policy {
         for claim in &self.claims {
             vms[claim.index].entitle(claim.given.bytes(), fits);
         }
+        returning
     }
 
     /// What each would have if all claimed all there is.

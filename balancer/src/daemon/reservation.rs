@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use self::kept::{Book, Kept};
 use super::refusal::Refusal;
 use crate::policy::reason::Decision;
-use crate::policy::{Said, Vm};
+use crate::policy::{Said, Vcpus, Vm};
 
 /// How long a reservation stands for a VM that does not appear. A VM's socket is there
 /// within a second of the answer, even where its memory is touched first.
@@ -306,6 +306,7 @@ fn said(size: Bytes, granted: Bytes) -> Option<Said> {
         host_rss: Bytes::ZERO,
         driver: DriverState::Active,
         spare: Some((Duration::ZERO, Bytes::ZERO)),
+        vcpus: Vcpus::NotYet,
         ..Said::of(limits.ok()?)
     })
 }

@@ -75,7 +75,7 @@ pub enum Standing {
     Stale,
     /// It did not give up what it was asked for: not asked again for a while.
     Stuck,
-    /// Its vCPUs stand still, so it touches no more than it holds.
+    /// Its vCPUs stand still, so it touches no more than it holds until they run on.
     Paused,
 }
 

@@ -1,52 +1,68 @@
-//! What is left when nothing is left to move: advice to the host.
+//! What is left when nothing is left to move: to swap from VMs, or to pause some.
 //!
 //! VMs hold more than the budget, an emergency has lasted, and no guest can give anything
 //! more: all are at their entitlement, or don't follow. Then the host is advised to swap
 //! from the VM of the least weight, while it has swap for all that is over; and where it has
-//! not, or nobody knows, to pause that VM. A paused VM touches nothing more, so it is
-//! charged no more than what the host holds for it. One VM always goes on. When there is
-//! room again the VM of the most weight is resumed first.
+//! not, or nobody knows, a VM is to be paused: of those that whoever carries this out can
+//! pause, the one of the least weight; where it can pause none, of all, as advice.
 //!
-//! None of this is done here: it stands in the decisions, said loudly, and the daemon
-//! carries it out only where it was told to.
+//! A paused VM touches nothing more, so it is charged no more than what the host holds for
+//! it. So one that has touched all that it may is not paused: that would help nobody. One VM
+//! always goes on. An operator's pause is none of this: it may end at any moment, so that VM
+//! stays charged in full.
+//!
+//! The VM of the most weight is resumed first, of those that there is room for. While all
+//! needs fit, room is made for it: it comes before what others have beyond their needs.
+//! Who was paused is what VMs say where they tell by whom, so that a policy that has just
+//! begun resumes whom another had paused. It begins with [`PATIENCE`].
 
 use std::time::Duration;
 
 use balloon::units::Bytes;
 
-use super::guards::{self, Standing};
 use super::host_state::HostState;
 use super::reason::{Decision, Rule};
-use super::vm::Vm;
+use super::vm::{PIECE, Vm};
 use super::{Host, Policy};
 
-/// The time from one advice to the next: it must have had its effect.
+/// The time from one decision of this kind to the next: it must have had its effect.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How the host stands once all is moved that can be.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Room {
+    /// VMs hold this much too much, an emergency has lasted, and nobody can give any.
+    Over(Bytes),
+    /// This much may be had by one that is resumed.
+    Left(Bytes),
+}
+
 impl Policy {
-    /// Adds at most one advice. `over` is how far the VMs are over the budget with nothing
-    /// left to move; `None` where they are not.
+    /// Adds at most one decision.
     pub(super) fn last_resort(
         &mut self,
         now: Duration,
         host: Host,
-        over: Option<Bytes>,
+        room: Room,
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) {
-        if self.resorted.is_some_and(|then| now.saturating_sub(then) < PATIENCE) {
+        // Nobody knows what was decided before the first round.
+        let then = *self.resorted.get_or_insert(now);
+        if now.saturating_sub(then) < self.settings.patience {
             return;
         }
-        let chosen = match over {
-            Some(over) => victim(vms).map(|index| {
-                let swaps = host.swap.is_some_and(|swap| swap >= over);
-                (index, if swaps { Rule::Swap } else { Rule::Pause })
-            }),
-            None if self.state < HostState::Hard => {
-                let charged: Bytes = vms.iter().map(Vm::charge).sum();
-                resumable(vms, host.budget.saturating_sub(charged)).map(|index| (index, Rule::Resume))
+        let chosen = match room {
+            Room::Over(over) if host.swap.is_some_and(|swap| swap >= over) => {
+                lightest(vms, |_| true).map(|index| (index, Rule::Swap))
             }
-            None => None,
+            Room::Over(_) => lightest(vms, |vm| vm.said.pausable && vm.untouched() >= PIECE)
+                .or_else(|| lightest(vms, |vm| !vm.said.pausable && vm.untouched() >= PIECE))
+                .map(|index| (index, Rule::Pause)),
+            Room::Left(left) if self.state < HostState::Hard => {
+                resumable(vms, left).map(|index| (index, Rule::Resume))
+            }
+            Room::Left(_) => None,
         };
         let Some((index, rule)) = chosen else { return };
         let vm = &mut vms[index];
@@ -61,23 +77,27 @@ impl Policy {
     }
 }
 
-/// Of the running VMs the one of the least weight, of those the one that holds most.
-/// None where it is the last one.
-fn victim(vms: &[Vm]) -> Option<usize> {
-    let running = |vm: &&Vm| vm.answers && vm.standing() != Standing::Paused;
-    if vms.iter().filter(running).count() < 2 {
+/// Of the running VMs for which `counts` the one of the least weight, of those the one that holds
+/// most. None where only one runs.
+fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
+    if vms.iter().filter(|vm| vm.is_running()).count() < 2 {
         return None;
     }
     let of = |vm: &Vm| (vm.said.limits.weight(), u64::MAX - vm.charge().0, vm.id);
-    vms.iter().enumerate().filter(|(_, vm)| running(vm)).min_by_key(|(_, vm)| of(vm)).map(|(index, _)| index)
+    let chosen = vms.iter().enumerate().filter(|(_, vm)| vm.is_running() && counts(vm));
+    chosen.min_by_key(|(_, vm)| of(vm)).map(|(index, _)| index)
 }
 
-/// Of the VMs that were paused on advice the one of the most weight that fits into `free`.
+/// Of the VMs that are laid down the one of the most weight that fits into `free`.
 fn resumable(vms: &[Vm], free: Bytes) -> Option<usize> {
-    let more = |vm: &Vm| guards::charge(Standing::Following, &vm.said).saturating_sub(vm.charge());
     vms.iter()
         .enumerate()
-        .filter(|(_, vm)| vm.is_laid_down() && more(vm) <= free)
+        .filter(|(_, vm)| vm.is_laid_down() && vm.untouched() <= free)
         .max_by_key(|(_, vm)| (vm.said.limits.weight(), u64::MAX - vm.id))
         .map(|(index, _)| index)
+}
+
+/// What the next VM that is to be resumed needs, where `spare` is beyond the needs of all others.
+pub(super) fn room_to_return(vms: &[Vm], spare: Bytes) -> Bytes {
+    resumable(vms, spare).map_or(Bytes::ZERO, |index| vms[index].untouched())
 }

@@ -23,14 +23,16 @@ pub enum Rule {
     Stuck,
     /// Advice: VMs hold more than there is and none can give more: the host should swap from this one.
     Swap,
-    /// Advice: as [`Rule::Swap`], where the host has no swap for it: pause this VM.
+    /// As [`Rule::Swap`], where the host has no swap for it: pause this VM. Carried out where the
+    /// daemon is told to and can; advice elsewhere.
     Pause,
-    /// Advice: there is room again for this VM, which was paused on advice.
+    /// There is room again for this VM, which was paused for [`Rule::Pause`]. Carried out for a pause of
+    /// the balancer's own; advice elsewhere.
     Resume,
 }
 
 impl Rule {
-    /// Whether it advises the caller and changes no target.
+    /// Whether it changes no target: it advises, or asks for something else.
     pub fn is_advice(self) -> bool {
         matches!(self, Self::Swap | Self::Pause | Self::Resume)
     }

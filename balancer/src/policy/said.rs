@@ -8,7 +8,7 @@ use std::time::Duration;
 use balloon::agent::AgentFigures;
 use balloon::limits::Limits;
 use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus};
+use balloon::status::{DriverState, MemoryStatus, Pauser};
 use balloon::units::Bytes;
 
 /// The host as the policy sees it.
@@ -121,8 +121,28 @@ pub struct Said {
     pub stalls: Stalls,
     /// What the guest has promised its programs (`Committed_AS`), where an agent tells: a hint.
     pub committed: Option<Bytes>,
-    /// Whether its vCPUs are paused: it then follows no target and its use stands still.
-    pub paused: bool,
+    /// What its vCPUs do.
+    pub vcpus: Vcpus,
+    /// Whether whoever carries decisions out can pause it and later tell that pause from an operator's.
+    pub pausable: bool,
+}
+
+/// What a VM's vCPUs do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vcpus {
+    /// They run, or nobody tells that they don't.
+    #[default]
+    Run,
+    /// They stand still: the VM then follows no target and its use stays what it is.
+    Paused(Pauser),
+    /// There are none: room is kept for a VM that is about to start.
+    NotYet,
+}
+
+impl From<Option<Pauser>> for Vcpus {
+    fn from(paused_by: Option<Pauser>) -> Self {
+        paused_by.map_or(Self::Run, Self::Paused)
+    }
 }
 
 impl Said {
@@ -139,7 +159,8 @@ impl Said {
             spare: None,
             stalls: Stalls::default(),
             committed: None,
-            paused: false,
+            vcpus: Vcpus::Run,
+            pausable: false,
         }
     }
 }
@@ -161,6 +182,7 @@ impl From<&MemoryStatus> for Said {
             spare: status.spare(),
             stalls,
             committed: agent.and_then(|agent| agent.committed),
+            vcpus: status.paused_by.into(),
             // Not more than its guest has the drivers for.
             ..Self::of(status.limits.capped(status.ceiling()))
         }

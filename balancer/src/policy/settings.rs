@@ -20,6 +20,12 @@ pub struct Settings {
     /// Which guards are on.
     #[serde(skip)]
     pub guards: Guards,
+    /// See [`EMERGENCY_DWELL`](super::guards::EMERGENCY_DWELL); another only in tests.
+    #[serde(skip)]
+    pub emergency_dwell: Duration,
+    /// See [`PATIENCE`](super::last_resort::PATIENCE); another only in tests.
+    #[serde(skip)]
+    pub patience: Duration,
     /// See [`DEFAULT_POOL_PERCENT`].
     pub pool_percent: u64,
     /// See [`DEFAULT_REST`].
@@ -46,6 +52,8 @@ impl Default for Settings {
         Self {
             tick: Duration::from_secs(1),
             guards: Guards::default(),
+            emergency_dwell: super::guards::EMERGENCY_DWELL,
+            patience: super::last_resort::PATIENCE,
             pool_percent: DEFAULT_POOL_PERCENT,
             rest: DEFAULT_REST,
         }

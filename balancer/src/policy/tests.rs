@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use balloon::limits::Limits;
 
-use balloon::status::DriverState;
+use balloon::status::{DriverState, Pauser};
 
 use super::guards::{self, Standing};
 use super::*;

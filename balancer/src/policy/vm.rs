@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::status::DriverState;
+use balloon::status::{DriverState, Pauser};
 use balloon::units::{Bytes, Pages};
 
 use super::demand::{Demand, Follow, News};
@@ -10,7 +10,7 @@ use super::entitlement::Claim;
 use super::guards::{self, Standing, Watch};
 use super::host_state::HostState;
 use super::reason::{Decision, Reason, Rule};
-use super::{Said, Settings};
+use super::{Said, Settings, Vcpus};
 
 /// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
 pub const DEADBAND: Bytes = Bytes::mib(16);
@@ -56,8 +56,10 @@ struct Memory {
     refilled_from: Option<Duration>,
     /// Found stuck in this very round, which has its decision already.
     just_stuck: bool,
-    /// The policy advised to pause it, and has not advised to resume it.
+    /// The policy had it paused, and has not had it resumed.
     laid_down: bool,
+    /// Who had paused it when it was last seen.
+    paused_by: Option<Pauser>,
     standing: Standing,
     charge: Bytes,
     need: Bytes,
@@ -138,10 +140,26 @@ impl Vm {
         let said = &self.said;
         let memory = &mut self.memory;
         memory.just_stuck = false;
-        if !self.answers || said.paused {
+        let paused_by = match said.vcpus {
+            Vcpus::Paused(by) => Some(by),
+            Vcpus::Run | Vcpus::NotYet => None,
+        };
+        if !self.answers || paused_by.is_some() {
             memory.standing = if self.answers { Standing::Paused } else { Standing::NotAnswering };
-            memory.charge = guards::charge(memory.standing, said);
+            match (memory.paused_by, paused_by) {
+                (_, Some(Pauser::Balancer)) => memory.laid_down = true,
+                // An operator took the pause over.
+                (Some(Pauser::Balancer), Some(Pauser::Operator)) => memory.laid_down = false,
+                _ => {}
+            }
+            memory.paused_by = paused_by.or(memory.paused_by);
+            // Whoever else paused it may let it run on at any moment.
+            let as_if = if memory.laid_down { memory.standing } else { Standing::NotAnswering };
+            memory.charge = guards::charge(as_if, said);
             return false;
+        }
+        if memory.paused_by.take().is_some() {
+            memory.laid_down = false;
         }
         memory.demand.has(now, said.actual);
         let mut fresh = false;
@@ -402,12 +420,24 @@ impl Vm {
         }
     }
 
-    /// Whether it was paused on the policy's advice and still is.
-    pub(super) fn is_laid_down(&self) -> bool {
+    /// Whether its vCPUs run and it answers.
+    pub(super) fn is_running(&self) -> bool {
+        self.answers && self.said.vcpus == Vcpus::Run
+    }
+
+    /// Whether it is paused, as the policy wanted.
+    pub fn is_laid_down(&self) -> bool {
         self.memory.laid_down && self.memory.standing == Standing::Paused
     }
 
-    /// Notes that pausing it, or resuming it, is advised.
+    /// What it may touch beyond what the host holds for it: what pausing it keeps from being
+    /// touched, and what must be there before it is resumed.
+    pub fn untouched(&self) -> Bytes {
+        let running = guards::charge(Standing::Following, &self.said);
+        running.saturating_sub(guards::charge(Standing::Paused, &self.said))
+    }
+
+    /// Notes that pausing it, or resuming it, is decided.
     pub(super) fn lay_down(&mut self, down: bool) {
         self.memory.laid_down = down;
     }

@@ -1,5 +1,7 @@
 //! What is advised when nothing is left to move.
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// Two guests that can't go below what the host has for one and a half.
@@ -38,7 +40,7 @@ fn where_nothing_is_left_to_move_the_host_swaps_from_the_lightest_or_pauses_it()
 fn a_paused_vm_is_charged_what_it_holds_and_resumed_when_there_is_room() {
     let mut world = beyond_help(None);
     advice(&mut world, 120).unwrap();
-    world.guests[1].vm.said.paused = true;
+    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
     world.guests[1].vm.said.host_rss = Bytes::mib(100);
     assert_eq!(advice(&mut world, 60), None, "the last one that runs is not paused, and there is no room");
     assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
@@ -55,4 +57,157 @@ fn short_of_the_budget_nobody_is_paused() {
         vec![Guest::new(1, WIDE, Bytes::mib(1000)), Guest::new(2, WIDE, Bytes::mib(1000))],
     );
     assert_eq!(advice(&mut world, 300), None);
+}
+
+impl World {
+    /// A tick, and what was decided about pauses is done, where a VM lets it.
+    fn tick_and_pause(&mut self) -> Option<(u64, Rule)> {
+        self.tick();
+        let decided = self.decisions.iter().find(|decision| decision.reason.rule.is_advice())?;
+        let (vm, rule) = (decided.vm, decided.reason.rule);
+        let said = &mut self.guests.iter_mut().find(|guest| guest.vm.id == vm).unwrap().vm.said;
+        match (rule, said.vcpus) {
+            (Rule::Pause, Vcpus::Run) if said.pausable => said.vcpus = Vcpus::Paused(Pauser::Balancer),
+            (Rule::Resume, Vcpus::Paused(Pauser::Balancer)) => said.vcpus = Vcpus::Run,
+            _ => {}
+        }
+        Some((vm, rule))
+    }
+
+    /// What was decided about pauses in so many ticks, and when.
+    fn pauses(&mut self, ticks: u32) -> Vec<(u32, u64, Rule)> {
+        (0..ticks).filter_map(|tick| self.tick_and_pause().map(|(vm, rule)| (tick, vm, rule))).collect()
+    }
+}
+
+/// A guest that can be paused, of whose memory the host holds a part.
+fn pausable(id: u64, limits: &str, wants: Bytes, held: Bytes) -> Guest {
+    let mut guest = Guest::new(id, limits, wants);
+    guest.vm.said.pausable = true;
+    guest.vm.said.host_rss = held;
+    guest
+}
+
+const FIXED_FLOOR: &str = "512M,min=512M,max=1G";
+
+#[test]
+fn of_those_that_can_be_paused_the_lightest_is_and_no_other_where_that_helps() {
+    let foreign = Guest::new(1, "512M,min=512M,max=1G,weight=1", Bytes::mib(500));
+    let full = pausable(2, "512M,min=512M,max=1G,weight=2", Bytes::mib(500), Bytes::mib(512));
+    let light = pausable(3, "512M,min=512M,max=1G,weight=3", Bytes::mib(500), Bytes::mib(100));
+    let heavy = pausable(4, "512M,min=512M,max=1G,weight=4", Bytes::mib(500), Bytes::mib(100));
+    let mut world = World::new(Bytes::mib(1700), vec![foreign, full, light, heavy]);
+    let pauses = world.pauses(300);
+    assert_eq!(pauses.iter().map(|(_, vm, rule)| (*vm, *rule)).collect::<Vec<_>>(), [(3, Rule::Pause)]);
+    assert!(world.balance.charged <= Bytes::mib(1700));
+    // It is resumed when there is room for what the others need and for all that it did not hold.
+    world.host.budget = Bytes::mib(2300);
+    assert_eq!(world.pauses(60), []);
+    world.host.budget = Bytes::mib(2500);
+    let pauses = world.pauses(60);
+    assert_eq!(pauses.iter().map(|(_, vm, rule)| (*vm, *rule)).collect::<Vec<_>>(), [(3, Rule::Resume)]);
+}
+
+#[test]
+fn a_policy_that_has_just_begun_resumes_whom_another_paused_one_at_a_time_and_no_operators() {
+    let mut guests: Vec<_> =
+        (1..=4).map(|id| pausable(id, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100))).collect();
+    for (index, by) in [(1, Pauser::Balancer), (2, Pauser::Operator), (3, Pauser::Balancer)] {
+        guests[index].vm.said.vcpus = Vcpus::Paused(by);
+    }
+    let mut world = World::new(Bytes::gib(4), guests);
+    let pauses = world.pauses(120);
+    assert_eq!(
+        pauses.iter().map(|(_, vm, rule)| (*vm, *rule)).collect::<Vec<_>>(),
+        [(2, Rule::Resume), (4, Rule::Resume)]
+    );
+    assert!(pauses[0].0 >= 9 && pauses[1].0 >= pauses[0].0 + 10, "{pauses:?}");
+    let operators = &world.guests[2].vm;
+    assert_eq!(
+        (operators.standing(), operators.charge()),
+        (Standing::Paused, Bytes::mib(512)),
+        "it may run on at any moment"
+    );
+}
+
+#[test]
+fn a_pause_that_an_operator_took_over_is_the_operators() {
+    let running = pausable(1, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
+    let mut paused = pausable(2, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
+    paused.vm.said.vcpus = Vcpus::Paused(Pauser::Balancer);
+    let mut world = World::new(Bytes::mib(700), vec![running, paused]);
+    assert_eq!(world.pauses(30), []);
+    assert_eq!(world.guests[1].vm.charge(), Bytes::mib(100));
+    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
+    world.host.budget = Bytes::gib(4);
+    assert_eq!(world.pauses(60), []);
+    assert_eq!(world.guests[1].vm.charge(), Bytes::mib(512));
+}
+
+#[test]
+fn room_is_made_for_one_that_is_laid_down_from_what_others_do_not_need() {
+    let idle = Guest::new(1, "1G,min=128M,max=1G", Bytes::mib(200));
+    let mut paused = pausable(2, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
+    paused.vm.said.vcpus = Vcpus::Paused(Pauser::Balancer);
+    let mut world = World::new(Bytes::mib(1200), vec![idle, paused]);
+    let pauses = world.pauses(300);
+    assert_eq!(pauses.iter().map(|(_, vm, rule)| (*vm, *rule)).collect::<Vec<_>>(), [(2, Rule::Resume)]);
+    assert!(world.target(0) >= Bytes::mib(240), "no more than it can spare is taken: {}", world.target(0));
+    assert!(world.balance.charged <= Bytes::mib(1200));
+}
+
+#[test]
+fn room_that_is_kept_for_a_start_is_no_vm_that_runs() {
+    let mut world = World::new(
+        Bytes::mib(768),
+        vec![
+            pausable(1, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100)),
+            Guest::new(2, FIXED_FLOOR, Bytes::mib(500)),
+        ],
+    );
+    world.guests[1].vm.said.vcpus = Vcpus::NotYet;
+    assert_eq!(world.pauses(120), []);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Whatever budgets come and go, and whoever else pauses and resumes.
+    #[test]
+    fn the_last_one_always_runs_and_operators_have_their_way(
+        vms in prop::collection::vec((1u64..1000, 0u64..512, any::<bool>()), 1..6),
+        budgets in prop::collection::vec(200u64..4000, 1..5),
+        operator in prop::collection::vec((0usize..6, any::<bool>()), 5),
+    ) {
+        let guests: Vec<_> = vms.iter().enumerate().map(|(id, (weight, held, can))| {
+            let limits = format!("512M,min=512M,max=1G,weight={weight}");
+            let mut guest = pausable(id as u64, &limits, Bytes::mib(500), Bytes::mib(*held));
+            guest.vm.said.pausable = *can;
+            guest
+        }).collect();
+        let mut world = World::new(Bytes::gib(4), guests);
+        let mut last = 0;
+        let mut now = 0;
+        for (budget, (whom, pauses)) in budgets.iter().zip(operator) {
+            world.host.budget = Bytes::mib(*budget);
+            if let Some(guest) = world.guests.get_mut(whom) {
+                guest.vm.said.vcpus = if pauses { Vcpus::Paused(Pauser::Operator) } else { Vcpus::Run };
+            }
+            for _ in 0..150 {
+                now += 1;
+                let before: Vec<_> = world.guests.iter().map(|guest| guest.vm.said.vcpus).collect();
+                let Some((vm, rule)) = world.tick_and_pause() else { continue };
+                prop_assert!(now >= last + 10, "{now} is too soon after {last}");
+                last = now;
+                let (before, after) = (before[vm as usize], world.guests[vm as usize].vm.said.vcpus);
+                if before == Vcpus::Paused(Pauser::Operator) {
+                    prop_assert_eq!(after, before);
+                }
+                if rule == Rule::Pause {
+                    let runs = world.guests.iter().any(|guest| guest.vm.said.vcpus == Vcpus::Run);
+                    prop_assert!(runs, "the last one was paused");
+                }
+            }
+        }
+    }
 }
