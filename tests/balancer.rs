@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use lab::{Daemon, Host, Kernel, Vm, VmSettings};
 
@@ -44,8 +45,11 @@ fn memory_moves_to_whoever_needs_it_through_deaths() {
         a.step("rest:2s", MOVING);
         assert_eq!(a.memory().target, before, "without a daemon a VM keeps what it has");
 
+        // As if that daemon had paused it with its last breath.
+        b.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("it is paused");
         let daemon = Daemon::start(BUDGET);
         a.step("release", MOVING);
+        b.wait_for_memory("the next daemon to resume it", MOVING, |memory| memory.paused_by.is_none());
         b.step("grow:220M:10s", MOVING);
         wait_until_grown(&b, &[&a], Bytes::mib(300));
         assert!(a.memory().actual >= MIN, "nobody is shrunk below its minimum");

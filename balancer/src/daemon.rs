@@ -2,7 +2,8 @@
 //!
 //! It keeps nothing that a restart could lose: targets and limits are read from
 //! the VMs each round, so that after `kill -9` a new daemon carries on from there.
-//! Only what it has promised to VMs that have no socket yet is on file.
+//! Only what it has promised to VMs that have no socket yet is on file. Whom it paused as a last
+//! resort the VMs know themselves; they stay paused while no daemon runs.
 
 mod calls;
 pub mod client;
@@ -16,6 +17,7 @@ mod notify;
 mod refusal;
 mod reload;
 mod reservation;
+mod resort;
 mod roster;
 mod rounds;
 mod server;
@@ -41,7 +43,8 @@ use tokio::task::JoinSet;
 use tracing::info;
 
 pub use self::config::{
-    Config, ConfigError, DEFAULT_FILE, Foreign, LONGEST_INTERVAL, Mistake, SHORTEST_INTERVAL, Sockets,
+    Config, ConfigError, DEFAULT_FILE, Foreign, LONGEST_INTERVAL, LastResort, Mistake, SHORTEST_INTERVAL,
+    Sockets,
 };
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
 pub use self::reservation::{ReservationView, Wanted};
@@ -166,6 +169,7 @@ async fn start(
         () = daemon.balance() => {}
     }
     daemon.say_stopping();
+    daemon.say_who_stays_paused();
     servers.abort_all();
     let _ = fs::remove_file(socket_in(daemon.directory()));
     drop(lock);

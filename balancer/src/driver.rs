@@ -56,6 +56,14 @@ pub enum Kind {
     CloudHypervisor,
 }
 
+impl Kind {
+    /// Whether its VMs know who paused them, so that the balancer's pauses can be told from an
+    /// operator's. Where they don't, the balancer advises to pause and pauses nobody.
+    pub const fn knows_who_paused(self) -> bool {
+        matches!(self, Self::Ballast)
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -101,6 +109,12 @@ pub trait Driver: Send {
     /// Takes over what the configuration allows this VM from now on, which goes before limits that
     /// were set at run time. A VMM that keeps its limits itself is left as it is.
     fn configure(&mut self, _memory: Option<Wanted>) {}
+
+    /// Pauses the VM in the balancer's name, or lets it run on where that pause is still the
+    /// balancer's; done twice it is done once. `None` where its VMM does not know who paused.
+    fn set_paused(&mut self, _paused: bool) -> Option<Answer<'_, ()>> {
+        None
+    }
 
     /// A way to hear what the VM says unasked, where its VMM has one.
     fn calls(&self) -> Option<Calls> {

@@ -16,7 +16,8 @@ use crate::{client, duration, output};
 It finds VMs by their sockets, those that come later too, and moves the memory of those whose
 --memory has min or max. Each change is one line in the log, with its reason; `ballast why VM` has
 the last ones. It keeps nothing: stop it, kill it, start it again at any time; VMs keep what they
-have meanwhile. SIGHUP reads the settings anew; where they are wrong, those before stay.
+have meanwhile, and whom it paused stays paused. SIGHUP reads the settings anew; where they are
+wrong, those before stay.
 
 Examples:
   ballast balancer
@@ -30,6 +31,7 @@ exists; what is given here goes before them:
   host_reserve = \"512M\"
   interval = \"1s\"
   metrics = \"127.0.0.1:9090\"
+  last_resort = \"advise\"    # or \"pause\": where nothing else helps, VMs of little weight, for a while
   [policy]
   pool_percent = 3
 

@@ -80,6 +80,7 @@ fn sentence(decision: &DecisionView) -> String {
     // Writing to a String does not fail.
     let _ = match decision.fate {
         Fate::Taken => Ok(()),
+        Fate::Advised => write!(text, "; advised, and left to the host's operator"),
         Fate::Refused => write!(text, "; refused: {complaint}"),
         Fate::Unanswered => write!(text, "; not confirmed: {complaint}"),
         Fate::Postponed => write!(text, "; put off, as it owed an answer"),

@@ -75,6 +75,7 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 /// host_reserve = "512M"   # what the host keeps
 /// interval = "1s"         # between two rounds
 /// metrics = "127.0.0.1:9090"
+/// last_resort = "advise"  # or "pause"
 /// [policy]
 /// pool_percent = 3
 ///
@@ -99,6 +100,8 @@ pub struct Config {
     pub interval: Duration,
     /// Where Prometheus may fetch `/metrics` over TCP, besides the daemon's own socket.
     pub metrics: Option<SocketAddr>,
+    /// What is done when VMs hold more than there is and none can give more.
+    pub last_resort: LastResort,
     /// The law's constants.
     #[serde(deserialize_with = "policy")]
     pub policy: Settings,
@@ -109,6 +112,19 @@ pub struct Config {
     pub sources: Sources,
 }
 
+/// What is done when VMs hold more than there is, an emergency has lasted, none can give more, and
+/// the host has no swap for it. A VM that the balancer has paused is resumed when there is room for it,
+/// whatever is set by then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LastResort {
+    /// The log says which VM should be paused.
+    #[default]
+    Advise,
+    /// That VM is paused. VMs of other VMMs, which don't know who paused them, are only advised on.
+    Pause,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -117,6 +133,7 @@ impl Default for Config {
             host_reserve: host::DEFAULT_RESERVE,
             interval: Duration::from_secs(1),
             metrics: None,
+            last_resort: LastResort::default(),
             vms: Vec::new(),
             policy: Settings::default(),
             sources: Sources::default(),
@@ -221,6 +238,7 @@ mod tests {
             host_reserve = "1G"
             interval = "250ms"
             metrics = "127.0.0.1:9090"
+            last_resort = "pause"
             policy.pool_percent = 5
         "#;
         let expected = Config {
@@ -229,6 +247,7 @@ mod tests {
             host_reserve: Bytes::gib(1),
             interval: Duration::from_millis(250),
             metrics: Some("127.0.0.1:9090".parse().unwrap()),
+            last_resort: LastResort::Pause,
             policy: Settings { pool_percent: 5, ..Settings::default() },
             ..Config::default()
         };
@@ -246,6 +265,7 @@ mod tests {
             ("interval = \"1ms\"", "interval: the interval of 1 ms is not between 50 ms and 60 s"),
             ("budget = \"0\"", "budget of 0"),
             ("metrics = \"here\"", "metrics: "),
+            ("last_resort = \"kill\"", "unknown variant `kill`, expected `advise` or `pause`"),
             ("policy.pool_percent = 99", "pool_percent = 99 is out of range: 1 to 50"),
             ("policy = 3", "policy: "),
             ("= 1", "line 1"),

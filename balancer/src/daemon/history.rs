@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use balloon::limits::Limits;
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -24,9 +25,11 @@ pub const KEPT_OF_ALL: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fate {
-    /// The VM took the target.
+    /// The VM did it: it has the target, is paused, or runs on.
     Taken,
-    /// The VM refused it; the target before still holds.
+    /// The host's operator was told; nothing was asked of the VM.
+    Advised,
+    /// The VM refused it; what was before still holds.
     Refused,
     /// The VM gave no answer that can be used: either target may hold.
     Unanswered,
@@ -224,7 +227,7 @@ fn explain(vm: &VmView) -> String {
     let Some(memory) = &vm.memory else {
         return "It has not answered yet: what it holds is unknown, and it is left out.".to_owned();
     };
-    let MemoryView { limits, used, demand, entitlement, target, actual, charge, .. } = memory;
+    let MemoryView { limits, used, demand, entitlement, target, actual, host_rss, charge, .. } = memory;
     match vm.standing {
         Standing::Static => format!("Its limits leave nothing to move: it has {target}, always."),
         Standing::Booting => {
@@ -246,7 +249,19 @@ fn explain(vm: &VmView) -> String {
             format!("It did not give up what it was asked for: it keeps {actual} and is left alone a while.")
         }
         Standing::Paused => {
-            format!("It is paused, so it touches no more than the {charge} that the host holds for it.")
+            let more = (*target).max(*actual).max(*host_rss).saturating_sub(*charge);
+            match vm.paused_by {
+                Some(Pauser::Balancer) => format!(
+                    "The balancer paused it, as memory had run out: it touches no more than the {charge} that \
+                     the host holds for it. It runs on when the others can spare {more}, or at once by \
+                     `ballast resume {}`.",
+                    vm.name
+                ),
+                Some(Pauser::Operator) | None => format!(
+                    "It is paused, and not by the balancer, which leaves it so: it may run on at any moment, \
+                     so it is charged {charge}."
+                ),
+            }
         }
         Standing::Following => following(*limits, *used, *demand, *entitlement, *target, *actual),
     }
@@ -298,6 +313,7 @@ mod tests {
             name: name.to_owned(),
             vmm: crate::driver::Kind::Ballast,
             standing: Standing::Following,
+            paused_by: None,
             memory: None,
             report_age_ms: None,
             last_reason: None,
@@ -389,6 +405,11 @@ mod tests {
             (Standing::Stuck, "left alone"),
         ] {
             let view = VmView { standing, memory: Some(memory.clone()), ..view("web") };
+            assert!(explain(&view).contains(word), "{}", explain(&view));
+        }
+        for (by, word) in [(Pauser::Balancer, "spare 80 MiB"), (Pauser::Operator, "not by the balancer")] {
+            let memory = Some(MemoryView { charge: Bytes::mib(120), ..memory.clone() });
+            let view = VmView { standing: Standing::Paused, paused_by: Some(by), memory, ..view("web") };
             assert!(explain(&view).contains(word), "{}", explain(&view));
         }
     }

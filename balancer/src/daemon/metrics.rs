@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
@@ -104,6 +105,12 @@ impl Collector for Metrics {
                 let labels = [("vm", vm.name.as_str())];
                 ConstGauge::new(age as f64 / 1000.0).encode(metric.encode_family(&labels)?)?;
             }
+        }
+        let help = "1 while it is paused by the balancer, as memory has run out";
+        let mut metric = encoder.encode_descriptor("vm_paused_by_balancer", help, None, MetricType::Gauge)?;
+        for vm in vms {
+            let paused = vm.paused_by == Some(Pauser::Balancer);
+            ConstGauge::new(i64::from(paused)).encode(metric.encode_family(&[("vm", vm.name.as_str())])?)?;
         }
         if let Some(percent) = host.pressure_percent {
             let help = "The share of the last ten seconds in which some task on the host waited for memory";

@@ -3,6 +3,7 @@
 mod introduction;
 mod orders;
 mod presence;
+mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -19,7 +20,7 @@ use tracing::{info, warn};
 use super::calls::Switchboard;
 use super::command::Command;
 use super::complaint::Complaint;
-use super::config::Config;
+use super::config::{Config, LastResort};
 use super::history::Fate;
 use super::notify::Notify;
 use super::own_directory;
@@ -32,6 +33,7 @@ use super::state::{HostView, State};
 use crate::driver::{Driver, Error};
 use crate::host::{Budget, HostMemory, HostReader};
 use crate::policy::guards::Standing;
+use crate::policy::host_state::HostState;
 use crate::policy::reason::{Decision, Reason};
 use crate::policy::{Balance, DEADBAND, Host, Policy, Pressure, STALE_TICKS, Vm};
 
@@ -293,6 +295,9 @@ impl Daemon {
         let now = self.now();
         let Some(slot) = self.slots.get_mut(&id) else { return };
         slot.driver = Some(driver);
+        if let Outcome::Steered(reason, result) = &outcome {
+            remember(&self.shared, &slot.name, *reason, result);
+        }
         if let Outcome::Told(reason, result) = &outcome {
             remember(&self.shared, &slot.name, *reason, result);
             let served = result.is_ok() && reason.new.saturating_add(DEADBAND) >= reason.demand;
@@ -323,7 +328,8 @@ impl Daemon {
         let has_come = |name: &str| slots.values().any(|slot| slot.name == name && slot.vm.is_some());
         self.reservations.expire(now, has_come);
         self.vms.clear();
-        self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience)));
+        let pauses = self.config.last_resort == LastResort::Pause;
+        self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience, pauses)));
         let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
         // What VMMs hold beside guest memory can be given to no guest.
         let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
@@ -352,6 +358,9 @@ impl Daemon {
         let Balance { charged, over, free, state, .. } = self.balance;
         if state != before {
             info!("the host goes from {before} to {state}: {free} of its {} for VMs is free", host.budget);
+            if before == HostState::Emergency {
+                self.slots.values_mut().for_each(|slot| slot.resort.calm());
+            }
         }
         if over > Bytes::ZERO {
             self.rounds_over_budget += 1;
@@ -364,25 +373,6 @@ impl Daemon {
             }
         } else if self.over.end() {
             info!("within the budget again: VMs may hold {charged} of {}", host.budget);
-        }
-    }
-
-    fn tell(&mut self) {
-        for Decision { vm, reason } in self.decisions.drain(..) {
-            let Some(slot) = self.slots.get_mut(&vm) else { continue };
-            // While an earlier request is under way, the decision is made anew next time.
-            let Some(mut driver) = slot.take_driver() else {
-                self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
-                continue;
-            };
-            if let Some(vm) = &mut slot.vm {
-                // Until it is known to be done, the larger of both is what it may hold.
-                vm.said.target = reason.old.max(reason.new);
-            }
-            self.requests.spawn(async move {
-                let result = driver.set_target(reason.new).await;
-                (vm, driver, Outcome::Told(reason, result))
-            });
         }
     }
 

@@ -3,16 +3,18 @@
 use std::time::Duration;
 
 use balloon::limits::Wanted;
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;
+use super::resort::Resort;
 use super::roster::{Found, Incarnation};
 use super::state::{MemoryView, VmView};
 use crate::driver::{Driver, Error, Kind, Status};
 use crate::policy::guards::Standing;
-use crate::policy::reason::Reason;
-use crate::policy::{Said, Vm};
+use crate::policy::reason::{Reason, Rule};
+use crate::policy::{Said, Vcpus, Vm};
 
 /// A guest may say that it uses twice what the host holds for it and this much more before it
 /// is doubted: the two are not counted at the same moment, nor in the same way.
@@ -24,6 +26,8 @@ pub enum Outcome {
     Polled(Result<Box<Status>, Error>),
     /// Whether it took a new target.
     Told(Reason, Result<(), Error>),
+    /// Whether it is paused, or runs on.
+    Steered(Reason, Result<(), Error>),
     /// Somebody else asked for something, and was told.
     Asked,
 }
@@ -59,6 +63,8 @@ pub struct Slot {
     trouble: Complaint,
     silence: Complaint,
     doubt: Complaint,
+    /// What the balancer does or advises as a last resort.
+    pub resort: Resort,
     last_reason: Option<Reason>,
     grows: u64,
     shrinks: u64,
@@ -90,6 +96,7 @@ impl Slot {
             trouble: Complaint::default(),
             silence: Complaint::default(),
             doubt: Complaint::default(),
+            resort: Resort::default(),
             last_reason: None,
             grows: 0,
             shrinks: 0,
@@ -126,6 +133,20 @@ impl Slot {
             Outcome::Polled(Ok(status)) => self.answered(now, &status),
             Outcome::Polled(Err(error)) => self.failed(now, &error),
             Outcome::Asked => {}
+            Outcome::Steered(reason, Ok(())) => {
+                let vcpus =
+                    if reason.rule == Rule::Pause { Vcpus::Paused(Pauser::Balancer) } else { Vcpus::Run };
+                self.last_reason = Some(reason);
+                if let Some(vm) = &mut self.vm {
+                    vm.said.vcpus = vcpus;
+                }
+            }
+            Outcome::Steered(reason, Err(error)) => {
+                if reason.rule == Rule::Pause && matches!(error, Error::Refused { .. }) {
+                    self.resort.refused(now);
+                }
+                self.failed(now, &error);
+            }
             Outcome::Told(reason, Ok(())) => self.took(&reason),
             Outcome::Told(reason, Err(error)) => {
                 // A refusal changed nothing; after any other error either target may hold,
@@ -216,11 +237,13 @@ impl Slot {
     }
 
     /// Hands the VM over for a round's decision, with its news as old as it is by now.
-    pub fn lend(&mut self, now: Duration, patience: Duration) -> Option<Vm> {
+    /// With `pauses`, the balancer may pause it if its VMM lets it.
+    pub fn lend(&mut self, now: Duration, patience: Duration, pauses: bool) -> Option<Vm> {
         let mut vm = self.vm.take()?;
         let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
         vm.uptime = now.saturating_sub(self.started);
         vm.answers = !self.errs && silent <= patience;
+        vm.said.pausable = pauses && self.vmm.knows_who_paused() && self.resort.may_pause(now);
         vm.said.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
         Some(vm)
     }
@@ -268,6 +291,7 @@ impl Slot {
             Some(_) => {}
         }
         self.doubt_use(now, &vm);
+        self.resort.remind(now, &self.name, &vm);
         self.vm = Some(vm);
     }
 
@@ -303,8 +327,10 @@ impl Slot {
             | Standing::NoDriver
             | Standing::NotAnswering
             | Standing::Stale
-            | Standing::Stuck
-            | Standing::Paused => vm.charge(),
+            | Standing::Stuck => vm.charge(),
+            // Whoever starts takes no room from one that waits to be resumed.
+            Standing::Paused if vm.is_laid_down() => vm.charge().saturating_add(vm.untouched()),
+            Standing::Paused => vm.charge(),
         })
     }
 
@@ -326,6 +352,7 @@ impl Slot {
             name: self.name.clone(),
             vmm: self.vmm,
             standing: self.vm.as_ref().map_or(Standing::NotAnswering, Vm::standing),
+            paused_by: self.vm.as_ref().and_then(|vm| vm.said.vcpus.paused_by()),
             memory,
             report_age_ms: self
                 .vm

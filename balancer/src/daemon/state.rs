@@ -1,6 +1,7 @@
 //! What the daemon tells about itself: `GET /state`.
 
 use balloon::limits::Limits;
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +62,9 @@ pub struct VmView {
     pub vmm: Kind,
     /// How it stands.
     pub standing: Standing,
+    /// Who paused it; absent where it is not paused, or its VMM does not tell.
+    #[serde(default)]
+    pub paused_by: Option<Pauser>,
     /// What it said of itself; absent where it never answered.
     pub memory: Option<MemoryView>,
     /// Milliseconds since the guest's last report reached the VM.

@@ -213,4 +213,14 @@ impl Driver for Client {
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
         Box::pin(Client::set_limits(self, limits))
     }
+
+    fn set_paused(&mut self, paused: bool) -> Option<Answer<'_, ()>> {
+        Some(Box::pin(async move {
+            if paused {
+                self.pause_as(Pauser::Balancer).await
+            } else {
+                self.resume_as(Pauser::Balancer).await
+            }
+        }))
+    }
 }

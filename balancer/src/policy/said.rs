@@ -139,6 +139,16 @@ pub enum Vcpus {
     NotYet,
 }
 
+impl Vcpus {
+    /// Who paused them; `None` where they are not paused.
+    pub const fn paused_by(self) -> Option<Pauser> {
+        match self {
+            Self::Paused(by) => Some(by),
+            Self::Run | Self::NotYet => None,
+        }
+    }
+}
+
 impl From<Option<Pauser>> for Vcpus {
     fn from(paused_by: Option<Pauser>) -> Self {
         paused_by.map_or(Self::Run, Self::Paused)

@@ -140,10 +140,7 @@ impl Vm {
         let said = &self.said;
         let memory = &mut self.memory;
         memory.just_stuck = false;
-        let paused_by = match said.vcpus {
-            Vcpus::Paused(by) => Some(by),
-            Vcpus::Run | Vcpus::NotYet => None,
-        };
+        let paused_by = said.vcpus.paused_by();
         if !self.answers || paused_by.is_some() {
             memory.standing = if self.answers { Standing::Paused } else { Standing::NotAnswering };
             match (memory.paused_by, paused_by) {

@@ -12,7 +12,8 @@ use balloon::agent::{EventKind, MemoryEvent};
 use balloon::limits::Limits;
 use balloon::report::Report;
 use balloon::status::{
-    AgedReport, BalloonCounters, DriverState, MemoryStatus, TargetRequest, VmState, VmStatus,
+    AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, TargetRequest, VmState,
+    VmStatus,
 };
 use balloon::units::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -47,6 +48,10 @@ pub enum Manner {
     OneAnswerAConnection,
     /// 409 to each PUT.
     RefusesTargets,
+    /// 500 to each pause.
+    RefusesPauses,
+    /// Pauses, and hangs up without a word.
+    PausesMutely,
 }
 
 /// What a fake is, and what it has seen.
@@ -61,6 +66,8 @@ pub struct State {
     pub report_age: Option<Duration>,
     pub requests: u64,
     pub connections: u64,
+    /// How often it was asked to pause or to run on.
+    pub steered: u64,
     /// Every target it was asked for.
     pub targets: Vec<Bytes>,
     /// Who waits for its events.
@@ -127,6 +134,7 @@ impl FakeVm {
             report_age: Some(Duration::from_millis(100)),
             requests: 0,
             connections: 0,
+            steered: 0,
             targets: Vec::new(),
             listeners: Vec::new(),
             pace: None,
@@ -259,7 +267,8 @@ async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) 
             return tell_events(&mut stream, &shared).await;
         }
         let answer = answer(&shared, manner, &name, &head, &body);
-        if stream.write_all(&answer).await.is_err() || manner == Manner::OneAnswerAConnection {
+        let ends = answer.is_empty() || manner == Manner::OneAnswerAConnection;
+        if stream.write_all(&answer).await.is_err() || ends {
             return;
         }
     }
@@ -325,7 +334,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         let status = VmStatus {
             name: name.to_owned(),
             pid: 1,
-            state: VmState::Running,
+            state: state.memory.paused_by.map_or(VmState::Running, |by| VmState::Paused { by }),
             cpus: 1,
             uptime_ms: 1,
             version: "0".to_owned(),
@@ -354,10 +363,28 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         state.memory.limits = serde_json::from_slice(body).unwrap();
         return http(204, "");
     }
+    if text.starts_with("post /vm/pause ") || text.starts_with("post /vm/resume ") {
+        let asked: PauseRequest =
+            if body.is_empty() { PauseRequest::default() } else { serde_json::from_slice(body).unwrap() };
+        return steer(&mut state, manner, text.starts_with("post /vm/pause "), asked.by);
+    }
     if text.starts_with("post /vm/") {
         return http(204, "");
     }
     http(404, r#"{"error":"no such thing"}"#)
+}
+
+/// As a VM does in simple cases; what a real one does is tested in `vmm::life`.
+fn steer(state: &mut State, manner: Manner, pauses: bool, by: Pauser) -> Vec<u8> {
+    state.steered += 1;
+    if manner == Manner::RefusesPauses {
+        return http(500, r#"{"error":"a vCPU hangs"}"#);
+    }
+    if by == Pauser::Balancer && state.memory.paused_by == Some(Pauser::Operator) {
+        return http(409, r#"{"error":"the VM is paused by an operator"}"#);
+    }
+    state.memory.paused_by = pauses.then_some(by);
+    if manner == Manner::PausesMutely { Vec::new() } else { http(204, "") }
 }
 
 fn http(status: u16, body: &str) -> Vec<u8> {

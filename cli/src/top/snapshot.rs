@@ -7,7 +7,7 @@ use balancer::policy::guards::Standing;
 use balancer::policy::host_state::HostState;
 use balancer::policy::reason::Reason;
 use balloon::limits::Limits;
-use balloon::status::{DriverState, MemoryStatus};
+use balloon::status::{DriverState, MemoryStatus, Pauser};
 use balloon::units::Bytes;
 use serde::{Serialize, Serializer};
 
@@ -107,6 +107,10 @@ pub struct Memory {
 pub enum Condition {
     /// As the balancer sees it.
     Balanced(Standing),
+    /// The balancer paused it, and it waits for room.
+    LaidDown,
+    /// It is paused; nobody balances it.
+    Paused,
     /// It answers; nobody balances it.
     Alone(DriverState),
     /// It answers something else.
@@ -125,7 +129,7 @@ impl Condition {
                 !matches!(standing, Standing::Following | Standing::Static | Standing::Booting)
             }
             Self::Alone(driver) => !matches!(driver, DriverState::Active),
-            Self::Unreadable | Self::NotAnswering | Self::Dead => true,
+            Self::LaidDown | Self::Paused | Self::Unreadable | Self::NotAnswering | Self::Dead => true,
         }
     }
 }
@@ -134,6 +138,8 @@ impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Balanced(standing) => return standing.fmt(f),
+            Self::LaidDown => "paused, waits",
+            Self::Paused => "paused",
             Self::Alone(DriverState::Active) => "not balanced",
             Self::Alone(DriverState::Absent) => "no driver",
             Self::Alone(DriverState::Silent) => "no reports",
@@ -188,7 +194,11 @@ impl Vm {
             huge_percent: memory.huge_percent,
             report_age_ms,
         });
-        Self { name: vm.name, condition: Condition::Balanced(vm.standing), memory, reason: vm.last_reason }
+        let condition = match vm.paused_by {
+            Some(Pauser::Balancer) => Condition::LaidDown,
+            Some(Pauser::Operator) | None => Condition::Balanced(vm.standing),
+        };
+        Self { name: vm.name, condition, memory, reason: vm.last_reason }
     }
 
     /// What the VM itself told.
@@ -204,7 +214,12 @@ impl Vm {
             huge_percent: status.huge_percent(),
             report_age_ms: status.report.as_ref().map(|report| report.age_ms),
         };
-        Self { name, condition: Condition::Alone(status.driver), memory: Some(memory), reason: None }
+        let condition = match status.paused_by {
+            Some(Pauser::Balancer) => Condition::LaidDown,
+            Some(Pauser::Operator) => Condition::Paused,
+            None => Condition::Alone(status.driver),
+        };
+        Self { name, condition, memory: Some(memory), reason: None }
     }
 
     /// One that told nothing.

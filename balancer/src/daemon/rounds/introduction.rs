@@ -4,6 +4,7 @@ use balloon::units::Bytes;
 use tracing::{info, warn};
 
 use super::Daemon;
+use crate::daemon::config::LastResort;
 
 impl Daemon {
     /// Says what it is about to do, and what is odd about it.
@@ -15,6 +16,9 @@ impl Daemon {
             self.host.total,
             self.tick.as_millis()
         );
+        if self.config.last_resort == LastResort::Pause {
+            info!("as a last resort the VM of the least weight is paused, and resumed when there is room");
+        }
         if budget > self.host.total {
             warn!("the budget of {budget} is more than the {} that this host has", self.host.total);
         }
