@@ -2,6 +2,7 @@
 
 mod fakes;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -9,9 +10,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, Wanted};
+use balancer::daemon::{self, Config, LastResort, Wanted};
 use balancer::policy::guards::Standing;
 use balloon::limits::Limits;
+use balloon::status::Pauser;
 use balloon::units::Bytes;
 use fakes::{FakeVm, Journal, Manner};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -22,6 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const DIRECTORY: &str = "BALLAST_TEST_DIRECTORY";
 const BUDGET: &str = "BALLAST_TEST_BUDGET";
 const INTERVAL: &str = "BALLAST_TEST_INTERVAL_MS";
+const PAUSES: &str = "BALLAST_TEST_PAUSES";
 
 /// What [`Daemon::start`] runs in a process of its own.
 #[test]
@@ -34,12 +37,18 @@ fn the_daemon_process() {
         return;
     };
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-    let config = Config {
+    let mut config = Config {
         directory: Some(directory.into()),
         budget: Some(Bytes(budget)),
         interval: Duration::from_millis(interval),
         ..Config::default()
     };
+    if let Ok(pauses) = std::env::var(PAUSES) {
+        config.last_resort = if pauses == "1" { LastResort::Pause } else { LastResort::Advise };
+        // An emergency that lasts is a minute, and what was done has ten seconds to work.
+        config.policy.emergency_dwell = Duration::from_millis(200);
+        config.policy.patience = Duration::from_millis(100);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(daemon::run(config, std::future::pending())).unwrap();
 }
@@ -51,18 +60,34 @@ struct Daemon {
 
 impl Daemon {
     fn start(directory: &Path, budget: Bytes, interval: Duration) -> Self {
+        Self::start_with(directory, budget, interval, |_| {})
+    }
+
+    /// One that comes to its last resort soon, and pauses VMs then, or only advises to.
+    fn start_hasty(directory: &Path, budget: Bytes, pauses: bool) -> Self {
+        Self::start_with(directory, budget, Duration::from_millis(50), |command| {
+            command.env(PAUSES, if pauses { "1" } else { "0" });
+        })
+    }
+
+    fn start_with(
+        directory: &Path,
+        budget: Bytes,
+        interval: Duration,
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let log = directory.join("log");
         let file = File::options().create(true).append(true).open(&log).unwrap();
-        let child = Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args(["--exact", "the_daemon_process", "--ignored", "--nocapture"])
             .env(DIRECTORY, directory)
             .env(BUDGET, budget.0.to_string())
             .env(INTERVAL, interval.as_millis().to_string())
             .stdout(Stdio::null())
-            .stderr(file)
-            .spawn()
-            .unwrap();
-        Self { child, log }
+            .stderr(file);
+        change(&mut command);
+        Self { child: command.spawn().unwrap(), log }
     }
 
     /// As `kill -9`: no word to anyone.
@@ -255,6 +280,52 @@ async fn each_that_misbehaves_is_named_in_the_log_and_costs_the_others_nothing()
     .await;
     let state = client(path).state().await.unwrap();
     assert_eq!(state.host.over, Bytes::ZERO, "{:?}", state.host);
+}
+
+#[tokio::test]
+async fn killed_at_random_it_forgets_nobody_that_it_paused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let start = |name: &str, weight: u64| {
+        let vm = FakeVm::start(path, name, &format!("512M,min=512M,max=1G,weight={weight}"), Bytes::mib(400));
+        vm.state().memory.host_rss = Bytes::mib(100);
+        vm
+    };
+    let paused_by = |vm: &FakeVm| vm.state().memory.paused_by;
+    let vms = [start("light", 50), start("middle", 100), start("heavy", 200)];
+    let own = start("own", 10);
+    own.state().memory.paused_by = Some(Pauser::Operator);
+    let mut dice = Dice(7);
+    let paused = Cell::new(0);
+    for _ in 0..15 {
+        let mut daemon = Daemon::start_hasty(path, Bytes::mib(1024 + dice.below(1600)), true);
+        let last = 2 + dice.below(30);
+        until("it is time to die", || async {
+            let running = vms.iter().filter(|vm| paused_by(vm).is_none()).count();
+            assert!(running > 0, "the last one was paused");
+            paused.set(paused.get().max(vms.len() - running));
+            rounds(path).await >= last
+        })
+        .await;
+        daemon.kill();
+    }
+    assert_eq!(paused.get(), 2, "all but one were paused at some time");
+    // Whatever there is now: a daemon with little room that lives pauses, and says so.
+    let mut daemon = Daemon::start_hasty(path, Bytes::mib(1024), true);
+    for (vm, name) in vms.iter().zip(["light", "middle"]) {
+        until("it is paused", || async { paused_by(vm) == Some(Pauser::Balancer) }).await;
+        let line = format!("{name} is PAUSED by the balancer");
+        until("it is said", || async { daemon.log().contains(&line) }).await;
+    }
+    daemon.kill();
+    // The next one, which was not told to pause anybody, resumes them.
+    let daemon = Daemon::start_hasty(path, Bytes::gib(8), false);
+    until("all run", || async { vms.iter().all(|vm| paused_by(vm).is_none()) }).await;
+    for name in ["light", "middle"] {
+        let line = format!("{name} is no longer paused by the balancer");
+        until("that is said", || async { daemon.log().contains(&line) }).await;
+    }
+    assert_eq!((paused_by(&own), own.state().steered), (Some(Pauser::Operator), 0));
 }
 
 /// Runs as many VMs as are asked for at a pace of one second, and prints what it costs.

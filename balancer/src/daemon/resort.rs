@@ -76,10 +76,14 @@ impl Resort {
         }
         let since = *self.since.get_or_insert(now);
         if self.lies.is_due(now, "paused") {
-            let (lies, needs) = (now.saturating_sub(since).as_secs(), vm.untouched());
+            let needs = vm.untouched();
+            let lies = match now.saturating_sub(since).as_secs() {
+                0 => String::new(),
+                seconds => format!(" for {seconds} s by now"),
+            };
             warn!(
                 vm = name,
-                "{name} is PAUSED by the balancer, for {lies} s, as memory has run out: it runs on when the \
+                "{name} is PAUSED by the balancer{lies}, as memory has run out: it runs on when the \
                  others can spare {needs}, or at once by `ballast resume {name}`"
             );
         }
