@@ -194,9 +194,9 @@ impl Vm {
             huge_percent: memory.huge_percent,
             report_age_ms,
         });
-        let condition = match vm.paused_by {
-            Some(Pauser::Balancer) => Condition::LaidDown,
-            Some(Pauser::Operator) | None => Condition::Balanced(vm.standing),
+        let condition = match (vm.standing, vm.paused_by) {
+            (Standing::Paused, Some(Pauser::Balancer)) => Condition::LaidDown,
+            (standing, _) => Condition::Balanced(standing),
         };
         Self { name: vm.name, condition, memory, reason: vm.last_reason }
     }
@@ -225,5 +225,35 @@ impl Vm {
     /// One that told nothing.
     pub const fn mute(name: String, condition: Condition) -> Self {
         Self { name, condition, memory: None, reason: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_the_balancer_paused_is_told_from_one_that_somebody_else_did() {
+        for (standing, paused_by, word) in [
+            (Standing::Paused, Some(Pauser::Balancer), "paused, waits"),
+            (Standing::Paused, Some(Pauser::Operator), "paused"),
+            (Standing::NotAnswering, Some(Pauser::Balancer), "not answering"),
+        ] {
+            let view = VmView {
+                name: "web".to_owned(),
+                vmm: balancer::driver::Kind::Ballast,
+                standing,
+                paused_by,
+                memory: None,
+                report_age_ms: None,
+                last_reason: None,
+                grows: 0,
+                shrinks: 0,
+                errors: 0,
+            };
+            let vm = Vm::of_balancer(view);
+            assert_eq!(vm.condition.to_string(), word);
+            assert!(vm.condition.is_trouble());
+        }
     }
 }
