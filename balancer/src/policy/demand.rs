@@ -60,6 +60,7 @@ pub struct Demand {
     committed: Option<Bytes>,
     /// What is added for use that rises, and when that was last seen.
     lead: (Duration, Bytes),
+    doubt: Bytes,
 }
 
 /// What of a report is followed.
@@ -109,7 +110,8 @@ impl Demand {
     /// Takes in a report. `follow` is [`super::Guards`]' say: whether small falls are not
     /// followed, and whether distress and rises are.
     pub fn report(&mut self, now: Duration, news: &News, follow: Follow) {
-        let had = self.had(news, follow.hold);
+        let (had, most) = self.had(news, follow.hold);
+        self.doubt = most.saturating_sub(had);
         let used = had.saturating_sub(news.spare);
         if follow.distress {
             self.distress.look(now, &news.stalls, had, news.spare);
@@ -165,6 +167,11 @@ impl Demand {
         self.used
     }
 
+    /// How much more it may use than is taken for its use, as memory went while it reported.
+    pub fn doubt(&self) -> Bytes {
+        self.doubt
+    }
+
     /// Its use as the law holds it: up at once, down only when it has clearly fallen.
     pub fn held(&self) -> Bytes {
         self.held
@@ -195,19 +202,24 @@ impl Demand {
         self.need(limits).max(limits.clamp(slow))
     }
 
-    /// What the guest had when it made this report.
+    /// What the guest had when it made this report, and what it had at most.
     ///
     /// A report is up to a statistics interval old, and while memory moves the guest has
     /// another amount by now. Use is the difference of the two at the same moment, which
     /// nobody notes: it lies between what was had before the report and after it. While memory
     /// goes, that is taken which changes use least: an error would seem a rise, and be answered
     /// by giving it back. While memory comes, a fall is doubted likewise, and a rise is not.
-    fn had(&self, news: &News, hold: bool) -> Bytes {
+    fn had(&self, news: &News, hold: bool) -> (Bytes, Bytes) {
         let (before, after) = self.around(news.reported);
         let line = between(before, after, news.reported);
-        let Some(used) = self.used.filter(|_| hold) else { return line };
+        let Some(used) = self.used.filter(|_| hold) else { return (line, line) };
         let steady = used.saturating_add(news.spare).clamp(before.1.min(after.1), before.1.max(after.1));
-        if after.1 < before.1 { steady } else { steady.max(line) }
+        if after.1 < before.1 {
+            (steady, before.1)
+        } else {
+            let had = steady.max(line);
+            (had, had)
+        }
     }
 
     /// What the guest had at the last look before `then`, and at the first look after it.

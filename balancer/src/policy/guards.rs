@@ -34,6 +34,10 @@ pub const BOOT: Duration = Duration::from_secs(120);
 /// Use within this of what it was is steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 
+/// A guest that was just shrunk is given nothing before it uses this much more, in percent:
+/// [`STEADY_PERCENT`], and what a kernel keeps free beside what its programs use.
+pub const STILL_PERCENT: u64 = 4;
+
 /// A guest that was moved one way is not moved back within this time while its use is steady,
 /// not even in an emergency: what is moved to and fro within a minute helps nobody.
 pub const TURN: Duration = Duration::from_secs(61);

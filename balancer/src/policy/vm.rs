@@ -5,7 +5,7 @@ use std::time::Duration;
 use balloon::status::{DriverState, Pauser};
 use balloon::units::{Bytes, Pages};
 
-use super::demand::{Demand, Follow, News};
+use super::demand::{AHEAD, Demand, Follow, News};
 use super::entitlement::Claim;
 use super::guards::{self, Standing, Watch};
 use super::host_state::HostState;
@@ -24,6 +24,10 @@ pub const BAND_PERCENT: u64 = 3;
 
 /// Pieces smaller than this are not granted or taken one by one.
 pub const PIECE: Bytes = Bytes::mib(4);
+
+/// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
+/// of whether a guest stands still.
+const SEEN_PERCENT: u64 = 94;
 
 /// A report older than this many ticks is stale.
 pub const STALE_TICKS: u32 = 3;
@@ -76,8 +80,44 @@ struct Memory {
 #[derive(Clone, Copy, Debug)]
 struct Moved {
     at: Duration,
+    /// When the guest was last seen on its way there.
+    arrives: Duration,
     used: Bytes,
     held: Bytes,
+}
+
+impl Moved {
+    /// Whether a report tells what was used when the move was made. The one that it followed is
+    /// older, and while memory moves nobody knows the use exactly.
+    fn is_told(&self, reported: Duration) -> bool {
+        (self.at..self.arrives + AHEAD).contains(&reported)
+    }
+}
+
+impl Memory {
+    /// Takes in what a report tells of the last moves: a burst may have been over when it was
+    /// followed, and use may have risen while memory went.
+    fn learn_of_moves(&mut self, now: Duration, said: &Said, reported: Duration) {
+        let used = self.demand.used().unwrap_or_default();
+        if let Some(grown) = &mut self.grown {
+            if said.actual < said.target {
+                grown.arrives = now;
+            }
+            if grown.is_told(reported) {
+                grown.held = grown.held.min(used);
+            }
+        }
+        if let Some(shrunk) = &mut self.shrunk {
+            if said.actual > said.target {
+                shrunk.arrives = now;
+            }
+            if shrunk.is_told(reported) {
+                let used = used.min(said.target.percent(SEEN_PERCENT));
+                shrunk.used = shrunk.used.max(used);
+                shrunk.held = shrunk.held.max(used);
+            }
+        }
+    }
 }
 
 /// How a VM is looked at in one round.
@@ -169,6 +209,7 @@ impl Vm {
                     rises: guards.rises_are_led,
                 };
                 memory.demand.report(now, &news, follow);
+                memory.learn_of_moves(now, said, news.reported);
             }
         }
         let stuck = memory.watch.look(now, said) && guards.stuck_are_left_alone;
@@ -311,7 +352,7 @@ impl Vm {
     /// Whether it uses no more than when it was last shrunk.
     fn stands_still(&self) -> bool {
         let used = self.used().unwrap_or_default();
-        self.memory.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + guards::STEADY_PERCENT))
+        self.memory.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + guards::STILL_PERCENT))
     }
 
     /// How far the target lies below what it may have, where that is worth moving.
@@ -371,7 +412,9 @@ impl Vm {
         } else {
             Bytes::ZERO
         };
-        let lowest = limits.clamp(most.saturating_add(Bytes(band.0 / 2)).max(floor));
+        // What nobody can tell now is not taken before the next report.
+        let doubt = if lasts { Bytes::ZERO } else { self.memory.demand.doubt() };
+        let lowest = limits.clamp(most.saturating_add(Bytes(band.0 / 2)).saturating_add(doubt).max(floor));
         target.saturating_sub(lowest).min(guards::step(&self.said)).page_floor()
     }
 
@@ -401,7 +444,8 @@ impl Vm {
     }
 
     fn moved(&self, at: Duration) -> Moved {
-        Moved { at, used: self.used().unwrap_or_default(), held: self.memory.demand.held() }
+        let used = self.used().unwrap_or_default();
+        Moved { at, arrives: at, used, held: self.memory.demand.held() }
     }
 
     /// Notes that it is grown.
