@@ -107,15 +107,18 @@ impl Policy {
         let free = host.budget.saturating_sub(charged);
         let over = charged.saturating_sub(host.budget);
         let pool = host.budget.percent(self.settings.pool_percent);
-        self.state = self.state.next(free, pool, host.pressure);
+        let slack: Bytes = vms.iter().map(Vm::slack).sum();
+        let to_give = free.saturating_sub(slack);
+        self.state = self.state.next(to_give, pool, host.pressure);
         let lasts = self.emergency_lasts(now);
 
-        let mut returning = self.entitle(now, host.budget, pool, vms);
+        let mut returning =
+            self.entitle(now, host.budget.saturating_sub(slack), pool.saturating_sub(slack), vms);
         if self.state >= HostState::Hard {
             returning = Bytes::ZERO;
         }
         let ample = self.ample(pool);
-        let Granted { left, unserved, postponed } = self.grow(now, free, ample, vms, decisions);
+        let Granted { left, unserved, postponed } = self.grow(now, to_give, ample, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
         let owed: Bytes = vms.iter().map(Vm::owes).sum();
         // A host that waits for memory itself has less than its budget says: one more pool is kept.

@@ -435,6 +435,12 @@ impl Vm {
         Bytes(surplus.0 / guards::UNHURRIED_PART).max(DEADBAND).min(surplus)
     }
 
+    /// What its guest may take back on its own: Linux opens its balloon by so much where an
+    /// allocation finds nothing else (`virtballoon_oom_notify`).
+    pub(super) fn slack(&self) -> Bytes {
+        if self.memory.standing.is_movable() { guards::THERE } else { Bytes::ZERO }
+    }
+
     /// What it was asked to give up and still has.
     pub(super) fn owes(&self) -> Bytes {
         match self.memory.standing {
