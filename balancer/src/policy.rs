@@ -107,7 +107,8 @@ impl Policy {
         let free = host.budget.saturating_sub(charged);
         let over = charged.saturating_sub(host.budget);
         let pool = host.budget.percent(self.settings.pool_percent);
-        let slack: Bytes = vms.iter().map(Vm::slack).sum();
+        let slack =
+            if self.settings.guards.slack_is_kept { vms.iter().map(Vm::slack).sum() } else { Bytes::ZERO };
         let to_give = free.saturating_sub(slack);
         self.state = self.state.next(to_give, pool, host.pressure);
         let lasts = self.emergency_lasts(now);
@@ -131,7 +132,7 @@ impl Policy {
         if returning > Bytes::ZERO {
             kept = kept.max(pool.saturating_add(returning));
         }
-        let refill = kept.saturating_add(over).saturating_sub(left);
+        let refill = kept.saturating_add(over).saturating_sub(left.saturating_add(slack));
         let short = unserved.saturating_add(refill).saturating_sub(owed);
         let waiting = unserved.saturating_add(postponed).saturating_add(returning);
         self.shrink(now, Shortage { short, waiting, lasts }, vms, decisions);

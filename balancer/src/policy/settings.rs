@@ -112,6 +112,10 @@ pub struct Guards {
     pub buffers_wait: bool,
     /// What others need beyond their fair share never comes before a guest's need within its own.
     pub fair_comes_first: bool,
+    /// What guests may take back on their own is kept from all grants.
+    pub slack_is_kept: bool,
+    /// Memory is not taken while nobody can tell whether the guest uses it.
+    pub doubt_is_spared: bool,
 }
 
 impl Default for Guards {
@@ -127,6 +131,8 @@ impl Default for Guards {
             rises_are_led: true,
             buffers_wait: true,
             fair_comes_first: true,
+            slack_is_kept: true,
+            doubt_is_spared: true,
         }
     }
 }

@@ -413,7 +413,8 @@ impl Vm {
             Bytes::ZERO
         };
         // What nobody can tell now is not taken before the next report.
-        let doubt = if lasts { Bytes::ZERO } else { self.memory.demand.doubt() };
+        let spared = settings.guards.doubt_is_spared && !lasts;
+        let doubt = if spared { self.memory.demand.doubt() } else { Bytes::ZERO };
         let lowest = limits.clamp(most.saturating_add(Bytes(band.0 / 2)).saturating_add(doubt).max(floor));
         target.saturating_sub(lowest).min(guards::step(&self.said)).page_floor()
     }

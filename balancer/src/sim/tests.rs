@@ -166,6 +166,16 @@ fn without_rest_after_a_move_memory_goes_to_and_fro() {
 }
 
 #[test]
+fn no_overload_moves_memory_to_and_fro() {
+    for kind in [Kind::Mixed, Kind::Burst, Kind::Peaks] {
+        let overload = Sweep { seeds: 11..=14, seconds: 1800, ..sweep(&[Name::Ballast], &[20], kind) };
+        let score = go(&overload).cells[&(Name::Ballast, 20)].score;
+        assert!(!score.meets_slo(), "{kind:?}: that is no overload");
+        assert_eq!(score.reversals, 0, "{kind:?}");
+    }
+}
+
+#[test]
 fn without_following_rises_and_distress_guests_wait_longer() {
     let stalled = |rises, distress| {
         let law = || without(|guards| (guards.rises_are_led, guards.distress_counts) = (rises, distress));

@@ -21,9 +21,9 @@ fn the_worked_example_comes_out_as_it_is_told() {
     let entitled = |world: &World| [0, 1].map(|index| whole(world.guests[index].vm.entitlement()));
     let targets = |world: &World| [0, 1].map(|index| whole(world.target(index)));
     assert_eq!(whole(world.guests[1].vm.demand()), 7840);
-    assert_eq!((entitled(&world), targets(&world)), ([3150, 7090], [3152, 6640]));
+    assert_eq!((entitled(&world), targets(&world)), ([3150, 7088], [3152, 6638]));
     world.tick();
-    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 7088], 448));
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 7086], 450));
     world.run(20);
     assert_eq!(entitled(&world), [3600, 6332]);
     world.run(60);

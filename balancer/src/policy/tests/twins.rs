@@ -161,3 +161,49 @@ fn without_fair_shares_first_a_liar_takes_the_others_buffers() {
     let (share, _) = beside_a_liar(Guards { fair_comes_first: false, ..Guards::default() });
     assert!(share < Bytes::mib(470), "{share}");
 }
+
+/// How far over the budget two guests are that take all there is and then open their balloons by
+/// a piece each, as Linux does where an allocation finds nothing else.
+fn over_when_balloons_open(guards: Guards) -> Bytes {
+    let guests = vec![Guest::new(1, WIDE, Bytes::mib(900)), Guest::new(2, WIDE, Bytes::mib(900))];
+    let mut world = World::with(Bytes::mib(1000), guests, guards);
+    world.run(30);
+    for guest in &mut world.guests {
+        guest.vm.said.actual += guards::THERE;
+    }
+    world.round();
+    world.balance.over
+}
+
+#[test]
+fn what_guests_take_back_on_their_own_is_within_the_budget() {
+    assert_eq!(over_when_balloons_open(Guards::default()), Bytes::ZERO);
+    let without = Guards { slack_is_kept: false, ..Guards::default() };
+    assert!(over_when_balloons_open(without) > Bytes::ZERO, "all that was free had been granted");
+}
+
+/// The lowest target of a guest whose use rises unseen, as its memory goes to another.
+fn lowest_while_use_rises(guards: Guards) -> Bytes {
+    let mut payer = Guest::new(1, "3G,min=256M,max=4G", Bytes::mib(1400));
+    payer.speed = Bytes::mib(220);
+    let short = Guest::new(2, "1G,min=256M,max=4G", Bytes::mib(800));
+    let mut world = World::with(Bytes::mib(4200), vec![payer, short], guards);
+    world.run(5);
+    world.guests[1].wants = Bytes::mib(2800);
+    let mut lowest = world.target(0);
+    for _ in 0..10 {
+        world.guests[0].wants += Bytes::mib(20);
+        // What is read at a tick was counted a little before.
+        world.guests[0].age = Duration::from_millis(500);
+        world.tick();
+        lowest = lowest.min(world.target(0));
+    }
+    lowest
+}
+
+#[test]
+fn memory_in_doubt_is_not_taken() {
+    let spared = lowest_while_use_rises(Guards::default());
+    let taken = lowest_while_use_rises(Guards { doubt_is_spared: false, ..Guards::default() });
+    assert!(taken < spared, "{taken} against {spared}");
+}
