@@ -23,6 +23,9 @@ pub const FALL_PERCENT: u64 = 4;
 /// The part of its buffer without which a guest can't do, in percent of its use.
 pub const BARE_PERCENT: u64 = 5;
 
+/// The most of it: how fast use can rise until more is granted does not grow with the guest.
+pub const BARE_MOST: Bytes = Bytes::mib(128);
+
 /// How far ahead rising use is followed: the age of a report, the time to the next
 /// decision, and the time until the guest has what it is granted.
 pub const AHEAD: Duration = Duration::from_secs(2);
@@ -177,14 +180,17 @@ impl Demand {
         self.held
     }
 
-    /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, within its limits.
+    /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, no more than
+    /// [`BARE_MOST`], within its limits.
     pub fn bare(&self, limits: &Limits) -> Bytes {
-        limits.clamp(self.used.unwrap_or_default().percent(100 + bare_percent(limits)))
+        let used = self.used.unwrap_or_default();
+        limits.clamp(used.saturating_add(bare_buffer(used, limits)))
     }
 
     /// What can't wait: as little as it can do with, and what it lacks or is about to.
     pub fn urgent(&self, limits: &Limits) -> Bytes {
-        let held = self.held.percent(100 + bare_percent(limits) + self.distress.boost_percent());
+        let held = self.held.percent(100 + self.distress.boost_percent());
+        let held = held.saturating_add(bare_buffer(self.held, limits));
         limits.clamp(held.saturating_add(self.lead.1))
     }
 
@@ -249,8 +255,9 @@ fn between(a: Moment, b: Moment, then: Duration) -> Bytes {
     Bytes((a.1.0 as f64 + (b.1.0 as f64 - a.1.0 as f64) * part) as u64)
 }
 
-fn bare_percent(limits: &Limits) -> u64 {
-    u64::from(limits.buffer_percent()).min(BARE_PERCENT)
+/// The part of its buffer without which a guest that uses so much can't do.
+fn bare_buffer(used: Bytes, limits: &Limits) -> Bytes {
+    used.percent(u64::from(limits.buffer_percent()).min(BARE_PERCENT)).min(BARE_MOST)
 }
 
 #[cfg(test)]

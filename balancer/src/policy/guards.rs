@@ -56,8 +56,9 @@ pub const UNHURRIED_PART: u64 = 8;
 /// bursts are over before, and what guests swap out meanwhile they swap in again.
 pub const EMERGENCY_DWELL: Duration = Duration::from_secs(60);
 
-/// How long a VM that claims more than its fair share may have what is kept as others' buffers:
-/// 88 % of published bursts are over by then.
+/// How long a VM is believed that claims more than its fair share, and may have what is kept as
+/// others' buffers: 88 % of published bursts are over by then. After that, it is believed what the
+/// host holds for it.
 pub const LOAN: Duration = Duration::from_secs(120);
 
 /// How a VM stands with the balancer.
@@ -198,6 +199,11 @@ pub fn floor(state: HostState, lasts: bool, used: Bytes, bare: Bytes, size: Byte
         HostState::Emergency if lasts => Bytes::ZERO,
         HostState::Hard | HostState::Emergency => bare,
     }
+}
+
+/// What a guest has touched, and one step more: as far as its claim is no mere word.
+pub fn touched(said: &Said) -> Bytes {
+    said.host_rss.saturating_add(Bytes::mib(128).max(Bytes(said.host_rss.0 / 8)))
 }
 
 /// The most that one guest is asked to give up at a time, less what it still owes.

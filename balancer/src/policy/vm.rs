@@ -300,10 +300,15 @@ impl Vm {
         self.urgent().min(self.memory.share)
     }
 
-    /// What can't wait, where the others' buffers may be lent for it.
+    /// What can't wait, where the others' buffers may be lent for it: for a while all that it says,
+    /// and then no more than the host sees it use.
     pub(super) fn borrows(&self, now: Duration) -> Bytes {
         let long = self.memory.beyond.is_some_and(|since| now.saturating_sub(since) >= guards::LOAN);
-        if long { self.urgent_in_share() } else { self.urgent() }
+        if long {
+            self.urgent().min(guards::touched(&self.said)).max(self.urgent_in_share())
+        } else {
+            self.urgent()
+        }
     }
 
     /// What of its need is within its fair share.

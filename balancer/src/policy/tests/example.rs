@@ -20,14 +20,14 @@ fn the_worked_example_comes_out_as_it_is_told() {
     let whole = |bytes: Bytes| bytes.0 >> 20;
     let entitled = |world: &World| [0, 1].map(|index| whole(world.guests[index].vm.entitlement()));
     let targets = |world: &World| [0, 1].map(|index| whole(world.target(index)));
-    assert_eq!(whole(world.guests[1].vm.demand()), 7840);
-    assert_eq!((entitled(&world), targets(&world)), ([3150, 7088], [3152, 6638]));
+    assert_eq!(whole(world.guests[1].vm.demand()), 7728);
+    assert_eq!((entitled(&world), targets(&world)), ([3128, 7110], [3150, 6638]));
     world.tick();
-    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 7086], 450));
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3130, 7088], 452));
     world.run(20);
     assert_eq!(entitled(&world), [3600, 6332]);
     world.run(60);
-    assert_eq!((targets(&world), whole(world.balance.free)), ([3152, 6780], 307));
+    assert_eq!((targets(&world), whole(world.balance.free)), ([3130, 6802], 307));
     world.run(60);
     assert_eq!((targets(&world), whole(world.balance.free)), ([3600, 6334], 305));
     assert_eq!(world.guests[1].vm.used(), Some(Bytes::mib(6000)));

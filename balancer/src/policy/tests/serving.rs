@@ -165,3 +165,28 @@ fn a_burst_that_was_over_when_it_was_followed_is_not_answered_by_to_and_fro() {
     world.run(90);
     assert!(world.target(0) < Bytes::mib(1100), "{}", world.target(0));
 }
+
+#[test]
+fn who_really_uses_more_than_its_share_borrows_buffers_and_who_only_says_so_for_a_while() {
+    let run = |touches: bool| {
+        let limits = "2G,min=256M,max=8G";
+        let guests = vec![Guest::new(1, limits, Bytes::mib(2900)), Guest::new(2, limits, Bytes::mib(4000))];
+        let mut world = World::new(Bytes::gib(8), guests);
+        world.run(60);
+        world.guests[1].wants = Bytes::mib(7000);
+        let mut buffer = Vec::new();
+        for second in 0..500 {
+            let said = &mut world.guests[1].vm.said;
+            said.host_rss = if touches { said.actual.min(Bytes::mib(7000)) } else { Bytes::mib(1000) };
+            world.tick();
+            if [110, 499].contains(&second) {
+                buffer.push(world.target(0).saturating_sub(Bytes::mib(2900)).0 >> 20);
+            }
+        }
+        buffer
+    };
+    let (lent, bare) = (run(true), 128);
+    assert!(lent.iter().all(|buffer| (bare..bare + 16).contains(buffer)), "{lent:?}");
+    let told = run(false);
+    assert!((bare..bare + 16).contains(&told[0]) && told[1] >= 560, "{told:?}");
+}
