@@ -1,7 +1,7 @@
 //! Dynamic memory in one VM.
 //!
 //! The words that every part of ballast speaks ([`units`], [`limits`],
-//! [`report`], [`agent`], [`status`]) and, behind the `device` feature, the devices that
+//! [`report`], [`agent`], [`status`], [`means`]) and, behind the `device` feature, the devices that
 //! move memory between the guest and the host.
 
 #[cfg(feature = "device")]
@@ -14,7 +14,6 @@ pub mod device;
 #[cfg(feature = "device")]
 pub mod discard;
 pub mod limits;
-#[cfg(feature = "device")]
 pub mod means;
 #[cfg(feature = "device")]
 pub mod pending;

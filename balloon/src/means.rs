@@ -15,6 +15,7 @@
 //!
 //! A VM without pluggable memory has the balloon alone.
 
+#[cfg(feature = "device")]
 pub mod steering;
 
 use std::time::Duration;
@@ -24,7 +25,7 @@ use crate::units::Bytes;
 /// How long a guest may unplug nothing until the balloon helps.
 ///
 /// A driver answers within milliseconds; one block of 128 MiB that has to be
-/// emptied first takes longer. A balancer calls a guest stuck after 5 s.
+/// emptied first takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How a guest's memory stands, as far as it matters for what to do next.

@@ -115,6 +115,8 @@ pub struct Said {
     pub driver: DriverState,
     /// Whether it has been at a target since its driver started; `None` where its VMM does not tell.
     pub followed: Option<bool>,
+    /// Whether it is asked to unplug memory before its balloon takes any.
+    pub plugs: bool,
     /// What the guest could spare, and how old that news is.
     pub spare: Option<(Duration, Bytes)>,
     /// How it waits for memory.
@@ -166,6 +168,7 @@ impl Said {
             host_rss: Bytes::ZERO,
             driver: DriverState::Absent,
             followed: None,
+            plugs: false,
             spare: None,
             stalls: Stalls::default(),
             committed: None,
@@ -189,6 +192,7 @@ impl From<&MemoryStatus> for Said {
             host_rss: status.host_rss,
             driver: status.driver,
             followed: status.followed,
+            plugs: status.plug.is_some(),
             spare: status.spare(),
             stalls,
             committed: agent.and_then(|agent| agent.committed),

@@ -38,6 +38,20 @@ fn a_stuck_guest_is_found_in_time_and_costs_the_others_nothing() {
 }
 
 #[test]
+fn a_guest_that_unplugs_first_has_time_for_its_balloon_too() {
+    let found = |plugs: bool| {
+        let mut world = with_a_stuck_guest(Guards::default());
+        world.guests[0].vm.said.plugs = plugs;
+        (0..60).find(|_| {
+            world.tick();
+            world.guests[0].vm.standing() == Standing::Stuck
+        })
+    };
+    let (inflates, unplugs) = (found(false).unwrap(), found(true).unwrap());
+    assert_eq!(unplugs - inflates, balloon::means::PATIENCE.as_secs());
+}
+
+#[test]
 fn without_the_stuck_guard_what_it_owes_is_waited_for() {
     let served = |guards: Guards| {
         let mut world = with_a_stuck_guest(guards);
