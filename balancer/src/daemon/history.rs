@@ -233,6 +233,9 @@ fn explain(vm: &VmView) -> String {
         Standing::Booting => {
             format!("It is starting: its balloon has not reached {target} yet. It is charged {charge}.")
         }
+        Standing::Leaving => {
+            format!("Its balloon driver has just gone, as when a guest shuts down. It is charged {charge}.")
+        }
         Standing::NoDriver => {
             format!("No balloon driver runs in its guest: nothing can be moved, and it is charged {charge}.")
         }
@@ -399,6 +402,7 @@ mod tests {
             (Standing::Following, "memory is short"),
             (Standing::Static, "nothing to move"),
             (Standing::Booting, "starting"),
+            (Standing::Leaving, "shuts down"),
             (Standing::NoDriver, "No balloon driver"),
             (Standing::NotAnswering, "does not answer"),
             (Standing::Stale, "never reported"),

@@ -259,6 +259,7 @@ impl Slot {
             Standing::Following
             | Standing::Static
             | Standing::Booting
+            | Standing::Leaving
             | Standing::NotAnswering
             | Standing::Paused => None,
         };
@@ -324,6 +325,7 @@ impl Slot {
         self.vm.as_ref().map_or(Bytes::ZERO, |vm| match vm.standing() {
             Standing::Following | Standing::Booting => vm.said.limits.min(),
             Standing::Static
+            | Standing::Leaving
             | Standing::NoDriver
             | Standing::NotAnswering
             | Standing::Stale

@@ -33,6 +33,11 @@ pub const THERE: Bytes = Bytes::mib(1);
 /// has not touched the rest yet.
 pub const BOOT: Duration = Duration::from_secs(120);
 
+/// How long a guest whose driver goes for the first time is taken for one that shuts down, and charged
+/// what the host holds for it: Linux resets its devices before it powers off. Not the second time, or
+/// a guest could have more than its target by coming and going.
+pub const LEAVING: Duration = Duration::from_secs(10);
+
 /// Use within this of what it was is steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 
@@ -74,6 +79,8 @@ pub enum Standing {
     Static,
     /// Starting: its balloon has not reached the first target yet.
     Booting,
+    /// Its balloon driver has just gone: it shuts down.
+    Leaving,
     /// No balloon driver runs in the guest: nothing can be moved.
     NoDriver,
     /// Its API does not answer, or answers nonsense.
@@ -99,6 +106,7 @@ impl fmt::Display for Standing {
             Self::Following => "following",
             Self::Static => "static",
             Self::Booting => "booting",
+            Self::Leaving => "leaving",
             Self::NoDriver => "no driver",
             Self::NotAnswering => "not answering",
             Self::Stale => "no reports",
@@ -118,6 +126,17 @@ pub(super) struct Watch {
     rest: Duration,
     /// Its balloon has been at its target once since it was first seen.
     settled: bool,
+    driver: SeenDriver,
+}
+
+/// What was ever seen of a guest's balloon driver.
+#[derive(Clone, Copy, Debug, Default)]
+enum SeenDriver {
+    #[default]
+    Never,
+    Running,
+    /// When it went for the first time.
+    Gone(Duration),
 }
 
 impl Watch {
@@ -126,7 +145,13 @@ impl Watch {
         if said.driver == DriverState::Absent {
             // Nobody is there to follow; the balloon begins anew when someone is.
             (self.since, self.settled) = (None, false);
+            if let SeenDriver::Running = self.driver {
+                self.driver = SeenDriver::Gone(now);
+            }
             return false;
+        }
+        if let SeenDriver::Never = self.driver {
+            self.driver = SeenDriver::Running;
         }
         // Its VMM knows better than whoever has just met it: a guest whose balancer was started
         // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
@@ -167,6 +192,11 @@ impl Watch {
         now < self.until
     }
 
+    /// Whether its driver has gone for the first time, and a moment ago.
+    pub fn is_leaving(&self, now: Duration) -> bool {
+        matches!(self.driver, SeenDriver::Gone(then) if now.saturating_sub(then) < LEAVING)
+    }
+
     pub fn is_settled(&self) -> bool {
         self.settled
     }
@@ -178,7 +208,7 @@ pub fn charge(standing: Standing, said: &Said) -> Bytes {
     let held = said.host_rss.min(full);
     match standing {
         Standing::NoDriver | Standing::Static => full,
-        Standing::Booting => said.target.max(held),
+        Standing::Booting | Standing::Leaving => said.target.max(held),
         Standing::Paused => held,
         Standing::Following | Standing::Stale | Standing::Stuck | Standing::NotAnswering => {
             said.target.max(said.actual).max(held)

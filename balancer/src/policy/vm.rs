@@ -216,7 +216,13 @@ impl Vm {
         memory.standing = if !said.limits.is_dynamic() {
             Standing::Static
         } else if said.driver == DriverState::Absent {
-            if self.uptime < guards::BOOT { Standing::Booting } else { Standing::NoDriver }
+            if memory.watch.is_leaving(now) {
+                Standing::Leaving
+            } else if self.uptime < guards::BOOT {
+                Standing::Booting
+            } else {
+                Standing::NoDriver
+            }
         } else if stuck || (memory.watch.is_resting(now) && guards.stuck_are_left_alone) {
             Standing::Stuck
         } else if !memory.watch.is_settled() && self.uptime < guards::BOOT {

@@ -126,7 +126,8 @@ impl Condition {
     pub const fn is_trouble(self) -> bool {
         match self {
             Self::Balanced(standing) => {
-                !matches!(standing, Standing::Following | Standing::Static | Standing::Booting)
+                use Standing::{Booting, Following, Leaving, Static};
+                !matches!(standing, Following | Static | Booting | Leaving)
             }
             Self::Alone(driver) => !matches!(driver, DriverState::Active),
             Self::LaidDown | Self::Paused | Self::Unreadable | Self::NotAnswering | Self::Dead => true,

@@ -108,7 +108,17 @@ fn a_booting_guest_is_charged_what_it_holds_until_its_balloon_is_there() {
     world.guests[0].vm.said.driver = DriverState::Absent;
     world.guests[0].vm.uptime = guards::BOOT;
     world.run(1);
+    assert_eq!(world.guests[0].vm.standing(), Standing::Leaving);
+    assert_eq!(world.balance.charged, Bytes::mib(256));
+    world.run(guards::LEAVING.as_secs() as u32);
+    assert_eq!(world.guests[0].vm.standing(), Standing::NoDriver);
     assert_eq!(world.balance.charged, Bytes::gib(1));
+    // Whoever comes and goes is believed once.
+    world.guests[0].vm.said.driver = DriverState::Active;
+    world.run(3);
+    world.guests[0].vm.said.driver = DriverState::Absent;
+    world.run(1);
+    assert_eq!(world.guests[0].vm.standing(), Standing::NoDriver);
 }
 
 #[test]
