@@ -3,9 +3,9 @@
 //! No clock and no I/O: `now` is handed in, targets are handed out. The parts in the order
 //! in which a decision is made: [`said`] (what is known), [`demand`] and [`stall`] (what a
 //! guest needs), [`entitlement`] (what it may have), [`host_state`] (how hurried the host
-//! is), [`vm`] (how far one may be moved), [`moves`] (who is), [`last_resort`] (when nothing
-//! is left to move), [`guards`] (what must not happen), [`reason`] (why it happened).
-//! [`settings`] is what an operator may change.
+//! is), `rest` (who was moved a short time ago), [`vm`] (how far one may be moved), [`moves`]
+//! (who is), [`last_resort`] (when nothing is left to move), [`guards`] (what must not
+//! happen), [`reason`] (why it happened). [`settings`] is what an operator may change.
 //!
 //! Grants and payments are two phases. A shrink decided now frees nothing now:
 //! a VM is charged the larger of its target and what it has, so memory counts as
@@ -18,6 +18,7 @@ pub mod host_state;
 pub mod last_resort;
 pub mod moves;
 pub mod reason;
+mod rest;
 pub mod said;
 pub mod settings;
 pub mod stall;
@@ -119,19 +120,14 @@ impl Policy {
             returning = Bytes::ZERO;
         }
         let ample = self.ample(pool);
-        let Granted { left, unserved, postponed } = self.grow(now, to_give, ample, vms, decisions);
+        let Granted { left, unserved, mut postponed } = self.grow(now, to_give, ample, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
         let owed: Bytes = vms.iter().map(Vm::owes).sum();
-        // A host that waits for memory itself has less than its budget says: one more pool is kept.
-        let mut kept = if host_state::is_pressed(host.pressure) { pool.saturating_add(pool) } else { pool };
         // Buffers that wait are paid for by who has more than it may, once nothing presses.
-        let postponed = if self.state == HostState::Normal { postponed } else { Bytes::ZERO };
-        if postponed > Bytes::ZERO {
-            kept = kept.max(pool.percent(moves::AMPLE_PERCENT).saturating_add(postponed));
+        if self.state > HostState::Normal {
+            postponed = Bytes::ZERO;
         }
-        if returning > Bytes::ZERO {
-            kept = kept.max(pool.saturating_add(returning));
-        }
+        let kept = to_keep(pool, host.pressure, postponed, returning);
         let refill = kept.saturating_add(over).saturating_sub(left.saturating_add(slack));
         let short = unserved.saturating_add(refill).saturating_sub(owed);
         let waiting = unserved.saturating_add(postponed).saturating_add(returning);
@@ -234,6 +230,17 @@ impl Policy {
         }
         self.ask(capacity, vms, what);
     }
+}
+
+/// What is to be free: the pool, and what somebody waits for.
+fn to_keep(pool: Bytes, pressure: Option<Pressure>, postponed: Bytes, returning: Bytes) -> Bytes {
+    // A host that waits for memory itself has less than its budget says: one more pool is kept.
+    let kept = if host_state::is_pressed(pressure) { pool.saturating_add(pool) } else { pool };
+    let buffers = match postponed {
+        Bytes::ZERO => Bytes::ZERO,
+        waiting => pool.percent(moves::AMPLE_PERCENT).saturating_add(waiting),
+    };
+    kept.max(buffers).max(pool.saturating_add(returning))
 }
 
 #[cfg(test)]

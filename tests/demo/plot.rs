@@ -113,7 +113,14 @@ fn draw_chart(area: &Area<'_>, what: &Chart) -> Result<()> {
         // Room for the legend on the right.
         .build_cartesian_2d(0.0..what.end * 1.15, 0.0..what.top)
         .map_err(|e| wrong(&e))?;
-    chart.configure_mesh().light_line_style(WHITE).draw().map_err(|e| wrong(&e))?;
+    let whole = |value: &f64| format!("{value:.0}");
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .x_label_formatter(&whole)
+        .y_label_formatter(&whole)
+        .draw()
+        .map_err(|e| wrong(&e))?;
     let fill = what.filled.colour.mix(0.35);
     chart
         .draw_series(AreaSeries::new(what.filled.points.iter().copied(), 0.0, fill))

@@ -5,11 +5,12 @@ use std::time::Duration;
 use balloon::status::{DriverState, Pauser};
 use balloon::units::{Bytes, Pages};
 
-use super::demand::{AHEAD, Demand, Follow, News};
+use super::demand::{Demand, Follow, News};
 use super::entitlement::Claim;
 use super::guards::{self, Standing, Watch};
 use super::host_state::HostState;
 use super::reason::{Decision, Reason, Rule};
+use super::rest::Rest;
 use super::{Said, Settings, Vcpus};
 
 /// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
@@ -24,10 +25,6 @@ pub const BAND_PERCENT: u64 = 3;
 
 /// Pieces smaller than this are not granted or taken one by one.
 pub const PIECE: Bytes = Bytes::mib(4);
-
-/// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
-/// of whether a guest stands still.
-const SEEN_PERCENT: u64 = 94;
 
 /// A report older than this many ticks is stale.
 pub const STALE_TICKS: u32 = 3;
@@ -55,9 +52,7 @@ pub struct Vm {
 struct Memory {
     demand: Demand,
     watch: Watch,
-    grown: Option<Moved>,
-    shrunk: Option<Moved>,
-    refilled_from: Option<Duration>,
+    rest: Rest,
     /// Found stuck in this very round, which has its decision already.
     just_stuck: bool,
     /// The policy had it paused, and has not had it resumed.
@@ -74,50 +69,6 @@ struct Memory {
     beyond: Option<Duration>,
     /// What of its need is within its fair share, while not everyone's need fits.
     assured: Bytes,
-}
-
-/// When a target was last moved one way, what the guest used then, and what it was held to use.
-#[derive(Clone, Copy, Debug)]
-struct Moved {
-    at: Duration,
-    /// When the guest was last seen on its way there.
-    arrives: Duration,
-    used: Bytes,
-    held: Bytes,
-}
-
-impl Moved {
-    /// Whether a report tells what was used when the move was made. The one that it followed is
-    /// older, and while memory moves nobody knows the use exactly.
-    fn is_told(&self, reported: Duration) -> bool {
-        (self.at..self.arrives + AHEAD).contains(&reported)
-    }
-}
-
-impl Memory {
-    /// Takes in what a report tells of the last moves: a burst may have been over when it was
-    /// followed, and use may have risen while memory went.
-    fn learn_of_moves(&mut self, now: Duration, said: &Said, reported: Duration) {
-        let used = self.demand.used().unwrap_or_default();
-        if let Some(grown) = &mut self.grown {
-            if said.actual < said.target {
-                grown.arrives = now;
-            }
-            if grown.is_told(reported) {
-                grown.held = grown.held.min(used);
-            }
-        }
-        if let Some(shrunk) = &mut self.shrunk {
-            if said.actual > said.target {
-                shrunk.arrives = now;
-            }
-            if shrunk.is_told(reported) {
-                let used = used.min(said.target.percent(SEEN_PERCENT));
-                shrunk.used = shrunk.used.max(used);
-                shrunk.held = shrunk.held.max(used);
-            }
-        }
-    }
 }
 
 /// How a VM is looked at in one round.
@@ -209,7 +160,7 @@ impl Vm {
                     rises: guards.rises_are_led,
                 };
                 memory.demand.report(now, &news, follow);
-                memory.learn_of_moves(now, said, news.reported);
+                memory.rest.learn(now, said, &memory.demand, news.reported);
             }
         }
         let stuck = memory.watch.look(now, said) && guards.stuck_are_left_alone;
@@ -339,33 +290,6 @@ impl Vm {
         actual
     }
 
-    /// Whether it was shrunk a short time ago and its use has not risen since.
-    fn rests_shrunk(&self, now: Duration, rest: Duration) -> bool {
-        self.memory.shrunk.is_some_and(|moved| {
-            now.saturating_sub(moved.at) < rest
-                && self.memory.demand.held() <= moved.held.percent(100 + guards::STEADY_PERCENT)
-        })
-    }
-
-    /// Whether it was grown a short time ago and its use has not fallen since.
-    fn rests_grown(&self, now: Duration, rest: Duration) -> bool {
-        self.memory.grown.is_some_and(|moved| {
-            now.saturating_sub(moved.at) < rest
-                && self.memory.demand.held() >= moved.held.percent(100 - guards::STEADY_PERCENT)
-        })
-    }
-
-    /// Whether it was shrunk so short a time ago that growing it would be a turn.
-    fn was_just_shrunk(&self, now: Duration, rest: Duration) -> bool {
-        self.memory.shrunk.is_some_and(|moved| now.saturating_sub(moved.at) < rest.min(guards::TURN))
-    }
-
-    /// Whether it uses no more than when it was last shrunk.
-    fn stands_still(&self) -> bool {
-        let used = self.used().unwrap_or_default();
-        self.memory.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + guards::STILL_PERCENT))
-    }
-
     /// How far the target lies below what it may have, where that is worth moving.
     pub(super) fn gap(&self, now: Duration, settings: &Settings) -> Option<Gap> {
         let Said { target, limits, .. } = self.said;
@@ -376,11 +300,12 @@ impl Vm {
         // that claims all there is would keep the others from their buffers.
         let mut urgent = may.min(self.urgent().max(self.memory.assured));
         if settings.guards.moves_rest {
-            let just_shrunk = self.was_just_shrunk(now, settings.rest);
-            if just_shrunk && target >= limits.min() && self.stands_still() {
+            let Memory { demand, rest, .. } = &self.memory;
+            let just_shrunk = rest.just_shrunk(now, settings.rest);
+            if just_shrunk && target >= limits.min() && rest.stands_still(demand) {
                 return None;
             }
-            if just_shrunk || self.rests_shrunk(now, settings.rest) {
+            if just_shrunk || rest.from_shrink(now, settings.rest, demand) {
                 may = may.min(self.urgent());
                 urgent = may;
             }
@@ -409,7 +334,7 @@ impl Vm {
             HostState::Emergency => settings.rest.min(guards::TURN),
             _ => settings.rest,
         };
-        if settings.guards.moves_rest && self.rests_grown(now, rest) {
+        if settings.guards.moves_rest && self.memory.rest.from_grow(now, rest, &self.memory.demand) {
             return Bytes::ZERO;
         }
         // Where another waits, the band of each VM would be a pool that serves nobody.
@@ -432,16 +357,14 @@ impl Vm {
 
     /// What of `surplus` may be taken when nobody is short and only the pool is refilled.
     pub(super) fn unhurried(&self, round: &Round, surplus: Bytes) -> Bytes {
-        let since =
-            |then: Option<Duration>| then.map_or(Duration::MAX, |then| round.now.saturating_sub(then));
-        let grown = since(self.memory.grown.map(|moved| moved.at));
-        if round.state < HostState::Hard && grown < guards::REST_AFTER_GROW {
+        let rest = &self.memory.rest;
+        if round.state < HostState::Hard && rest.since_grow(round.now) < guards::REST_AFTER_GROW {
             return Bytes::ZERO;
         }
         if round.state > HostState::Normal {
             return surplus;
         }
-        if since(self.memory.refilled_from) < guards::UNHURRIED {
+        if rest.since_refill(round.now) < guards::UNHURRIED {
             return Bytes::ZERO;
         }
         Bytes(surplus.0 / guards::UNHURRIED_PART).max(DEADBAND).min(surplus)
@@ -461,22 +384,14 @@ impl Vm {
         }
     }
 
-    fn moved(&self, at: Duration) -> Moved {
-        let used = self.used().unwrap_or_default();
-        Moved { at, arrives: at, used, held: self.memory.demand.held() }
-    }
-
     /// Notes that it is grown.
     pub(super) fn grows(&mut self, now: Duration) {
-        self.memory.grown = Some(self.moved(now));
+        self.memory.rest.grows(now, &self.memory.demand);
     }
 
     /// Notes that it is shrunk; `hurried` where another VM waits for it.
     pub(super) fn shrinks(&mut self, now: Duration, hurried: bool) {
-        self.memory.shrunk = Some(self.moved(now));
-        if !hurried {
-            self.memory.refilled_from = Some(now);
-        }
+        self.memory.rest.shrinks(now, &self.memory.demand, hurried);
     }
 
     /// Whether its vCPUs run and it answers.

@@ -1,0 +1,125 @@
+//! How one guest was moved last, and how long it rests from that.
+
+use std::time::Duration;
+
+use balloon::units::Bytes;
+
+use super::Said;
+use super::demand::{AHEAD, Demand};
+use super::guards::{STEADY_PERCENT, STILL_PERCENT, TURN};
+
+/// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
+/// of whether a guest stands still.
+const SEEN_PERCENT: u64 = 94;
+
+/// The last moves of one guest.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rest {
+    grown: Option<Moved>,
+    shrunk: Option<Moved>,
+    refilled_from: Option<Duration>,
+}
+
+/// When a target was last moved one way, what the guest used then, and what it was held to use.
+#[derive(Clone, Copy, Debug)]
+struct Moved {
+    at: Duration,
+    /// When the guest was last seen on its way there.
+    arrives: Duration,
+    used: Bytes,
+    held: Bytes,
+}
+
+impl Moved {
+    fn now(at: Duration, demand: &Demand) -> Self {
+        Self { at, arrives: at, used: demand.used().unwrap_or_default(), held: demand.held() }
+    }
+
+    /// Whether a report tells what was used when the move was made. The one that it followed is
+    /// older, and while memory moves nobody knows the use exactly.
+    fn is_told(&self, reported: Duration) -> bool {
+        (self.at..self.arrives + AHEAD).contains(&reported)
+    }
+
+    fn is_within(&self, now: Duration, rest: Duration) -> bool {
+        now.saturating_sub(self.at) < rest
+    }
+}
+
+impl Rest {
+    /// Notes that it is grown.
+    pub fn grows(&mut self, now: Duration, demand: &Demand) {
+        self.grown = Some(Moved::now(now, demand));
+    }
+
+    /// Notes that it is shrunk; `hurried` where another VM waits for it.
+    pub fn shrinks(&mut self, now: Duration, demand: &Demand, hurried: bool) {
+        self.shrunk = Some(Moved::now(now, demand));
+        if !hurried {
+            self.refilled_from = Some(now);
+        }
+    }
+
+    /// Takes in what a report tells of the last moves: a burst may have been over when it was
+    /// followed, and use may have risen while memory went.
+    pub fn learn(&mut self, now: Duration, said: &Said, demand: &Demand, reported: Duration) {
+        let used = demand.used().unwrap_or_default();
+        if let Some(grown) = &mut self.grown {
+            if said.actual < said.target {
+                grown.arrives = now;
+            }
+            if grown.is_told(reported) {
+                grown.held = grown.held.min(used);
+            }
+        }
+        if let Some(shrunk) = &mut self.shrunk {
+            if said.actual > said.target {
+                shrunk.arrives = now;
+            }
+            if shrunk.is_told(reported) {
+                let used = used.min(said.target.percent(SEEN_PERCENT));
+                shrunk.used = shrunk.used.max(used);
+                shrunk.held = shrunk.held.max(used);
+            }
+        }
+    }
+
+    /// Whether it was shrunk within `rest` and its use has not risen since.
+    pub fn from_shrink(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
+        self.shrunk.is_some_and(|moved| {
+            moved.is_within(now, rest) && demand.held() <= moved.held.percent(100 + STEADY_PERCENT)
+        })
+    }
+
+    /// Whether it was grown within `rest` and its use has not fallen since.
+    pub fn from_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
+        self.grown.is_some_and(|moved| {
+            moved.is_within(now, rest) && demand.held() >= moved.held.percent(100 - STEADY_PERCENT)
+        })
+    }
+
+    /// Whether it was shrunk so short a time ago that growing it would be a turn.
+    pub fn just_shrunk(&self, now: Duration, rest: Duration) -> bool {
+        self.shrunk.is_some_and(|moved| moved.is_within(now, rest.min(TURN)))
+    }
+
+    /// Whether it uses no more than when it was last shrunk.
+    pub fn stands_still(&self, demand: &Demand) -> bool {
+        let used = demand.used().unwrap_or_default();
+        self.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + STILL_PERCENT))
+    }
+
+    /// How long ago it was grown.
+    pub fn since_grow(&self, now: Duration) -> Duration {
+        since(now, self.grown.map(|moved| moved.at))
+    }
+
+    /// How long ago the pool was last refilled from it.
+    pub fn since_refill(&self, now: Duration) -> Duration {
+        since(now, self.refilled_from)
+    }
+}
+
+fn since(now: Duration, then: Option<Duration>) -> Duration {
+    then.map_or(Duration::MAX, |then| now.saturating_sub(then))
+}
