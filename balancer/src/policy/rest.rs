@@ -32,7 +32,8 @@ struct Moved {
 
 impl Moved {
     fn now(at: Duration, demand: &Demand) -> Self {
-        Self { at, arrives: at, used: demand.used().unwrap_or_default(), held: demand.held() }
+        let (used, held) = (demand.used().unwrap_or_default(), demand.held());
+        Self { at, arrives: at, used, held }
     }
 
     /// Whether a report tells what was used when the move was made. The one that it followed is
@@ -60,18 +61,9 @@ impl Rest {
         }
     }
 
-    /// Takes in what a report tells of the last moves: a burst may have been over when it was
-    /// followed, and use may have risen while memory went.
+    /// Takes in what a report tells of the last shrink: use may have risen while memory went.
     pub fn learn(&mut self, now: Duration, said: &Said, demand: &Demand, reported: Duration) {
         let used = demand.used().unwrap_or_default();
-        if let Some(grown) = &mut self.grown {
-            if said.actual < said.target {
-                grown.arrives = now;
-            }
-            if grown.is_told(reported) {
-                grown.held = grown.held.min(used);
-            }
-        }
         if let Some(shrunk) = &mut self.shrunk {
             if said.actual > said.target {
                 shrunk.arrives = now;
@@ -91,7 +83,8 @@ impl Rest {
         })
     }
 
-    /// Whether it was grown within `rest` and its use has not fallen since.
+    /// Whether it was grown within `rest` and its use has not fallen since. A burst may have been over
+    /// when it was followed: then others may need what was given for nothing.
     pub fn from_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
         self.grown.is_some_and(|moved| {
             moved.is_within(now, rest) && demand.held() >= moved.held.percent(100 - STEADY_PERCENT)
