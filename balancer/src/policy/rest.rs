@@ -77,7 +77,7 @@ impl Rest {
     }
 
     /// Whether it was shrunk within `rest` and its use has not risen since.
-    pub fn from_shrink(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
+    pub fn after_shrink(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
         self.shrunk.is_some_and(|moved| {
             moved.is_within(now, rest) && demand.held() <= moved.held.percent(100 + STEADY_PERCENT)
         })
@@ -85,7 +85,7 @@ impl Rest {
 
     /// Whether it was grown within `rest` and its use has not fallen since. A burst may have been over
     /// when it was followed: then others may need what was given for nothing.
-    pub fn from_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
+    pub fn after_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
         self.grown.is_some_and(|moved| {
             moved.is_within(now, rest) && demand.held() >= moved.held.percent(100 - STEADY_PERCENT)
         })

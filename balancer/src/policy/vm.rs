@@ -305,7 +305,7 @@ impl Vm {
             if just_shrunk && target >= limits.min() && rest.stands_still(demand) {
                 return None;
             }
-            if just_shrunk || rest.from_shrink(now, settings.rest, demand) {
+            if just_shrunk || rest.after_shrink(now, settings.rest, demand) {
                 may = may.min(self.urgent());
                 urgent = may;
             }
@@ -334,7 +334,7 @@ impl Vm {
             HostState::Emergency => settings.rest.min(guards::TURN),
             _ => settings.rest,
         };
-        if settings.guards.moves_rest && self.memory.rest.from_grow(now, rest, &self.memory.demand) {
+        if settings.guards.moves_rest && self.memory.rest.after_grow(now, rest, &self.memory.demand) {
             return Bytes::ZERO;
         }
         // Where another waits, the band of each VM would be a pool that serves nobody.
