@@ -171,10 +171,10 @@ impl Policy {
     /// What each VM may have.
     ///
     /// If everyone's need fits, each has it, and the rest is shared as comfort. If not, in this
-    /// order: what can't wait within fair shares; what can't wait beyond them, of those who have
-    /// not been there for long; the buffers of those within theirs; and the rest. So buffers are
-    /// lent to bursts, most of which are short, and who claims more than its share for long keeps
-    /// nobody from a buffer. For what can't wait the pool is there too.
+    /// order: what can't wait within fair shares; what can't wait beyond them, as far as that is
+    /// believed ([`Vm::borrows`]); the buffers of those within theirs; and the rest. So buffers are
+    /// lent to who uses more than its share, and who only says so for long keeps nobody from one.
+    /// For what can't wait the pool is there too.
     ///
     /// Returns the room that is to be made for a VM that was laid down. It comes before comfort, and
     /// after all needs of those that run.

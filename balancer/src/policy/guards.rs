@@ -236,11 +236,15 @@ pub fn floor(state: HostState, lasts: bool, used: Bytes, bare: Bytes, size: Byte
 
 /// What a guest has touched, and one step more: as far as its claim is no mere word.
 pub fn touched(said: &Said) -> Bytes {
-    said.host_rss.saturating_add(Bytes::mib(128).max(Bytes(said.host_rss.0 / 8)))
+    said.host_rss.saturating_add(whole_step(said.host_rss))
 }
 
 /// The most that one guest is asked to give up at a time, less what it still owes.
 pub fn step(said: &Said) -> Bytes {
-    let most = Bytes::mib(128).max(Bytes(said.target.0 / 8));
-    most.saturating_sub(said.actual.saturating_sub(said.target))
+    whole_step(said.target).saturating_sub(said.actual.saturating_sub(said.target))
+}
+
+/// How far a guest of this size is moved at a time.
+fn whole_step(size: Bytes) -> Bytes {
+    Bytes::mib(128).max(Bytes(size.0 / 8))
 }
