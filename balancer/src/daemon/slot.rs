@@ -243,6 +243,7 @@ impl Slot {
         let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
         vm.uptime = now.saturating_sub(self.started);
         vm.answers = !self.errs && silent <= patience;
+        vm.said.since = silent;
         vm.said.pausable = pauses && self.vmm.knows_who_paused() && self.resort.may_pause(now);
         vm.said.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
         Some(vm)

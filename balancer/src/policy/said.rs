@@ -105,6 +105,8 @@ impl From<&Report> for Stalls {
 pub struct Said {
     /// What the administrator set.
     pub limits: Limits,
+    /// How long ago it said so, before the round that looks at it: the figures below were so then.
+    pub since: Duration,
     /// What it was last asked to have.
     pub target: Bytes,
     /// What it has.
@@ -163,6 +165,7 @@ impl Said {
         let startup = limits.startup();
         Self {
             limits,
+            since: Duration::ZERO,
             target: startup,
             actual: startup,
             host_rss: Bytes::ZERO,
