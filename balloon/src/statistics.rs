@@ -10,7 +10,7 @@ use devices::virtio::device::Active;
 use devices::virtio::queue::{Chain, Head, Verdict, give_back};
 use vm_memory::GuestMemoryMmap;
 
-use crate::device::handle::{Driver, Shared};
+use crate::device::handle::{Answers, Driver, Shared};
 use crate::report::Report;
 use crate::stalls::Stalls;
 use crate::timer::Timer;
@@ -22,17 +22,18 @@ const ENTRY: usize = 10;
 const MOST_ENTRIES: usize = 256;
 
 /// How often a guest is asked that waits for memory, and how many times since it last did more so.
+/// What others ask it meanwhile does not count.
 const HURRY: Duration = Duration::from_millis(250);
 const HURRIED: u32 = 8;
 
-/// Asks for statistics at an interval and keeps the buffer between the questions.
+/// Asks for statistics at an interval, counted from the last question, and keeps the buffer between the questions.
 pub(crate) struct Statistics {
     shared: Arc<Shared>,
     interval: Duration,
     timer: Timer,
     held: Option<Head>,
     stalls: Stalls,
-    /// Questions that are still asked at a quicker pace.
+    /// Times that the timer still comes at a quicker pace.
     hurried: u32,
 }
 
@@ -82,10 +83,11 @@ impl Statistics {
             let mut state = self.shared.state();
             state.report = Some((Instant::now(), report));
             state.counters.reports += 1;
-            if let Driver::Active { owes_statistics } = &mut state.driver {
-                *owes_statistics = None;
+            if let Driver::Active(answers) = &mut state.driver {
+                *answers = Answers::Given;
             }
         }
+        self.shared.reported();
         if stalls {
             self.hurried = HURRIED;
             self.shared.stalled();
@@ -96,9 +98,7 @@ impl Statistics {
 
     /// Asks more often while the guest waits for memory.
     fn pace(&mut self) {
-        let hurries = self.hurried > 0;
-        self.hurried = self.hurried.saturating_sub(1);
-        let interval = if hurries { self.interval.min(HURRY) } else { self.interval };
+        let interval = if self.hurried > 0 { self.interval.min(HURRY) } else { self.interval };
         if let Err(error) = self.timer.set_interval(interval) {
             tracing::warn!("the guest is asked for statistics as often as before: {error}");
         }
@@ -107,6 +107,7 @@ impl Statistics {
     /// Asks at the interval.
     pub(crate) fn tick(&mut self, queue: usize, active: Option<&mut Active>) {
         self.timer.read();
+        self.hurried = self.hurried.saturating_sub(1);
         if let Some(active) = active {
             self.ask(queue, active);
         }
@@ -118,9 +119,13 @@ impl Statistics {
         {
             let mut state = self.shared.state();
             state.counters.statistics_requests += 1;
-            if let Driver::Active { owes_statistics } = &mut state.driver {
-                *owes_statistics = Some(Instant::now());
+            if let Driver::Active(answers) = &mut state.driver {
+                *answers = Answers::Owed(Instant::now());
             }
+        }
+        // Whoever asks more often than the timer leaves it nothing to ask.
+        if let Err(error) = self.timer.restart() {
+            tracing::warn!("the guest is asked for statistics more often than it should be: {error}");
         }
         give_back(active, queue, head, 0);
     }

@@ -43,6 +43,14 @@ impl Timer {
         Ok(())
     }
 
+    /// Counts its interval from now on, where it runs.
+    pub(crate) fn restart(&mut self) -> io::Result<()> {
+        if self.running {
+            self.fd.reset(self.interval, Some(self.interval))?;
+        }
+        Ok(())
+    }
+
     /// Fires at another interval from now on.
     pub(crate) fn set_interval(&mut self, interval: Duration) -> io::Result<()> {
         if interval == self.interval {

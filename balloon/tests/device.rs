@@ -319,6 +319,67 @@ fn a_guest_is_asked_what_it_has_free_when_that_matters() {
 }
 
 #[test]
+fn whoever_asks_for_a_report_has_the_guest_asked_at_once_and_not_twice() {
+    let (mut guest, handle) = guest(config());
+    let reports = Arc::new(AtomicUsize::new(0));
+    let counted = reports.clone();
+    handle.when_reported(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    assert!(!handle.ask_for_report(), "nobody is there to ask");
+    guest.start(0);
+    assert!(handle.ask_for_report(), "a driver begins with a report");
+    guest.run();
+    assert_eq!((guest.used(STATISTICS), handle.counters().statistics_requests), (vec![], 0));
+    send_statistics(&mut guest, 3, 4..6);
+    assert_eq!(reports.load(Ordering::Relaxed), 1);
+
+    assert!(handle.ask_for_report() && handle.ask_for_report());
+    guest.run();
+    assert!(handle.ask_for_report(), "it owes an answer");
+    guest.run();
+    assert_eq!((guest.used(STATISTICS), handle.counters().statistics_requests), (vec![(3, 0)], 1));
+    assert_eq!(reports.load(Ordering::Relaxed), 1);
+    let asked = Instant::now();
+    send_statistics(&mut guest, 3, 4..6);
+    assert_eq!(reports.load(Ordering::Relaxed), 2);
+    assert!(handle.report_age().unwrap() <= asked.elapsed());
+    assert_eq!(guest.used(STATISTICS), [], "nobody wants another");
+}
+
+#[test]
+fn a_driver_that_does_not_answer_is_not_waited_for() {
+    let (mut guest, handle) = guest(config());
+    guest.start(1 << STATS_VQ);
+    assert!(!handle.ask_for_report(), "it has no queue for that");
+    guest.set_available(DEFLATE, 1000);
+    guest.notify(DEFLATE);
+    assert_eq!(handle.driver(), DriverState::Broken);
+    assert!(!handle.ask_for_report());
+    guest.reset();
+    assert!(!handle.ask_for_report());
+}
+
+/// So that a guest which is asked each second already is not asked twice a second.
+#[test]
+fn the_timer_counts_from_the_last_question() {
+    let interval = Duration::from_millis(400);
+    let (mut guest, handle) = guest(Config { statistics_interval: interval, ..config() });
+    guest.start(0);
+    send_statistics(&mut guest, 0, 4..6);
+    std::thread::sleep(interval / 2);
+    handle.ask_for_report();
+    let asked = Instant::now();
+    guest.run();
+    assert_eq!(guest.used(STATISTICS), [(0, 0)]);
+    send_statistics(&mut guest, 0, 4..6);
+    while guest.used(STATISTICS).is_empty() {
+        assert!(guest.wait(10_000), "the timer never comes");
+    }
+    assert!(asked.elapsed() >= interval, "it came {:?} after the question", asked.elapsed());
+}
+
+#[test]
 fn a_second_buffer_for_statistics_comes_back() {
     let (mut guest, handle) = guest(config());
     guest.start(0);
@@ -351,6 +412,7 @@ fn a_guest_that_does_not_answer_falls_silent_and_can_come_back() {
     guest.run();
     assert_eq!(handle.driver(), DriverState::Silent);
     assert!(handle.report().unwrap().age_ms >= 5000);
+    assert!(!handle.ask_for_report(), "it was asked, and is not waited for any longer");
     // It may still do as it is told.
     handle.set_target(MAP).unwrap();
     send_statistics(&mut guest, 0, 0..4);

@@ -1,7 +1,7 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use balloon::agent::AgentStatus;
 use balloon::limits::Limits;
@@ -213,6 +213,20 @@ impl Control {
             counters: balloon.counters(),
             plug: steering.plug(),
         }
+    }
+
+    /// Has the guest asked for a report where its newest is older than `max_age`. Returns whether one can
+    /// be expected: then whoever listens to the [`Feed`] is woken when it is there.
+    pub fn expects_report(&self, max_age: Duration) -> bool {
+        // A guest that stands still answers nobody, and would pass for silent.
+        let (Some(parts), VmState::Running) = (self.parts.get(), *lock(&self.state)) else { return false };
+        let balloon = parts.steering.balloon();
+        if balloon.report_age().is_some_and(|age| age <= max_age) {
+            return false;
+        }
+        // First: the report may be there before the question is out.
+        self.feed.expect_report();
+        balloon.ask_for_report()
     }
 
     /// Where this VM's memory lies in this process.

@@ -1,4 +1,5 @@
-//! What happens to a VM's memory, for those who wait for it: `GET /memory/events`.
+//! What happens to a VM's memory, for those who wait for it: `GET /memory/events`, and `GET /memory` where
+//! it waits for a report.
 //!
 //! Only the latest events are kept. A reader that falls behind them has lost
 //! some, and is sent away: nobody's slowness costs the VM memory or time.
@@ -21,7 +22,18 @@ struct State {
     /// The sequence number of the newest event; 0 before the first.
     newest: u64,
     readers: usize,
+    /// Somebody waits for the guest's next report.
+    report_expected: bool,
     wake: Option<EventFd>,
+}
+
+impl State {
+    fn wake(&self) {
+        if let Some(wake) = &self.wake {
+            // The one failure is a full counter, which is a wake-up already pending.
+            let _ = wake.write(1);
+        }
+    }
 }
 
 /// The events of one VM.
@@ -48,9 +60,21 @@ impl Feed {
             state.events.pop_front();
         }
         state.events.push_back(event);
-        if let (Some(wake), 1..) = (&state.wake, state.readers) {
-            // The one failure is a full counter, which is a wake-up already pending.
-            let _ = wake.write(1);
+        if state.readers > 0 {
+            state.wake();
+        }
+    }
+
+    /// The next report wakes those who wait.
+    pub fn expect_report(&self) {
+        self.state().report_expected = true;
+    }
+
+    /// The guest has sent a report.
+    pub fn report_came(&self) {
+        let mut state = self.state();
+        if std::mem::take(&mut state.report_expected) {
+            state.wake();
         }
     }
 
@@ -154,5 +178,18 @@ mod tests {
         assert_eq!(wake.read().unwrap(), 1);
         readers.pop();
         assert!(feed.subscribe(None).is_some());
+    }
+
+    #[test]
+    fn a_report_wakes_whoever_expects_it_once() {
+        let feed = Feed::default();
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        feed.wake_with(wake.try_clone().unwrap());
+        feed.report_came();
+        assert!(wake.read().is_err(), "nobody waits");
+        feed.expect_report();
+        feed.report_came();
+        feed.report_came();
+        assert_eq!(wake.read().unwrap(), 1);
     }
 }

@@ -160,6 +160,8 @@ impl Machine {
         let rng = wiring.virtio(Box::new(Rng::new()))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let (feed, agent) = (Arc::clone(control.feed()), control.agent().clone());
+        let reports = Arc::clone(&feed);
+        handle.when_reported(move || reports.report_came());
         handle.when_stalled(move || feed.push(EventKind::Stalls, agent.status(Instant::now())));
         let mut devices: Vec<Subscriber> = vec![rng];
         if config.agent {

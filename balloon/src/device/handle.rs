@@ -35,11 +35,26 @@ pub enum TargetError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Driver {
     Absent,
-    Active {
-        /// Since when statistics are owed; `None` while none are.
-        owes_statistics: Option<Instant>,
-    },
+    Active(Answers),
     Broken,
+}
+
+/// How the driver stands with questions for statistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answers {
+    /// It did not agree on them.
+    Never,
+    /// It was asked at that moment, and has not answered yet.
+    Owed(Instant),
+    /// It has answered the last question.
+    Given,
+}
+
+impl Answers {
+    /// Those of a driver that was just asked; never, where it did not agree on them.
+    pub(crate) fn owed(agreed: bool) -> Self {
+        if agreed { Self::Owed(Instant::now()) } else { Self::Never }
+    }
 }
 
 /// What the device and its handles share; held for moments only.
@@ -55,16 +70,22 @@ pub(crate) struct State {
     pub(crate) actual: Pages,
     pub(crate) driver: Driver,
     pub(crate) report: Option<(Instant, Report)>,
+    /// Somebody wants a newer one.
+    pub(crate) report_wanted: bool,
     pub(crate) counters: BalloonCounters,
 }
 
 pub(crate) struct Shared {
     pub(crate) map: Bytes,
-    /// Tells the device that the target has changed.
+    /// Tells the device that the target has changed, or that a report is wanted.
     pub(crate) wake: EventFd,
     state: Mutex<State>,
-    when_stalled: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    when_reported: OnceLock<Tell>,
+    when_stalled: OnceLock<Tell>,
 }
+
+/// Called on the balloon's event loop.
+type Tell = Box<dyn Fn() + Send + Sync>;
 
 impl Shared {
     pub(crate) fn new(map: Bytes, target: Bytes) -> io::Result<Self> {
@@ -76,14 +97,23 @@ impl Shared {
             actual: Pages(0),
             driver: Driver::Absent,
             report: None,
+            report_wanted: false,
             counters: BalloonCounters::default(),
         };
         Ok(Self {
             map,
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             state: Mutex::new(state),
+            when_reported: OnceLock::new(),
             when_stalled: OnceLock::new(),
         })
+    }
+
+    /// A report is there.
+    pub(crate) fn reported(&self) {
+        if let Some(tell) = self.when_reported.get() {
+            tell();
+        }
     }
 
     /// A report shows that the guest waits for memory.
@@ -156,11 +186,31 @@ impl Handle {
         match self.0.state().driver {
             Driver::Absent => DriverState::Absent,
             Driver::Broken => DriverState::Broken,
-            Driver::Active { owes_statistics: Some(since) } if since.elapsed() > SILENT_AFTER => {
-                DriverState::Silent
-            }
-            Driver::Active { .. } => DriverState::Active,
+            Driver::Active(Answers::Owed(since)) if since.elapsed() > SILENT_AFTER => DriverState::Silent,
+            Driver::Active(_) => DriverState::Active,
         }
+    }
+
+    /// How old the guest's last report is; `None` where it never sent one.
+    pub fn report_age(&self) -> Option<Duration> {
+        self.0.state().report.as_ref().map(|(came, _)| came.elapsed())
+    }
+
+    /// Asks the guest for a report now; a question that is already on its way is not asked again.
+    /// Returns whether an answer can be expected: not where no driver answers such questions, and not
+    /// from one that is [silent](DriverState::Silent).
+    pub fn ask_for_report(&self) -> bool {
+        {
+            let mut state = self.0.state();
+            match state.driver {
+                Driver::Absent | Driver::Broken | Driver::Active(Answers::Never) => return false,
+                Driver::Active(Answers::Owed(since)) => return since.elapsed() <= SILENT_AFTER,
+                Driver::Active(Answers::Given) => state.report_wanted = true,
+            }
+        }
+        // The one failure is a full counter, which is a wake-up already pending.
+        let _ = self.0.wake.write(1);
+        true
     }
 
     /// The guest's last report, if it ever sent one.
@@ -169,6 +219,12 @@ impl Handle {
         let (came, statistics) = state.report.as_ref()?;
         let age_ms = u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX);
         Some(AgedReport { age_ms, statistics: statistics.clone() })
+    }
+
+    /// Has `tell` called, on the balloon's event loop, when a report has come.
+    /// Only the first call counts.
+    pub fn when_reported(&self, tell: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.when_reported.set(Box::new(tell));
     }
 
     /// Has `tell` called, on the balloon's event loop, when a report shows that the guest waits for

@@ -23,7 +23,7 @@ pub mod saved;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
@@ -32,7 +32,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::GuestMemoryMmap;
 
-use handle::{Driver, Shared};
+use handle::{Answers, Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
 
 use crate::discard::Discard;
@@ -268,6 +268,11 @@ impl Balloon {
         true
     }
 
+    /// Whether somebody wants a report that is newer than the last.
+    fn take_question(&self) -> bool {
+        std::mem::take(&mut self.shared.state().report_wanted)
+    }
+
     /// After any event: lets go what waits for nothing more, tells the guest what it is asked for
     /// now, and keeps time while there is something to come.
     fn follow_up(&mut self, active: &mut Active, quiet: bool) {
@@ -394,10 +399,10 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, active: &mut Active) {
         let statistics = active.features & 1 << STATS_VQ != 0;
-        let owes_statistics = statistics.then(Instant::now);
         {
             let mut state = self.shared.state();
-            state.driver = Driver::Active { owes_statistics };
+            // A driver brings its buffer unasked, with its first report.
+            state.driver = Driver::Active(Answers::owed(statistics));
             state.followed = wanted_pages(self.shared.map, state.target) == Pages(0);
         }
         if statistics {
@@ -445,7 +450,7 @@ impl VirtioDevice for Balloon {
             TIMER => self.timer.read(),
             _ => return,
         }
-        let is_new = self.take_request();
+        let (is_new, is_asked) = (self.take_request(), self.take_question());
         let Some(active) = active else {
             // Nobody to ask: a driver that comes finds it in the configuration space.
             self.told = self.pace.asked();
@@ -455,7 +460,8 @@ impl VirtioDevice for Balloon {
             self.pace.tick();
         }
         // What the guest said last may be a second old: it had less free then, or more.
-        if is_new && self.pace.asked() < self.pace.wanted() || index == WAKE && self.pace.waits_for_news() {
+        let decides = is_new && self.pace.asked() < self.pace.wanted();
+        if is_asked || decides || index == WAKE && self.pace.waits_for_news() {
             self.statistics.ask(STATISTICS, active);
         }
         self.follow_up(active, index == TIMER);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
-use super::handle::Driver;
+use super::handle::{Answers, Driver};
 use super::pace::{Pace, PaceState};
 use super::{Balloon, STATS_VQ, wanted_pages};
 use crate::ranges::Range;
@@ -96,9 +96,8 @@ impl Balloon {
         let driver = match active {
             None => Driver::Absent,
             Some(_) if state.broken => Driver::Broken,
-            Some(_) => Driver::Active {
-                owes_statistics: (answers && state.statistics_buffer.is_none()).then(Instant::now),
-            },
+            Some(_) if answers && state.statistics_buffer.is_some() => Driver::Active(Answers::Given),
+            Some(_) => Driver::Active(Answers::owed(answers)),
         };
         self.pace = Pace::resumed(self.shared.map, state.pace);
         (self.told, self.poison, self.faults) = (state.told, state.poison, state.faults);

@@ -1,4 +1,4 @@
-//! One client: reading a request, or writing a response, never both.
+//! One client: reading a request, waiting for its answer, or writing it, one after the other.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::http::{self, Parsed, Request, Response};
+use super::http::{self, Answer, Parsed, Request};
 use super::stream::Stream;
 
 /// How long a client may say nothing between two requests.
@@ -43,6 +43,9 @@ pub enum Next {
 enum State {
     /// Waiting for a request, or for the rest of one.
     Reading,
+    /// The request at the front of the input can't be answered yet; it is put again when something
+    /// has come, or its time is over.
+    Waiting { since: Instant },
     /// Sending a response.
     Writing { response: Vec<u8>, sent: usize, keep_alive: bool },
     /// Sending lines as they come; `unsent` is what the socket has not taken yet.
@@ -51,6 +54,9 @@ enum State {
     /// its next write fail before it could read that response.
     Draining,
 }
+
+/// Answers a request that has waited for so long.
+pub type Answering<'a> = dyn Fn(Request<'_>, Duration) -> Answer + 'a;
 
 /// One client's connection.
 #[derive(Debug)]
@@ -80,6 +86,8 @@ impl Connection {
     pub const fn interest(&self) -> EventSet {
         match self.state {
             State::Reading | State::Draining => EventSet::IN,
+            // What it sends meanwhile has time. That it has gone is told unasked (EPOLLHUP).
+            State::Waiting { .. } => EventSet::empty(),
             State::Writing { .. } => EventSet::OUT,
             // Input is the word that the client has gone.
             State::Streaming { ref unsent, .. } if unsent.is_empty() => EventSet::IN,
@@ -87,7 +95,7 @@ impl Connection {
         }
     }
 
-    /// When the client's patience with us, and ours with it, ends.
+    /// When the client's patience with us, and ours with it, ends. One that waits is answered then.
     pub const fn deadline(&self) -> Instant {
         self.deadline
     }
@@ -102,11 +110,17 @@ impl Connection {
         matches!(self.state, State::Streaming { .. })
     }
 
+    /// Whether it waits for an answer.
+    pub const fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Waiting { .. })
+    }
+
     /// Goes on as far as the socket allows, a bounded number of steps.
-    pub fn advance(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) -> Next {
+    pub fn advance(&mut self, now: Instant, answer: &Answering<'_>) -> Next {
         for _ in 0..MOST_STEPS {
             let step = match &self.state {
-                State::Reading => self.read(now, answer),
+                State::Reading => self.read(now, Instant::now(), answer),
+                State::Waiting { since } => self.read(now, *since, answer),
                 State::Writing { .. } => self.write(now),
                 State::Streaming { .. } => self.stream(now),
                 State::Draining => self.drain(),
@@ -136,9 +150,16 @@ impl Connection {
         }
     }
 
-    fn read(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) -> io::Result<Next> {
+    /// Answers the request at the front of the input, which has been there `since` then.
+    fn read(&mut self, now: Instant, since: Instant, answer: &Answering<'_>) -> io::Result<Next> {
         let (response, keep_alive, taken) = match http::parse(&self.input) {
-            Parsed::Complete { request, length, keep_alive } => (answer(request), keep_alive, length),
+            Parsed::Complete { request, length, keep_alive } => match answer(request, since.elapsed()) {
+                Answer::Now(response) => (response, keep_alive, length),
+                Answer::Later(limit) => {
+                    (self.state, self.deadline) = (State::Waiting { since }, since + limit);
+                    return Ok(Next::Wait);
+                }
+            },
             Parsed::Malformed(response) => (response, false, self.input.len()),
             Parsed::Incomplete => return self.receive(now),
         };

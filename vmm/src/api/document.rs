@@ -2,6 +2,7 @@
 //! described is served, and what is served is described.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use balloon::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use balloon::limits::Limits;
@@ -13,7 +14,8 @@ use balloon::status::{
 use balloon::units::Bytes;
 use serde_json::{Value, json};
 
-use super::http::{Request, Response};
+use super::fresh::{Fresh, LONGEST_WAIT, USUAL_WAIT};
+use super::http::{Answer, Request, Response};
 use super::routes::{ROUTES, route};
 use crate::control::Control;
 use crate::inspect::{MappedRegion, MemoryMap, TranslateRequest, Translation};
@@ -56,9 +58,19 @@ fn described<'a>(document: &'a Value, method: &str, path: &str, status: u16) -> 
     }
 }
 
+/// The answer of a VM that is not started, for which nobody has to wait.
+fn at_once(control: &Control, method: &str, target: &str, body: &str) -> Response {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    match route(Request { method, path, query, body: body.as_bytes() }, Duration::ZERO, control) {
+        Answer::Now(response) => response,
+        Answer::Later(limit) => panic!("{method} {target} may take {limit:?}"),
+    }
+}
+
 /// Asks the server, and holds its answer against the document.
-fn ask(document: &Value, control: &Control, method: &str, path: &str, body: &str) -> Response {
-    let answer = route(Request { method, path, body: body.as_bytes() }, control);
+fn ask(document: &Value, control: &Control, method: &str, target: &str, body: &str) -> Response {
+    let answer = at_once(control, method, target, body);
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
     let response = described(document, method, path, answer.status.code());
     match answer.content_type {
         None => assert!(response["content"].is_null(), "{method} {path} has no body"),
@@ -105,10 +117,38 @@ fn every_answer_is_as_described() {
 }
 
 #[test]
+fn what_may_be_asked_of_a_reports_age_is_as_described() {
+    let document = document();
+    let parameters = document["paths"]["/memory"]["get"]["parameters"].as_array().unwrap();
+    let ms = |duration: Duration| json!(u64::try_from(duration.as_millis()).unwrap());
+    let mut names = BTreeSet::new();
+    for parameter in parameters {
+        let (name, schema) = (parameter["name"].as_str().unwrap(), &parameter["schema"]);
+        assert!(Fresh::parse(&format!("{name}=1")).is_ok(), "{name}");
+        if name == "wait_ms" {
+            assert_eq!((&schema["default"], &schema["maximum"]), (&ms(USUAL_WAIT), &ms(LONGEST_WAIT)));
+        }
+        names.insert(name);
+    }
+    assert_eq!(names, BTreeSet::from(["max_age_ms", "wait_ms"]));
+    for (query, status) in [
+        ("", 200),
+        ("max_age_ms=0", 200),
+        ("max_age_ms=20&wait_ms=1000", 200),
+        ("wait_ms=1001", 400),
+        ("max_age_ms=soon", 400),
+        ("x=1", 400),
+    ] {
+        let answer = ask(&document, &control(), "GET", &format!("/memory?{query}"), "");
+        assert_eq!(answer.status.code(), status, "{query}");
+    }
+}
+
+#[test]
 fn paths_and_methods_that_are_not_served_get_the_error_that_is_described() {
     let document = document();
     for (method, path) in [("GET", "/"), ("POST", "/vm"), ("GET", "/memory/target"), ("get", "/vm")] {
-        let answer = route(Request { method, path, body: b"" }, &control());
+        let answer = at_once(&control(), method, path, "");
         assert!([404, 405].contains(&answer.status.code()), "{method} {path}");
         check(&document, named(&document, "Error"), &serde_json::from_slice(&answer.body).unwrap());
     }

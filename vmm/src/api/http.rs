@@ -5,6 +5,7 @@
 //! [`LONGEST_BODY`], [`MOST_HEADERS`] header lines.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -26,6 +27,8 @@ pub struct Request<'a> {
     pub method: &'a str,
     /// The path without its query.
     pub path: &'a str,
+    /// The query; empty where there is none.
+    pub query: &'a str,
     /// The body; empty where none was sent.
     pub body: &'a [u8],
 }
@@ -46,6 +49,22 @@ pub enum Parsed<'a> {
     },
     /// Nothing that could be answered otherwise, and no telling where the next request begins.
     Malformed(Response),
+}
+
+/// What a request comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// This.
+    Now(Response),
+    /// Nothing yet. The same request is to be put again when something has come that it may wait for,
+    /// and at the latest when it has waited for so long in all.
+    Later(Duration),
+}
+
+impl From<Response> for Answer {
+    fn from(response: Response) -> Self {
+        Self::Now(response)
+    }
 }
 
 /// One response, ready to be sent.
@@ -229,9 +248,9 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     let Some(body) = bytes.get(head_length..length) else {
         return Parsed::Incomplete;
     };
-    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let keep_alive = framing.keep_alive.unwrap_or(version == 1);
-    Parsed::Complete { request: Request { method, path, body }, length, keep_alive }
+    Parsed::Complete { request: Request { method, path, query, body }, length, keep_alive }
 }
 
 /// What the headers say about where a request ends and what comes after it.
@@ -312,7 +331,7 @@ mod tests {
     #[test]
     fn a_request_is_read_up_to_its_end() {
         let bytes = b"PUT /memory/target?x=1 HTTP/1.1\r\nhost: vm\r\ncontent-length: 4\r\n\r\nbodyGET";
-        let request = Request { method: "PUT", path: "/memory/target", body: b"body" };
+        let request = Request { method: "PUT", path: "/memory/target", query: "x=1", body: b"body" };
         assert_eq!(parse(bytes), Parsed::Complete { request, length: bytes.len() - 3, keep_alive: true });
         for cut in 0..bytes.len() - 3 {
             assert_eq!(parse(&bytes[..cut]), Parsed::Incomplete, "{cut}");

@@ -5,12 +5,13 @@
 //! process hold is bounded by the buffers of those few connections.
 //!
 //! [`http`] turns bytes into requests and responses into bytes, [`routes`]
-//! turns a request into a response; both are pure. `connection` is one
+//! turns a request into a response, or says how long it may wait for one. `connection` is one
 //! client's state, `socket` the way in, and [`Server`] turns the wheel.
 
 mod connection;
 #[cfg(test)]
 mod document;
+pub mod fresh;
 pub mod http;
 pub mod metrics;
 pub mod routes;

@@ -1,10 +1,13 @@
-//! What each path and method does: a pure function from a request to a response.
+//! What each path and method does: a function from a request to a response.
+
+use std::time::Duration;
 
 use balloon::limits::Limits;
 use balloon::status::{PauseRequest, TargetRequest};
 use serde::de::DeserializeOwned;
 
-use super::http::{Request, Response, Status};
+use super::fresh::Fresh;
+use super::http::{Answer, Request, Response, Status};
 use super::metrics;
 use crate::control::{Control, ControlError};
 
@@ -14,62 +17,93 @@ pub struct Route {
     pub method: &'static str,
     /// Its path, whole.
     pub path: &'static str,
-    act: fn(&Control, &[u8]) -> Response,
+    act: Act,
 }
+
+enum Act {
+    /// With the request's body; answered at once.
+    Do(fn(&Control, &[u8]) -> Response),
+    /// With the request's query, and for how long it has waited.
+    Await(fn(&Control, &str, Duration) -> Answer),
+}
+
+use Act::{Await, Do};
 
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
 pub const ROUTES: [Route; 12] = [
-    Route { method: "GET", path: "/vm", act: |control, _| Response::json(&control.status()) },
+    Route { method: "GET", path: "/vm", act: Do(|control, _| Response::json(&control.status())) },
     Route {
         method: "POST",
         path: "/vm/pause",
-        act: |control, body| in_name_of(body, |PauseRequest { by }| control.pause(by)),
+        act: Do(|control, body| in_name_of(body, |PauseRequest { by }| control.pause(by))),
     },
     Route {
         method: "POST",
         path: "/vm/resume",
-        act: |control, body| in_name_of(body, |PauseRequest { by }| control.resume(by)),
+        act: Do(|control, body| in_name_of(body, |PauseRequest { by }| control.resume(by))),
     },
-    Route { method: "POST", path: "/vm/power-button", act: |control, _| answer(control.power_button()) },
-    Route { method: "POST", path: "/vm/shutdown", act: |control, _| answer(control.shutdown()) },
-    Route { method: "GET", path: "/memory", act: |control, _| Response::json(&control.memory()) },
+    Route { method: "POST", path: "/vm/power-button", act: Do(|control, _| answer(control.power_button())) },
+    Route { method: "POST", path: "/vm/shutdown", act: Do(|control, _| answer(control.shutdown())) },
+    Route { method: "GET", path: "/memory", act: Await(memory) },
     Route {
         method: "POST",
         path: "/vm/translate",
-        act: |control, body| with(body, |asked| control.translate(asked).map(|seen| Response::json(&seen))),
+        act: Do(|control, body| {
+            with(body, |asked| control.translate(asked).map(|seen| Response::json(&seen)))
+        }),
     },
-    Route { method: "GET", path: "/memory/map", act: |control, _| Response::json(&control.memory_map()) },
-    Route { method: "GET", path: "/memory/events", act: |control, _| events(control) },
+    Route { method: "GET", path: "/memory/map", act: Do(|control, _| Response::json(&control.memory_map())) },
+    Route { method: "GET", path: "/memory/events", act: Do(|control, _| events(control)) },
     Route {
         method: "PUT",
         path: "/memory/target",
-        act: |control, body| put(body, |wanted: TargetRequest| control.set_target(wanted.target)),
+        act: Do(|control, body| put(body, |wanted: TargetRequest| control.set_target(wanted.target))),
     },
     Route {
         method: "PUT",
         path: "/memory/limits",
-        act: |control, body| put(body, |limits: Limits| control.set_limits(limits)),
+        act: Do(|control, body| put(body, |limits: Limits| control.set_limits(limits))),
     },
     Route {
         method: "GET",
         path: "/metrics",
-        act: |control, _| metrics::response(control.status(), control.memory()),
+        act: Do(|control, _| metrics::response(control.status(), control.memory())),
     },
 ];
 
-/// Carries out one request.
-pub fn route(request: Request<'_>, control: &Control) -> Response {
+/// Carries out one request, which has `waited` so long since it was first put. Putting the same request
+/// again is how it waits on: what it came to before is forgotten.
+pub fn route(request: Request<'_>, waited: Duration, control: &Control) -> Answer {
     let here = || ROUTES.iter().filter(|route| route.path == request.path);
     if let Some(route) = here().find(|route| route.method == request.method) {
-        return (route.act)(control, request.body);
+        return match route.act {
+            Do(act) => act(control, request.body).into(),
+            Await(act) => act(control, request.query, waited),
+        };
     }
     let methods: Vec<&str> = here().map(|route| route.method).collect();
     if methods.is_empty() {
-        return Response::error(Status::NotFound, &format!("there is no {}", request.path));
+        return Response::error(Status::NotFound, &format!("there is no {}", request.path)).into();
     }
     let allow = methods.join(", ");
     let sentence = format!("{} takes {allow}, not {}", request.path, request.method);
-    Response { allow: Some(allow), ..Response::error(Status::MethodNotAllowed, &sentence) }
+    Response { allow: Some(allow), ..Response::error(Status::MethodNotAllowed, &sentence) }.into()
+}
+
+/// A VM's memory, with a report of its guest as fresh as was asked for, where one comes in time. What came
+/// since it was asked for is fresh.
+fn memory(control: &Control, query: &str, waited: Duration) -> Answer {
+    let fresh = match Fresh::parse(query) {
+        Ok(fresh) => fresh,
+        Err(error) => return Response::error(Status::BadRequest, &error.to_string()).into(),
+    };
+    if let Some(max_age) = fresh.max_age
+        && control.expects_report(max_age.max(waited))
+        && waited < fresh.wait
+    {
+        return Answer::Later(fresh.wait);
+    }
+    Response::json(&control.memory()).into()
 }
 
 fn events(control: &Control) -> Response {

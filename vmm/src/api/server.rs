@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::connection::{Connection, Next};
-use super::http::{Request, Response};
+use super::connection::{Answering, Connection, Next};
 use super::routes::route;
 use super::socket::{BindError, SocketFile, listen};
 use crate::control::Control;
@@ -63,10 +62,10 @@ impl Server {
     pub fn run(self, control: &Control) -> io::Result<()> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         control.feed().wake_with(wake.try_clone()?);
-        self.serve(&wake, &|request| route(request, control))
+        self.serve(&wake, &|request, waited| route(request, waited, control))
     }
 
-    fn serve(self, wake: &EventFd, answer: &dyn Fn(Request<'_>) -> Response) -> io::Result<()> {
+    fn serve(self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
         let epoll = Epoll::new()?;
         let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
         watch(self.stop.as_raw_fd(), STOP)?;
@@ -95,7 +94,7 @@ impl Server {
                         let _ = wake.read();
                         clients.pass_on(now, answer);
                     }
-                    slot => clients.advance(slot as usize, now, answer),
+                    slot => clients.stir(slot as usize, now, answer),
                 }
             }
             clients.go_on(now, answer);
@@ -221,7 +220,21 @@ impl<'a> Clients<'a> {
         Door::Open
     }
 
-    fn advance(&mut self, index: usize, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) {
+    fn waits(&self, index: usize) -> bool {
+        self.slots.get(index).and_then(Option::as_ref).is_some_and(|client| client.connection.is_waiting())
+    }
+
+    /// A client's socket has something.
+    fn stir(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
+        // Of one that waits nothing is wanted: all that comes is its end.
+        if self.waits(index) {
+            self.close(index);
+        } else {
+            self.advance(index, now, answer);
+        }
+    }
+
+    fn advance(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
         let Some(Some(client)) = self.slots.get_mut(index) else {
             return;
         };
@@ -239,28 +252,26 @@ impl<'a> Clients<'a> {
     }
 
     /// Something has happened that some clients wait for.
-    fn pass_on(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) {
+    fn pass_on(&mut self, now: Instant, answer: &Answering<'_>) {
         for index in 0..MOST_CONNECTIONS {
-            if self
-                .slots
-                .get(index)
-                .and_then(Option::as_ref)
-                .is_some_and(|client| client.connection.is_stream())
-            {
+            let connection = self.slots.get(index).and_then(Option::as_ref).map(|client| &client.connection);
+            if connection.is_some_and(|connection| connection.is_stream() || connection.is_waiting()) {
                 self.advance(index, now, answer);
             }
         }
     }
 
-    /// Serves those with work left over, and closes those whose time is over.
-    fn go_on(&mut self, now: Instant, answer: &dyn Fn(Request<'_>) -> Response) {
+    /// Serves those with work left over and those that have waited long enough, and closes the others
+    /// whose time is over.
+    fn go_on(&mut self, now: Instant, answer: &Answering<'_>) {
         for index in 0..MOST_CONNECTIONS {
             let Some(Some(client)) = self.slots.get(index) else {
                 continue;
             };
-            if client.connection.deadline() <= now {
+            let is_over = client.connection.deadline() <= now;
+            if is_over && !client.connection.is_waiting() {
                 self.close(index);
-            } else if client.again {
+            } else if is_over || client.again {
                 self.advance(index, now, answer);
             }
         }
