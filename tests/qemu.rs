@@ -27,7 +27,7 @@ struct Test {
 
 impl Test {
     fn report(&mut self) -> Result<Box<Status>, Error> {
-        self.runtime.block_on(self.client.report())
+        self.runtime.block_on(self.client.report(Duration::ZERO))
     }
 
     fn set_target(&mut self, target: Bytes) {
@@ -128,13 +128,15 @@ fn it_moves(test: &mut Test) {
 fn another_client_waits(test: &mut Test, qemu: &Qemu) {
     let mut second = client(qemu.socket()).with_timeout(Duration::from_millis(500));
     for _ in 0..2 {
-        let error = test.runtime.block_on(second.report()).expect_err("QMP serves one client");
+        let error = test.runtime.block_on(second.report(Duration::ZERO)).expect_err("QMP serves one client");
         assert!(matches!(error, Error::Busy { .. }), "{error:?}");
         assert!(error.to_string().contains("one client at a time"), "{error}");
     }
     // When the first one goes, the one that waited is served.
     test.client = client(Path::new("/nowhere.qmp"));
-    wait_for("the second client to be served", USUALLY, || test.runtime.block_on(second.report()).ok());
+    wait_for("the second client to be served", USUALLY, || {
+        test.runtime.block_on(second.report(Duration::ZERO)).ok()
+    });
 }
 
 fn a_new_daemon_reads_the_truth(test: &mut Test, qemu: &Qemu) {

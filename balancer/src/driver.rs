@@ -38,6 +38,9 @@ pub use self::error::Error;
 /// the tick of the balancer, which must not wait longer for anyone.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A guest's report that is older than this is news of the past: the guest is asked for another.
+pub const FRESH: Duration = Duration::from_millis(20);
+
 /// The largest answer that is read. A full one is about 2 KiB.
 pub const LARGEST_ANSWER: usize = 256 << 10;
 
@@ -96,8 +99,11 @@ pub trait Driver: Send {
     /// Where the VM is spoken to.
     fn socket(&self) -> &Path;
 
-    /// How the VM stands.
-    fn report(&mut self) -> Answer<'_, Box<Status>>;
+    /// How the VM stands. Where its guest's last report is not [`FRESH`], the guest is asked for another,
+    /// and the VM may wait for it, for `patience` (a second at most). Without patience the guest is asked
+    /// all the same, for the sake of the next call. VMMs that don't let themselves be told when to ask
+    /// their guests tell what they have.
+    fn report(&mut self, patience: Duration) -> Answer<'_, Box<Status>>;
 
     /// Asks the guest to have `target`. What the VMM really took is in the next report.
     fn set_target(&mut self, target: Bytes) -> Answer<'_, ()>;

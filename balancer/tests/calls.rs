@@ -73,6 +73,30 @@ async fn others_pay_between_the_rounds_too() {
 }
 
 #[tokio::test]
+async fn a_guest_is_asked_for_fresh_figures_and_only_a_round_waits_for_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
+    let (_daemon, start) = daemon(&directory, Bytes::gib(2), &[&vm]).await;
+    until(start, "the round's question", || !vm.state().patience.is_empty()).await;
+    assert!(vm.state().patience.iter().all(|patience| *patience == Some(100)), "{:?}", vm.state().patience);
+    until(start, "the daemon to listen", || vm.state().call()).await;
+    until(start, "a question between the rounds", || vm.state().patience.last() == Some(&Some(0))).await;
+}
+
+#[tokio::test]
+async fn who_waits_for_memory_is_looked_at_when_another_calls() {
+    let directory = tempfile::tempdir().unwrap();
+    // All is given out and nobody can pay, so that it waits from the first round on and nothing moves.
+    let poor = FakeVm::start(directory.path(), "poor", LIMITS, Bytes::mib(250));
+    let other = FakeVm::start(directory.path(), "other", "256M,min=256M,max=1G", Bytes::mib(100));
+    let (_daemon, start) = daemon(&directory, Bytes::mib(512), &[&poor, &other]).await;
+    let between = |vm: &FakeVm| vm.state().patience.iter().filter(|patience| **patience == Some(0)).count();
+    until(start, "the daemon to listen", || other.state().call()).await;
+    until(start, "a question to who waits", || between(&poor) > 0).await;
+    assert_eq!(poor.state().targets, []);
+}
+
+#[tokio::test]
 async fn a_vm_that_tells_nonsense_or_nothing_is_balanced_by_polling() {
     let directory = tempfile::tempdir().unwrap();
     let mute = FakeVm::start(directory.path(), "mute", LIMITS, Bytes::mib(100));

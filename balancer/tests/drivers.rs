@@ -31,7 +31,7 @@ fn limits() -> Option<Wanted> {
 }
 
 async fn report(driver: &mut impl Driver) -> Status {
-    *driver.report().await.unwrap()
+    *driver.report(Duration::ZERO).await.unwrap()
 }
 
 // Firecracker.
@@ -349,7 +349,7 @@ async fn a_wrong_answer_to_any_question_is_named_and_the_next_one_counts() {
         for body in wrong_bodies() {
             let (status, right) = vm.script().answers[*request].clone();
             vm.answer(request, 200, &body);
-            let error = driver.report().await.unwrap_err();
+            let error = driver.report(Duration::ZERO).await.unwrap_err();
             assert!(matches!(error, Error::Nonsense { .. }), "{request} {body:.40}: {error:?}");
             vm.answer(request, status, &right);
             report(&mut driver).await;
@@ -360,7 +360,7 @@ async fn a_wrong_answer_to_any_question_is_named_and_the_next_one_counts() {
     let mut driver = cloud_hypervisor(&vm);
     for body in wrong_bodies() {
         vm.answer("GET /api/v1/vm.info", 200, &body);
-        let error = driver.report().await.unwrap_err();
+        let error = driver.report(Duration::ZERO).await.unwrap_err();
         assert!(matches!(error, Error::Nonsense { .. }), "{body:.40}: {error:?}");
     }
 }
@@ -378,7 +378,7 @@ async fn a_wrong_line_of_qemus_is_named_and_the_next_connection_counts() {
             vm.answer(command, 0, &format!("\"return\": {body}"));
             // What is asked once for each connection is asked on a new one.
             let mut driver = qemu(&vm);
-            let outcome = driver.report().await;
+            let outcome = driver.report(Duration::ZERO).await;
             // An empty list of devices is an answer, too.
             if !(command.starts_with("qom-list") && body == "[]") {
                 let error = outcome.unwrap_err();
@@ -407,14 +407,14 @@ async fn bytes_that_are_no_protocol_are_bounded_in_time_and_size() {
         let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(30)]).into_owned();
         let vm = Recorded::qmp(socket, &qemu_answers());
         vm.script().bytes = Some(bytes.clone());
-        let error = qemu(&vm).report().await.unwrap_err();
+        let error = qemu(&vm).report(Duration::ZERO).await.unwrap_err();
         assert!(matches!(error, Error::Nonsense { .. }), "{shown:?}: {error:?}");
         vm.script().bytes = None;
         report(&mut qemu(&vm)).await;
 
         let vm = Recorded::http(directory.path().join("http"), FIRECRACKER);
         vm.script().bytes = Some(bytes);
-        let error = firecracker(&vm).report().await.unwrap_err();
+        let error = firecracker(&vm).report(Duration::ZERO).await.unwrap_err();
         assert!(matches!(error, Error::Nonsense { .. } | Error::HungUp { .. }), "{shown:?}: {error:?}");
         vm.script().bytes = None;
         report(&mut firecracker(&vm)).await;
@@ -430,7 +430,10 @@ async fn slow_ones_are_given_up_on() {
         vm.script().delay = Duration::from_secs(60);
     }
     let begun = Instant::now();
-    for error in [qemu(&qmp).report().await.unwrap_err(), firecracker(&http).report().await.unwrap_err()] {
+    for error in [
+        qemu(&qmp).report(Duration::ZERO).await.unwrap_err(),
+        firecracker(&http).report(Duration::ZERO).await.unwrap_err(),
+    ] {
         assert!(matches!(error, Error::NotAnswering { .. }), "{error:?}");
     }
     assert!(begun.elapsed() >= LIMIT * 2);
@@ -441,9 +444,9 @@ async fn a_socket_without_a_process_is_no_vm() {
     let (_directory, socket) = place();
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     for error in [
-        Qemu::new("vm", &socket, None).report().await.unwrap_err(),
-        Firecracker::new(&socket, None).report().await.unwrap_err(),
-        CloudHypervisor::new(&socket, None).report().await.unwrap_err(),
+        Qemu::new("vm", &socket, None).report(Duration::ZERO).await.unwrap_err(),
+        Firecracker::new(&socket, None).report(Duration::ZERO).await.unwrap_err(),
+        CloudHypervisor::new(&socket, None).report(Duration::ZERO).await.unwrap_err(),
     ] {
         assert!(matches!(error, Error::NoSuchVm { .. }), "{error:?}");
         assert!(!error.to_string().contains("ballast ps"), "{error}");

@@ -49,6 +49,9 @@ const EPOCH: Duration = Duration::from_secs(24 * 3600);
 /// How long answers are waited for where a guest can't wait.
 const HURRY: Duration = Duration::from_millis(100);
 
+/// How long a VM may wait for its guest's report in a round. Linux answers well within a millisecond.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// While others still pay for what a calling guest is to get, they are looked at this often,
 const CHASE_EVERY: Duration = Duration::from_millis(50);
 
@@ -222,7 +225,7 @@ impl Daemon {
     /// Asks, decides, tells. No VM can make it longer than the tick.
     async fn round(&mut self) {
         let began = Instant::now();
-        self.ask(|_, _| true);
+        self.ask(PATIENCE, |_, _| true);
         self.gather(self.tick / 2).await;
         self.read_host();
         if self.knows_enough() {
@@ -245,7 +248,7 @@ impl Daemon {
         self.decided || self.began.elapsed() >= FIRST_ANSWERS || self.slots.values().all(Slot::is_heard)
     }
 
-    fn ask(&mut self, whom: impl Fn(u64, &Slot) -> bool) {
+    fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &Slot) -> bool) {
         for (&id, slot) in &mut self.slots {
             if slot.gone || !whom(id, slot) {
                 continue;
@@ -253,16 +256,19 @@ impl Daemon {
             // Without a driver its last request is still under way.
             let Some(mut driver) = slot.take_driver() else { continue };
             self.requests.spawn(async move {
-                let outcome = Outcome::Polled(driver.report().await);
+                let outcome = Outcome::Polled(driver.report(patience).await);
                 (id, driver, outcome)
             });
         }
     }
 
     /// A round between the rounds: for guests that call, and then until others have paid what these are
-    /// to get. Only VMs that have something new to say are asked.
+    /// to get. Only VMs that have something new to say are asked: those that call, that move, and that
+    /// wait for memory, so that they get what they want by now. A guest in distress may answer late, and
+    /// holds nobody up: what it says then is there at the next look.
     async fn answer(&mut self, callers: &BTreeSet<u64>) {
-        self.ask(|id, slot| callers.contains(&id) || slot.moves());
+        let eager: BTreeSet<u64> = callers.iter().chain(self.waiting.keys()).copied().collect();
+        self.ask(Duration::ZERO, |id, slot| eager.contains(&id) || slot.moves());
         self.gather(HURRY).await;
         self.read_host();
         if self.knows_enough() {

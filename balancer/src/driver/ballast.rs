@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::Error;
 use super::http::Http;
-use super::{Answer, Calls, DEFAULT_TIMEOUT, Driver, Kind, Status};
+use super::{Answer, Calls, DEFAULT_TIMEOUT, Driver, FRESH, Kind, Status};
 
 /// A client for one VM.
 ///
@@ -83,6 +83,20 @@ impl Client {
     /// See [`Error`].
     pub async fn memory(&mut self) -> Result<MemoryStatus, Error> {
         self.http.get("/memory").await
+    }
+
+    /// As [`Client::memory`], with a report that is no older than `max_age` where the guest can give one
+    /// within `patience`, a second at most. A VM of an older version answers as it always did.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn fresh_memory(
+        &mut self,
+        max_age: Duration,
+        patience: Duration,
+    ) -> Result<MemoryStatus, Error> {
+        let (max_age, wait) = (max_age.as_millis(), patience.as_millis());
+        self.http.get(&format!("/memory?max_age_ms={max_age}&wait_ms={wait}")).await
     }
 
     /// `PUT /memory/target`: asks the guest to have `target`.
@@ -169,7 +183,7 @@ impl Client {
         self.http.ask(path, question).await
     }
 
-    async fn stand(&mut self) -> Result<Box<Status>, Error> {
+    async fn stand(&mut self, patience: Duration) -> Result<Box<Status>, Error> {
         // Unknown again where anything fails: another process may take its place.
         let known = match self.known.take() {
             Some(known) => known,
@@ -180,7 +194,7 @@ impl Client {
                 Known { pid: vm.pid, started: now.checked_sub(uptime).unwrap_or(now) }
             }
         };
-        let memory = self.memory().await?;
+        let memory = self.fresh_memory(FRESH, patience).await?;
         self.known = Some(known);
         let uptime = Some(known.started.elapsed());
         Ok(Box::new(Status { pid: Some(known.pid), uptime, overhead: Bytes::ZERO, memory }))
@@ -196,8 +210,8 @@ impl Driver for Client {
         Some(Calls::new(self.socket().to_owned()))
     }
 
-    fn report(&mut self) -> Answer<'_, Box<Status>> {
-        Box::pin(self.stand())
+    fn report(&mut self, patience: Duration) -> Answer<'_, Box<Status>> {
+        Box::pin(self.stand(patience))
     }
 
     fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {

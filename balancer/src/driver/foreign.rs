@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::path::Path;
+use std::time::Duration;
 
 use balloon::limits::{Limits, Wanted};
 use balloon::units::Bytes;
@@ -30,7 +31,9 @@ impl<V: Foreign> Driver for V {
         Foreign::socket(self)
     }
 
-    fn report(&mut self) -> Answer<'_, Box<Status>> {
+    /// QEMU and Firecracker ask their guests at an interval of whole seconds, Cloud Hypervisor at each
+    /// question: none lets itself be told how long to wait.
+    fn report(&mut self, _patience: Duration) -> Answer<'_, Box<Status>> {
         Box::pin(async move {
             let told = self.look().await?;
             Ok(self.kept().status(told).await)

@@ -68,6 +68,9 @@ pub struct State {
     pub connections: u64,
     /// How often it was asked to pause or to run on.
     pub steered: u64,
+    /// How long it might wait for its guest's report each time that it was asked how it stands, in
+    /// milliseconds; `None` where any report would do.
+    pub patience: Vec<Option<u64>>,
     /// Every target it was asked for.
     pub targets: Vec<Bytes>,
     /// Who waits for its events.
@@ -135,6 +138,7 @@ impl FakeVm {
             requests: 0,
             connections: 0,
             steered: 0,
+            patience: Vec::new(),
             targets: Vec::new(),
             listeners: Vec::new(),
             pace: None,
@@ -341,7 +345,11 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         };
         return http(200, &serde_json::to_string(&status).unwrap());
     }
-    if text.starts_with("get /memory ") {
+    if let Some(query) = text.strip_prefix("get /memory").filter(|rest| rest.starts_with([' ', '?'])) {
+        state.patience.push(query.split_once("wait_ms=").map(|(_, rest)| {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            digits.parse().unwrap()
+        }));
         state.walk(name);
         return http(200, &serde_json::to_string(&state.memory()).unwrap());
     }
