@@ -1,8 +1,8 @@
 //! What can be asked of a VM that runs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use balloon::status::{Pauser, VmState};
+use balloon::status::{MemoryStatus, Pauser, VmState};
 use balloon::units::Bytes;
 use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
 
@@ -64,6 +64,56 @@ fn paused_by(vm: &Vm) -> Option<Pauser> {
     let by = vm.status().state.paused_by();
     assert_eq!(vm.memory().paused_by, by);
     by
+}
+
+/// How old a report may be that was just asked for. It takes the guest well under a millisecond; a busy
+/// emulated host has one processor for all.
+const YOUNG: u64 = 20;
+
+/// Counted in instructions, as milliseconds are what it is about.
+#[test]
+fn a_guest_is_asked_for_its_figures_when_its_vm_is() {
+    Host::new().guest(Kernel::V6_1).deterministic().usually(Duration::from_secs(60)).run(|| {
+        let images = Kernel::V6_1.guest_images();
+        let mut vm = VmSettings::new("asked", &images, "256M,min=128M", "ballast.console").start();
+        vm.wait_until_ready();
+        let before = vm
+            .wait_for_memory("a report", SOON, |memory| memory.report.is_some())
+            .counters
+            .statistics_requests;
+        let wait = Duration::from_secs(1);
+        let mut seen = Vec::new();
+        for _ in 0..10 {
+            let begun = Instant::now();
+            let memory = fresh_memory(&vm, wait);
+            seen.push((begun.elapsed(), memory.report.map(|report| report.age_ms)));
+        }
+        println!("time to the answer, and the report's age in it: {seen:?}");
+        assert!(
+            seen.iter().all(|(took, age)| *took < wait && age.is_some_and(|age| age <= YOUNG)),
+            "{seen:?}"
+        );
+        let asked = vm.memory().counters.statistics_requests - before;
+        assert!((10..=12).contains(&asked), "the guest was asked {asked} times");
+
+        // Who does not wait finds what the guest says at the next look.
+        let at_once = fresh_memory(&vm, Duration::ZERO).counters;
+        vm.wait_for_memory("the report", SOON, |memory| memory.counters.reports > at_once.reports);
+
+        vm.ask(async |client| client.pause().await).expect("a running VM pauses");
+        let (begun, before) = (Instant::now(), vm.memory().counters.statistics_requests);
+        let paused = fresh_memory(&vm, wait);
+        assert!(begun.elapsed() < wait, "it waited for a guest that stands still");
+        assert_eq!(paused.paused_by, Some(Pauser::Operator));
+        assert!(paused.counters.statistics_requests <= before + 1, "only the VM's own timer asks");
+        vm.kill();
+    });
+}
+
+/// `GET /memory` with a report made for it, where the guest sends one in time.
+fn fresh_memory(vm: &Vm, wait: Duration) -> MemoryStatus {
+    let answer = vm.ask(async |client| client.fresh_memory(Duration::ZERO, wait).await);
+    answer.expect("the VM tells its memory")
 }
 
 #[test]
