@@ -119,8 +119,7 @@ impl Policy {
         if self.state >= HostState::Hard {
             returning = Bytes::ZERO;
         }
-        let ample = self.ample(pool);
-        let Granted { left, unserved, mut postponed } = self.grow(now, to_give, ample, vms, decisions);
+        let Granted { left, unserved, mut postponed } = self.grow(now, to_give, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
         let owed: Bytes = vms.iter().map(Vm::owes).sum();
         // Buffers that wait are paid for by who has more than it may, once nothing presses.
@@ -142,17 +141,6 @@ impl Policy {
             decisions,
         );
         Balance { charged, free, over, unserved, state: self.state }
-    }
-
-    /// What must stay free when buffers are given.
-    fn ample(&self, pool: Bytes) -> Bytes {
-        if !self.settings.guards.buffers_wait {
-            Bytes::ZERO
-        } else if self.state == HostState::Normal {
-            pool.percent(moves::AMPLE_PERCENT)
-        } else {
-            Bytes(u64::MAX)
-        }
     }
 
     /// Whether an emergency has lasted. It is not over in the moment in which someone has
@@ -236,11 +224,7 @@ impl Policy {
 fn to_keep(pool: Bytes, pressure: Option<Pressure>, postponed: Bytes, returning: Bytes) -> Bytes {
     // A host that waits for memory itself has less than its budget says: one more pool is kept.
     let kept = if host_state::is_pressed(pressure) { pool.saturating_add(pool) } else { pool };
-    let buffers = match postponed {
-        Bytes::ZERO => Bytes::ZERO,
-        waiting => pool.percent(moves::AMPLE_PERCENT).saturating_add(waiting),
-    };
-    kept.max(buffers).max(pool.saturating_add(returning))
+    kept.max(pool.saturating_add(postponed.max(returning)))
 }
 
 #[cfg(test)]

@@ -119,6 +119,18 @@ impl Grow {
     }
 }
 
+/// When guests tell of themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reports {
+    /// When a law is about to look, as a VM of ballast's asks its guest (`GET /memory?max_age_ms=20`), and
+    /// by their own clock. One that waits for memory answers late.
+    #[default]
+    Asked,
+    /// By their own clock alone, as under a VMM that can't be told to ask.
+    Timed,
+}
+
 /// Everything about a run but the demand and the law.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
@@ -128,6 +140,8 @@ pub struct Setup {
     pub speeds: Speeds,
     /// By what guests grow.
     pub grow: Grow,
+    /// When guests tell of themselves, to all laws alike.
+    pub reports: Reports,
     /// What is wrong with the first VMs, one each.
     pub faults: Vec<Fault>,
 }

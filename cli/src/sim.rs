@@ -13,7 +13,7 @@ use balancer::sim::laws::Name;
 use balancer::sim::report::Report;
 use balancer::sim::sweep::{Source, Sweep, watch};
 use balancer::sim::trace::Kind;
-use balancer::sim::{Grow, Host, Setup, Speeds, plot, recorded};
+use balancer::sim::{Grow, Host, Reports, Setup, Speeds, plot, recorded};
 use balloon::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -84,6 +84,9 @@ pub struct Args {
     /// By what guests grow beyond what they start with
     #[arg(long, value_enum, default_value_t = GrowBy::Balloon)]
     grow: GrowBy,
+    /// When guests tell of themselves
+    #[arg(long, value_enum, default_value_t = Told::Asked)]
+    reports: Told,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -99,6 +102,15 @@ enum GrowBy {
     Balloon,
     /// Memory that is plugged in
     Plug,
+}
+
+/// See [`Reports`].
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Told {
+    /// When a law is about to look, as ballast's guests do
+    Asked,
+    /// Once a second by a clock of their own, as other VMMs' guests do
+    Timed,
 }
 
 fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
@@ -173,6 +185,10 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
         grow: match args.grow {
             GrowBy::Balloon => Grow::Balloon,
             GrowBy::Plug => Grow::Plug,
+        },
+        reports: match args.reports {
+            Told::Asked => Reports::Asked,
+            Told::Timed => Reports::Timed,
         },
         faults: args.faults.clone(),
     };

@@ -6,7 +6,7 @@ use balloon::limits::Limits;
 use balloon::units::Bytes;
 
 use super::said::{Said, Stalls};
-use super::stall::Distress;
+use super::stall::{APART, Distress};
 
 /// Short memory of use: a dip of a second or two is no reason to take anything.
 pub const FAST: Duration = Duration::from_secs(5);
@@ -37,15 +37,16 @@ pub const LEAD: Duration = Duration::from_secs(3);
 /// that varies by 1 % either way rises by 2 %.
 pub const RISE_PERCENT: u64 = 2;
 
-/// Reports closer to each other than this are one report that was read twice.
-const APART: Duration = Duration::from_millis(200);
-
 /// How many moments of `actual` are kept, to know what it was when a report was made.
 const MOMENTS: usize = 16;
 
 /// Moments closer than this to each other are kept as one: rounds between two ticks, of
 /// which there may be many, must not push out what is as old as a report.
 const MOMENT: Duration = Duration::from_millis(250);
+
+/// A report made within this before `actual` was read was made of that: a VM that asks its guest
+/// when it is asked itself answers as soon as the guest has.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What is remembered of one guest's use.
 #[derive(Clone, Debug, Default)]
@@ -59,10 +60,13 @@ pub struct Demand {
     last: Duration,
     held: Bytes,
     distress: Distress,
-    reported: Duration,
+    /// The report from which a rise is measured: when it was made, and the use that it told.
+    measured: Moment,
     committed: Option<Bytes>,
-    /// What is added for use that rises, and when that was last seen.
-    lead: (Duration, Bytes),
+    /// How far use was rising by the newest report.
+    coming: Bytes,
+    /// The farthest that it was for a while, and when that was last seen.
+    lead: Moment,
     doubt: Bytes,
 }
 
@@ -100,7 +104,7 @@ impl News {
 }
 
 impl Demand {
-    /// Takes in that the guest has `actual` now.
+    /// Takes in that the guest had `actual` when it was looked at, at `now` or a moment before.
     pub fn has(&mut self, now: Duration, actual: Bytes) {
         let before = self.seen.checked_sub(2).map(|seen| self.moments[seen % MOMENTS].0);
         if before.is_some_and(|before| now.saturating_sub(before) < MOMENT) {
@@ -117,7 +121,7 @@ impl Demand {
         self.doubt = most.saturating_sub(had);
         let used = had.saturating_sub(news.spare);
         if follow.distress {
-            self.distress.look(now, &news.stalls, had, news.spare);
+            self.distress.look(now, news, had);
         }
         if follow.rises {
             self.rise(now, used, news);
@@ -145,9 +149,16 @@ impl Demand {
         if now.saturating_sub(seen) > LEAD {
             self.lead = (seen, Bytes::ZERO);
         }
-        let since = news.reported.saturating_sub(self.reported);
-        self.reported = self.reported.max(news.reported);
-        let (Some(before), true) = (self.used, since >= APART) else { return };
+        let (then, before) = self.measured;
+        let since = news.reported.saturating_sub(then);
+        if self.used.is_none() {
+            self.measured = (news.reported, used);
+            return;
+        }
+        if since < APART {
+            return;
+        }
+        self.measured = (news.reported, used);
         let rise = used.saturating_sub(before);
         let coming = rise.0 as f64 * AHEAD.as_secs_f64() / since.as_secs_f64();
         // What programs were just promised is a hint of what they will use: a small one,
@@ -159,9 +170,9 @@ impl Demand {
         self.committed = news.committed;
         let least = used.percent(RISE_PERCENT);
         let coming = if rise > least { Bytes(coming as u64).min(used) } else { Bytes::ZERO };
-        let coming = if promised > least { coming.max(promised) } else { coming };
-        if coming > self.lead.1 {
-            self.lead = (now, coming);
+        self.coming = if promised > least { coming.max(promised) } else { coming };
+        if self.coming > self.lead.1 {
+            self.lead = (now, self.coming);
         }
     }
 
@@ -189,17 +200,28 @@ impl Demand {
 
     /// What can't wait: as little as it can do with, and what it lacks or is about to.
     pub fn urgent(&self, limits: &Limits) -> Bytes {
-        let held = self.held.percent(100 + self.distress.boost_percent());
-        let held = held.saturating_add(bare_buffer(self.held, limits));
-        limits.clamp(held.saturating_add(self.lead.1))
+        self.recent().urgent(limits)
     }
 
     /// What it must have: recent use and its buffer, or more where it lacks more or is about to,
     /// within its limits.
     pub fn need(&self, limits: &Limits) -> Bytes {
-        let buffer = u64::from(limits.buffer_percent());
-        let held = self.held.percent(100 + buffer + self.distress.boost_percent());
-        limits.clamp(held).max(self.urgent(limits))
+        self.recent().need(limits)
+    }
+
+    /// What the newest report asks for. What a guest used a moment ago is a reason to leave it
+    /// memory, and none to give it more: a burst may be over before there is memory for it.
+    pub fn asks(&self, limits: &Limits) -> Bytes {
+        self.newest().need(limits)
+    }
+
+    fn recent(&self) -> Use {
+        Use { bytes: self.held, boost_percent: self.distress.boost_percent(), coming: self.lead.1 }
+    }
+
+    fn newest(&self) -> Use {
+        let boost_percent = self.distress.present_percent();
+        Use { bytes: self.used.unwrap_or_default(), boost_percent, coming: self.coming }
     }
 
     /// What it should have where nobody is short: use over the last minute and its buffer.
@@ -210,9 +232,9 @@ impl Demand {
 
     /// What the guest had when it made this report, and what it had at most.
     ///
-    /// A report is up to a statistics interval old, and while memory moves the guest has
-    /// another amount by now. Use is the difference of the two at the same moment, which
-    /// nobody notes: it lies between what was had before the report and after it. While memory
+    /// Use is the difference of the two at the same moment. A report that comes by the guest's own
+    /// clock is up to a statistics interval old, and while memory moves the guest has another amount
+    /// by now: what it had then lies between what was had before the report and after it. While memory
     /// goes, that is taken which changes use least: an error would seem a rise, and be answered
     /// by giving it back. While memory comes, a fall is doubted likewise, and a rise is not.
     fn had(&self, news: &News, hold: bool) -> (Bytes, Bytes) {
@@ -233,7 +255,7 @@ impl Demand {
         let mut after = None;
         for back in 1..=self.seen.min(MOMENTS) {
             let moment = self.moments[(self.seen - back) % MOMENTS];
-            if moment.0 <= then {
+            if moment.0 <= then + TOGETHER {
                 return (moment, after.unwrap_or(moment));
             }
             after = Some(moment);
@@ -242,8 +264,30 @@ impl Demand {
     }
 }
 
-/// When, and what was had then.
+/// When, and what was had or used then.
 type Moment = (Duration, Bytes);
+
+/// What a need is concluded from.
+#[derive(Clone, Copy)]
+struct Use {
+    bytes: Bytes,
+    /// What is added to it for a guest that waits for memory.
+    boost_percent: u64,
+    /// How far it rises.
+    coming: Bytes,
+}
+
+impl Use {
+    fn urgent(&self, limits: &Limits) -> Bytes {
+        let boosted = self.bytes.percent(100 + self.boost_percent);
+        limits.clamp(boosted.saturating_add(bare_buffer(self.bytes, limits)).saturating_add(self.coming))
+    }
+
+    fn need(&self, limits: &Limits) -> Bytes {
+        let buffer = u64::from(limits.buffer_percent());
+        limits.clamp(self.bytes.percent(100 + buffer + self.boost_percent)).max(self.urgent(limits))
+    }
+}
 
 /// What was had at `then`, on a line from `a` to `b`.
 fn between(a: Moment, b: Moment, then: Duration) -> Bytes {
@@ -300,6 +344,43 @@ mod tests {
         demand.has(at(11), Bytes::mib(600));
         demand.report(at(11), &spares(Duration::from_millis(10_500), Bytes::mib(300)), ALL);
         assert_eq!(demand.used(), Some(Bytes::mib(400)));
+    }
+
+    #[test]
+    fn a_report_that_was_asked_for_is_of_what_is_there_now() {
+        let asked = |ago| {
+            let mut demand = Demand::default();
+            demand.has(at(10), Bytes::mib(800));
+            demand.report(at(10), &spares(at(10), Bytes::mib(400)), ALL);
+            demand.has(at(11), Bytes::mib(600));
+            demand.report(at(11), &spares(at(11) - Duration::from_millis(ago), Bytes::mib(100)), ALL);
+            (demand.used(), demand.doubt())
+        };
+        assert_eq!(asked(10), (Some(Bytes::mib(500)), Bytes::ZERO));
+        assert_ne!(asked(500).1, Bytes::ZERO, "nobody knows what it had half a second ago");
+    }
+
+    #[test]
+    fn what_is_over_is_held_and_not_asked_for() {
+        let mut demand = Demand::default();
+        for (second, spare) in [(1, 600), (2, 300), (3, 600)] {
+            demand.has(at(second), Bytes::gib(1));
+            demand.report(at(second), &spares(at(second), Bytes::mib(spare)), ALL);
+        }
+        assert!(demand.need(&limits()) > Bytes::mib(800), "{}", demand.need(&limits()));
+        assert_eq!(demand.asks(&limits()), limits().clamp(Bytes::mib(424).percent(120)));
+    }
+
+    #[test]
+    fn a_rise_is_seen_by_reports_in_quick_succession() {
+        let mut demand = Demand::default();
+        for tick in 0..20u64 {
+            let now = at(1) + Duration::from_millis(50 * tick);
+            demand.has(now, Bytes::gib(1));
+            demand.report(now, &spares(now, Bytes::mib(800 - 20 * tick)), ALL);
+        }
+        let (used, bare) = (demand.used().unwrap(), Bytes::mib(64));
+        assert!(demand.urgent(&limits()) > used.saturating_add(bare), "{}", demand.urgent(&limits()));
     }
 
     #[test]

@@ -8,10 +8,6 @@ use super::reason::{Decision, Rule};
 use super::vm::{PIECE, Round, Vm};
 use super::{Policy, Said};
 
-/// What stays free when guests are given their buffers, in percent of the pool. A host that is near its limit would give them between two
-/// bursts and take them back at the next.
-pub const AMPLE_PERCENT: u64 = 150;
-
 /// What is to be taken from guests in one round.
 #[derive(Clone, Copy)]
 pub(super) struct Shortage {
@@ -30,18 +26,16 @@ pub(super) struct Granted {
     pub left: Bytes,
     /// What VMs are waiting for.
     pub unserved: Bytes,
-    /// Buffers that wait until enough is free.
+    /// Buffers that nothing was left for.
     pub postponed: Bytes,
 }
 
 impl Policy {
-    /// Grants what is free, the largest relative gap first; `ample` of it must stay free when
-    /// buffers are given.
+    /// Grants what is free: first what can't wait, then buffers, the largest relative gap first.
     pub(super) fn grow(
         &mut self,
         now: Duration,
         free: Bytes,
-        ample: Bytes,
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) -> Granted {
@@ -60,7 +54,7 @@ impl Policy {
         });
         let mut granted = Granted { left: free, ..Granted::default() };
         self.give_what_is_urgent(&mut granted, vms);
-        self.give_buffers(&mut granted, ample, vms);
+        self.give_buffers(&mut granted, vms);
         for &(gap, index) in &self.gaps {
             let vm = &mut vms[index];
             let Said { target, limits, .. } = vm.said;
@@ -88,15 +82,14 @@ impl Policy {
         }
     }
 
-    fn give_buffers(&mut self, granted: &mut Granted, ample: Bytes, vms: &[Vm]) {
+    fn give_buffers(&mut self, granted: &mut Granted, vms: &[Vm]) {
         for (gap, index) in &mut self.gaps {
             let vm = &vms[*index];
             let target = vm.said.target;
             let from = target.saturating_add(gap.urgent).max(vm.charge());
             let cost = target.saturating_add(gap.whole).saturating_sub(from);
-            // Whole buffers while there is room: pieces would be many moves for little.
             let mut paid = Bytes::ZERO;
-            if gap.given == gap.urgent && (cost == Bytes::ZERO || granted.left > ample) {
+            if gap.given == gap.urgent {
                 paid = cost.min(granted.left);
                 gap.given = gap.whole.saturating_sub(cost.saturating_sub(paid));
             }

@@ -15,14 +15,21 @@ const SEEN_PERCENT: u64 = 94;
 /// The last moves of one guest.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Rest {
-    grown: Option<Moved>,
-    shrunk: Option<Moved>,
+    grown: Option<Grown>,
+    shrunk: Option<Shrunk>,
     refilled_from: Option<Duration>,
 }
 
-/// When a target was last moved one way, what the guest used then, and what it was held to use.
+/// When a target was last raised, and the use that it was raised for.
 #[derive(Clone, Copy, Debug)]
-struct Moved {
+struct Grown {
+    at: Duration,
+    used: Bytes,
+}
+
+/// When a target was last lowered, what the guest used then, and what it was held to use.
+#[derive(Clone, Copy, Debug)]
+struct Shrunk {
     at: Duration,
     /// When the guest was last seen on its way there.
     arrives: Duration,
@@ -30,32 +37,24 @@ struct Moved {
     held: Bytes,
 }
 
-impl Moved {
-    fn now(at: Duration, demand: &Demand) -> Self {
-        let (used, held) = (demand.used().unwrap_or_default(), demand.held());
-        Self { at, arrives: at, used, held }
-    }
-
+impl Shrunk {
     /// Whether a report tells what was used when the move was made. The one that it followed is
     /// older, and while memory moves nobody knows the use exactly.
     fn is_told(&self, reported: Duration) -> bool {
         (self.at..self.arrives + AHEAD).contains(&reported)
-    }
-
-    fn is_within(&self, now: Duration, rest: Duration) -> bool {
-        now.saturating_sub(self.at) < rest
     }
 }
 
 impl Rest {
     /// Notes that it is grown.
     pub fn grows(&mut self, now: Duration, demand: &Demand) {
-        self.grown = Some(Moved::now(now, demand));
+        self.grown = Some(Grown { at: now, used: demand.used().unwrap_or_default() });
     }
 
     /// Notes that it is shrunk; `hurried` where another VM waits for it.
     pub fn shrinks(&mut self, now: Duration, demand: &Demand, hurried: bool) {
-        self.shrunk = Some(Moved::now(now, demand));
+        let (used, held) = (demand.used().unwrap_or_default(), demand.held());
+        self.shrunk = Some(Shrunk { at: now, arrives: now, used, held });
         if !hurried {
             self.refilled_from = Some(now);
         }
@@ -78,39 +77,42 @@ impl Rest {
 
     /// Whether it was shrunk within `rest` and its use has not risen since.
     pub fn after_shrink(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
-        self.shrunk.is_some_and(|moved| {
-            moved.is_within(now, rest) && demand.held() <= moved.held.percent(100 + STEADY_PERCENT)
+        self.shrunk.is_some_and(|Shrunk { at, held, .. }| {
+            is_within(now, at, rest) && demand.held() <= held.percent(100 + STEADY_PERCENT)
         })
     }
 
-    /// Whether it was grown within `rest` and its use has not fallen since. A burst may have been over
-    /// when it was followed: then others may need what was given for nothing.
+    /// Whether it was grown within `rest` and its use has not fallen below what it was grown for.
     pub fn after_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
-        self.grown.is_some_and(|moved| {
-            moved.is_within(now, rest) && demand.held() >= moved.held.percent(100 - STEADY_PERCENT)
+        self.grown.is_some_and(|Grown { at, used }| {
+            is_within(now, at, rest) && demand.held() >= used.percent(100 - STEADY_PERCENT)
         })
     }
 
     /// Whether it was shrunk so short a time ago that growing it would be a turn.
     pub fn just_shrunk(&self, now: Duration, rest: Duration) -> bool {
-        self.shrunk.is_some_and(|moved| moved.is_within(now, rest.min(TURN)))
+        self.shrunk.is_some_and(|shrunk| is_within(now, shrunk.at, rest.min(TURN)))
     }
 
     /// Whether it uses no more than when it was last shrunk.
     pub fn stands_still(&self, demand: &Demand) -> bool {
         let used = demand.used().unwrap_or_default();
-        self.shrunk.is_some_and(|moved| used <= moved.used.percent(100 + STILL_PERCENT))
+        self.shrunk.is_some_and(|shrunk| used <= shrunk.used.percent(100 + STILL_PERCENT))
     }
 
     /// How long ago it was grown.
     pub fn since_grow(&self, now: Duration) -> Duration {
-        since(now, self.grown.map(|moved| moved.at))
+        since(now, self.grown.map(|grown| grown.at))
     }
 
     /// How long ago the pool was last refilled from it.
     pub fn since_refill(&self, now: Duration) -> Duration {
         since(now, self.refilled_from)
     }
+}
+
+fn is_within(now: Duration, then: Duration, rest: Duration) -> bool {
+    now.saturating_sub(then) < rest
 }
 
 fn since(now: Duration, then: Option<Duration>) -> Duration {

@@ -108,10 +108,10 @@ pub struct Guards {
     pub distress_counts: bool,
     /// Rising use is followed ahead of what was reported.
     pub rises_are_led: bool,
-    /// Buffers are given from ample memory alone.
-    pub buffers_wait: bool,
     /// What others need beyond their fair share never comes before a guest's need within its own.
     pub fair_comes_first: bool,
+    /// Memory is given for what the newest report tells, not for what was used a moment ago.
+    pub news_counts: bool,
     /// What guests may take back on their own is kept from all grants.
     pub slack_is_kept: bool,
     /// Memory is not taken while nobody can tell whether the guest uses it.
@@ -129,8 +129,8 @@ impl Default for Guards {
             moves_rest: true,
             distress_counts: true,
             rises_are_led: true,
-            buffers_wait: true,
             fair_comes_first: true,
+            news_counts: true,
             slack_is_kept: true,
             doubt_is_spared: true,
         }

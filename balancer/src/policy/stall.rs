@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use balloon::units::{Bytes, Pages};
 
+use super::demand::News;
 use super::said::Stalls;
 
 /// More waiting than this between two looks is distress; Senpai (Meta's TMO) aims for 10 ms in 6 s.
@@ -28,6 +29,9 @@ pub const LARGEST_BOOST: f64 = 100.0;
 /// What is left of a boost after each second without distress.
 pub const FADE: f64 = 0.875;
 
+/// Reports closer to each other than this are one report.
+pub const APART: Duration = Duration::from_millis(200);
+
 /// A boost below this is none, in percent of use.
 const LEAST_BOOST: f64 = 5.0;
 
@@ -41,20 +45,33 @@ pub struct Distress {
     last: Option<Stalls>,
     boost: f64,
     looked: Duration,
+    /// When the guest made its newest report, and when the newest that showed it waiting.
+    reported: Duration,
+    waited: Duration,
 }
 
 impl Distress {
-    /// Takes in the counters, and what the guest has and could spare by the same news.
-    pub fn look(&mut self, now: Duration, stalls: &Stalls, has: Bytes, spare: Bytes) {
+    /// Takes in the counters and what the guest could spare, and what it has by the same news.
+    pub fn look(&mut self, now: Duration, news: &News, has: Bytes) {
+        let News { reported, spare, stalls, .. } = *news;
+        self.reported = reported;
         // Major faults alone are no distress: a program that starts has them too.
-        let waits = self.last.replace(*stalls).is_some_and(|before| rose(&before, stalls));
+        let waits = self.last.replace(stalls).is_some_and(|before| rose(&before, &stalls));
         if waits && spare <= has.percent(SPARE_PERCENT) {
-            self.boost = (self.boost * 2.0).clamp(FIRST_BOOST, LARGEST_BOOST);
+            let is_new = reported.saturating_sub(self.waited) >= APART;
+            let more = if is_new { 2.0 } else { 1.0 };
+            self.boost = (self.boost * more).clamp(FIRST_BOOST, LARGEST_BOOST);
+            self.waited = reported;
         } else {
             let since = now.saturating_sub(self.looked).as_secs_f64();
             self.boost *= FADE.powf(since);
         }
         self.looked = now;
+    }
+
+    /// What is added to what a guest asks for, in percent of use: nothing for one that has stopped waiting.
+    pub fn present_percent(&self) -> u64 {
+        if self.reported.saturating_sub(self.waited) < APART { self.boost_percent() } else { 0 }
     }
 
     /// What is added to the demand, in percent of use.
@@ -84,7 +101,9 @@ mod tests {
     use super::*;
 
     fn look(distress: &mut Distress, second: u64, stalls: Stalls, spare: u64) -> u64 {
-        distress.look(Duration::from_secs(second), &stalls, Bytes::gib(1), Bytes::mib(spare));
+        let reported = Duration::from_secs(second);
+        let news = News { reported, spare: Bytes::mib(spare), stalls, committed: None };
+        distress.look(reported, &news, Bytes::gib(1));
         distress.boost_percent()
     }
 
@@ -100,6 +119,25 @@ mod tests {
         assert_eq!(look(&mut distress, 6, waited(5400), 10), 100);
         assert_eq!(look(&mut distress, 7, waited(5400), 10), 87);
         assert_eq!(look(&mut distress, 40, waited(5400), 10), 0);
+    }
+
+    #[test]
+    fn who_has_stopped_waiting_asks_for_no_more_and_one_report_counts_once() {
+        let mut distress = Distress::default();
+        let mut report = |ms, stalls| {
+            let (reported, stalls) =
+                (Duration::from_millis(ms), Stalls { allocation_stalls: Some(stalls), ..Stalls::default() });
+            let news = News { reported, stalls, ..News::default() };
+            distress.look(reported, &news, Bytes::gib(1));
+            (distress.present_percent(), distress.boost_percent())
+        };
+        report(1000, 0);
+        assert_eq!(report(2000, 1), (25, 25));
+        assert_eq!(report(2000, 1), (25, 25), "the same one, read again");
+        assert_eq!(report(2050, 2), (25, 25), "still the same wait");
+        assert_eq!(report(3000, 3), (50, 50));
+        let (present, recent) = report(4000, 3);
+        assert!(present == 0 && recent > 25, "{present} {recent}");
     }
 
     #[test]

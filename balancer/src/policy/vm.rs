@@ -149,7 +149,7 @@ impl Vm {
         if memory.paused_by.take().is_some() {
             memory.laid_down = false;
         }
-        memory.demand.has(now, said.actual);
+        memory.demand.has(now.saturating_sub(said.since), said.actual);
         let mut fresh = false;
         if let Some(news) = News::of(now, said) {
             fresh = now.saturating_sub(news.reported) <= FRESH.max(*tick * STALE_TICKS);
@@ -296,6 +296,9 @@ impl Vm {
         // Comfort is a reason to leave memory with a guest, none to give it more. And where it
         // is held it is entitled to what it has, which is no reason to call a shrink back.
         let mut may = self.memory.entitlement.min(self.want());
+        if settings.guards.news_counts && self.used().is_some() {
+            may = may.min(self.memory.demand.asks(&limits));
+        }
         // What it is assured of within its fair share waits for nobody's ease, or a guest
         // that claims all there is would keep the others from their buffers.
         let mut urgent = may.min(self.urgent().max(self.memory.assured));

@@ -23,7 +23,7 @@ pub const BOOT: Duration = Duration::from_secs(8);
 /// How much more a guest uses each second after its boot, at most: its programs load.
 pub const LOADING: Bytes = Bytes::mib(64);
 
-/// How often a guest is asked for its statistics, and how late it answers while it stalls.
+/// How often a guest tells of itself where nobody asks, and how late it does while it stalls.
 pub const REPORT: Duration = Duration::from_secs(1);
 
 /// See [`REPORT`]: those who need it most answer later.
@@ -175,10 +175,15 @@ impl Guest {
             self.balloon(now, speeds, room);
             self.settled |= self.actual <= self.target;
         }
-        let demand = demand.min(self.grown_up(now));
+        let demand = self.wants(now, demand);
         let (stalled, killed) = self.live(demand, cache, speeds);
         let moved = if self.settled { Bytes(before.0.abs_diff(self.actual.0)) } else { Bytes::ZERO };
         Happened { stalled, killed, moved }
+    }
+
+    /// What of `demand` it wants so soon after its start.
+    pub fn wants(&self, now: Duration, demand: Bytes) -> Bytes {
+        demand.min(self.grown_up(now))
     }
 
     /// What it can use so soon after its start: programs load one after the other.
@@ -192,7 +197,18 @@ impl Guest {
 
     /// Takes its statistics if it is time.
     pub fn tell(&mut self, now: Duration, commit_percent: u64, stalled: bool) {
-        if !self.driver || now < self.reports_at || self.fault.is_some_and(|fault| !fault.reports(now)) {
+        if now >= self.reports_at {
+            self.report(now, commit_percent, stalled);
+        }
+    }
+
+    /// Takes its statistics as somebody asks for them, which it can where it does not wait for memory.
+    pub fn answer(&mut self, now: Duration, commit_percent: u64) {
+        self.report(now, commit_percent, false);
+    }
+
+    fn report(&mut self, now: Duration, commit_percent: u64, stalled: bool) {
+        if !self.driver || self.fault.is_some_and(|fault| !fault.reports(now)) {
             return;
         }
         self.reports_at = now + if stalled { REPORT_STALLED } else { REPORT };

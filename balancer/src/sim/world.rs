@@ -9,7 +9,7 @@ use super::guest::Guest;
 use super::laws::{Law, Seen, View};
 use super::score::{Score, Turns};
 use super::trace::{Series, Trace};
-use super::{STEP, Setup};
+use super::{Reports, STEP, Setup};
 
 /// What happens before this is not scored: every law first has to get from an
 /// equal start to where it wants to be.
@@ -87,6 +87,9 @@ impl<'a> World<'a> {
             self.live(now, law.is_refused_what_is_not_there());
             if now >= next {
                 next = now + law.cadence();
+                if self.setup.reports == Reports::Asked {
+                    self.ask(now);
+                }
                 self.decide(now, law, &mut seen, &mut targets);
             }
             self.judge(now);
@@ -152,7 +155,7 @@ impl<'a> World<'a> {
         for place in &mut self.places {
             let Some(guest) = &mut place.guest else { continue };
             let demand = place.series.at(now);
-            place.turns.demand(demand);
+            place.turns.demand(guest.wants(now, demand));
             let room = refused.then_some(&mut room);
             let happened = guest.step(now, demand, place.series.cache, &self.setup.speeds, room);
             guest.tell(now, place.series.commit_percent, happened.stalled);
@@ -168,6 +171,15 @@ impl<'a> World<'a> {
             self.score.stalled += u64::from(happened.stalled);
             self.score.killed += u64::from(happened.killed);
             self.score.churn += happened.moved;
+        }
+    }
+
+    /// Has each guest tell of itself that has the time to.
+    fn ask(&mut self, now: Duration) {
+        for place in self.places.iter_mut().filter(|place| !place.stalled) {
+            if let Some(guest) = &mut place.guest {
+                guest.answer(now, place.series.commit_percent);
+            }
         }
     }
 
@@ -208,7 +220,8 @@ impl<'a> World<'a> {
             }
             // A guest is told to keep what it was asked for and has not given: nothing moves back.
             let called_back = target > guest.target && target <= guest.actual;
-            let turned = !called_back && place.turns.moved(now, guest.target, target, place.series.at(now));
+            let wants = guest.wants(now, place.series.at(now));
+            let turned = !called_back && place.turns.moved(now, guest.target, target, wants);
             guest.target = target;
             if now >= WARM_UP {
                 self.score.decisions += 1;

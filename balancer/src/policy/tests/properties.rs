@@ -158,8 +158,7 @@ proptest! {
         let wanted: Bytes = guests.iter().map(|guest| {
             guest.vm.said.limits.clamp(guest.wants.percent(120)).max(guest.vm.said.limits.startup())
         }).sum();
-        // Buffers are given from ample memory: half a pool more than the pool.
-        let mut world = World::new(Bytes(wanted.0 * 100 / 90), guests);
+        let mut world = World::new(Bytes(wanted.0 * 100 / 95), guests);
         world.run(600);
         for guest in &world.guests {
             let demand = guest.vm.said.limits.clamp(guest.wants.percent(120));
@@ -182,9 +181,7 @@ proptest! {
         let maxes: Bytes = guests.iter().map(|guest| guest.vm.said.limits.max()).sum();
         let startups: Bytes = guests.iter().map(|guest| guest.vm.said.limits.startup()).sum();
         let budget = maxes.percent(short).max(startups).max(Bytes(mins.0 * 110 / 100));
-        // Where all needs fit, the last of a buffer waits until enough is free.
-        let guards = Guards { buffers_wait: false, ..Guards::default() };
-        let mut world = World::with(budget, guests, guards);
+        let mut world = World::new(budget, guests);
         // The loan of its buffer ends, it rests, and an emergency lasts before others lose what they use.
         world.run(400);
         let first = &world.guests[0].vm;
@@ -260,8 +257,8 @@ proptest! {
 #[test]
 fn without_the_hold_a_wobble_reverses() {
     let run = |held: bool| {
-        // The other guards against to and fro would hide what this one does.
-        let guards = Guards { demand_is_held: held, buffers_wait: false, ..Guards::default() };
+        // That memory is given for what is used now would hide what this one does.
+        let guards = Guards { demand_is_held: held, news_counts: false, ..Guards::default() };
         let base = [Bytes::gib(8), Bytes::gib(8), Bytes::mib(1900)];
         // The third gets what the others leave: their 1 % is a tenth of what it has.
         let guests = vec![

@@ -221,3 +221,24 @@ fn memory_in_doubt_is_not_taken() {
     let taken = lowest_while_use_rises(Guards { doubt_is_spared: false, ..Guards::default() });
     assert!(taken < spared, "{taken} against {spared}");
 }
+
+/// How much a guest is given for a burst that is over before another has paid for it.
+fn given_too_late(guards: Guards) -> Bytes {
+    let mut payer = Guest::new(1, "3G,min=256M,max=4G", Bytes::mib(1000));
+    payer.speed = Bytes::mib(100);
+    let short = Guest::new(2, "1G,min=256M,max=4G", Bytes::mib(900));
+    let mut world = World::with(Bytes::mib(4200), vec![payer, short], guards);
+    world.run(10);
+    world.guests[1].wants = Bytes::mib(2500);
+    world.run(3);
+    let had = world.target(1);
+    world.guests[1].wants = Bytes::mib(900);
+    world.run(5);
+    world.target(1).saturating_sub(had)
+}
+
+#[test]
+fn nothing_is_given_for_what_is_over() {
+    assert_eq!(given_too_late(Guards::default()), Bytes::ZERO);
+    assert!(given_too_late(Guards { news_counts: false, ..Guards::default() }) > Bytes::ZERO);
+}
