@@ -52,6 +52,9 @@ const HURRY: Duration = Duration::from_millis(100);
 /// How long a VM may wait for its guest's report in a round. Linux answers well within a millisecond.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// So many of the VMs that wait for memory are looked at in a round between the rounds.
+const MOST_LOOKED_AT: usize = 32;
+
 /// While others still pay for what a calling guest is to get, they are looked at this often,
 const CHASE_EVERY: Duration = Duration::from_millis(50);
 
@@ -267,7 +270,7 @@ impl Daemon {
     /// wait for memory, so that they get what they want by now. A guest in distress may answer late, and
     /// holds nobody up: what it says then is there at the next look.
     async fn answer(&mut self, callers: &BTreeSet<u64>) {
-        let eager: BTreeSet<u64> = callers.iter().chain(self.waiting.keys()).copied().collect();
+        let eager: BTreeSet<u64> = callers.iter().copied().chain(self.wait_longest()).collect();
         self.ask(Duration::ZERO, |id, slot| eager.contains(&id) || slot.moves());
         self.gather(HURRY).await;
         self.read_host();
@@ -284,6 +287,14 @@ impl Daemon {
         };
         let goes_on = self.balance.unserved > Bytes::ZERO && now < until;
         self.chase = goes_on.then_some(Chase { next: now + CHASE_EVERY, until });
+    }
+
+    /// Some of those that wait for memory, from the longest on: on a host that is short of much, to look at
+    /// all of them so often would take its processors too.
+    fn wait_longest(&self) -> impl Iterator<Item = u64> {
+        let waiting: BTreeSet<(Duration, u64)> =
+            self.waiting.iter().map(|(id, since)| (*since, *id)).collect();
+        waiting.into_iter().map(|(_, id)| id).take(MOST_LOOKED_AT)
     }
 
     /// Takes in answers until all are there or `patience` is over.
