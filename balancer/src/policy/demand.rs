@@ -181,6 +181,11 @@ impl Demand {
         self.used
     }
 
+    /// Whether it has waited for memory for some seconds, and still does.
+    pub fn waits_on(&self) -> bool {
+        self.distress.is_long()
+    }
+
     /// How much more it may use than is taken for its use, as memory went while it reported.
     pub fn doubt(&self) -> Bytes {
         self.doubt

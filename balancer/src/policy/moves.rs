@@ -141,7 +141,7 @@ impl Policy {
             let vm = &mut vms[index];
             let new = vm.said.limits.clamp(vm.said.target.saturating_sub(part));
             let rule = if paying { Rule::Pay } else { Rule::Refill };
-            vm.shrinks(now, paying);
+            vm.shrinks(now, new, paying);
             vm.decide(self.state, rule, new, decisions);
         }
     }

@@ -35,6 +35,8 @@ struct Shrunk {
     arrives: Duration,
     used: Bytes,
     held: Bytes,
+    /// Whether it was left what it used.
+    spared: bool,
 }
 
 impl Shrunk {
@@ -51,10 +53,10 @@ impl Rest {
         self.grown = Some(Grown { at: now, used: demand.used().unwrap_or_default() });
     }
 
-    /// Notes that it is shrunk; `hurried` where another VM waits for it.
-    pub fn shrinks(&mut self, now: Duration, demand: &Demand, hurried: bool) {
+    /// Notes that it is shrunk to `target`; `hurried` where another VM waits for it.
+    pub fn shrinks(&mut self, now: Duration, demand: &Demand, target: Bytes, hurried: bool) {
         let (used, held) = (demand.used().unwrap_or_default(), demand.held());
-        self.shrunk = Some(Shrunk { at: now, arrives: now, used, held });
+        self.shrunk = Some(Shrunk { at: now, arrives: now, used, held, spared: used < target });
         if !hurried {
             self.refilled_from = Some(now);
         }
@@ -94,10 +96,13 @@ impl Rest {
         self.shrunk.is_some_and(|shrunk| is_within(now, shrunk.at, rest.min(TURN)))
     }
 
-    /// Whether it uses no more than when it was last shrunk.
+    /// Whether it uses no more than when it was last shrunk. Little shows of a rise where little was left:
+    /// but one that was left what it used, and has waited for some seconds, uses more.
     pub fn stands_still(&self, demand: &Demand) -> bool {
         let used = demand.used().unwrap_or_default();
-        self.shrunk.is_some_and(|shrunk| used <= shrunk.used.percent(100 + STILL_PERCENT))
+        self.shrunk.is_some_and(|shrunk| {
+            used <= shrunk.used.percent(100 + STILL_PERCENT) && !(shrunk.spared && demand.waits_on())
+        })
     }
 
     /// How long ago it was grown.

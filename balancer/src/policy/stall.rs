@@ -71,7 +71,16 @@ impl Distress {
 
     /// What is added to what a guest asks for, in percent of use: nothing for one that has stopped waiting.
     pub fn present_percent(&self) -> u64 {
-        if self.reported.saturating_sub(self.waited) < APART { self.boost_percent() } else { 0 }
+        if self.waits() { self.boost_percent() } else { 0 }
+    }
+
+    /// Whether it has waited for so long that the boost can't rise any more, and waits still.
+    pub fn is_long(&self) -> bool {
+        self.waits() && self.boost >= LARGEST_BOOST
+    }
+
+    fn waits(&self) -> bool {
+        self.reported.saturating_sub(self.waited) < APART
     }
 
     /// What is added to the demand, in percent of use.

@@ -392,9 +392,9 @@ impl Vm {
         self.memory.rest.grows(now, &self.memory.demand);
     }
 
-    /// Notes that it is shrunk; `hurried` where another VM waits for it.
-    pub(super) fn shrinks(&mut self, now: Duration, hurried: bool) {
-        self.memory.rest.shrinks(now, &self.memory.demand, hurried);
+    /// Notes that it is shrunk to `target`; `hurried` where another VM waits for it.
+    pub(super) fn shrinks(&mut self, now: Duration, target: Bytes, hurried: bool) {
+        self.memory.rest.shrinks(now, &self.memory.demand, target, hurried);
     }
 
     /// Whether its vCPUs run and it answers.

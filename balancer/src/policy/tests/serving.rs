@@ -175,6 +175,22 @@ fn what_was_given_for_a_burst_that_was_over_goes_to_who_needs_it_at_once() {
 }
 
 #[test]
+fn a_rise_that_finds_no_room_to_show_is_served_when_it_has_waited_for_some_seconds() {
+    let limits = "4G,min=1G,max=8G";
+    let guests = vec![Guest::new(1, limits, Bytes::mib(4800)), Guest::new(2, limits, Bytes::mib(4000))];
+    let mut world = World::new(Bytes::gib(10), guests);
+    world.run(60);
+    world.guests[1].wants = Bytes::mib(6500);
+    world.run(4);
+    let left = world.target(0);
+    assert!(left >= Bytes::mib(4900) && left < Bytes::mib(4960), "{left}: what it uses, and hardly more");
+    world.guests[0].wants = Bytes::mib(5600);
+    world.guests[1].wants = Bytes::mib(3000);
+    world.run(15);
+    assert!(world.target(0) >= Bytes::mib(5600), "{} for all of the minute after", world.target(0));
+}
+
+#[test]
 fn who_really_uses_more_than_its_share_borrows_buffers_and_who_only_says_so_for_a_while() {
     let run = |touches: bool| {
         let limits = "2G,min=256M,max=8G";
