@@ -238,7 +238,12 @@ async fn a_killed_daemon_carries_on_from_what_vms_say() {
         assert!(target(&a) + target(&b) <= Bytes::gib(1));
         daemon.kill().await;
     }
-    // A new one leaves a settled host as it is.
+    // A new one leaves a settled host as it is: everyone has its buffer, and the pool is full.
+    for vm in [&a, &b] {
+        let mut state = vm.state();
+        state.used = Bytes::mib(200);
+        state.place(Bytes::mib(300), Bytes::mib(300));
+    }
     let before = (a.state().targets.len(), b.state().targets.len());
     let daemon = Daemon::start(config(&directory, Bytes::gib(1)));
     until_standing(directory.path(), "a", "following").await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use balloon::units::Bytes;
 
 use super::Said;
-use super::demand::{AHEAD, Demand};
+use super::demand::{AHEAD, Demand, RISE_PERCENT};
 use super::guards::{STEADY_PERCENT, STILL_PERCENT, TURN};
 
 /// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
@@ -101,7 +101,9 @@ impl Rest {
     pub fn stands_still(&self, demand: &Demand) -> bool {
         let used = demand.used().unwrap_or_default();
         self.shrunk.is_some_and(|shrunk| {
-            used <= shrunk.used.percent(100 + STILL_PERCENT) && !(shrunk.spared && demand.waits_on())
+            let waits = shrunk.spared && demand.waits_on();
+            let still = if waits { RISE_PERCENT } else { STILL_PERCENT };
+            used <= shrunk.used.percent(100 + still)
         })
     }
 
