@@ -11,6 +11,8 @@ use lab::{Host, Kernel, Vm, VmSettings, wait_for};
 const MOVE: Bytes = Bytes::mib(256);
 /// How long a guest takes to move its balloon so far.
 const MOVING: Duration = Duration::from_secs(10);
+/// How long a guest takes to touch its memory: with shadow paging each page is an exit, and more than one.
+const TOUCHING: Duration = Duration::from_secs(30);
 
 /// A guest of 640 MiB that has touched nearly all of its memory, so that the host holds it.
 fn touched(name: &str, kernel: Kernel, arguments: &[&str]) -> Vm {
@@ -18,7 +20,7 @@ fn touched(name: &str, kernel: Kernel, arguments: &[&str]) -> Vm {
         .with(arguments)
         .start();
     vm.wait_until_ready();
-    vm.step("grow:440M", MOVING);
+    vm.step("grow:440M", TOUCHING);
     vm.step("release", MOVING);
     vm
 }
@@ -51,7 +53,7 @@ fn inflates_and_deflates(name: &str, kernel: Kernel, arguments: &[&str]) {
 
     vm.set_target(Bytes::mib(640));
     vm.wait_for_memory("the balloon to deflate", MOVING, |memory| memory.actual == memory.target);
-    vm.step("grow:440M", MOVING);
+    vm.step("grow:440M", TOUCHING);
     let deflated = rss(&vm);
     assert_moved(&format!("{name} deflated and touched"), deflated.saturating_sub(inflated));
     vm.step("release", MOVING);
@@ -87,7 +89,7 @@ fn huge_pages_go_back_whole() {
             .with(&["--hugepages", "2M"])
             .start();
         vm.wait_until_ready();
-        vm.step("grow:440M", MOVING);
+        vm.step("grow:440M", TOUCHING);
         let before = rss(&vm);
         vm.step("release", MOVING);
         vm.wait_for_memory("reported huge pages to be given back", MOVING, |memory| {

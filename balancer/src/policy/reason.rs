@@ -32,8 +32,8 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// Whether it changes no target: it advises, or asks for something else.
-    pub fn is_advice(self) -> bool {
+    /// Whether it leaves the target as it is: it advises, or asks for something else.
+    pub fn keeps_target(self) -> bool {
         matches!(self, Self::Swap | Self::Pause | Self::Resume)
     }
 }

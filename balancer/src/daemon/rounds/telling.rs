@@ -16,7 +16,7 @@ impl Daemon {
         let now = self.now();
         for Decision { vm, reason } in self.decisions.drain(..) {
             let Some(slot) = self.slots.get_mut(&vm) else { continue };
-            if reason.rule.is_advice() && !is_carried_out(&reason, slot, self.config.last_resort) {
+            if reason.rule.keeps_target() && !is_carried_out(&reason, slot, self.config.last_resort) {
                 slot.resort.advise(now, &slot.name, slot.vmm, &reason);
                 self.shared.history().decided(&slot.name, reason, Fate::Advised, None);
                 continue;
@@ -26,7 +26,7 @@ impl Daemon {
                 self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
                 continue;
             };
-            if reason.rule.is_advice() {
+            if reason.rule.keeps_target() {
                 warn!(vm = slot.name, rule = ?reason.rule, "{}: {reason}", slot.name);
                 if let (Rule::Resume, Some(vm)) = (reason.rule, &mut slot.vm) {
                     // Until it is known that it does not run, it is charged as if it did.

@@ -17,7 +17,7 @@ fn beyond_help(swap: Option<Bytes>) -> World {
 fn advice(world: &mut World, ticks: u32) -> Option<(u32, u64, Rule)> {
     for tick in 0..ticks {
         world.tick();
-        if let Some(decision) = world.decisions.iter().find(|decision| decision.reason.rule.is_advice()) {
+        if let Some(decision) = world.decisions.iter().find(|decision| decision.reason.rule.keeps_target()) {
             assert_eq!(decision.reason.old, decision.reason.new, "advice changes no target");
             return Some((tick, decision.vm, decision.reason.rule));
         }
@@ -63,7 +63,7 @@ impl World {
     /// A tick, and what was decided about pauses is done, where a VM lets it.
     fn tick_and_pause(&mut self) -> Option<(u64, Rule)> {
         self.tick();
-        let decided = self.decisions.iter().find(|decision| decision.reason.rule.is_advice())?;
+        let decided = self.decisions.iter().find(|decision| decision.reason.rule.keeps_target())?;
         let (vm, rule) = (decided.vm, decided.reason.rule);
         let said = &mut self.guests.iter_mut().find(|guest| guest.vm.id == vm).unwrap().vm.said;
         match (rule, said.vcpus) {
