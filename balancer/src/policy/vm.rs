@@ -296,7 +296,7 @@ impl Vm {
         // Comfort is a reason to leave memory with a guest, none to give it more. And where it
         // is held it is entitled to what it has, which is no reason to call a shrink back.
         let mut may = self.memory.entitlement.min(self.want());
-        if settings.guards.news_counts && self.used().is_some() {
+        if settings.guards.news_counts {
             may = may.min(self.memory.demand.asks(&limits));
         }
         // What it is assured of within its fair share waits for nobody's ease, or a guest
