@@ -21,8 +21,12 @@ use crate::{client, duration, sentence};
 /// A report older than this, in intervals, says nothing about now.
 const STALE: u32 = 3;
 
-/// No report is stale before this: guests report every second.
-const FRESH: Duration = Duration::from_secs(3);
+/// No report is stale before this: guests report every second by themselves.
+const YOUNG: Duration = Duration::from_secs(3);
+
+/// How long a VM waits for its guest to report anew, so that a line tells of its own moment. A guest that runs
+/// answers within a few milliseconds.
+const ANSWER: Duration = Duration::from_millis(100);
 
 /// The columns behind those that the simulator reads.
 const MORE: [&str; 13] = [
@@ -83,7 +87,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let directory = runtime::directory()?;
     let mut recording = Recording::create(&args.output)?;
     let bar = progress();
-    let taken = client::block_on(take(args, Roster::new(directory, args.interval), &mut recording, &bar));
+    let roster = Roster::new(directory, args.interval).asking_guests(ANSWER.min(args.interval / 2));
+    let taken = client::block_on(take(args, roster, &mut recording, &bar));
     bar.finish_and_clear();
     recording.close(taken)
 }
@@ -102,7 +107,7 @@ async fn take(
     let mut ticks = tokio::time::interval(args.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|one| one == name);
-    let patience = FRESH.max(args.interval * STALE);
+    let patience = YOUNG.max(args.interval * STALE);
     loop {
         tokio::select! {
             biased;

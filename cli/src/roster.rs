@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use balancer::driver::FRESH;
 use balancer::driver::ballast::{Client, Error};
 use balloon::runtime::{self, RuntimeError};
 use balloon::status::MemoryStatus;
@@ -21,13 +22,22 @@ pub struct Answer {
 pub struct Roster {
     directory: PathBuf,
     patience: Duration,
+    /// How long a VM may wait for its guest to report anew.
+    wait: Option<Duration>,
     clients: HashMap<String, Client>,
 }
 
 impl Roster {
     /// The VMs in `directory`. All together may take `patience` to answer.
     pub fn new(directory: PathBuf, patience: Duration) -> Self {
-        Self { directory, patience, clients: HashMap::new() }
+        Self { directory, patience, wait: None, clients: HashMap::new() }
+    }
+
+    /// Has each guest report anew when it is asked. A VM waits for that for `wait` at most, and then
+    /// says what it has.
+    pub fn asking_guests(mut self, wait: Duration) -> Self {
+        self.wait = Some(wait);
+        self
     }
 
     /// Asks all VMs whose name `wanted` takes, at once; their answers, by name.
@@ -40,10 +50,13 @@ impl Roster {
         let mut asked = JoinSet::new();
         for (name, socket) in found.into_iter().filter(|(name, _)| wanted(name)) {
             let kept = known.remove(&name);
-            let patience = self.patience;
+            let (patience, wait) = (self.patience, self.wait);
             asked.spawn(async move {
                 let mut client = kept.unwrap_or_else(|| Client::new(&socket).with_timeout(patience));
-                let memory = client.memory().await;
+                let memory = match wait {
+                    Some(wait) => client.fresh_memory(FRESH, wait).await,
+                    None => client.memory().await,
+                };
                 // One that ended while it was asked took its socket with it.
                 let left = matches!(memory, Err(Error::NoSuchVm { .. })) && !socket.exists();
                 (client, Answer { name, memory }, left)

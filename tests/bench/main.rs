@@ -27,7 +27,7 @@ const INIT: &str = "INIT";
 /// Printed when it has loaded its modules.
 const READY: &str = "READY";
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet ballast.end=hang";
-/// Several times what a run usually takes: virtual time stands still for minutes now and then.
+/// Several times what a run usually takes.
 const LIMIT: Duration = Duration::from_secs(900);
 
 /// What can be measured, each in an emulated host of its own. A benchmark is asked for by the first
@@ -104,16 +104,11 @@ fn emulate(name: &str) -> Result<()> {
         },
         terminal: Terminal::Output,
         limit: LIMIT,
+        attempts: 2,
         ..Emulator::default()
     };
     let program = std::env::current_exe()?;
-    let outcome = match emulator.run(&program, &[name]) {
-        Err(error) => {
-            eprintln!("bench: {name} is tried once more: {error:#}");
-            emulator.run(&program, &[name])?
-        }
-        outcome => outcome?,
-    };
+    let outcome = emulator.run(&program, &[name])?;
     ensure!(outcome.code == 0, "it ended with {}", outcome.code);
     if let Some(speeds) = outcome.results.get(balloon::SPEEDS) {
         add_speeds(Path::new("out/speeds.json"), speeds)?;

@@ -106,7 +106,6 @@ impl Run {
             cpus: self.cpus,
             memory: self.memory,
             deterministic: self.deterministic,
-            halt_polling: true,
             guests: self.kernel,
             ballast: !self.without_ballast,
             files: self.file.iter().map(|file| placed(file)).collect::<Result<_>>()?,
@@ -114,6 +113,7 @@ impl Run {
             environment: self.env.iter().map(|pair| variable(pair)).collect::<Result<_>>()?,
             terminal: if interactive { Terminal::Interactive } else { Terminal::Output },
             limit: Duration::from_secs(self.limit.unwrap_or(forever)),
+            ..Emulator::default()
         };
         let program = PathBuf::from(&self.program[0]);
         let arguments: Vec<&str> = self.program[1..].iter().map(String::as_str).collect();

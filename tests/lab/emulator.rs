@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{IsTerminal, Read, Write as _};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use balloon::units::Bytes;
@@ -18,6 +18,7 @@ use crate::archive;
 use crate::artifacts::{self, BALLAST_INSIDE};
 use crate::cores::Cores;
 use crate::kernels::Kernel;
+use crate::output::Output;
 use crate::packages;
 
 /// Set for programs in an emulated host, to the paging that its KVM uses.
@@ -27,6 +28,9 @@ pub const INSIDE: &str = "BALLAST_LAB";
 const HOST_MODULES: &[&str] = &["virtio_pci", "virtio_console", "kvm-amd"];
 /// Variables of this machine that programs inside see too.
 const PASSED_ON: &[&str] = &["RUST_LOG", "RUST_BACKTRACE", "PROPTEST_CASES", "NO_COLOR"];
+/// How much more memory a second host has than the first.
+const MORE: Bytes = Bytes::mib(64);
+
 /// An emulated host: how it is made, and what is put into it.
 #[derive(Clone, Debug)]
 pub struct Emulator {
@@ -55,6 +59,14 @@ pub struct Emulator {
     pub terminal: Terminal,
     /// When to give up.
     pub limit: Duration,
+    /// When to give up on a program that says nothing for as long.
+    pub silence: Duration,
+    /// How many hosts may come to no end before the last does. QEMU 7.2 may interrupt a guest again that has taken
+    /// an interrupt's lock and not yet ended the interrupt (`vmm::cpuid`; kernel/irq/chip.c, `handle_edge_irq`): it
+    /// waits for itself, each turn of its loop ends an emulated block, and virtual time all but stands. That needs
+    /// a host whose timer ends just then; one that is the same to the bit would come to the same pass, so that each
+    /// further one has a little more memory.
+    pub attempts: u32,
 }
 
 /// Where a program's output and input go.
@@ -62,7 +74,7 @@ pub struct Emulator {
 pub enum Terminal {
     /// Output is printed as a test prints, so that a passing test stays quiet; no input.
     Printed,
-    /// Output goes straight to this process's standard output; no input.
+    /// Output goes to this process's standard output; no input.
     Output,
     /// A terminal, both ways; Ctrl-C reaches the program.
     Interactive,
@@ -75,6 +87,15 @@ pub struct Outcome {
     pub code: i32,
     /// What it left.
     pub results: Results,
+}
+
+/// One host, and what came of it.
+#[derive(Debug)]
+pub struct Attempt {
+    /// How the program ended, or why it is not known.
+    pub outcome: std::result::Result<Outcome, String>,
+    /// What the program said; nothing where it had a terminal.
+    pub said: String,
 }
 
 /// Files that were brought back.
@@ -121,6 +142,8 @@ impl Default for Emulator {
             environment: Vec::new(),
             terminal: Terminal::Printed,
             limit: Duration::from_secs(300),
+            silence: Duration::MAX,
+            attempts: 1,
         }
     }
 }
@@ -133,15 +156,36 @@ impl Emulator {
     /// Where the host could not be made or did not come to an end in time. A
     /// program that fails is an [`Outcome`], not an error.
     pub fn run(&self, program: &Path, arguments: &[&str]) -> Result<Outcome> {
+        let mut host = self.clone();
+        loop {
+            match host.attempt(program, arguments)?.outcome {
+                Ok(outcome) => return Ok(outcome),
+                Err(why) if host.attempts <= 1 => bail!(why),
+                Err(why) => eprintln!("{why}\nOnce more, in a host with more memory."),
+            }
+            host = host.another();
+        }
+    }
+
+    /// A host for the next attempt.
+    pub fn another(&self) -> Self {
+        let attempts = self.attempts.saturating_sub(1);
+        Self { attempts, memory: self.memory.saturating_add(MORE), ..self.clone() }
+    }
+
+    /// As [`Self::run`], in one host only.
+    ///
+    /// # Errors
+    /// Where the host could not be made. One that came to no end is an [`Attempt`].
+    pub fn attempt(&self, program: &Path, arguments: &[&str]) -> Result<Attempt> {
         ensure!(!(self.deterministic && self.cpus > 1), "a deterministic host has one CPU");
         let directory = tempfile::Builder::new().prefix("ballast-lab-").tempdir()?;
         let initrd = directory.path().join("initrd");
         fs::write(&initrd, self.initrd(program, arguments)?)?;
         let command = self.command(&initrd, directory.path())?;
         let cores = Cores::take(self.cpus)?;
-        let program = program.display();
-        let waiting_for = format!("{program} {} in the emulated host", arguments.join(" "));
-        let ended = thread::scope(|scope| {
+        let begun = Instant::now();
+        let (ended, said) = thread::scope(|scope| {
             // The emulator dies with the thread that started it, and inherits its processors.
             scope
                 .spawn(|| self.emulate(command, &cores))
@@ -152,18 +196,19 @@ impl Emulator {
         let log = String::from_utf8_lossy(&log);
         let mut files = archive::read(&fs::read(directory.path().join("results")).unwrap_or_default());
         let code = files.pop_if(|(name, _)| name == "exit-code");
-        let Some(code) = code.and_then(|(_, code)| String::from_utf8(code).ok()?.parse().ok()) else {
-            let Ended::Left(status) = ended else {
-                bail!("gave up after {:?} waiting for {waiting_for}; its kernel said:\n{log}", self.limit);
+        let code = code.and_then(|(_, code)| String::from_utf8(code).ok()?.parse().ok());
+        let outcome = code.map(|code| Outcome { code, results: Results(files) }).ok_or_else(|| {
+            let what = format!("{} {}", program.display(), arguments.join(" "));
+            let how = match ended {
+                Ended::Left(status) => format!("the emulated host ended ({status})"),
+                Ended::TooLate | Ended::Stopped => format!("gave up after {:.0?}", begun.elapsed()),
             };
-            bail!(
-                "the emulated host ended ({status}) without an outcome of {program}; its kernel said:\n{log}"
-            );
-        };
-        if self.terminal == Terminal::Printed {
+            format!("{how} without an outcome of {what}; its kernel said:\n{log}")
+        });
+        if self.terminal == Terminal::Printed && outcome.is_ok() {
             print!("{log}");
         }
-        Ok(Outcome { code, results: Results(files) })
+        Ok(Attempt { outcome, said })
     }
 
     fn initrd(&self, program: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
@@ -249,33 +294,22 @@ impl Emulator {
         qemu.args(["-device", "virtconsole,chardev=program"]);
         qemu.args(["-device", "virtserialport,chardev=results,name=results"]);
         match self.terminal {
-            Terminal::Printed => qemu.stdin(Stdio::null()).stdout(Stdio::piped()),
-            Terminal::Output => qemu.stdin(Stdio::null()),
+            Terminal::Printed | Terminal::Output => qemu.stdin(Stdio::null()).stdout(Stdio::piped()),
             Terminal::Interactive => qemu.stdin(Stdio::inherit()),
         };
         Ok(qemu)
     }
 
-    /// Runs the emulator to its end, or to its limit.
-    fn emulate(&self, mut command: Command, cores: &Cores) -> Result<Ended> {
+    /// Runs the emulator to its end, or to its limit; and what the program said.
+    fn emulate(&self, mut command: Command, cores: &Cores) -> Result<(Ended, String)> {
         sched_setaffinity(None, &cores.set())?;
         let mut child = command.spawn().with_context(|| {
             format!("{PROGRAM} can't be run: install it with `sudo apt-get install qemu-system-x86`")
         })?;
-        let printer = child.stdout.take().map(|output| thread::spawn(|| print_all(output)));
-        let ended = wait(&mut child, self.limit, || false)?;
-        if let Some(printer) = printer {
-            let _ = printer.join();
-        }
-        Ok(ended)
-    }
-}
-
-fn print_all(mut output: impl Read) {
-    let mut buffer = [0; 4096];
-    while let Ok(length @ 1..) = output.read(&mut buffer) {
-        print!("{}", String::from_utf8_lossy(&buffer[..length]));
-        let _ = std::io::stdout().flush();
+        let output = child.stdout.take().map(|output| Output::follow(output, self.terminal));
+        let is_silent = || output.as_ref().is_some_and(|output| output.silence() > self.silence);
+        let ended = wait(&mut child, self.limit, is_silent)?;
+        Ok((ended, output.map(Output::finish).unwrap_or_default()))
     }
 }
 

@@ -82,6 +82,7 @@ impl Host {
     /// this has no effect.
     pub fn deterministic(mut self) -> Self {
         self.emulator.deterministic = true;
+        self.emulator.attempts = 2;
         self
     }
 

@@ -25,6 +25,7 @@ pub mod emulator;
 mod host;
 mod kernels;
 mod modules;
+mod output;
 mod packages;
 mod qemu;
 mod vm;

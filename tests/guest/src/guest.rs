@@ -154,7 +154,7 @@ pub fn worker() -> i32 {
 }
 
 /// Processes killed for lack of memory since the guest booted, as `/proc/vmstat` says.
-fn oom_kills() -> u64 {
+pub fn oom_kills() -> u64 {
     fs::read_to_string("/proc/vmstat")
         .unwrap_or_default()
         .lines()

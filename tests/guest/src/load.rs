@@ -5,6 +5,7 @@
 //! grow:SIZE[:TIME]          takes SIZE more and touches it, spread over TIME
 //! spike:SIZE[:TIME]         as grow; prints when tasks of the guest began to wait for memory
 //! clock                     prints the guest's clock
+//! kills                     prints how many processes the kernel has killed for lack of memory
 //! hold:TIME[:PATTERN]       keeps touching all it holds: sequential (default) or random
 //! release[:TIME]            gives all of it back, spread over TIME
 //! file:SIZE                 writes a file of SIZE into memory (tmpfs)
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::guest::oom_kills;
 use crate::memory::Block;
 use crate::show;
 
@@ -62,6 +64,8 @@ pub enum Step {
     Spike(usize, Duration),
     /// Tells what time it is.
     Clock,
+    /// Tells how many processes were killed for lack of memory.
+    Kills,
     /// Touches what is held for this long.
     Hold(Duration, Pattern),
     /// Gives back all, spread over a time.
@@ -141,6 +145,7 @@ impl FromStr for Step {
             ["spike", bytes] => Ok(Self::Spike(size(bytes)?, Duration::ZERO)),
             ["spike", bytes, time] => Ok(Self::Spike(size(bytes)?, duration(time)?)),
             ["clock"] => Ok(Self::Clock),
+            ["kills"] => Ok(Self::Kills),
             ["hold", time] | ["hold", time, "sequential"] => {
                 Ok(Self::Hold(duration(time)?, Pattern::Sequential))
             }
@@ -218,6 +223,7 @@ impl Load {
             Step::Grow(bytes, time) => self.grow(bytes, time, || ())?,
             Step::Spike(bytes, time) => self.spike(bytes, time)?,
             Step::Clock => println!("CLOCK us={}", microseconds()),
+            Step::Kills => println!("KILLS count={}", oom_kills()),
             Step::Hold(time, pattern) => self.hold(time, pattern),
             Step::Release(time) => self.release(time),
             Step::File(bytes) => write_file(bytes).map_err(|error| format!("{FILE}: {error}"))?,
