@@ -19,10 +19,19 @@ const SOON: Duration = Duration::from_secs(30);
 
 /// A daemon after its first round.
 async fn daemon(directory: &TempDir, budget: Bytes, vms: &[&FakeVm]) -> (JoinHandle<()>, Instant) {
+    daemon_every(INTERVAL, directory, budget, vms).await
+}
+
+async fn daemon_every(
+    interval: Duration,
+    directory: &TempDir,
+    budget: Bytes,
+    vms: &[&FakeVm],
+) -> (JoinHandle<()>, Instant) {
     let config = Config {
         directory: Some(directory.path().to_owned()),
         budget: Some(budget),
-        interval: INTERVAL,
+        interval,
         ..Config::default()
     };
     let start = Instant::now();
@@ -94,6 +103,28 @@ async fn who_waits_for_memory_is_looked_at_when_another_calls() {
     until(start, "the daemon to listen", || other.state().call()).await;
     until(start, "a question to who waits", || between(&poor) > 0).await;
     assert_eq!(poor.state().targets, []);
+}
+
+/// As when a guest calls without a pause, or some call in turn, and a VM that moves is slow to say so.
+#[tokio::test]
+async fn rounds_go_on_whoever_calls_however_often() {
+    let directory = tempfile::tempdir().unwrap();
+    let callers = ["a", "b", "c"].map(|name| FakeVm::start(directory.path(), name, LIMITS, Bytes::mib(100)));
+    let slow = FakeVm::start(directory.path(), "slow", LIMITS, Bytes::mib(100));
+    slow.state().place(Bytes::mib(300), Bytes::mib(700));
+    slow.state().follows = false;
+    slow.state().manner = Manner::Slow(400);
+    let quiet = FakeVm::start(directory.path(), "quiet", "256M,min=256M,max=256M", Bytes::mib(100));
+    let all: Vec<&FakeVm> = callers.iter().chain([&slow, &quiet]).collect();
+    let (_daemon, start) = daemon_every(Duration::from_secs(1), &directory, Bytes::gib(2), &all).await;
+    until(start, "the daemon to listen", || callers.iter().all(|caller| caller.state().call())).await;
+    let rounds = || quiet.state().patience.iter().filter(|patience| **patience == Some(100)).count();
+    let before = rounds();
+    until(start, "three rounds more", || {
+        callers.iter().for_each(|caller| _ = caller.state().call());
+        rounds() >= before + 3
+    })
+    .await;
 }
 
 #[tokio::test]

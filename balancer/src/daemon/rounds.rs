@@ -164,45 +164,47 @@ impl Daemon {
     pub async fn balance(&mut self) {
         let mut ticks = rhythm(self.tick);
         let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
-        let mut rescans = interval(RESCAN);
-        let mut watch = None;
+        let mut rescans = rhythm(RESCAN);
+        let (mut watch, mut revive) = (None, true);
         loop {
             if watch.is_none() {
+                // In this order: nothing comes or goes unseen between the two.
                 watch = self.roster.watch().ok();
+                self.rescan(revive);
+                revive = false;
             }
             tokio::select! {
+                // In this order: however many guests call, rounds come first, and what clients ask for.
                 biased;
-                change = changed(&mut watch) => {
-                    if change.is_err() {
-                        watch = None;
-                        tokio::time::sleep(self.tick).await;
-                    }
-                    self.rescan(false);
-                }
-                // A watch on a directory that was removed and made again hears nothing.
-                _ = rescans.tick() => {
-                    watch = None;
-                    self.rescan(true);
-                }
-                callers = self.switchboard.next() => self.answer(&callers).await,
-                () = due(self.chase) => self.answer(&BTreeSet::new()).await,
                 planned = ticks.tick() => {
                     if planned.elapsed() > self.tick / 10 {
                         self.shared.timings().late.inc();
                     }
                     self.round().await;
                 }
+                change = changed(&mut watch) => {
+                    if change.is_err() {
+                        watch = None;
+                        tokio::time::sleep(self.tick).await;
+                    } else {
+                        self.rescan(false);
+                    }
+                }
+                // A watch on a directory that was removed and made again hears nothing.
+                _ = rescans.tick() => (watch, revive) = (None, true),
                 () = heard(&mut hangup) => {
                     self.reload();
                     (ticks, watch) = (rhythm(self.tick), None);
                 }
-                Some(done) = self.requests.join_next() => self.take(done),
                 // Before the first decision nobody knows what there is.
                 Some(command) = self.commands.recv(), if self.decided => {
                     if self.obey(command) {
                         ticks.reset_immediately();
                     }
                 }
+                callers = self.switchboard.next() => self.answer(&callers).await,
+                () = due(self.chase) => self.answer(&BTreeSet::new()).await,
+                Some(done) = self.requests.join_next() => self.take(done),
             }
         }
     }
@@ -228,15 +230,15 @@ impl Daemon {
     /// Asks, decides, tells. No VM can make it longer than the tick.
     async fn round(&mut self) {
         let began = Instant::now();
-        self.ask(PATIENCE, |_, _| true);
-        self.gather(self.tick / 2).await;
+        let asked = self.ask(PATIENCE, |_, _| true);
+        self.gather(asked, self.tick / 2).await;
         self.read_host();
         if self.knows_enough() {
             let deciding = Instant::now();
             self.decide();
             self.shared.timings().policy.observe(deciding.elapsed().as_secs_f64());
-            self.tell();
-            self.gather(self.tick / 4).await;
+            let told = self.tell();
+            self.gather(told, self.tick / 4).await;
         }
         self.rounds += 1;
         self.shared.timings().round.observe(began.elapsed().as_secs_f64());
@@ -251,7 +253,9 @@ impl Daemon {
         self.decided || self.began.elapsed() >= FIRST_ANSWERS || self.slots.values().all(Slot::is_heard)
     }
 
-    fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &Slot) -> bool) {
+    /// Asks them how they stand; gives those that were asked.
+    fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &Slot) -> bool) -> BTreeSet<u64> {
+        let mut asked = BTreeSet::new();
         for (&id, slot) in &mut self.slots {
             if slot.gone || !whom(id, slot) {
                 continue;
@@ -262,7 +266,9 @@ impl Daemon {
                 let outcome = Outcome::Polled(driver.report(patience).await);
                 (id, driver, outcome)
             });
+            asked.insert(id);
         }
+        asked
     }
 
     /// A round between the rounds: for guests that call, and then until others have paid what these are
@@ -271,13 +277,13 @@ impl Daemon {
     /// holds nobody up: what it says then is there at the next look.
     async fn answer(&mut self, callers: &BTreeSet<u64>) {
         let eager: BTreeSet<u64> = callers.iter().copied().chain(self.wait_longest()).collect();
-        self.ask(Duration::ZERO, |id, slot| eager.contains(&id) || slot.moves());
-        self.gather(HURRY).await;
+        let asked = self.ask(Duration::ZERO, |id, slot| eager.contains(&id) || slot.moves());
+        self.gather(asked, HURRY).await;
         self.read_host();
         if self.knows_enough() {
             self.decide();
-            self.tell();
-            self.gather(HURRY).await;
+            let told = self.tell();
+            self.gather(told, HURRY).await;
         }
         self.publish();
         let now = Instant::now();
@@ -297,10 +303,16 @@ impl Daemon {
         waiting.into_iter().map(|(_, id)| id).take(MOST_LOOKED_AT)
     }
 
-    /// Takes in answers until all are there or `patience` is over.
-    async fn gather(&mut self, patience: Duration) {
+    /// Takes in answers until those that are `awaited` have come or `patience` is over. Who still owes an
+    /// answer of before keeps nobody.
+    async fn gather(&mut self, mut awaited: BTreeSet<u64>, patience: Duration) {
         let deadline = Instant::now() + patience;
-        while let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await {
+        while !awaited.is_empty()
+            && let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await
+        {
+            if let Ok((id, ..)) = &done {
+                awaited.remove(id);
+            }
             self.take(done);
         }
     }

@@ -1,5 +1,7 @@
 //! Carrying out what was decided.
 
+use std::collections::BTreeSet;
+
 use balloon::status::Pauser;
 use tracing::warn;
 
@@ -11,8 +13,9 @@ use crate::policy::reason::{Decision, Reason, Rule};
 use crate::policy::{Vcpus, Vm};
 
 impl Daemon {
-    /// Tells those about whom something was decided.
-    pub(super) fn tell(&mut self) {
+    /// Tells those about whom something was decided; gives those that were told.
+    pub(super) fn tell(&mut self) -> BTreeSet<u64> {
+        let mut told = BTreeSet::new();
         let now = self.now();
         for Decision { vm, reason } in self.decisions.drain(..) {
             let Some(slot) = self.slots.get_mut(&vm) else { continue };
@@ -26,6 +29,7 @@ impl Daemon {
                 self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
                 continue;
             };
+            told.insert(vm);
             if reason.rule.keeps_target() {
                 warn!(vm = slot.name, rule = ?reason.rule, "{}: {reason}", slot.name);
                 if let (Rule::Resume, Some(vm)) = (reason.rule, &mut slot.vm) {
@@ -51,6 +55,7 @@ impl Daemon {
                 (vm, driver, Outcome::Told(reason, result))
             });
         }
+        told
     }
 
     /// Names those that the balancer paused and that nobody resumes from now on. They are left so:
