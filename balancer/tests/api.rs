@@ -8,6 +8,7 @@ use std::time::Duration;
 use balancer::daemon::client::{self, Error};
 use balancer::daemon::{self, Config, Fate, Wanted};
 use balloon::limits::Limits;
+use balloon::status::{DriverState, PlugCounters, PlugStatus};
 use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use serde_json::{Value, json};
@@ -111,6 +112,26 @@ async fn described(directory: &Path, method: &str, path: &str, template: &str, b
         }
     }
     answer
+}
+
+/// Else whoever changes the weight of a guest that boots would set its `max` to what it has just then.
+#[tokio::test]
+async fn limits_are_shown_as_they_were_set_and_not_as_far_as_the_guest_has_drivers() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
+    vm.state().memory.plug = Some(PlugStatus {
+        driver: DriverState::Absent,
+        boot: Bytes::mib(256),
+        block: Bytes::mib(2),
+        requested: Bytes::ZERO,
+        plugged: Bytes::ZERO,
+        counters: PlugCounters::default(),
+    });
+    let _daemon = start(directory.path());
+    let limits =
+        async || Some(client(directory.path()).state().await.ok()?.vms.first()?.memory.as_ref()?.limits);
+    until("the VM is known", async || limits().await.is_some()).await;
+    assert_eq!(limits().await, Some(LIMITS.parse().unwrap()));
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::limits::Wanted;
+use balloon::limits::{Limits, Wanted};
 use balloon::status::Pauser;
 use balloon::units::Bytes;
 use tracing::{info, warn};
@@ -48,6 +48,8 @@ pub struct Slot {
     unconfigured: bool,
     /// What the policy knows; `None` until it first answered.
     pub vm: Option<Vm>,
+    /// What its administrator set; the policy knows no more of it than the guest has drivers for.
+    limits: Option<Limits>,
     /// Nobody listens: its process has ended.
     pub gone: bool,
     /// What the host holds for its VMM beside guest memory.
@@ -85,6 +87,7 @@ impl Slot {
             memory,
             unconfigured: false,
             vm: None,
+            limits: None,
             gone: false,
             overhead: Bytes::ZERO,
             huge_percent: None,
@@ -173,6 +176,7 @@ impl Slot {
             self.started = now.saturating_sub(*uptime);
         }
         self.overhead = *overhead;
+        self.limits = Some(memory.limits);
         self.huge_percent = memory.huge_percent();
         if std::mem::take(&mut self.gone) | self.trouble.end() {
             info!(vm = name, "{name} answers again");
@@ -195,7 +199,9 @@ impl Slot {
         self.errs = true;
         let name = &self.name;
         if matches!(error, Error::NoSuchVm { .. }) {
-            if !std::mem::replace(&mut self.gone, true) && self.answered.is_some() {
+            self.gone = true;
+            // A socket that is left behind is tried again and again.
+            if self.answered.take().is_some() {
                 info!(vm = name, "{name} has ended");
             }
             self.vm = None;
@@ -339,8 +345,8 @@ impl Slot {
 
     /// How it is shown.
     pub fn view(&self) -> VmView {
-        let memory = self.vm.as_ref().map(|vm| MemoryView {
-            limits: vm.said.limits,
+        let memory = self.vm.as_ref().zip(self.limits).map(|(vm, limits)| MemoryView {
+            limits,
             used: vm.used(),
             demand: vm.demand(),
             entitlement: vm.entitlement(),

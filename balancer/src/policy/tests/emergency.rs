@@ -51,6 +51,21 @@ fn a_paused_vm_is_charged_what_it_holds_and_resumed_when_there_is_room() {
 }
 
 #[test]
+fn a_pause_long_after_the_advice_is_the_operators_own() {
+    let mut world = beyond_help(None);
+    advice(&mut world, 120).unwrap();
+    let budget = std::mem::replace(&mut world.host.budget, Bytes::gib(4));
+    world.run(60);
+    world.host.budget = budget;
+    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
+    world.guests[1].vm.said.host_rss = Bytes::mib(100);
+    let had = world.guests[1].vm.said.actual;
+    world.run(1);
+    assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
+    assert_eq!(world.guests[1].vm.charge(), had);
+}
+
+#[test]
 fn short_of_the_budget_nobody_is_paused() {
     let mut world = World::new(
         Bytes::mib(1100),
