@@ -302,6 +302,32 @@ async fn whoever_waits_for_room_asks_the_next_daemon() {
     assert_eq!(view.granted, view.size);
 }
 
+#[tokio::test]
+async fn two_that_want_room_under_one_name_do_not_undo_each_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
+    stubborn.state().follows = false;
+    let _daemon = start(path);
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    let ask = |limits: &'static str| {
+        let path = path.to_owned();
+        tokio::spawn(async move { client(&path).reserve(&wanted("new", limits)).await })
+    };
+    let held = || async { client(path).state().await.unwrap().reservations.first().map(|held| held.size) };
+    let first = ask("512M");
+    until("the first waits", || async { held().await == Some(wanted("new", "512M").size()) }).await;
+    let second = ask("500M");
+    let refusal = tokio::time::timeout(PATIENCE, first).await.expect("it is told").unwrap().unwrap_err();
+    assert!(matches!(refusal, Error::Refused(_)), "it is final: {refusal}");
+    assert!(refusal.to_string().contains("took the place"), "{refusal}");
+    until("the second waits", || async { held().await == Some(wanted("new", "500M").size()) }).await;
+    stubborn.state().follows = true;
+    let view = tokio::time::timeout(PATIENCE, second).await.expect("it is answered").unwrap().unwrap();
+    assert_eq!(view.size, wanted("new", "500M").size());
+}
+
 /// Ends a daemon as SIGKILL does: nothing of it runs any more.
 async fn kill(daemon: JoinHandle<()>) {
     daemon.abort();

@@ -128,11 +128,13 @@ impl Client {
     }
 
     /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is. Asks
-    /// again where the daemon ends before it has answered and a new one is there within [`RESTART`].
+    /// again where the daemon ends before it has answered and a new one is there within [`RESTART`],
+    /// for as long as it is to wait for room.
     ///
     /// # Errors
     /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
     pub async fn reserve(&mut self, wanted: &Wanted) -> Result<ReservationView, Error> {
+        let last = Instant::now() + wanted.wait() + RESTART;
         let mut again_until: Option<Instant> = None;
         loop {
             let error = match self.http.ask("/reservations", wanted).await {
@@ -141,7 +143,7 @@ impl Client {
             };
             let now = Instant::now();
             let again = match error {
-                Error::HungUp(_) => *again_until.insert(now + RESTART),
+                Error::HungUp(_) => *again_until.insert(last.min(now + RESTART)),
                 Error::NotRunning { .. } => again_until.unwrap_or(now),
                 _ => now,
             };

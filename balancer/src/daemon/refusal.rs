@@ -67,6 +67,12 @@ pub enum Refusal {
     /// A VM of this name runs.
     #[error("a VM `{0}` runs already")]
     RunsAlready(String),
+    /// Somebody else asked for room for a VM of this name.
+    #[error(
+        "another request for room for `{0}` took the place of this one: only one VM of this name can run; \
+         give the other a name of its own"
+    )]
+    Replaced(String),
     /// There is nothing to give back.
     #[error("nothing is reserved for `{0}`")]
     NoReservation(String),

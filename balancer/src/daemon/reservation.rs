@@ -58,7 +58,8 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    fn wait(&self) -> Duration {
+    /// How long it waits for room.
+    pub fn wait(&self) -> Duration {
         self.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(LONGEST_WAIT)
     }
 
@@ -156,7 +157,8 @@ impl Ledger {
     }
 
     /// Admits a VM, or refuses it with the numbers. Whoever waits is answered by [`Ledger::grant`]
-    /// or [`Ledger::expire`]. A second request for the same name takes the place of the first.
+    /// or [`Ledger::expire`]. A request that is admitted takes the place of an earlier one for the same
+    /// name, and whoever waits for that one is told so; one that is refused changes nothing.
     pub fn admit(
         &mut self,
         id: u64,
@@ -165,15 +167,15 @@ impl Ledger {
         taken: Taken,
         answer: oneshot::Sender<Result<ReservationView, Refusal>>,
     ) {
-        if self.of.remove(&wanted.name).is_some() {
-            self.keep(now);
-        }
         let size = wanted.size();
-        let reserved: Bytes = self.of.values().map(|reservation| reservation.size).sum();
+        let others = self.of.iter().filter(|(name, _)| **name != wanted.name);
+        let (count, reserved) = others.fold((0, Bytes::ZERO), |(count, reserved), (_, reservation)| {
+            (count + 1, reserved.saturating_add(reservation.size))
+        });
         let kept = taken.by_vms.saturating_add(reserved);
         let said = said(size, Bytes::ZERO);
         let refusal = match said {
-            Some(_) if self.of.len() >= MOST => Some(Refusal::TooManyReservations),
+            Some(_) if count >= MOST => Some(Refusal::TooManyReservations),
             Some(_) if kept.saturating_add(size) <= taken.budget => None,
             _ => Some(Refusal::NoRoom {
                 name: wanted.name.clone(),
@@ -193,7 +195,16 @@ impl Ledger {
                 let vm = Vm::new(id, LONGEST_WAIT, said);
                 let until = now + wanted.wait();
                 let reservation = Reservation { vm, size, granted: Bytes::ZERO, until, answer: Some(answer) };
-                self.of.insert(wanted.name.clone(), reservation);
+                if let Some(earlier) = self.of.insert(wanted.name.clone(), reservation) {
+                    self.keep(now);
+                    info!(
+                        vm = wanted.name,
+                        "another request for {} takes the place of the first", wanted.name
+                    );
+                    if let Some(answer) = earlier.answer {
+                        let _ = answer.send(Err(Refusal::Replaced(wanted.name.clone())));
+                    }
+                }
             }
             (Some(refusal), _) => drop(answer.send(Err(refusal))),
             (None, None) => drop(answer.send(Err(Refusal::Stopping))),
@@ -219,6 +230,10 @@ impl Ledger {
                     vm = name,
                     "{name} has come: its reservation of {} is its own now", reservation.granted
                 );
+                // It started without waiting for the answer, or another of this name did.
+                if let Some(answer) = reservation.answer.take() {
+                    let _ = answer.send(Err(Refusal::RunsAlready(name.clone())));
+                }
                 return false;
             }
             let Some(answer) =
@@ -410,6 +425,22 @@ mod tests {
         assert!(granted[0] < *granted.last().unwrap(), "what was free came first: {granted:?}");
         let view = answered.try_recv().expect("it was granted").unwrap();
         assert_eq!(view.granted, wanted("web", "600M").size());
+    }
+
+    #[test]
+    fn whoever_is_replaced_is_told_and_nobody_is_by_a_request_that_is_refused() {
+        let mut ledger = Ledger::default();
+        let mut first = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
+        let mut huge = ask(&mut ledger, &wanted("web", "2G"), taken(1000, 0));
+        assert!(matches!(huge.try_recv().unwrap(), Err(Refusal::NoRoom { .. })));
+        assert!(first.try_recv().is_err(), "it still waits");
+        // The first's own room does not stand in the second's way.
+        let mut second = ask(&mut ledger, &wanted("web", "600M"), taken(1000, 0));
+        assert_eq!(first.try_recv().expect("it is told"), Err(Refusal::Replaced("web".to_owned())));
+        assert!(second.try_recv().is_err(), "it waits");
+        ledger.expire(Duration::from_secs(101), |name| name == "web");
+        assert_eq!(second.try_recv().expect("it is told"), Err(Refusal::RunsAlready("web".to_owned())));
+        assert!(ledger.is_empty());
     }
 
     #[test]

@@ -104,9 +104,11 @@ impl IntoResponse for Refusal {
             Self::NoSuchVm(_) | Self::NoReservation(_) => StatusCode::NOT_FOUND,
             // A VM's "no" is the client's mistake or a conflict; whatever else it says is its own trouble.
             Self::OfVm { status, .. } if status == "400" => StatusCode::BAD_REQUEST,
-            Self::OfVm { .. } | Self::Busy(_) | Self::NoRoom { .. } | Self::RunsAlready(_) => {
-                StatusCode::CONFLICT
-            }
+            Self::OfVm { .. }
+            | Self::Busy(_)
+            | Self::NoRoom { .. }
+            | Self::RunsAlready(_)
+            | Self::Replaced(_) => StatusCode::CONFLICT,
             Self::Body { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_REQUEST),
             Self::NoAnswer(_) => StatusCode::BAD_GATEWAY,
             Self::NotInTime { .. } | Self::TooManyReservations | Self::Stopping => {
