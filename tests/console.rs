@@ -2,7 +2,7 @@
 //! VMs with one name.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -110,18 +110,19 @@ impl Drop for Run {
 impl Run {
     /// A guest that takes steps from its console, or a program that fails before.
     fn start(name: &str, stdin: Stdio, arguments: &[&str]) -> Self {
+        Self::with_output(name, stdin, Stdio::piped(), arguments)
+    }
+
+    /// As [`start`](Self::start), with a console that goes elsewhere.
+    fn with_output(name: &str, stdin: Stdio, stdout: Stdio, arguments: &[&str]) -> Self {
         let images = Kernel::V6_1.guest_images();
         let mut command = Command::new(lab::ballast());
         command.args(["run", "--memory", "128M", "--name", name]);
         command.arg("--kernel").arg(&images.bzimage).arg("--initrd").arg(&images.initrd);
         command.args(["--cmdline", "console=ttyS0 panic=-1 quiet ballast.console"]).args(arguments);
-        let mut child = command
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("ballast can be run");
-        let console = Said::by(child.stdout.take().expect("it is piped"));
+        let mut child =
+            command.stdin(stdin).stdout(stdout).stderr(Stdio::piped()).spawn().expect("ballast can be run");
+        let console = child.stdout.take().map(Said::by).unwrap_or_default();
         let errors = Said::by(child.stderr.take().expect("it is piped"));
         Self { child, console, errors }
     }
@@ -136,6 +137,18 @@ impl Run {
 
     fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("the child is ours").is_none()
+    }
+
+    /// Whether one of its vCPUs is in the middle of a write.
+    fn writes(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it runs");
+        let mut calls = tasks.filter_map(|task| {
+            let task = task.ok()?.path();
+            let name = fs::read_to_string(task.join("comm")).ok()?;
+            name.starts_with("vcpu").then(|| fs::read_to_string(task.join("syscall")).ok())?
+        });
+        // The number of write(2) on x86-64.
+        calls.any(|call| call.starts_with("1 "))
     }
 
     /// Processor time that its event loop has taken, in ticks of 10 ms.
@@ -216,6 +229,36 @@ fn fails_to_start(terminal: &Terminal) {
     assert_eq!(run.console.text(), "");
 }
 
+/// `ballast run ... | less`, where nobody turns the page.
+fn ends_with_a_console_that_nobody_reads() {
+    for ending in ["signals", "keys"] {
+        let (_unread, output) = full_pipe();
+        let mut run = Run::with_output("unread", Stdio::piped(), output.into(), &[]);
+        wait_for("the guest to hang in its console", BOOT, || run.writes().then_some(()));
+        let mut keys = run.child.stdin.take().expect("it is piped");
+        keys.write_all(b"for the guest").expect("it listens");
+        let code = if ending == "keys" {
+            keys.write_all(b"\x01x").expect("it listens");
+            14
+        } else {
+            run.signal(Signal::TERM);
+            run.errors.wait_for("power button", SOON);
+            run.signal(Signal::TERM);
+            0
+        };
+        assert_eq!(run.wait_for_end().code(), Some(code), "by {ending}: {}", run.errors.text());
+    }
+}
+
+/// A pipe into which nothing more goes, and where it could be read.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, writer) = pipe().expect("a pipe");
+    rustix::io::ioctl_fionbio(&writer, true).expect("a flag of a pipe");
+    while (&writer).write_all(&[0; 512]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).expect("a flag of a pipe");
+    (reader, writer)
+}
+
 fn one_name_for_two(terminal: &Terminal) {
     let mut first = Run::start("twin", Stdio::piped(), &[]);
     // The end of its input.
@@ -257,6 +300,7 @@ fn the_terminal_is_given_back_and_names_are_one_vms_own() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
         let terminal = Terminal::new();
         ends_from_outside(&terminal);
+        ends_with_a_console_that_nobody_reads();
         fails_to_start(&terminal);
         one_name_for_two(&terminal);
         a_guest_powers_off(&terminal);

@@ -2,8 +2,12 @@
 //!
 //! Output is written where the guest writes it, on the thread of its vCPU: a
 //! reader that stalls holds that vCPU, as hardware flow control would hold a
-//! sender; other vCPUs and devices go on. Output that fails is dropped and
-//! counted, so a closed terminal never stops a guest.
+//! sender; other vCPUs and devices go on. Whoever brings input is one of them:
+//! a [`Port`] takes it without waiting for such a vCPU. Output that fails is
+//! dropped and counted, so a closed terminal never stops a guest.
+
+mod line;
+mod port;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -16,8 +20,10 @@ use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
+use self::line::Line;
+pub use self::port::Port;
 use crate::state::{StateError, Version};
 
 /// Ports that the device takes.
@@ -85,14 +91,11 @@ pub struct PortState {
     pub lost_output: u64,
 }
 
-/// A serial port.
+/// A serial port, for one thread at a time.
 pub struct Serial {
     uart: Uart<Edge, Arc<Lost>, Box<dyn Write + Send>>,
-    backlog: VecDeque<u8>,
+    line: Arc<Line>,
     lost: Arc<Lost>,
-    room: EventFd,
-    /// Someone was told that there is no room, and waits for [`Serial::room_event`].
-    refused: bool,
 }
 
 impl Serial {
@@ -104,10 +107,8 @@ impl Serial {
         let lost = Arc::new(Lost::default());
         Ok(Self {
             uart: Uart::with_events(Edge(irq), lost.clone(), output),
-            backlog: VecDeque::new(),
+            line: Arc::new(Line::new(VecDeque::new())?),
             lost,
-            room: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            refused: false,
         })
     }
 
@@ -126,7 +127,7 @@ impl Serial {
             modem_status: uart.modem_status,
             scratch: uart.scratch,
             input: uart.in_buffer,
-            backlog: self.backlog.iter().copied().collect(),
+            backlog: self.line.waiting(),
             lost_output: self.lost_output(),
         }
     }
@@ -161,9 +162,8 @@ impl Serial {
         let lost = Arc::new(Lost(AtomicU64::new(state.lost_output)));
         let uart = Uart::from_state(&uart, Edge(irq), lost.clone(), output)
             .map_err(|_| unreadable("more input lies in the port than it has room for"))?;
-        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let backlog = state.backlog.iter().copied().collect();
-        let mut serial = Self { uart, backlog, lost, room, refused: false };
+        let line = Arc::new(Line::new(state.backlog.iter().copied().collect())?);
+        let mut serial = Self { uart, line, lost };
         serial.refill();
         Ok(serial)
     }
@@ -171,18 +171,15 @@ impl Serial {
     /// Takes input for the guest and returns how many bytes there was room for.
     /// The rest is the caller's to keep until [`room_event`](Self::room_event) is readable.
     pub fn enqueue(&mut self, input: &[u8]) -> usize {
-        let room = BACKLOG - self.backlog.len().min(BACKLOG);
-        let (taken, rest) = input.split_at(input.len().min(room));
-        self.backlog.extend(taken);
-        self.refused |= !rest.is_empty();
+        let taken = self.line.put(input);
         self.refill();
-        taken.len()
+        taken
     }
 
     /// Becomes readable when the guest has read all input after
     /// [`enqueue`](Self::enqueue) had to leave some behind.
     pub fn room_event(&self) -> &EventFd {
-        &self.room
+        self.line.room()
     }
 
     /// Bytes of output that could not be written.
@@ -192,23 +189,12 @@ impl Serial {
 
     /// Moves waiting input to the port, as far as its queue goes.
     fn refill(&mut self) {
-        while self.uart.fifo_capacity() > 0 {
-            let (front, _) = self.backlog.as_slices();
-            if front.is_empty() {
-                break;
-            }
-            let Some(piece) = front.get(..front.len().min(self.uart.fifo_capacity())) else { break };
-            // Zero in loopback mode, in which the line is cut off.
-            match self.uart.enqueue_raw_bytes(piece) {
-                Ok(0) => break,
-                Ok(count) => drop(self.backlog.drain(..count.min(self.backlog.len()))),
-                Err(_) => break,
-            }
-        }
-        if self.refused && self.backlog.is_empty() {
-            self.refused = false;
-            let _ = self.room.write(1);
-        }
+        let uart = &mut self.uart;
+        // Zero in loopback mode, in which the line is cut off.
+        self.line.take(|input| {
+            let piece = input.get(..input.len().min(uart.fifo_capacity())).unwrap_or_default();
+            if piece.is_empty() { 0 } else { uart.enqueue_raw_bytes(piece).unwrap_or(0) }
+        });
     }
 }
 

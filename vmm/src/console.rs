@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::serial::Serial;
+use devices::serial::{Port, Serial};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -46,7 +46,7 @@ pub enum ConsoleError {
 /// The serial port and what its line ends at.
 pub struct Console {
     /// The port, for the bus.
-    pub port: Arc<Mutex<Serial>>,
+    pub port: Arc<Port>,
     /// Whoever brings input, for the event loop.
     pub input: Option<Arc<Mutex<Input>>>,
     /// Given back to the user when this goes.
@@ -83,7 +83,7 @@ impl Console {
             }
             config::Console::None => (Box::new(io::sink()), None),
         };
-        let port = Arc::new(Mutex::new(Serial::new(irq, output).map_err(ConsoleError::Stdio)?));
+        let port = Arc::new(Port::new(Serial::new(irq, output).map_err(ConsoleError::Stdio)?));
         let input = source.map(|source| {
             let port = Arc::clone(&port);
             Arc::new(Mutex::new(Input {
@@ -144,10 +144,11 @@ enum Source {
     Socket { listener: UnixListener, client: Client },
 }
 
-/// Brings input to the port, as far as the guest takes it.
+/// Brings input to the port, as far as the guest takes it. It never waits for a vCPU whose output
+/// nobody reads: the same thread hears the signals that end the VM.
 pub struct Input {
     source: Source,
-    port: Arc<Mutex<Serial>>,
+    port: Arc<Port>,
     crew: Arc<Crew>,
     /// Input that the port had no room for; at most one chunk.
     left: Vec<u8>,
@@ -210,7 +211,7 @@ impl Input {
 
     /// Hands over what is left; stops watching while the port has no room.
     fn deliver(&mut self, ops: &mut EventOps) {
-        let taken = lock(&self.port).enqueue(&self.left);
+        let taken = self.port.enqueue(&self.left);
         self.left.drain(..taken.min(self.left.len()));
         match (self.left.is_empty(), self.muted) {
             (true, true) => {
@@ -244,7 +245,7 @@ impl Input {
 
 impl MutEventSubscriber for Input {
     fn init(&mut self, ops: &mut EventOps) {
-        let room = Events::new(lock(&self.port).room_event(), EventSet::IN);
+        let room = Events::new(self.port.room_event(), EventSet::IN);
         if let Err(error) = ops.add(room) {
             tracing::warn!("the console's input can't be held back: {error}");
         }
@@ -260,18 +261,12 @@ impl MutEventSubscriber for Input {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         let fd = events.fd();
-        let is_room = {
-            let port = lock(&self.port);
-            let room = port.room_event();
-            let is_room = room.as_raw_fd() == fd;
-            if is_room {
-                let _ = room.read();
-            }
-            is_room
-        };
+        let room = self.port.room_event();
+        let is_room = room.as_raw_fd() == fd;
         let is_listener =
             matches!(&self.source, Source::Socket { listener, .. } if listener.as_raw_fd() == fd);
         if is_room {
+            let _ = room.read();
             self.deliver(ops);
         } else if is_listener {
             self.accept(ops);
@@ -320,7 +315,18 @@ impl Escape {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{PipeReader, PipeWriter};
+    use std::os::fd::OwnedFd;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use vm_device::DevicePio;
+    use vm_device::bus::PioAddress;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
     use super::*;
+    use crate::events::EventLoop;
 
     #[test]
     fn ctrl_a_is_for_ballast() {
@@ -331,5 +337,64 @@ mod tests {
         assert!(!crew.has_ended());
         assert_eq!(escape.filter(b"x", &crew), b"");
         assert_eq!(crew.wait_for_end(), Exit::ConsoleQuit);
+    }
+
+    /// Longer than anything here takes.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A pipe into which nothing more goes, and where it could be read.
+    fn full_pipe() -> (PipeReader, PipeWriter) {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        rustix::io::ioctl_fionbio(&writer, true).expect("a flag of a pipe");
+        while (&writer).write_all(&[0; 512]).is_ok() {}
+        rustix::io::ioctl_fionbio(&writer, false).expect("a flag of a pipe");
+        (reader, writer)
+    }
+
+    /// Tells when output begins.
+    struct Telling(PipeWriter, mpsc::Sender<()>);
+
+    impl Write for Telling {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            let _ = self.1.send(());
+            self.0.write(data)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn output_that_nobody_reads_keeps_no_key_from_ending_the_vm() {
+        let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let (unread, output) = full_pipe();
+        let (writes, writing) = mpsc::channel();
+        let serial = Serial::new(irq, Box::new(Telling(output, writes))).expect("a port");
+        let port = Arc::new(Port::new(serial));
+        let (input, mut keys) = io::pipe().expect("a pipe");
+        let crew = Crew::new(1).expect("a crew");
+        let source = Source::Stdin { input: File::from(OwnedFd::from(input)), escape: Escape::Plain };
+        let (served, by) = (Arc::clone(&port), Arc::clone(&crew));
+        let input = Input { source, port: served, crew: by, left: Vec::new(), muted: false };
+        let devices = EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread");
+        let vcpu = thread::spawn(move || port.pio_write(PioAddress(0x3f8), 0, b"o"));
+        writing.recv_timeout(LONG).expect("the guest writes");
+
+        keys.write_all(b"a").expect("it is watched");
+        while rustix::io::ioctl_fionread(&keys).expect("it is a pipe") > 0 {
+            thread::yield_now();
+        }
+        keys.write_all(b"\x01x").expect("it is watched");
+        let (ends, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let exit = crew.wait_for_end();
+            devices.stop();
+            let _ = ends.send(exit);
+        });
+        assert_eq!(ended.recv_timeout(LONG), Ok(Exit::ConsoleQuit));
+        assert!(!vcpu.is_finished(), "nobody has read");
+        drop(unread);
+        vcpu.join().expect("a closed pipe takes no output");
     }
 }

@@ -240,7 +240,7 @@ impl Machine {
         }
         devices.stop();
         memory.stop();
-        // vCPU threads are not waited for: one may hang in a write to a console that nobody
+        // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
         // reads. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
         tracing::debug!(

@@ -57,6 +57,19 @@ impl Signals {
     }
 }
 
+/// Says a line to the user, if there is someone to hear it.
+///
+/// A closed standard error must not end the VM, as `eprintln!` would; nor may one that nobody
+/// reads keep this thread from the next signal, which a write to a full pipe would.
+fn tell(said: &str) {
+    let mut errors = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one whole `pollfd`, as the call is told; with no time to wait it returns at once.
+    let ready = unsafe { libc::poll(&mut errors, 1, 0) };
+    if ready == 1 && errors.revents & libc::POLLOUT != 0 {
+        let _ = writeln!(io::stderr(), "{said}");
+    }
+}
+
 impl MutEventSubscriber for Signals {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.fd, EventSet::IN)) {
@@ -68,9 +81,7 @@ impl MutEventSubscriber for Signals {
         while self.next() {
             if !self.asked && self.control.power_button().is_ok() {
                 self.asked = true;
-                // A closed standard error must not end the VM, as `eprintln!` would.
-                let said = "Pressed the guest's power button. A second signal stops the VM at once.";
-                let _ = writeln!(io::stderr(), "{said}");
+                tell("Pressed the guest's power button. A second signal stops the VM at once.");
             } else {
                 // Only a VM that has ended already refuses.
                 let _ = self.control.shutdown();

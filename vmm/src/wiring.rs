@@ -75,7 +75,7 @@ impl<'a> Wiring<'a> {
     ///
     /// # Errors
     /// [`WiringError`] says what is in the way.
-    pub fn serial(&mut self, port: Arc<Mutex<devices::serial::Serial>>) -> Result<(), WiringError> {
+    pub fn serial(&mut self, port: Arc<devices::serial::Port>) -> Result<(), WiringError> {
         let range = PioRange::new(PioAddress(layout::COM1), devices::serial::PORTS)?;
         self.buses.devices.register_pio(range, port)?;
         Ok(())
