@@ -47,7 +47,7 @@ pub use self::config::{
     Sockets,
 };
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
-pub use self::reservation::{ReservationView, Wanted};
+pub use self::reservation::{Process, ReservationView, Wanted};
 pub use self::state::{HostView, MemoryView, State, VmView};
 
 use self::reload::Reread;

@@ -14,7 +14,7 @@ pub mod firecracker;
 mod foreign;
 pub(crate) mod http;
 mod kept;
-mod process;
+pub(crate) mod process;
 pub mod qemu;
 mod statistics;
 

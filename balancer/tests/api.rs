@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use balancer::daemon::client::{self, Error};
-use balancer::daemon::{self, Config, Fate, Wanted};
+use balancer::daemon::{self, Config, Fate, Process, Wanted};
 use balloon::limits::Limits;
 use balloon::status::{DriverState, PlugCounters, PlugStatus};
 use balloon::units::Bytes;
@@ -326,6 +326,48 @@ async fn two_that_want_room_under_one_name_do_not_undo_each_other() {
     stubborn.state().follows = true;
     let view = tokio::time::timeout(PATIENCE, second).await.expect("it is answered").unwrap().unwrap();
     assert_eq!(view.size, wanted("new", "500M").size());
+}
+
+#[tokio::test]
+async fn what_a_vm_touches_before_it_has_a_socket_is_not_counted_twice() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let old = FakeVm::start(path, "old", "1G,min=1G,max=1G", Bytes::mib(200));
+    old.state().memory.host_rss = Bytes::gib(1);
+    let meminfo = path.join("meminfo");
+    let available = |free: Bytes| {
+        let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 4 << 20, free.0 >> 10);
+        std::fs::write(path.join("meminfo.new"), text).unwrap();
+        std::fs::rename(path.join("meminfo.new"), &meminfo).unwrap();
+    };
+    available(Bytes::gib(1));
+    let mut config = Config {
+        directory: Some(path.to_owned()),
+        host_reserve: Bytes::mib(512),
+        interval: Duration::from_millis(50),
+        ..Config::default()
+    };
+    config.sources.meminfo.clone_from(&meminfo);
+    let _daemon = tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    let state = || async { client(path).state().await.unwrap() };
+    let budget = state().await.host.budget;
+    assert_eq!(budget, Bytes::mib(1536));
+    // This very process is the VM that is about to start.
+    let wanted = Wanted { process: Process::own(), ..wanted("new", "400M") };
+    client(path).reserve(&wanted).await.unwrap();
+    let touched = vec![1_u8; 300 << 20];
+    available(Bytes::gib(1) - Bytes(touched.len() as u64));
+    let rounds = state().await.rounds;
+    until("it was looked at", || async { state().await.rounds > rounds + 2 }).await;
+    let host = state().await.host;
+    assert_eq!((host.budget, host.over), (budget, Bytes::ZERO), "{host:?}");
+    // What others take is not there for VMs.
+    available(Bytes::gib(1) - Bytes(touched.len() as u64) - Bytes::mib(200));
+    until("that is seen", || async { state().await.host.budget < budget - Bytes::mib(136) }).await;
+    assert!(state().await.host.budget < budget - Bytes::mib(136));
+    drop(touched);
 }
 
 /// Ends a daemon as SIGKILL does: nothing of it runs any more.

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balancer::daemon::Wanted;
 use balancer::daemon::client::{Client, Error};
+use balancer::daemon::{Process, Wanted};
 use balloon::limits::Limits;
 use balloon::runtime;
 use tracing::{info, warn};
@@ -22,13 +22,13 @@ pub struct Room {
     vm: String,
 }
 
-/// Room for `vm`; `None` where nobody could be asked, which is said once.
+/// Room for `vm`, which this process will be; `None` where nobody could be asked, which is said once.
 ///
 /// # Errors
 /// There is no room, or there was not enough in time.
 pub fn reserve(vm: &str, limits: Limits) -> Result<Option<Room>, Failure> {
     let wait_ms = u64::try_from(WAIT.as_millis()).ok();
-    let wanted = Wanted { name: vm.to_owned(), limits, wait_ms };
+    let wanted = Wanted { name: vm.to_owned(), limits, wait_ms, process: Process::own() };
     let directory = runtime::directory()?;
     let answer =
         client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&wanted).await) })?;

@@ -4,8 +4,10 @@
 //! starts with. So memory is taken for it from others as for any guest in need,
 //! what it was given is charged, and nothing of it exceeds the budget. When the
 //! VM's socket answers, the VM's own charge takes its place. Until then it is kept on
-//! file ([`kept`]), as a daemon that starts anew could learn of it from nobody.
+//! file ([`kept`]), as a daemon that starts anew could learn of it from nobody, and what the VM has
+//! touched of it by then is known from its process ([`holder`]).
 
+mod holder;
 mod kept;
 
 use std::collections::BTreeMap;
@@ -19,13 +21,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+pub use self::holder::Process;
+use self::holder::{Holder, prolonged};
 use self::kept::{Book, Kept};
 use super::refusal::Refusal;
 use crate::policy::reason::Decision;
 use crate::policy::{Said, Vcpus, Vm};
 
-/// How long a reservation stands for a VM that does not appear. A VM's socket is there
-/// within a second of the answer, even where its memory is touched first.
+/// How long a reservation stands for a VM that does not appear. A VM's socket is there within a second
+/// of the answer where its memory is not touched first; where it is, that may take minutes, and the
+/// reservation stands for as long as its process is seen to touch more.
 pub const LIFE: Duration = Duration::from_secs(60);
 
 /// The longest that a client may wait for room.
@@ -55,6 +60,10 @@ pub struct Wanted {
     /// 300,000 at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait_ms: Option<u64>,
+    /// The process that will hold its memory, where that runs already: what it comes to hold from now on
+    /// is taken for the VM's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
 }
 
 impl Wanted {
@@ -91,6 +100,7 @@ struct Reservation {
     granted: Bytes,
     /// When it is dropped: the end of the client's patience, or of [`LIFE`].
     until: Duration,
+    holder: Option<Holder>,
     /// Whoever waits for it; nobody once it is there.
     answer: Option<oneshot::Sender<Result<ReservationView, Refusal>>>,
 }
@@ -138,7 +148,8 @@ impl Ledger {
             info!(vm = kept.name, "{} stay reserved for {}", kept.size, kept.name);
             let vm = Vm::new(next_id(), LONGEST_WAIT, said);
             let until = now + kept.left();
-            let reservation = Reservation { vm, size: kept.size, granted: kept.size, until, answer: None };
+            let Kept { size, holder, .. } = kept;
+            let reservation = Reservation { vm, size, granted: size, until, holder, answer: None };
             of.insert(kept.name, reservation);
         }
         Self { of, book: Some(book) }
@@ -149,7 +160,7 @@ impl Ledger {
         let Some(book) = &self.book else { return };
         let promised = self.of.iter().filter(|(_, reservation)| reservation.granted >= reservation.size);
         let promised = promised.map(|(name, reservation)| {
-            Kept::new(name, reservation.granted, reservation.until.saturating_sub(now))
+            Kept::new(name, reservation.granted, reservation.holder, reservation.until.saturating_sub(now))
         });
         if let Err(error) = book.write(&promised.collect::<Vec<_>>()) {
             warn!("{}: {error}: after a restart nobody will know what was reserved", book.path().display());
@@ -194,7 +205,8 @@ impl Ledger {
             (None, Some(said)) => {
                 let vm = Vm::new(id, LONGEST_WAIT, said);
                 let until = now + wanted.wait();
-                let reservation = Reservation { vm, size, granted: Bytes::ZERO, until, answer: Some(answer) };
+                let (granted, holder) = (Bytes::ZERO, wanted.process.map(Holder::new));
+                let reservation = Reservation { vm, size, granted, until, holder, answer: Some(answer) };
                 if let Some(earlier) = self.of.insert(wanted.name.clone(), reservation) {
                     self.keep(now);
                     info!(
@@ -256,6 +268,31 @@ impl Ledger {
         if self.of.len() < before {
             self.keep(now);
         }
+    }
+
+    /// Looks at what VMs have touched of what was granted to them; to be done before the host's free
+    /// memory is read, so that nothing is counted twice that is touched in between.
+    pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> Option<Bytes>) {
+        let mut changed = false;
+        for Reservation { holder, granted, size, until, .. } in self.of.values_mut() {
+            let Some(holder) = holder else { continue };
+            if holder.look(*granted, &held)
+                && granted >= size
+                && let Some(later) = prolonged(*until, now, LIFE)
+            {
+                *until = later;
+                changed = true;
+            }
+        }
+        if changed {
+            self.keep(now);
+        }
+    }
+
+    /// What of the host's memory is in use by VMs that have not come yet. It is charged as granted, so
+    /// the budget must not be less by it.
+    pub fn touched(&self) -> Bytes {
+        self.of.values().filter_map(|reservation| reservation.holder).map(|holder| holder.touched()).sum()
     }
 
     /// Hands them to the policy as VMs.
@@ -327,143 +364,5 @@ fn said(size: Bytes, granted: Bytes) -> Option<Said> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::policy::{Host, Policy, Settings};
-
-    fn wanted(name: &str, limits: &str) -> Wanted {
-        Wanted { name: name.to_owned(), limits: limits.parse().unwrap(), wait_ms: Some(5000) }
-    }
-
-    fn taken(budget: u64, by_vms: u64) -> Taken {
-        Taken { budget: Bytes::mib(budget), by_vms: Bytes::mib(by_vms) }
-    }
-
-    type Answered = oneshot::Receiver<Result<ReservationView, Refusal>>;
-
-    fn ask(ledger: &mut Ledger, wanted: &Wanted, taken: Taken) -> Answered {
-        let (answer, answered) = oneshot::channel();
-        ledger.admit(7, Duration::from_secs(100), wanted, taken, answer);
-        answered
-    }
-
-    #[test]
-    fn what_a_vm_needs_is_more_than_its_guest() {
-        assert_eq!(wanted("web", "256M,max=1G").size(), Bytes::mib(256 + 8 + 2));
-    }
-
-    #[test]
-    fn a_vm_that_can_never_fit_is_refused_with_the_numbers() {
-        let mut ledger = Ledger::default();
-        let mut answered = ask(&mut ledger, &wanted("web", "512M"), taken(1000, 600));
-        let refusal = answered.try_recv().unwrap().unwrap_err().to_string();
-        for number in ["web", "521 MiB", "600 MiB", "1000 MiB", "391 MiB"] {
-            assert!(refusal.contains(number), "{number}: {refusal}");
-        }
-        assert!(ledger.is_empty());
-        // Another's reservation counts too.
-        let mut first = ask(&mut ledger, &wanted("a", "512M"), taken(1000, 0));
-        assert!(first.try_recv().is_err(), "it waits");
-        let mut second = ask(&mut ledger, &wanted("b", "512M"), taken(1000, 0));
-        assert!(matches!(second.try_recv().unwrap(), Err(Refusal::NoRoom { .. })));
-        for huge in ["16777215T", "64M,max=16777215T"] {
-            let mut answered = ask(&mut ledger, &wanted("huge", huge), taken(1000, 0));
-            assert!(matches!(answered.try_recv().unwrap(), Err(Refusal::NoRoom { .. })), "{huge}");
-        }
-    }
-
-    /// One round with a guest of 700 MiB that uses 200.
-    fn round(policy: &mut Policy, ledger: &mut Ledger, now: Duration, other: &mut Vm) -> Bytes {
-        let mut vms = vec![other.clone()];
-        ledger.lend(&mut vms);
-        let mut decisions = Vec::new();
-        let balance = policy.decide(now, Host::of(Bytes::gib(1)), &mut vms, &mut decisions);
-        for vm in &vms {
-            if !ledger.settle(vm) {
-                *other = vm.clone();
-            }
-        }
-        for decision in &decisions {
-            if !ledger.grant(now, decision) {
-                other.said.target = decision.reason.new;
-            }
-        }
-        balance.over
-    }
-
-    #[test]
-    fn room_is_made_by_others_and_never_more_is_given_than_there_is() {
-        let limits: Limits = "700M,min=128M,max=900M".parse().unwrap();
-        let mut other = Vm::new(
-            1,
-            Duration::from_secs(1000),
-            Said {
-                driver: DriverState::Active,
-                spare: Some((Duration::ZERO, Bytes::mib(500))),
-                ..Said::of(limits)
-            },
-        );
-        let (mut policy, mut ledger) = (Policy::new(Settings::default()), Ledger::default());
-        let mut now = Duration::from_secs(100);
-        round(&mut policy, &mut ledger, now, &mut other);
-        let mut answered = ask(&mut ledger, &wanted("web", "600M"), taken(1024, 128));
-        let mut granted = Vec::new();
-        for _ in 0..20 {
-            now += Duration::from_secs(1);
-            ledger.expire(now.min(Duration::from_secs(104)), |_| false);
-            assert_eq!(round(&mut policy, &mut ledger, now, &mut other), Bytes::ZERO);
-            granted.push(ledger.views(now)[0].granted);
-            // The guest follows with a lag of a round, 100 MiB at a time.
-            let to = other.said.target.max(other.said.actual.saturating_sub(Bytes::mib(100)));
-            other.said.actual = to;
-            other.said.spare = Some((Duration::ZERO, to.saturating_sub(Bytes::mib(200))));
-            assert!(
-                granted.last().unwrap().saturating_add(other.said.actual.max(other.said.target))
-                    <= Bytes::gib(1)
-            );
-        }
-        assert!(granted[0] < *granted.last().unwrap(), "what was free came first: {granted:?}");
-        let view = answered.try_recv().expect("it was granted").unwrap();
-        assert_eq!(view.granted, wanted("web", "600M").size());
-    }
-
-    #[test]
-    fn whoever_is_replaced_is_told_and_nobody_is_by_a_request_that_is_refused() {
-        let mut ledger = Ledger::default();
-        let mut first = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        let mut huge = ask(&mut ledger, &wanted("web", "2G"), taken(1000, 0));
-        assert!(matches!(huge.try_recv().unwrap(), Err(Refusal::NoRoom { .. })));
-        assert!(first.try_recv().is_err(), "it still waits");
-        // The first's own room does not stand in the second's way.
-        let mut second = ask(&mut ledger, &wanted("web", "600M"), taken(1000, 0));
-        assert_eq!(first.try_recv().expect("it is told"), Err(Refusal::Replaced("web".to_owned())));
-        assert!(second.try_recv().is_err(), "it waits");
-        ledger.expire(Duration::from_secs(101), |name| name == "web");
-        assert_eq!(second.try_recv().expect("it is told"), Err(Refusal::RunsAlready("web".to_owned())));
-        assert!(ledger.is_empty());
-    }
-
-    #[test]
-    fn a_reservation_ends_when_its_vm_comes_or_its_time_is_over() {
-        let second = Duration::from_secs(1);
-        let mut ledger = Ledger::default();
-        let mut answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        ledger.expire(second * 104, |_| false);
-        assert!(!ledger.is_empty());
-        ledger.expire(second * 105, |_| false);
-        let refusal = answered.try_recv().unwrap().unwrap_err();
-        assert!(matches!(refusal, Refusal::NotInTime { .. }) && ledger.is_empty(), "{refusal}");
-
-        let answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        drop(answered);
-        ledger.expire(second * 101, |_| false);
-        assert!(ledger.is_empty(), "nobody waits for it");
-
-        let _answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        ledger.expire(second * 101, |name| name == "web");
-        assert!(ledger.is_empty(), "its VM has come");
-
-        let _answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-        assert!(ledger.release(second, "web") && !ledger.release(second, "web"));
-    }
-}
+#[path = "reservation/tests.rs"]
+mod tests;

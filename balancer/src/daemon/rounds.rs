@@ -25,7 +25,7 @@ use super::history::Fate;
 use super::notify::Notify;
 use super::own_directory;
 use super::reload::{Reread, reload};
-use super::reservation::Ledger;
+use super::reservation::{Ledger, Process};
 use super::roster::{Roster, Watch};
 use super::shared::Shared;
 use super::slot::{Outcome, Slot};
@@ -338,6 +338,7 @@ impl Daemon {
     }
 
     fn read_host(&mut self) {
+        self.reservations.look(self.now(), Process::held);
         self.pressure = self.reader.pressure();
         match self.reader.memory() {
             Ok(host) => self.host = host,
@@ -362,7 +363,8 @@ impl Daemon {
         let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
         // What VMMs hold beside guest memory can be given to no guest.
         let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
-        let budget = self.budget.now(self.host, resident.saturating_add(overhead));
+        let touched = self.reservations.touched();
+        let budget = self.budget.now(self.host, resident.saturating_add(overhead).saturating_add(touched));
         self.budget_now = budget.saturating_sub(overhead);
         self.reservations.lend(&mut self.vms);
         let host = Host { budget: self.budget_now, pressure: self.pressure, swap: self.host.swap };

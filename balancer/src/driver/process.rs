@@ -23,11 +23,25 @@ pub fn resident(pid: u32) -> Option<Bytes> {
 }
 
 fn resident_in(status: &str) -> Option<Bytes> {
-    let field = |name: &str| {
-        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        value.trim().strip_suffix(" kB")?.parse().ok().map(Bytes::kib)
-    };
-    Some(field("VmRSS")?.saturating_add(field("HugetlbPages").unwrap_or_default()))
+    Some(field(status, "VmRSS")?.saturating_add(field(status, "HugetlbPages").unwrap_or_default()))
+}
+
+/// What of the host's memory is the process's own: what is neither free while it runs nor to be had by
+/// dropping caches. Reserved huge pages are not counted, which the kernel counts as free for nobody.
+///
+/// From `/proc/PID/status`, as [`resident`].
+pub fn own(pid: u32) -> Option<Bytes> {
+    own_in(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn own_in(status: &str) -> Option<Bytes> {
+    let fields = [field(status, "RssAnon")?, field(status, "RssShmem")?, field(status, "VmPTE")?];
+    Some(fields.into_iter().sum())
+}
+
+fn field(status: &str, name: &str) -> Option<Bytes> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    value.trim().strip_suffix(" kB")?.parse().ok().map(Bytes::kib)
 }
 
 /// What the host holds for the process outside its large mappings, which are guest memory.
@@ -59,12 +73,20 @@ pub fn age(pid: u32) -> Option<Duration> {
     age_in(&stat, &uptime, clock_ticks_per_second())
 }
 
+/// When the process started, in clock ticks since boot: no other has this number and this start.
+pub fn started(pid: u32) -> Option<u64> {
+    started_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
 /// Field 22 is the start in clock ticks since boot (proc_pid_stat(5)); the name in
 /// field 2 may hold anything, so fields are counted behind its closing bracket.
-fn age_in(stat: &str, uptime: &str, ticks_per_second: u64) -> Option<Duration> {
+fn started_in(stat: &str) -> Option<u64> {
     let (_, behind_name) = stat.rsplit_once(')')?;
-    let ticks: u64 = behind_name.split_whitespace().nth(19)?.parse().ok()?;
-    let started = Duration::from_millis(ticks.checked_mul(1000)?.checked_div(ticks_per_second)?);
+    behind_name.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn age_in(stat: &str, uptime: &str, ticks_per_second: u64) -> Option<Duration> {
+    let started = Duration::from_millis(started_in(stat)?.checked_mul(1000)?.checked_div(ticks_per_second)?);
     let now = Duration::try_from_secs_f64(uptime.split_whitespace().next()?.parse().ok()?).ok()?;
     Some(now.saturating_sub(started))
 }
@@ -80,6 +102,14 @@ mod tests {
         assert_eq!(resident_in("Name:\tkthreadd\n"), None);
         let own = resident(std::process::id()).unwrap();
         assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");
+    }
+
+    #[test]
+    fn caches_are_not_a_processs_own() {
+        let status = "VmRSS:\t 900 kB\nRssAnon:\t 400 kB\nRssFile:\t 300 kB\nRssShmem:\t 200 kB\nVmPTE:\t 16 kB\n\
+                      HugetlbPages:\t 2048 kB\n";
+        assert_eq!(own_in(status), Some(Bytes::kib(616)));
+        assert_eq!(own_in("Name:\tkthreadd\n"), None);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::LIFE;
+use super::holder::Holder;
 
 /// One line of the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,15 +23,18 @@ pub struct Kept {
     pub name: String,
     /// What it was granted.
     pub size: Bytes,
+    /// Who touches it meanwhile, where that is known.
+    #[serde(default)]
+    pub holder: Option<Holder>,
     /// When it is dropped, in milliseconds since the host's boot.
     until_boot_ms: u64,
 }
 
 impl Kept {
     /// A reservation that stands for `left` from now on.
-    pub fn new(name: &str, size: Bytes, left: Duration) -> Self {
+    pub fn new(name: &str, size: Bytes, holder: Option<Holder>, left: Duration) -> Self {
         let until = since_boot().saturating_add(left).as_millis();
-        Self { name: name.to_owned(), size, until_boot_ms: u64::try_from(until).unwrap_or(u64::MAX) }
+        Self { name: name.to_owned(), size, holder, until_boot_ms: u64::try_from(until).unwrap_or(u64::MAX) }
     }
 
     /// For how long it stands yet: never longer than any does. Zero where its time is over.
@@ -93,13 +97,15 @@ fn since_boot() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::Process;
 
     #[test]
     fn what_was_written_is_read_and_nothing_leaves_no_file() {
         let directory = tempfile::tempdir().unwrap();
         let book = Book::in_directory(directory.path());
         assert_eq!(book.read().unwrap(), []);
-        let kept = [Kept::new("web", Bytes::mib(266), Duration::from_secs(30))];
+        let holder = Process::own().map(Holder::new);
+        let kept = [Kept::new("web", Bytes::mib(266), holder, Duration::from_secs(30))];
         book.write(&kept).unwrap();
         assert_eq!(book.read().unwrap(), kept);
         assert!(kept[0].left() > Duration::from_secs(20) && kept[0].left() <= Duration::from_secs(30));
@@ -111,7 +117,7 @@ mod tests {
 
     #[test]
     fn no_promise_outlives_its_time() {
-        assert_eq!(Kept::new("web", Bytes::mib(1), Duration::MAX).left(), LIFE);
-        assert_eq!(Kept::new("web", Bytes::mib(1), Duration::ZERO).left(), Duration::ZERO);
+        assert_eq!(Kept::new("web", Bytes::mib(1), None, Duration::MAX).left(), LIFE);
+        assert_eq!(Kept::new("web", Bytes::mib(1), None, Duration::ZERO).left(), Duration::ZERO);
     }
 }
