@@ -299,6 +299,48 @@ async fn a_qemu_without_a_balloon_or_without_limits_is_left_alone() {
 }
 
 #[tokio::test]
+async fn a_balloon_of_qemus_may_be_unplugged_and_plugged_again() {
+    let (_directory, socket) = place();
+    let vm = Recorded::qmp(socket, &qemu_answers());
+    let mut driver = qemu(&vm);
+    report(&mut driver).await;
+    driver.set_target(Bytes::mib(500)).await.unwrap();
+
+    let refusal = r#""error": {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}"#;
+    let unknown = r#""error": {"class": "DeviceNotFound", "desc": "Device not found"}"#;
+    for question in ["query-balloon", "balloon"] {
+        vm.answer(question, 0, refusal);
+    }
+    vm.answer(&format!("qom-get {BALLOON} guest-stats"), 0, unknown);
+    for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        vm.answer(&format!("qom-list {place}"), 0, r#""return": []"#);
+    }
+    let error = driver.report(Duration::ZERO).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error}");
+    for _ in 0..2 {
+        let memory = report(&mut driver).await.memory;
+        assert_eq!((memory.actual, memory.driver, memory.report), (Bytes::gib(1), DriverState::Absent, None));
+    }
+
+    for (question, answer) in qemu_answers() {
+        let another = |text: &str| text.replace("balloon0", "balloon1");
+        vm.answer(&another(question), 0, &another(answer));
+    }
+    let memory = report(&mut driver).await.memory;
+    assert_eq!((memory.target, memory.actual), (Bytes::mib(500), Bytes::mib(768)));
+    assert!(memory.report.is_some(), "it is asked for the new one's statistics");
+    assert_eq!(vm.orders("balloon").last(), Some(&json!({"value": Bytes::mib(500).0})));
+
+    // So fast that nobody saw it go.
+    for (question, answer) in qemu_answers() {
+        vm.answer(question, 0, answer);
+    }
+    vm.answer("qom-get /machine/peripheral/balloon1 guest-stats", 0, unknown);
+    assert!(driver.report(Duration::ZERO).await.is_err());
+    assert!(report(&mut driver).await.memory.report.is_some());
+}
+
+#[tokio::test]
 async fn a_guest_that_claims_more_than_there_is_gains_nothing() {
     let (_directory, socket) = place();
     let vm = Recorded::qmp(socket, &qemu_answers());

@@ -91,7 +91,7 @@ struct GuestStatistics {
     last_update: u64,
 }
 
-/// What is found out once for each connection.
+/// What is found out once for each connection, and again when a device may have come or gone.
 struct Machine {
     /// Whether there is a balloon that takes targets.
     balloon: bool,
@@ -150,7 +150,11 @@ impl Qemu {
     }
 
     /// Keeps a connection on which no half of an exchange is left.
-    fn keep<T>(&mut self, link: Link, outcome: Result<T, Error>) -> Result<T, Error> {
+    fn keep<T>(&mut self, mut link: Link, outcome: Result<T, Error>) -> Result<T, Error> {
+        if matches!(outcome, Err(Error::Refused { .. })) {
+            // The balloon may have been unplugged, or another plugged in its place.
+            link.machine = None;
+        }
         if matches!(outcome, Ok(_) | Err(Error::Refused { .. } | Error::Busy { .. })) {
             self.link = Some(link);
         }
@@ -164,8 +168,9 @@ impl Qemu {
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
         let limits = self.kept.limits.of_vm(has);
         let machine = match machine {
-            Some(machine) => machine,
-            None => {
+            // One may have been plugged.
+            Some(machine) if machine.balloon || !has_balloon(qmp).await? => machine,
+            machine => {
                 let found = introduce(qmp).await?;
                 if found.balloon && limits.is_dynamic() {
                     // Nobody knows what it was asked for before: from now on this driver does.
@@ -260,16 +265,20 @@ impl Foreign for Qemu {
 /// Finds out what there is, and has the guest asked for statistics once a second.
 async fn introduce(qmp: &mut Qmp) -> Result<Machine, Error> {
     let RunState { running } = qmp.execute("query-status", json!({})).await?;
-    let balloon = match qmp.execute::<BalloonInfo>("query-balloon", json!({})).await {
-        Ok(_) => true,
-        Err(Error::Refused { .. }) => false,
-        Err(error) => return Err(error),
-    };
+    let balloon = has_balloon(qmp).await?;
     let statistics = find_balloon(qmp).await?;
     if let Some(path) = &statistics {
         poll_guest(qmp, path).await?;
     }
     Ok(Machine { balloon, statistics, running })
+}
+
+async fn has_balloon(qmp: &mut Qmp) -> Result<bool, Error> {
+    match qmp.execute::<BalloonInfo>("query-balloon", json!({})).await {
+        Ok(_) => Ok(true),
+        Err(Error::Refused { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 async fn find_balloon(qmp: &mut Qmp) -> Result<Option<String>, Error> {
