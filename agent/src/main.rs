@@ -41,8 +41,8 @@ Options:
 
 It needs the kernel module virtio_console, and runs as root. On a kernel without
 pressure stall information (/proc/pressure; boot with psi=1 where it is switched
-off) it looks at the kernel's counters instead, four times a second while little
-memory is available.";
+off) it looks at the kernel's counters instead, once a second, and four times a
+second while little memory is available.";
 
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]

@@ -20,6 +20,9 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// How often the counters are looked at where the kernel gives no word and memory is short.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// How often they are looked at while there is enough: how long it may take to see that there no longer is.
+const GLANCE: Duration = Duration::from_secs(1);
+
 /// Memory is short when less than one part in so many of it is available.
 const SHORT: u64 = 4;
 
@@ -148,15 +151,18 @@ impl Session {
 
     /// As [`sleep`](Self::sleep) where the kernel gives no word.
     fn look_for(&mut self, time: Duration) -> Woken {
-        let (before, _) = self.reader.urgent();
-        let short = is_short(&before);
-        std::thread::sleep(if short { time.min(LOOK) } else { time });
-        if short && self.reader.urgent().0.allocation_stalls > before.allocation_stalls {
-            Woken::Pressure
-        } else {
-            Woken::Time
-        }
+        look_for(time, || self.reader.urgent().0, std::thread::sleep)
     }
+}
+
+/// Looks at the counters before and after a nap, which is the shorter where memory is short, and no
+/// longer than `time`.
+fn look_for(time: Duration, look: impl Fn() -> AgentFigures, sleep: impl Fn(Duration)) -> Woken {
+    let before = look();
+    sleep(time.min(if is_short(&before) { LOOK } else { GLANCE }));
+    let now = look();
+    let short = is_short(&before) || is_short(&now);
+    if short && now.allocation_stalls > before.allocation_stalls { Woken::Pressure } else { Woken::Time }
 }
 
 fn watch() -> Watch {
@@ -181,6 +187,8 @@ fn is_short(figures: &AgentFigures) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     #[test]
@@ -193,5 +201,54 @@ mod tests {
         assert!(is_short(&figures(Some(Bytes::mib(99)))));
         assert!(!is_short(&figures(Some(Bytes::mib(100)))));
         assert!(!is_short(&figures(None)));
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// A guest without PSI: how much of 400 MiB is available at each moment, and how many allocations
+    /// have waited by then. Gives when it was seen to wait within an hour, and after how many naps.
+    fn watched(guest: impl Fn(Duration) -> (Bytes, u64)) -> (Option<Duration>, u32) {
+        let clock = Cell::new(Duration::ZERO);
+        let look = || {
+            let (available, stalls) = guest(clock.get());
+            AgentFigures {
+                available: Some(available),
+                total: Some(Bytes::mib(400)),
+                allocation_stalls: Some(stalls),
+                ..AgentFigures::default()
+            }
+        };
+        let mut naps = 0;
+        while clock.get() < HOUR {
+            naps += 1;
+            let left = HOUR - clock.get();
+            if look_for(left, look, |time| clock.set(clock.get() + time)) == Woken::Pressure {
+                return (Some(clock.get()), naps);
+            }
+        }
+        (None, naps)
+    }
+
+    #[test]
+    fn a_guest_that_becomes_short_is_seen_within_a_second() {
+        let begins = Duration::from_millis(100_500);
+        let (seen, naps) = watched(|now| match now.checked_sub(begins) {
+            None => (Bytes::mib(300), 7),
+            // It takes some seconds until an allocation waits.
+            Some(since) if since < Duration::from_secs(3) => (Bytes::mib(50), 7),
+            Some(_) => (Bytes::mib(10), 8),
+        });
+        let stalled = begins + Duration::from_secs(3);
+        assert!(seen.is_some_and(|seen| seen >= stalled && seen <= stalled + LOOK), "{seen:?}");
+        assert!(naps < 120, "{naps}");
+        // All at once.
+        let (seen, _) = watched(|now| if now < begins { (Bytes::mib(300), 7) } else { (Bytes::mib(10), 8) });
+        assert!(seen.is_some_and(|seen| seen <= begins + GLANCE), "{seen:?}");
+    }
+
+    #[test]
+    fn nobody_is_called_where_memory_is_not_short_or_nothing_waits() {
+        assert_eq!(watched(|now| (Bytes::mib(300), now.as_secs())), (None, 3600), "once a second");
+        assert_eq!(watched(|_| (Bytes::mib(50), 7)), (None, 4 * 3600), "four times a second");
     }
 }
