@@ -177,8 +177,8 @@ async fn start(
     Ok(())
 }
 
-/// Each VM is one connection: takes as many as the hard limit allows, for which 1024, the usual
-/// soft limit, is too few.
+/// Each VM is one connection, and one of ballast's another on which its guest calls: takes as many as
+/// the hard limit allows, as 1024, the usual soft limit, is too few.
 fn allow_connections() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     // Without it some VMs are not answered, which is said for each.

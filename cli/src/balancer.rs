@@ -15,9 +15,9 @@ use crate::{client, duration, output};
 #[command(after_help = "\
 It finds VMs by their sockets, those that come later too, and moves the memory of those whose
 --memory has min or max. Each change is one line in the log, with its reason; `ballast why VM` has
-the last ones. It keeps nothing: stop it, kill it, start it again at any time; VMs keep what they
-have meanwhile, and whom it paused stays paused. SIGHUP reads the settings anew; where they are
-wrong, those before stay.
+the last ones. It keeps nothing but what it promised to VMs that are about to start: stop it, kill
+it, start it again at any time; VMs keep what they have meanwhile, and whom it paused stays paused.
+SIGHUP reads the settings anew; where they are wrong, those before stay.
 
 Examples:
   ballast balancer
