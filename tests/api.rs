@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use balloon::status::{MemoryStatus, Pauser, VmState};
 use balloon::units::Bytes;
 use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -54,6 +55,19 @@ fn a_vm_is_paused_resumed_and_switched_off() {
         assert!(beyond.is_err(), "1 GiB is outside the limits");
 
         vm.ask(async |client| client.power_button().await).expect("the button is pressed");
+        vm.wait_for_line("POWER BUTTON", SOON);
+        assert_eq!(vm.wait_for_end(SOON), 0);
+    });
+}
+
+#[test]
+fn a_paused_guest_shuts_down_when_its_vm_is_told_to_end() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(30)).run(|| {
+        let images = Kernel::V6_1.guest_images();
+        let mut vm = VmSettings::new("paused", &images, "256M", "ballast.console").start();
+        vm.wait_until_ready();
+        vm.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("a running VM pauses");
+        kill_process(Pid::from_raw(vm.pid().cast_signed()).expect("it runs"), Signal::TERM).expect("it runs");
         vm.wait_for_line("POWER BUTTON", SOON);
         assert_eq!(vm.wait_for_end(SOON), 0);
     });

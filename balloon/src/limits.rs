@@ -174,6 +174,12 @@ impl Limits {
         bytes.page_floor().clamp(self.min, self.max)
     }
 
+    /// The same limits for a VM that starts with all that it may have.
+    #[must_use]
+    pub const fn starting_full(self) -> Self {
+        Self { startup: self.max, ..self }
+    }
+
     /// The same limits for a guest that can have no more than `ceiling` at the moment; min stays.
     pub fn capped(self, ceiling: Bytes) -> Self {
         let max = self.max.min(ceiling.page_floor()).max(self.min);

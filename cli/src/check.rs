@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use balloon::runtime;
 use serde::Serialize;
+use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
 
 use crate::failure::Failure;
@@ -87,7 +88,7 @@ fn kvm(facts: &KvmFacts) -> Vec<Finding> {
         _ => "kvm_amd",
     };
     vec![vendor(facts), ring0(facts), slat(facts, module), missing(facts), {
-        Finding::good("vcpus", format!("up to {} in one VM", facts.most_vcpus))
+        Finding::good("vcpus", format!("up to {} in one VM", facts.most_vcpus.min(usize::from(MOST_CPUS))))
     }]
 }
 

@@ -162,7 +162,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
-    let room = if asks { room::reserve(config.name.as_str(), config.limits)? } else { None };
+    let room = if asks { room::reserve(config.name.as_str(), at_the_start(&config))? } else { None };
     let machine = Machine::new(config).inspect_err(|_| {
         if let Some(room) = room {
             room.give_back();
@@ -172,6 +172,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let exit = machine.run()?;
     sentence::say(&exit);
     Ok(ExitCode::from(exit.code()))
+}
+
+/// What it holds at its start: a balloon takes back what was touched before its driver runs, and not sooner.
+fn at_the_start(config: &Config) -> Limits {
+    match config.grow {
+        Grow::Balloon if config.memory.prefault => config.limits.starting_full(),
+        Grow::Balloon | Grow::Plug => config.limits,
+    }
 }
 
 /// Gives the host what reading the command line took on the heap: it would

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::serial::{Port, Serial};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config;
@@ -102,10 +104,15 @@ fn duplicate(stream: &impl AsFd) -> io::Result<File> {
     Ok(File::from(stream.as_fd().try_clone_to_owned()?))
 }
 
+/// For this user alone, whatever the umask: whoever connects types on the guest's console.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    let listener = UnixListener::bind(path)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // The file gets the mode that the socket has when it is bound.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, 1)?;
+    Ok(UnixListener::from(socket))
 }
 
 /// Removed at the end.
@@ -396,5 +403,18 @@ mod tests {
         assert!(!vcpu.is_finished(), "nobody has read");
         drop(unread);
         vcpu.join().expect("a closed pipe takes no output");
+    }
+
+    #[test]
+    fn nobody_else_may_connect() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("console");
+        let listener = listen(&path).expect("it listens");
+        assert_eq!(std::fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).expect("its owner may");
+        listener.accept().expect("it waits for nobody");
+        assert!(listen(&path).is_err(), "the place is taken");
     }
 }

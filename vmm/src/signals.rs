@@ -5,6 +5,7 @@ use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use balloon::status::Pauser;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use crate::control::Control;
@@ -79,6 +80,11 @@ impl MutEventSubscriber for Signals {
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
         while self.next() {
+            // A paused guest hears no button: whoever ends its VM wants it to run to its end. One that runs
+            // refuses to be resumed, and is pressed all the same.
+            if !self.asked {
+                let _ = self.control.resume(Pauser::Operator);
+            }
             if !self.asked && self.control.power_button().is_ok() {
                 self.asked = true;
                 tell("Pressed the guest's power button. A second signal stops the VM at once.");

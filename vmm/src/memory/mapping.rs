@@ -44,7 +44,9 @@ pub enum MemoryError {
         free: u64,
     },
     /// Huge pages can't be cut.
-    #[error("with huge pages of 2 MiB, max must be a multiple of 2 MiB, and {0} is not")]
+    #[error(
+        "huge pages of 2 MiB make up whole multiples of 2 MiB: {0} is none (it is max, or with --grow plug what the guest starts with)"
+    )]
     HugePageSize(Bytes),
     /// The host has no transparent huge pages.
     #[error("the host refused transparent huge pages: {0} (is CONFIG_TRANSPARENT_HUGEPAGE missing?)")]
