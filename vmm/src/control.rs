@@ -1,5 +1,6 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -144,6 +145,14 @@ impl Control {
 
     fn agent_status(&self) -> Option<AgentStatus> {
         self.agent.status(Instant::now())
+    }
+
+    /// Has a thread count what the host holds of the guest's memory: who asks for it never waits long.
+    ///
+    /// # Errors
+    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    pub fn count_memory(&self) -> io::Result<()> {
+        self.parts.get().map_or(Ok(()), |parts| parts.ram.count())
     }
 
     /// Lets the vCPUs run for the first time.

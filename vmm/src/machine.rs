@@ -222,6 +222,8 @@ impl Machine {
                 .spawn(move || vcpu.run())
                 .map_err(refused("a thread for a vCPU"))?;
         }
+        // Before someone can ask for it, and before the guest makes it long.
+        self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
         if self.sandbox.is_some()

@@ -31,7 +31,7 @@ pub struct Ram {
     // Held for its file: what is resident of a shared mapping is what the file holds.
     file: Option<File>,
     backing: Backing,
-    accounts: Accounts,
+    accounts: Arc<Accounts>,
 }
 
 impl Ram {
@@ -83,7 +83,7 @@ impl Ram {
             let start = region.host as u64;
             start..start.saturating_add(region.size.0)
         });
-        let accounts = Accounts::new(mappings.collect());
+        let accounts = Arc::new(Accounts::new(mappings.collect()));
         Ok(Self { guest, regions, boot, pluggable, file, backing: options.backing, accounts })
     }
 
@@ -122,11 +122,20 @@ impl Ram {
         self.file.as_ref().map(AsRawFd::as_raw_fd)
     }
 
+    /// Has a thread count what the host holds, so that [`held`](Self::held) never takes long.
+    ///
+    /// # Errors
+    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    pub fn count(&self) -> io::Result<()> {
+        self.accounts.start()
+    }
+
     /// How much of it the host really holds, and in huge pages.
     ///
     /// What a memfd holds is told by its blocks: pages that only KVM has touched, or that this
     /// process has unmapped and not punched out, count as well. Anonymous memory is
-    /// counted by the kernel, not long ago (see `Accounts::held`); mincore(2) would not tell,
+    /// counted by the kernel, not long ago, or reckoned from an older count (see `Accounts::held`);
+    /// what lies in huge pages is as old as the count. mincore(2) would not tell,
     /// as it reports the page cache.
     ///
     /// # Errors
@@ -195,7 +204,7 @@ mod tests {
 
     /// What is held at this moment, and not some milliseconds ago.
     fn held(ram: &Ram) -> Held {
-        *ram.accounts.last() = None;
+        ram.accounts.forget();
         ram.held().expect("accounts")
     }
 

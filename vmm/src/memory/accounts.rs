@@ -2,22 +2,32 @@
 //!
 //! `/proc/self/smaps` tells it a mapping at a time (Documentation/filesystems/proc.rst), and the
 //! kernel walks the page tables for that: tens of milliseconds for each GiB of small pages on a
-//! busy host. So its answer is kept for a time that grows with what it took.
+//! busy host, so seconds for a large guest. Nobody who asks waits that long: a thread of its own
+//! counts, and until it is done they get its last count, moved by what the kernel has given to this
+//! process and taken from it since. That figure of the whole process costs nothing to read.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use balloon::units::Bytes;
+use balloon::units::{Bytes, Pages};
 
-/// An answer is kept for so many times what it took, so that asking costs at most a tenth of a
-/// processor, however often anyone asks.
+/// From one count to the next there are so many times what it took, so that asking costs at most a
+/// tenth of a processor, however often anyone asks.
 const KEPT: u32 = 10;
 
-/// No answer is kept for longer: a balancer waits to see what a shrunk guest has given back.
-const LONGEST: Duration = Duration::from_secs(2);
+/// Nobody waits for a count for longer, and a count that took longer is not taken as it is.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Until the next count where the kernel refused one.
+const REFUSED: Duration = Duration::from_secs(2);
+
+/// Address space for the counting thread's stack; only what is used becomes memory.
+const STACK: usize = 256 << 10;
 
 /// What the host holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,49 +40,162 @@ pub struct Held {
 
 /// The accounts of a few mappings of this process.
 pub struct Accounts {
+    /// Where the kernel tells of the mappings of this process.
+    smaps: PathBuf,
     mappings: Vec<Range<u64>>,
-    last: Mutex<Option<Answer>>,
+    state: Mutex<State>,
+    changed: Condvar,
 }
 
-/// An answer, and what it took to get it.
-pub(super) struct Answer {
+struct State {
+    last: Option<Count>,
+    counter: Counter,
+}
+
+/// Who counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counter {
+    /// Whoever asks.
+    Asker,
+    /// A thread, which has nothing to do.
+    Idle,
+    /// A thread, which was asked then.
+    Busy { since: Instant },
+}
+
+/// A count, and what it took to get it.
+#[derive(Clone, Copy, Debug)]
+struct Count {
     at: Instant,
     took: Duration,
     held: Held,
+    /// The anonymous memory of the whole process then.
+    process: Bytes,
 }
 
-impl Answer {
+impl Count {
+    /// Whether it is not old yet.
+    fn is_kept(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < self.took.saturating_mul(KEPT)
+    }
+
+    /// Whether it can be told as it is.
     fn is_good(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.at) < self.took.saturating_mul(KEPT).min(LONGEST)
+        self.took < PATIENCE && self.is_kept(now)
+    }
+
+    /// What is held when the process has `process` of anonymous memory and mapped `mapped`.
+    ///
+    /// All but the guest's memory hardly changes; and as the count took its least, the error is
+    /// to more.
+    fn moved(&self, process: Bytes, mapped: Bytes) -> Held {
+        let resident = self.held.resident.saturating_add(process).saturating_sub(self.process).min(mapped);
+        Held { resident, huge: self.held.huge.min(resident) }
     }
 }
 
 impl Accounts {
     /// The accounts of what lies in `mappings`, by this process's addresses.
     pub fn new(mappings: Vec<Range<u64>>) -> Self {
-        Self { mappings, last: Mutex::new(None) }
+        let state = State { last: None, counter: Counter::Asker };
+        Self { smaps: "/proc/self/smaps".into(), mappings, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// What the host holds, not long ago.
+    /// Counts once, and has a thread do it from now on, to the end of the process.
+    ///
+    /// # Errors
+    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        let first = self.count()?;
+        let accounts = Arc::clone(self);
+        Builder::new().name("accounts".to_owned()).stack_size(STACK).spawn(move || accounts.serve())?;
+        let mut state = self.state();
+        state.last = Some(first);
+        state.counter = Counter::Idle;
+        Ok(())
+    }
+
+    /// What the host holds: counted not long ago, or moved from an older count. Once
+    /// [started](Self::start) it takes a tenth of a second at most.
     ///
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn held(&self) -> io::Result<Held> {
-        // Whoever asks meanwhile waits for the same answer.
-        let mut last = self.last();
-        if let Some(answer) = last.as_ref().filter(|answer| answer.is_good(Instant::now())) {
-            return Ok(answer.held);
+        let mut state = self.state();
+        // Whoever asks meanwhile waits for the same count.
+        if state.counter == Counter::Asker {
+            let good = state.last.filter(|count| count.is_kept(Instant::now()));
+            let count = good.map_or_else(|| self.count(), Ok)?;
+            state.last = Some(count);
+            return Ok(count.held);
         }
-        let begun = Instant::now();
-        let held = self.ask()?;
-        let at = Instant::now();
-        *last = Some(Answer { at, took: at.saturating_duration_since(begun), held });
-        Ok(held)
+        let now = Instant::now();
+        if state.counter == Counter::Idle && !state.last.is_some_and(|count| count.is_kept(now)) {
+            state.counter = Counter::Busy { since: now };
+            self.changed.notify_all();
+        }
+        if let (Counter::Busy { since }, true) =
+            (state.counter, state.last.is_none_or(|count| count.took < PATIENCE))
+        {
+            let patience = (since + PATIENCE).saturating_duration_since(now);
+            let busy = |state: &mut State| matches!(state.counter, Counter::Busy { .. });
+            (state, _) = self
+                .changed
+                .wait_timeout_while(state, patience, busy)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let last = state.last;
+        drop(state);
+        match last {
+            Some(count) if count.is_good(Instant::now()) => Ok(count.held),
+            Some(count) => Ok(count.moved(process()?, self.mapped())),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
-    /// The last answer, which a test may take away.
-    pub(super) fn last(&self) -> MutexGuard<'_, Option<Answer>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Counts when asked to.
+    fn serve(&self) {
+        let mut state = self.state();
+        loop {
+            let idle = |state: &mut State| !matches!(state.counter, Counter::Busy { .. });
+            state = self.changed.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner);
+            drop(state);
+            let count = self.count();
+            state = self.state();
+            match count {
+                Ok(count) => state.last = Some(count),
+                Err(error) => {
+                    tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+                    // The one before is still the best there is.
+                    if let Some(last) = &mut state.last {
+                        (last.at, last.took) = (Instant::now(), REFUSED / KEPT);
+                    }
+                }
+            }
+            state.counter = Counter::Idle;
+            self.changed.notify_all();
+        }
+    }
+
+    fn count(&self) -> io::Result<Count> {
+        let (begun, before) = (Instant::now(), process()?);
+        let held = self.ask()?;
+        let (at, after) = (Instant::now(), process()?);
+        Ok(Count { at, took: at.saturating_duration_since(begun), held, process: before.min(after) })
+    }
+
+    fn mapped(&self) -> Bytes {
+        self.mappings.iter().map(|all| Bytes(all.end.saturating_sub(all.start))).sum()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what was counted, for a test that asks for this moment.
+    #[cfg(test)]
+    pub(super) fn forget(&self) {
+        self.state().last = None;
     }
 
     /// What the host holds at this moment.
@@ -80,7 +203,7 @@ impl Accounts {
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn ask(&self) -> io::Result<Held> {
-        self.read(BufReader::new(File::open("/proc/self/smaps")?))
+        self.read(BufReader::new(File::open(&self.smaps)?))
     }
 
     fn read(&self, smaps: impl BufRead) -> io::Result<Held> {
@@ -111,6 +234,17 @@ impl Accounts {
     }
 }
 
+/// The anonymous memory of this process, from counters that the kernel keeps anyway
+/// (`/proc/self/statm`, proc(5): pages resident, and those of them that belong to files).
+fn process() -> io::Result<Bytes> {
+    let statm = fs::read_to_string("/proc/self/statm")?;
+    let mut pages = statm.split_ascii_whitespace().skip(1).map_while(|field| field.parse().ok());
+    let (Some(resident), Some(files)) = (pages.next(), pages.next()) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    Ok(Pages(resident).bytes().saturating_sub(Pages(files).bytes()))
+}
+
 /// The addresses in the first line of a mapping in smaps, such as `7f00-7f01 rw-p ...`.
 fn mapping_line(line: &str) -> Option<Range<u64>> {
     let (start, rest) = line.split_once('-')?;
@@ -120,6 +254,8 @@ fn mapping_line(line: &str) -> Option<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
 
     #[test]
@@ -144,20 +280,97 @@ ShmemPmdMapped:     2048 kB
         assert_eq!(held, Held { resident: Bytes::mib(5), huge: Bytes::mib(4) });
     }
 
+    fn counted(at: Instant, milliseconds: u64) -> Count {
+        let held = Held { resident: Bytes::mib(100), huge: Bytes::mib(40) };
+        Count { at, took: Duration::from_millis(milliseconds), held, process: Bytes::mib(110) }
+    }
+
     #[test]
-    fn an_answer_is_kept_in_proportion_to_what_it_took_and_not_for_long() {
+    fn a_count_is_kept_in_proportion_to_what_it_took_and_told_as_it_is_where_that_was_little() {
         let now = Instant::now();
-        let took = |milliseconds| Answer {
-            at: now,
-            took: Duration::from_millis(milliseconds),
-            held: Held::default(),
-        };
         let later = |milliseconds| now + Duration::from_millis(milliseconds);
-        assert!(took(10).is_good(later(99)));
-        assert!(!took(10).is_good(later(100)));
-        assert!(!took(0).is_good(now));
-        assert!(took(60_000).is_good(later(1999)));
-        assert!(!took(60_000).is_good(later(2000)));
+        assert!(counted(now, 10).is_good(later(99)));
+        assert!(!counted(now, 10).is_kept(later(100)));
+        assert!(!counted(now, 0).is_kept(now));
+        assert!(counted(now, 60_000).is_kept(later(599_999)));
+        assert!(!counted(now, 60_000).is_good(now));
+    }
+
+    #[test]
+    fn an_old_count_follows_what_the_process_took_and_gave_back() {
+        let count = counted(Instant::now(), 1000);
+        let moved = |process| count.moved(Bytes::mib(process), Bytes::mib(500));
+        assert_eq!(moved(110), count.held);
+        assert_eq!(moved(210).resident, Bytes::mib(200));
+        assert_eq!(moved(30), Held { resident: Bytes::mib(20), huge: Bytes::mib(20) });
+        assert_eq!(moved(5).resident, Bytes::ZERO);
+        assert_eq!(moved(5000).resident, Bytes::mib(500), "no more than there is");
+    }
+
+    /// A kernel that takes its time is a pipe into which nobody has written yet.
+    #[test]
+    fn whoever_asks_while_a_long_count_goes_on_gets_what_is_known() {
+        const LONG: Duration = Duration::from_secs(60);
+        let directory = tempfile::tempdir().unwrap();
+        let smaps = directory.path().join("smaps");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &smaps, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let tell = |mib: u64| {
+            let text = format!("10000000-20000000 rw-p 00000000 00:00 0\nRss: {} kB\n", mib << 10);
+            let smaps = smaps.clone();
+            std::thread::spawn(move || fs::write(smaps, text).unwrap())
+        };
+        let mapping = 0x1000_0000..0x4000_0000;
+        let accounts = Arc::new(Accounts { smaps: smaps.clone(), ..Accounts::new(vec![mapping]) });
+        let told = tell(100);
+        accounts.start().unwrap();
+        told.join().unwrap();
+        if let Some(last) = &mut accounts.state().last {
+            assert_eq!(last.held.resident, Bytes::mib(100));
+            last.took = Duration::ZERO;
+        }
+
+        let taken = vec![1u8; 64 << 20];
+        let (sender, answer) = mpsc::channel();
+        let asked = Arc::clone(&accounts);
+        std::thread::spawn(move || sender.send(asked.held().unwrap()).unwrap());
+        let held = answer.recv_timeout(LONG).expect("it waits for no count").resident;
+        // Each processor may keep some pages of the kernel's counters to itself, and a test has a heap.
+        assert!((Bytes::mib(156)..Bytes::mib(172)).contains(&held), "{held}");
+        assert!(matches!(accounts.state().counter, Counter::Busy { .. }), "nothing was told");
+
+        tell(7).join().unwrap();
+        let deadline = Instant::now() + LONG;
+        while accounts.held().unwrap().resident > Bytes::mib(15) {
+            assert!(Instant::now() < deadline, "{:?}", accounts.held());
+            std::thread::yield_now();
+        }
+        drop(taken);
+    }
+
+    #[test]
+    fn the_thread_counts_what_is_there_now() {
+        use crate::config::MemoryOptions;
+        use crate::memory::Ram;
+        use vm_memory::{Bytes as _, GuestAddress};
+
+        let ram = Ram::new(Bytes::mib(64), MemoryOptions::default()).unwrap();
+        ram.count().unwrap();
+        assert_eq!(ram.held().unwrap().resident, Bytes::ZERO);
+        for page in 0..Bytes::mib(8).pages().0 {
+            ram.guest().write_obj(1u8, GuestAddress(page * 4096)).unwrap();
+        }
+        // An old count, and one that the thread will be waited for.
+        if let Some(last) = &mut ram.accounts.state().last {
+            last.took = Duration::ZERO;
+        }
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while ram.held().unwrap().resident != Bytes::mib(8) {
+            assert!(Instant::now() < deadline, "{:?}", ram.held());
+            std::thread::yield_now();
+        }
+        let state = ram.accounts.state();
+        assert_eq!(state.last.map(|count| count.held.resident), Some(Bytes::mib(8)));
     }
 
     /// Not a test: what an answer costs for 1 GiB of small and of huge pages.
