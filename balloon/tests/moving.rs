@@ -146,6 +146,24 @@ fn what_can_not_be_met_settles_and_says_so() {
     assert_eq!((guest.read(NUM_PAGES), handle.settled(), guest.interrupts()), (256, false, 1));
 }
 
+/// Whoever is paused on the way to a target goes on with it, and is not taken for one that can't.
+#[test]
+fn no_time_passes_for_a_guest_whose_processors_stand_still() {
+    let (mut guest, handle) = guest(config());
+    guest.start(0);
+    guest.write(ACTUAL, 40);
+    handle.rest(true);
+    // More ticks than it takes to settle.
+    for _ in 0..25 {
+        assert!(guest.wait(SOON), "nothing happens");
+    }
+    assert_eq!((guest.read(NUM_PAGES), handle.settled(), handle.followed()), (256, false, false));
+    handle.rest(false);
+    while !handle.settled() {
+        assert!(guest.wait(SOON), "nothing happens");
+    }
+}
+
 /// A balancer that is started anew must know whether a guest boots or is being shrunk.
 #[test]
 fn a_guest_is_known_to_have_been_at_a_target_until_its_driver_starts_anew() {

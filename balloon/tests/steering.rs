@@ -103,6 +103,31 @@ fn the_balloon_takes_what_is_not_unplugged_in_time() {
 }
 
 #[test]
+fn a_paused_guest_has_the_whole_of_its_time_to_unplug() {
+    let mut bench = Bench::new();
+    bench.set_target(MAP);
+    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
+    bench.run();
+    bench.set_target(BOOT);
+    bench.steering.rest(true);
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(20));
+        bench.run();
+        assert_eq!(bench.held(), Bytes::ZERO, "it can't unplug while it stands still");
+    }
+    bench.steering.rest(false);
+    bench.run();
+    assert_eq!(bench.held(), Bytes::ZERO, "it has only just begun to run");
+    let begun = Instant::now();
+    while bench.held() == Bytes::ZERO {
+        assert!(begun.elapsed() < PATIENCE * 10, "the balloon never helps");
+        std::thread::sleep(Duration::from_millis(20));
+        bench.run();
+    }
+}
+
+#[test]
 fn a_target_that_no_driver_can_reach_is_refused() {
     let mut bench = Bench::new();
     bench.yard.guest.reset();

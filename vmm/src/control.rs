@@ -364,9 +364,13 @@ impl Control {
         let parts = self.parts.get().ok_or_else(|| refused("be steered"))?;
         match change {
             Change::Hold { .. } => {
-                parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?
+                parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
+                parts.steering.rest(true);
             }
-            Change::Run => parts.crew.run(),
+            Change::Run => {
+                parts.steering.rest(false);
+                parts.crew.run();
+            }
             Change::TakeOver { .. } | Change::Nothing => {}
         }
         *state = change.end(*state);

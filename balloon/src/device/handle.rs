@@ -72,6 +72,8 @@ pub(crate) struct State {
     pub(crate) report: Option<(Instant, Report)>,
     /// Somebody wants a newer one.
     pub(crate) report_wanted: bool,
+    /// The guest's processors stand still: what it does not do says nothing of what it can.
+    pub(crate) resting: bool,
     pub(crate) counters: BalloonCounters,
 }
 
@@ -98,6 +100,7 @@ impl Shared {
             driver: Driver::Absent,
             report: None,
             report_wanted: false,
+            resting: false,
             counters: BalloonCounters::default(),
         };
         Ok(Self {
@@ -156,6 +159,12 @@ impl Handle {
         // The one failure is a full counter, which is a wake-up already pending.
         let _ = self.0.wake.write(1);
         Ok(())
+    }
+
+    /// The guest's processors stand still from now on, or, without `resting`, run again. In between no time
+    /// passes for a guest that is asked for something.
+    pub fn rest(&self, resting: bool) {
+        self.0.state().resting = resting;
     }
 
     /// What the guest was last asked to have.

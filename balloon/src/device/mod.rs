@@ -456,7 +456,7 @@ impl VirtioDevice for Balloon {
             self.told = self.pace.asked();
             return;
         };
-        if index == TIMER {
+        if index == TIMER && !self.shared.state().resting {
             self.pace.tick();
         }
         // What the guest said last may be a second old: it had less free then, or more.

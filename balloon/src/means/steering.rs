@@ -62,8 +62,10 @@ struct Course {
     /// What the balloon was last asked to hold.
     held: Bytes,
     plugged: Bytes,
-    /// When the guest last moved or was asked for something new.
+    /// When the guest last moved, was asked for something new, or ran again.
     since: Instant,
+    /// Its processors stand still.
+    resting: bool,
 }
 
 /// Steers one guest's memory, from any thread.
@@ -95,7 +97,13 @@ impl Steering {
         if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        let course = Course { target: boot, held: Bytes::ZERO, plugged: Bytes::ZERO, since: Instant::now() };
+        let course = Course {
+            target: boot,
+            held: Bytes::ZERO,
+            plugged: Bytes::ZERO,
+            since: Instant::now(),
+            resting: false,
+        };
         let pluggable = Pluggable { plug, boot, timer: Mutex::new(timer), course: Mutex::new(course) };
         Ok(Self { balloon, pluggable: Some(Arc::new(pluggable)) })
     }
@@ -134,6 +142,18 @@ impl Steering {
         course.since = Instant::now();
         pluggable.step(&mut course, &self.balloon, true);
         Ok(())
+    }
+
+    /// The guest's processors stand still from now on, or, without `resting`, run again. It is given no less
+    /// time for what it was asked because of that.
+    pub fn rest(&self, resting: bool) {
+        self.balloon.rest(resting);
+        if let Some(pluggable) = &self.pluggable {
+            let mut course = pluggable.course();
+            course.resting = resting;
+            course.since = Instant::now();
+            pluggable.step(&mut course, &self.balloon, false);
+        }
     }
 
     /// What the guest was last asked to have.
@@ -206,7 +226,7 @@ impl Pluggable {
             boot: self.boot,
             plugged: self.plug.plugged(),
             driver: self.plug.driver() == DriverState::Active,
-            waited: course.since.elapsed(),
+            waited: if course.resting { Duration::ZERO } else { course.since.elapsed() },
             held: course.held,
         };
         let steps = steps(standing, course.target);
