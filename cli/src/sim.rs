@@ -13,6 +13,7 @@ use balancer::sim::laws::Name;
 use balancer::sim::report::Report;
 use balancer::sim::sweep::{Source, Sweep, watch};
 use balancer::sim::trace::Kind;
+use balancer::sim::world::WARM_UP;
 use balancer::sim::{Grow, Host, Reports, Setup, Speeds, plot, recorded};
 use balloon::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -194,7 +195,28 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
     };
     // A recording is the same for every seed.
     let seeds = if matches!(source, Source::Recorded(_)) { 0..=0 } else { args.seeds.clone() };
-    Ok(Sweep { laws, vms, seeds, seconds: (args.hours * 3600.0).ceil() as u64, source, setup })
+    let seconds = seconds(args.hours, &source)?;
+    Ok(Sweep { laws, vms, seeds, seconds, source, setup })
+}
+
+/// How long each run is; no longer than what was recorded.
+fn seconds(hours: f64, source: &Source) -> Result<u64, Failure> {
+    let wanted = (hours * 3600.0).ceil() as u64;
+    let there = match source {
+        Source::Generated(_) => wanted,
+        Source::Recorded(trace) => trace.seconds,
+    };
+    let judged_from = WARM_UP.as_secs();
+    if there.min(wanted) > judged_from {
+        return Ok(there.min(wanted));
+    }
+    Err(Failure::usage(if wanted <= judged_from {
+        format!("--hours is too little: a run is judged from its second {judged_from} on")
+    } else {
+        format!(
+            "the recording is {there} s long: a run is judged from its second {judged_from} on, so record more"
+        )
+    }))
 }
 
 fn speeds(path: &Path) -> Result<Speeds, Failure> {

@@ -79,9 +79,18 @@ fn what_was_recorded_is_played_by_the_simulator() {
     assert_eq!(trace.vms[1].demand[0], Bytes::mib(100));
     assert_eq!(*trace.vms[0].demand.last().unwrap(), Bytes::mib(210));
     assert_eq!(trace.vms[0].limits.max(), Bytes::gib(1));
-    let sim = ballast(directory.path(), &["sim", "--trace", path, "--vms", "2", "--json"]).output().unwrap();
+    let play = ["sim", "--trace", path, "--vms", "2", "--json"];
+    let (code, error) = said(&ballast(directory.path(), &play).output().unwrap());
+    assert_eq!(code, Some(2));
+    assert!(error.contains("record more"), "{error}");
+    // As if it had gone on for five minutes.
+    let text = fs::read_to_string(&file).unwrap();
+    let (_, last) = text.lines().rfind(|line| line.contains(",db,")).unwrap().split_once(',').unwrap();
+    fs::write(&file, format!("{text}300.000,{last}\n")).unwrap();
+    let sim = ballast(directory.path(), &play).output().unwrap();
     assert_eq!(sim.status.code(), Some(0), "{}", String::from_utf8_lossy(&sim.stderr));
-    assert!(serde_json::from_slice::<Value>(&sim.stdout).unwrap().is_object());
+    let report = serde_json::from_slice::<Value>(&sim.stdout).unwrap();
+    assert!((298..=300).contains(&report["seconds"].as_u64().unwrap()), "{report}");
 
     // A recording is never overwritten.
     let before = fs::read(&file).unwrap();

@@ -21,6 +21,7 @@ use balloon::units::{Bytes, PAGE_SIZE};
 use serde::Deserialize;
 
 use super::trace::{Series, Trace};
+use super::world::WARM_UP;
 
 /// How the first line of a recording in CSV begins. Amounts are bytes; `used` is without
 /// caches; what is not known of `cache` and `committed` is 0.
@@ -340,7 +341,9 @@ fn series(name: &str, mut seen: Seen, first: u64, last: u64) -> Result<Series, S
     Ok(Series {
         name: name.to_owned(),
         limits,
-        starts: begins - first,
+        // Not all that were there have their first sample in the first second; and what happens before that
+        // is not judged.
+        starts: if begins - first < WARM_UP.as_secs() { 0 } else { begins - first },
         ends: (ends < last).then_some(ends - first),
         demand,
         commit_percent,
