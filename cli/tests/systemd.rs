@@ -86,6 +86,7 @@ fn systemd_takes_the_units_as_they_are() {
     let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
     for (unit, program) in [
         ("systemd/ballast-balancer.service", "/usr/local/bin/ballast"),
+        ("systemd/user/ballast-balancer.service", "/usr/local/bin/ballast"),
         ("ballast-agent.service", "/usr/local/sbin/ballast-agent"),
     ] {
         match verdict(&resources.join(unit), program) {

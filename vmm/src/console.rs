@@ -70,7 +70,8 @@ impl Console {
                 terminal = RawTerminal::enter().map_err(ConsoleError::Stdio)?;
                 let output = duplicate(&io::stdout()).map_err(ConsoleError::Stdio)?;
                 let input = duplicate(&io::stdin()).map_err(ConsoleError::Stdio)?;
-                (Box::new(output), Some(Source::Stdin { input, escape: Escape::Plain }))
+                let typed = terminal.is_some();
+                (Box::new(output), Some(Source::Stdin { input, escape: Escape::Plain, typed }))
             }
             config::Console::File(path) => {
                 let file =
@@ -147,8 +148,16 @@ impl Write for ClientOutput {
 }
 
 enum Source {
-    Stdin { input: File, escape: Escape },
-    Socket { listener: UnixListener, client: Client },
+    Stdin {
+        input: File,
+        escape: Escape,
+        /// A person types it.
+        typed: bool,
+    },
+    Socket {
+        listener: UnixListener,
+        client: Client,
+    },
 }
 
 /// Brings input to the port, as far as the guest takes it. It never waits for a vCPU whose output
@@ -216,10 +225,15 @@ impl Input {
         }
     }
 
-    /// Hands over what is left; stops watching while the port has no room.
+    /// Hands over what is left; stops watching while the port has no room. Keys that it has no room for
+    /// are lost, as a port overruns: the next ones may be those that end a VM whose guest hangs.
     fn deliver(&mut self, ops: &mut EventOps) {
         let taken = self.port.enqueue(&self.left);
         self.left.drain(..taken.min(self.left.len()));
+        if matches!(self.source, Source::Stdin { typed: true, .. }) {
+            self.left.clear();
+            return;
+        }
         match (self.left.is_empty(), self.muted) {
             (true, true) => {
                 self.muted = false;
@@ -233,16 +247,23 @@ impl Input {
         }
     }
 
-    /// Takes a client, or turns it away while there is one.
+    /// Takes a client, or turns it away while there is one. One that has gone, and whose input the guest does
+    /// not read, keeps nobody away.
     fn accept(&mut self, ops: &mut EventOps) {
         let Source::Socket { listener, client } = &self.source else { return };
         let Ok((stream, _)) = listener.accept() else { return };
         {
             let mut client = lock(client);
-            if client.is_some() || stream.set_nonblocking(true).is_err() {
+            if client.as_ref().is_some_and(|client| !has_gone(client))
+                || stream.set_nonblocking(true).is_err()
+            {
                 return;
             }
-            *client = Some(stream);
+            if let Some(gone) = client.replace(stream)
+                && !self.muted
+            {
+                let _ = ops.remove(Events::empty(&gone));
+            }
         }
         if !self.muted {
             self.watch(ops);
@@ -281,6 +302,14 @@ impl MutEventSubscriber for Input {
             self.read(ops);
         }
     }
+}
+
+/// Whether the other end of `client` is closed.
+fn has_gone(client: &UnixStream) -> bool {
+    let mut end = libc::pollfd { fd: client.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one whole `pollfd`, as the call is told; with no time to wait it returns at once.
+    let found = unsafe { libc::poll(&mut end, 1, 0) };
+    found == 1 && end.revents & libc::POLLHUP != 0
 }
 
 /// Ctrl-A, which starts a command to ballast instead of the guest.
@@ -381,7 +410,8 @@ mod tests {
         let port = Arc::new(Port::new(serial));
         let (input, mut keys) = io::pipe().expect("a pipe");
         let crew = Crew::new(1).expect("a crew");
-        let source = Source::Stdin { input: File::from(OwnedFd::from(input)), escape: Escape::Plain };
+        let source =
+            Source::Stdin { input: File::from(OwnedFd::from(input)), escape: Escape::Plain, typed: false };
         let (served, by) = (Arc::clone(&port), Arc::clone(&crew));
         let input = Input { source, port: served, crew: by, left: Vec::new(), muted: false };
         let devices = EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread");
@@ -403,6 +433,61 @@ mod tests {
         assert!(!vcpu.is_finished(), "nobody has read");
         drop(unread);
         vcpu.join().expect("a closed pipe takes no output");
+    }
+
+    /// A port whose guest never reads, and the loop that serves `source`.
+    fn deaf_guest(source: Source, crew: &Arc<Crew>) -> EventLoop {
+        let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let port = Arc::new(Port::new(Serial::new(irq, Box::new(io::sink())).expect("a port")));
+        let input = Input { source, port, crew: Arc::clone(crew), left: Vec::new(), muted: false };
+        EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread")
+    }
+
+    #[test]
+    fn keys_end_a_vm_whose_guest_reads_none() {
+        let (input, mut keys) = io::pipe().expect("a pipe");
+        let input = File::from(OwnedFd::from(input));
+        let crew = Crew::new(1).expect("a crew");
+        let devices = deaf_guest(Source::Stdin { input, escape: Escape::Plain, typed: true }, &crew);
+        keys.write_all(&[b'a'; 20_000]).expect("they are read");
+        keys.write_all(b"\x01x").expect("they are read");
+        let (ends, ended) = mpsc::channel();
+        thread::spawn(move || ends.send(crew.wait_for_end()));
+        assert_eq!(ended.recv_timeout(LONG), Ok(Exit::ConsoleQuit));
+        devices.stop();
+    }
+
+    #[test]
+    fn a_client_that_has_gone_keeps_nobody_away() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("console");
+        let client = Arc::new(Mutex::new(None));
+        let source = Source::Socket { listener: listen(&path).expect("it listens"), client: client.clone() };
+        let devices = deaf_guest(source, &Crew::new(1).expect("a crew"));
+        let mut first = UnixStream::connect(&path).expect("it listens");
+        // More than the guest is given, so that it is no longer read.
+        first.write_all(&[b'a'; 20_000]).expect("there is room on the way");
+        let output = ClientOutput(client);
+        let heard = |stream: &mut UnixStream, mut output: ClientOutput| {
+            stream.set_nonblocking(true).expect("a flag of a socket");
+            let begun = std::time::Instant::now();
+            while begun.elapsed() < LONG {
+                let _ = output.write(b"o");
+                match stream.read(&mut [0; 1]) {
+                    Ok(1..) => return true,
+                    Ok(0) => return false,
+                    Err(_) => thread::yield_now(),
+                }
+            }
+            false
+        };
+        assert!(heard(&mut first, ClientOutput(Arc::clone(&output.0))));
+        let mut second = UnixStream::connect(&path).expect("it listens");
+        assert!(!heard(&mut second, ClientOutput(Arc::clone(&output.0))), "the first is still there");
+        drop(first);
+        let mut third = UnixStream::connect(&path).expect("it listens");
+        assert!(heard(&mut third, output), "it has the console now");
+        devices.stop();
     }
 
     #[test]
