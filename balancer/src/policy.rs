@@ -99,6 +99,9 @@ impl Policy {
     ) -> Balance {
         decisions.clear();
         for vm in vms.iter_mut() {
+            if self.state < HostState::Emergency {
+                vm.forget_advice();
+            }
             if vm.look(now, &self.settings) {
                 let actual = vm.let_go();
                 vm.decide(self.state, Rule::Stuck, actual, decisions);
@@ -112,9 +115,6 @@ impl Policy {
             if self.settings.guards.slack_is_kept { vms.iter().map(Vm::slack).sum() } else { Bytes::ZERO };
         let to_give = free.saturating_sub(slack);
         self.state = self.state.next(to_give, pool, host.pressure);
-        if self.state < HostState::Emergency {
-            last_resort::forget_advice(vms);
-        }
         let lasts = self.emergency_lasts(now);
 
         let mut returning =

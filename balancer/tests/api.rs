@@ -229,16 +229,21 @@ async fn room_for_a_new_vm_is_taken_from_others() {
     assert!(target(&old) + target(&new) <= Bytes::gib(1));
 }
 
+/// A VM beside which another fits by its min, and which gives nothing up for now; and a daemon that knows it.
+async fn stubborn(path: &Path) -> (FakeVm, JoinHandle<()>) {
+    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
+    stubborn.state().follows = false;
+    let daemon = start(path);
+    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
+        .await;
+    (stubborn, daemon)
+}
+
 #[tokio::test]
 async fn a_client_that_goes_gives_its_room_back() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
-    // It fits by its min, and never gives anything up.
-    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
-    stubborn.state().follows = false;
-    let _daemon = start(path);
-    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
-        .await;
+    let (_stubborn, _daemon) = stubborn(path).await;
     let waiting = {
         let path = path.to_owned();
         tokio::spawn(async move { client(&path).reserve(&wanted("new", "512M")).await.map(drop) })
@@ -284,11 +289,7 @@ async fn what_was_reserved_is_known_to_the_next_daemon() {
 async fn whoever_waits_for_room_asks_the_next_daemon() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
-    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
-    stubborn.state().follows = false;
-    let daemon = start(path);
-    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
-        .await;
+    let (stubborn, daemon) = stubborn(path).await;
     let waiting = {
         let path = path.to_owned();
         tokio::spawn(async move { client(&path).reserve(&wanted("new", "512M")).await })
@@ -306,11 +307,7 @@ async fn whoever_waits_for_room_asks_the_next_daemon() {
 async fn two_that_want_room_under_one_name_do_not_undo_each_other() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
-    let stubborn = FakeVm::start(path, "stubborn", "900M,min=128M,max=1G", Bytes::mib(100));
-    stubborn.state().follows = false;
-    let _daemon = start(path);
-    until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
-        .await;
+    let (stubborn, _daemon) = stubborn(path).await;
     let ask = |limits: &'static str| {
         let path = path.to_owned();
         tokio::spawn(async move { client(&path).reserve(&wanted("new", limits)).await })

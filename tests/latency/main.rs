@@ -141,7 +141,9 @@ fn emulated(mode: Mode, order: &Order) -> Result<Samples> {
             Err(why) if samples.len() == before && host.attempts <= 1 => bail!(why),
             Err(why) => eprintln!("{why}\nAnother host goes on."),
         }
-        let attempts = if samples.len() > before { ATTEMPTS } else { host.attempts - 1 };
-        host = Emulator { attempts, ..host.another() };
+        host = host.another();
+        if samples.len() > before {
+            host.attempts = ATTEMPTS;
+        }
     }
 }

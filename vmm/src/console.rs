@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::serial::{Port, Serial};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::api::bind_privately;
 use crate::config;
 use crate::crew::Crew;
 use crate::exit::Exit;
@@ -105,13 +105,9 @@ fn duplicate(stream: &impl AsFd) -> io::Result<File> {
     Ok(File::from(stream.as_fd().try_clone_to_owned()?))
 }
 
-/// For this user alone, whatever the umask: whoever connects types on the guest's console.
+/// For this user alone: whoever connects types on the guest's console.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // The file gets the mode that the socket has when it is bound.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = bind_privately(&SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, 1)?;
     Ok(UnixListener::from(socket))
 }

@@ -165,6 +165,8 @@ impl Daemon {
         let mut ticks = rhythm(self.tick);
         let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
         let mut rescans = rhythm(RESCAN);
+        // The first scan is made below, before anything else.
+        rescans.reset();
         let (mut watch, mut revive) = (None, true);
         loop {
             if watch.is_none() {

@@ -77,12 +77,6 @@ impl Policy {
     }
 }
 
-/// Who was to be paused and runs when the emergency is over need not be paused any more: a later pause is
-/// its operator's own.
-pub(super) fn forget_advice(vms: &mut [Vm]) {
-    vms.iter_mut().filter(|vm| vm.is_running()).for_each(|vm| vm.lay_down(false));
-}
-
 /// Of the running VMs for which `counts` the one of the least weight, of those the one that holds
 /// most. None where only one runs.
 fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {

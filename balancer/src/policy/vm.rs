@@ -419,6 +419,14 @@ impl Vm {
         self.memory.laid_down = down;
     }
 
+    /// Where it was to be paused and runs when the emergency is over, it need not be paused any more: a later
+    /// pause is its operator's own.
+    pub(super) fn forget_advice(&mut self) {
+        if self.is_running() {
+            self.lay_down(false);
+        }
+    }
+
     /// Puts the decision on record, with every number that it was made of.
     pub(super) fn decide(&self, state: HostState, rule: Rule, new: Bytes, decisions: &mut Vec<Decision>) {
         let reason = Reason {

@@ -63,10 +63,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
 
     let address = SocketAddrUnix::new(path).map_err(errno)?;
     make_way(path, &address)?;
-    let socket = stream_socket().map_err(errno)?;
-    // The file gets the mode that the socket has when it is bound: private from its first moment.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(errno)?;
-    rustix::net::bind(&socket, &address).map_err(errno)?;
+    let socket = bind_privately(&address).map_err(errno)?;
     let metadata = fs::symlink_metadata(path).map_err(io)?;
     let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
     rustix::net::listen(&socket, BACKLOG).map_err(errno)?;
@@ -91,6 +88,18 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
         Ok(()) | Err(Errno::AGAIN) => Err(BindError::InUse(path.to_owned())),
         Err(errno) => Err(io(errno.into())),
     }
+}
+
+/// A socket bound at `address` to which only this user can connect, whatever the umask.
+///
+/// # Errors
+/// The place is taken, or the kernel refuses.
+pub fn bind_privately(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
+    let socket = stream_socket()?;
+    // The file gets the mode that the socket has when it is bound: private from its first moment.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, address)?;
+    Ok(socket)
 }
 
 fn stream_socket() -> Result<OwnedFd, Errno> {
