@@ -39,7 +39,7 @@ pub fn reserve(vm: &str, limits: Limits) -> Result<Option<Room>, Failure> {
             Ok(None)
         }
         Err(Error::Refused(sentence)) => {
-            Err(Failure::new(format!("{sentence}; --no-balancer starts it all the same")))
+            Err(Failure::new(format!("{sentence} (--no-balancer starts without asking it)")))
         }
         Err(error @ (Error::NotAnswering | Error::HungUp(_) | Error::Failed(_))) => {
             warn!("starting without room: {error}");

@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 pub use self::holder::Process;
-use self::holder::{Holder, prolonged};
+use self::holder::{Held, Holder, Look, prolonged};
 use self::kept::{Book, Kept};
 use super::refusal::Refusal;
 use crate::policy::reason::Decision;
@@ -272,15 +272,18 @@ impl Ledger {
 
     /// Looks at what VMs have touched of what was granted to them; to be done before the host's free
     /// memory is read, so that nothing is counted twice that is touched in between.
-    pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> Option<Bytes>) {
+    pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> Held) {
         let mut changed = false;
         for Reservation { holder, granted, size, until, .. } in self.of.values_mut() {
             let Some(holder) = holder else { continue };
-            if holder.look(*granted, &held)
-                && granted >= size
-                && let Some(later) = prolonged(*until, now, LIFE)
-            {
-                *until = later;
+            let moved = match holder.look(*granted, &held) {
+                Look::More if granted >= size => prolonged(*until, now, LIFE),
+                // Nobody is left who could come.
+                Look::Ended => Some(now),
+                Look::More | Look::Same => None,
+            };
+            if let Some(moved) = moved {
+                *until = moved;
                 changed = true;
             }
         }

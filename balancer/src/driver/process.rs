@@ -1,9 +1,11 @@
 //! What the kernel says of a VMM's process, whatever the VMM itself says.
 
 use std::fs;
+use std::io;
 use std::time::Duration;
 
 use balloon::units::Bytes;
+use rustix::io::Errno;
 use rustix::param::clock_ticks_per_second;
 use tokio::net::UnixStream;
 
@@ -74,8 +76,28 @@ pub fn age(pid: u32) -> Option<Duration> {
 }
 
 /// When the process started, in clock ticks since boot: no other has this number and this start.
-pub fn started(pid: u32) -> Option<u64> {
-    started_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+/// `None` where no process has that number, or only the remains of one.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn started(pid: u32) -> io::Result<Option<u64>> {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) if is_zombie(&stat) => Ok(None),
+        Ok(stat) => started_in(&stat).map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into()),
+        // The second, where it ends while it is read.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Field 3 of proc_pid_stat(5): it has ended, and its parent has not asked yet how.
+fn is_zombie(stat: &str) -> bool {
+    stat.rsplit_once(')').is_some_and(|(_, behind_name)| behind_name.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Field 22 is the start in clock ticks since boot (proc_pid_stat(5)); the name in

@@ -24,14 +24,41 @@ impl Process {
     /// This one; `None` where `/proc` does not tell.
     pub fn own() -> Option<Self> {
         let pid = std::process::id();
-        Some(Self { pid, started_ticks: process::started(pid)? })
+        Some(Self { pid, started_ticks: process::started(pid).ok()?? })
     }
 
-    /// What of the host's memory is its own; `None` where it has ended or the kernel does not say.
-    pub fn held(self) -> Option<Bytes> {
-        let held = process::own(self.pid)?;
-        (process::started(self.pid)? == self.started_ticks).then_some(held)
+    /// What the kernel says of it.
+    pub fn held(self) -> Held {
+        let held = process::own(self.pid);
+        match (process::started(self.pid), held) {
+            (Ok(Some(started)), Some(held)) if started == self.started_ticks => Held::Holds(held),
+            (Ok(Some(started)), None) if started == self.started_ticks => Held::Unknown,
+            (Ok(_), _) => Held::Gone,
+            (Err(_), _) => Held::Unknown,
+        }
     }
+}
+
+/// What is known of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// So much of the host's memory is its own.
+    Holds(Bytes),
+    /// There is none of that number and that start here: it has ended, or lives in another PID namespace.
+    Gone,
+    /// The kernel does not say.
+    Unknown,
+}
+
+/// What came of a look at a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// It holds no more than before, as far as is known.
+    Same,
+    /// It has come to hold more.
+    More,
+    /// It was there, and has ended.
+    Ended,
 }
 
 /// What a process has come to hold since it asked for room.
@@ -50,13 +77,17 @@ impl Holder {
         Self { process, before: None, touched: Bytes::ZERO }
     }
 
-    /// Looks at it; at most `granted` of what it holds is the VM's. True where it has come to hold more.
-    pub fn look(&mut self, granted: Bytes, held: impl Fn(Process) -> Option<Bytes>) -> bool {
-        let touched = held(self.process).map_or(Bytes::ZERO, |held| {
-            let before = *self.before.get_or_insert(held);
-            held.saturating_sub(before).min(granted)
-        });
-        std::mem::replace(&mut self.touched, touched) < touched
+    /// Looks at it; at most `granted` of what it holds is the VM's.
+    pub fn look(&mut self, granted: Bytes, held: impl Fn(Process) -> Held) -> Look {
+        let touched = match held(self.process) {
+            Held::Holds(held) => {
+                let before = *self.before.get_or_insert(held);
+                held.saturating_sub(before).min(granted)
+            }
+            Held::Gone if self.before.is_some() => return Look::Ended,
+            Held::Gone | Held::Unknown => Bytes::ZERO,
+        };
+        if std::mem::replace(&mut self.touched, touched) < touched { Look::More } else { Look::Same }
     }
 
     /// What of the VM's memory the host holds already.
@@ -73,28 +104,59 @@ pub fn prolonged(until: Duration, now: Duration, life: Duration) -> Option<Durat
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::thread;
+
     use super::*;
 
     #[test]
     fn only_what_this_very_process_holds_counts() {
         let own = Process::own().unwrap();
-        let before = own.held().unwrap();
+        let held = || match own.held() {
+            Held::Holds(held) => held,
+            other => panic!("{other:?}"),
+        };
+        let before = held();
         let touched = vec![1_u8; 32 << 20];
-        assert!(own.held().unwrap() >= before + Bytes::mib(32), "{before}");
+        assert!(held() >= before + Bytes::mib(32), "{before}");
         drop(touched);
         let another = Process { started_ticks: own.started_ticks + 1, ..own };
-        assert_eq!(another.held(), None);
+        assert_eq!(another.held(), Held::Gone);
+    }
+
+    #[test]
+    fn who_has_ended_is_gone_also_while_nobody_asks_how() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = child.id();
+        let process = Process { pid, started_ticks: process::started(pid).unwrap().unwrap() };
+        let mut holder = Holder::new(process);
+        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Same);
+        child.kill().unwrap();
+        // A zombie until it is waited for.
+        while process.held() != Held::Gone {
+            thread::yield_now();
+        }
+        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Ended);
+        child.wait().unwrap();
+        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Ended);
+        assert_eq!(
+            Holder::new(process).look(Bytes::mib(1), Process::held),
+            Look::Same,
+            "who was never seen may live in another PID namespace"
+        );
     }
 
     #[test]
     fn what_it_held_before_is_not_the_vms_nor_what_is_beyond_the_grant() {
         let mut holder = Holder::new(Process { pid: 1, started_ticks: 1 });
-        let mut looks = [10, 10, 60, 50, 500].map(Bytes::mib).into_iter().map(Some).chain([None]);
-        let mut seen = Vec::new();
-        for _ in 0..6 {
-            let held = looks.next().unwrap();
-            seen.push((holder.look(Bytes::mib(100), |_| held), holder.touched().0 >> 20));
-        }
-        assert_eq!(seen, [(false, 0), (false, 0), (true, 50), (false, 40), (true, 100), (false, 0)]);
+        let looks = [10, 10, 60, 50, 500].map(|mib| Held::Holds(Bytes::mib(mib)));
+        let seen = looks.into_iter().chain([Held::Unknown, Held::Gone]).map(|held| {
+            let look = holder.look(Bytes::mib(100), |_| held);
+            (look, holder.touched().0 >> 20)
+        });
+        let seen: Vec<_> = seen.collect();
+        use Look::{Ended, More, Same};
+        let expected = [(Same, 0), (Same, 0), (More, 50), (Same, 40), (More, 100), (Same, 0), (Ended, 0)];
+        assert_eq!(seen, expected);
     }
 }

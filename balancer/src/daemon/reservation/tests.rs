@@ -156,7 +156,7 @@ fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balanc
     let before = budget.now(host(available), resident.saturating_add(ledger.touched()));
     let _answered = ask(&mut ledger, &wanted, Taken { budget: before, by_vms: resident });
     let own = Bytes::mib(9);
-    ledger.look(second * 100, |asked| (asked == process).then_some(own));
+    ledger.look(second * 100, |asked| if asked == process { Held::Holds(own) } else { Held::Unknown });
     let mut other = Vm::new(
         1,
         Duration::from_secs(1000),
@@ -172,7 +172,7 @@ fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balanc
     let mut after = before;
     for (round, touched, more) in [(100, Bytes::ZERO, Bytes::ZERO), (101, touched, more)] {
         let now = second * round;
-        ledger.look(now, |_| Some(own.saturating_add(touched)));
+        ledger.look(now, |_| Held::Holds(own.saturating_add(touched)));
         let available = available.saturating_sub(touched).saturating_sub(more);
         after = budget.now(host(available), resident.saturating_add(ledger.touched()));
         let mut vms = vec![other.clone()];
@@ -209,8 +209,8 @@ proptest! {
     }
 }
 
-#[test]
-fn a_reservation_stands_while_its_vm_touches_more_and_no_longer() {
+/// A ledger in which all is there that `web` waits for, until a minute after 100 s.
+fn promised() -> Ledger {
     let second = Duration::from_secs(1);
     let mut ledger = Ledger::default();
     let size = wanted("web", "8G").size();
@@ -220,14 +220,38 @@ fn a_reservation_stands_while_its_vm_touches_more_and_no_longer() {
     let until = second * 160;
     let reservation = Reservation { vm, size, granted: size, until, holder, answer: None };
     ledger.of.insert("web".to_owned(), reservation);
+    ledger
+}
+
+#[test]
+fn a_reservation_stands_while_its_vm_touches_more_and_no_longer() {
+    let second = Duration::from_secs(1);
+    let mut ledger = promised();
     for now in 100..300 {
-        ledger.look(second * now, |_| Some(Bytes::mib(20 * u64::from(now))));
+        ledger.look(second * now, |_| Held::Holds(Bytes::mib(20 * u64::from(now))));
         ledger.expire(second * now, |_| false);
         assert!(!ledger.is_empty(), "{now}");
     }
     for now in 300..360 {
-        ledger.look(second * now, |_| Some(Bytes::mib(20 * 299)));
+        ledger.look(second * now, |_| Held::Holds(Bytes::mib(20 * 299)));
         ledger.expire(second * now, |_| false);
     }
     assert!(ledger.is_empty());
+}
+
+#[test]
+fn a_reservation_ends_with_the_process_that_it_was_for() {
+    let second = Duration::from_secs(1);
+    let mut ledger = promised();
+    for (now, held, stands) in [
+        (100, Held::Gone, true),
+        (101, Held::Unknown, true),
+        (102, Held::Holds(Bytes::mib(9)), true),
+        (103, Held::Unknown, true),
+        (104, Held::Gone, false),
+    ] {
+        ledger.look(second * now, |_| held);
+        ledger.expire(second * now, |_| false);
+        assert_eq!(!ledger.is_empty(), stands, "{now}");
+    }
 }
