@@ -22,6 +22,10 @@ const LOCK: &str = "/run/ballast-slat-reload.lock";
 const MODULES: &str = "/sys/module";
 /// How long a module may stay busy after its last VM has gone.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What parameters read as that their own parser refuses: `vmentry_l1d_flush` tells so why there is nothing to
+/// flush (Linux, arch/x86/kvm/vmx/vmx.c, `vmentry_l1d_param`). Left out, it comes up the same by itself.
+const ONLY_READ: [(&str, &str); 2] =
+    [("vmentry_l1d_flush", "EPT disabled"), ("vmentry_l1d_flush", "not required")];
 
 /// Why the module was not reloaded, or not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +55,7 @@ pub enum Error {
     },
     /// A parameter can't be kept.
     #[error(
-        "the parameter {name} of {module} can't be read ({source}), so that it could not be put back; nothing was changed"
+        "the parameter {name} of {module} can't be kept ({source}), so that it could not be put back; nothing was changed"
     )]
     Parameter {
         /// The module.
@@ -242,7 +246,7 @@ impl Drop for Reloaded<'_> {
     }
 }
 
-/// All parameters of a module that has been loaded.
+/// All parameters of a module that has been loaded, but for those that no module could be loaded with.
 fn parameters(root: &Path, module: &str) -> Result<BTreeMap<String, String>, Error> {
     let directory = root.join(module).join("parameters");
     let fault = |name: &str, source| Error::Parameter { module: module.into(), name: name.into(), source };
@@ -251,16 +255,30 @@ fn parameters(root: &Path, module: &str) -> Result<BTreeMap<String, String>, Err
         let entry = entry.map_err(|e| fault("(all)", e))?;
         let name = entry.file_name().to_string_lossy().into_owned();
         let value = fs::read_to_string(entry.path()).map_err(|e| fault(&name, e))?;
-        // A string that was never set.
-        if value.trim() != "(null)" {
-            all.insert(name, value.trim().to_owned());
+        let value = value.trim();
+        if value.contains('"') {
+            let why = format!("{value} has a quote in it");
+            return Err(fault(&name, io::Error::new(io::ErrorKind::InvalidData, why)));
+        }
+        // A string that was never set reads as `(null)`.
+        if value != "(null)" && !ONLY_READ.contains(&(name.as_str(), value)) {
+            all.insert(name, value.to_owned());
         }
     }
     Ok(all)
 }
 
+/// Each parameter as the kernel, modprobe and a shell all take it: blanks between quotes (Linux, lib/cmdline.c).
+fn settings(parameters: &BTreeMap<String, String>) -> Vec<String> {
+    let setting = |(name, value): (&String, &String)| match value.contains(char::is_whitespace) {
+        true => format!("{name}=\"{value}\""),
+        false => format!("{name}={value}"),
+    };
+    parameters.iter().map(setting).collect()
+}
+
 fn words(parameters: &BTreeMap<String, String>) -> String {
-    parameters.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+    settings(parameters).join(" ")
 }
 
 fn unload(module: &str) -> Result<(), Error> {
@@ -288,8 +306,7 @@ fn load(module: &str, parameters: &BTreeMap<String, String>) -> Result<(), Error
             _ => Err(fault(io::Error::last_os_error().to_string())),
         };
     }
-    let output =
-        Command::new("modprobe").arg(module).args(words.split(' ').filter(|w| !w.is_empty())).output();
+    let output = Command::new("modprobe").arg(module).args(settings(parameters)).output();
     let output = output.map_err(|e| fault(format!("modprobe: {e}")))?;
     if output.status.success() {
         return Ok(());
@@ -321,6 +338,29 @@ mod tests {
         assert_eq!(words(&saved), "list=1,2 nested=1 npt=Y");
         let missing = parameters(root.path(), "kvm_intel");
         assert!(matches!(missing, Err(Error::Parameter { .. })));
+    }
+
+    #[test]
+    fn what_a_module_could_not_be_loaded_with_is_left_out_or_refused_before_it_is_touched() {
+        let root = tempfile::tempdir().expect("a directory");
+        let directory = root.path().join("kvm_intel/parameters");
+        fs::create_dir_all(&directory).expect("directories");
+        let write = |name: &str, value: &str| fs::write(directory.join(name), value).expect("a file");
+        write("ept", "Y\n");
+        for (value, kept) in [
+            ("not required", "ept=Y"),
+            ("EPT disabled", "ept=Y"),
+            ("cond", "ept=Y vmentry_l1d_flush=cond"),
+            ("two words", "ept=Y vmentry_l1d_flush=\"two words\""),
+        ] {
+            write("vmentry_l1d_flush", value);
+            let saved = parameters(root.path(), "kvm_intel").expect("readable");
+            assert_eq!(words(&saved), kept);
+            assert_eq!(settings(&saved).len(), saved.len(), "a setting is one word");
+        }
+        write("vmentry_l1d_flush", "a\"b");
+        let refused = parameters(root.path(), "kvm_intel").expect_err("it can't be quoted");
+        assert!(refused.to_string().contains("nothing was changed"), "{refused}");
     }
 
     #[test]

@@ -105,20 +105,22 @@ pub fn density(mut tell: impl FnMut(Density)) -> io::Result<Density> {
         }
         sessions.push(start(sessions.len(), &sender)?);
         let Ok(step) = step(&receiver, &mut sessions, PATIENCE) else {
-            return Ok(Density::of(steps, "guests that answer no more".into(), true));
+            return Ok(Density::of(steps, "guests that answer no more".into()));
         };
         eprintln!("{} guests: {:.1} ms, p95 {:.1} ms", step.guests, step.median, step.p95);
         steps.push(step);
         if !step.is_in_time() {
             break format!("answers later than {} ms", LATEST.as_millis());
         }
-        tell(Density::of(steps.clone(), "an emulated host that stood still".into(), true));
+        tell(Density::of(steps.clone(), "an emulated host that stood still".into()));
     };
-    Ok(Density::of(steps, ended_by, false))
+    Ok(Density::of(steps, ended_by))
 }
 
 impl Density {
-    fn of(steps: Vec<Step>, ended_by: String, unsettled: bool) -> Self {
+    /// Only a step that was late tells that one more would have been one too many.
+    fn of(steps: Vec<Step>, ended_by: String) -> Self {
+        let unsettled = steps.iter().all(Step::is_in_time);
         let in_time = steps.iter().filter(|step| step.is_in_time());
         Self { sessions: in_time.map(|step| step.guests).max().unwrap_or(0), ended_by, unsettled, steps }
     }
@@ -223,8 +225,12 @@ mod tests {
     fn what_is_late_does_not_count_as_served() {
         let late = LATEST.as_secs_f64() * 1e3 + 0.1;
         let step = |guests, p95| Step { guests, median: 1.0, p95 };
-        let density = Density::of(vec![step(1, 10.0), step(2, 60.0), step(3, late)], String::new(), false);
-        assert_eq!(density.sessions, 2);
-        assert_eq!(Density::of(vec![], String::new(), true).sessions, 0);
+        let density = Density::of(vec![step(1, 10.0), step(2, 60.0), step(3, late)], String::new());
+        assert_eq!((density.sessions, density.unsettled), (2, false));
+        // Memory ran short, or there were guests enough: nobody knows how many would have fitted.
+        let short = Density::of(vec![step(1, 10.0), step(2, 60.0)], "memory".into());
+        assert_eq!((short.sessions, short.unsettled), (2, true));
+        let none = Density::of(vec![], String::new());
+        assert_eq!((none.sessions, none.unsettled), (0, true));
     }
 }
