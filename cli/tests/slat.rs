@@ -36,6 +36,8 @@ fn wishes_that_no_host_fulfils_are_refused_before_anything_runs() {
         (&["--payload", "chase", "--data", "1000G"], "64 GiB"),
         (&["--payload", "churn", "--vcpus", "99"], "1 to 16"),
         (&["--payload", "churn", "--operations", "0"], "no operations"),
+        (&["--payload", "mmap-batch", "--operations", "1"], "a multiple of that"),
+        (&["--payload", "cold-touch", "--operations", "5000"], "4096 pages"),
         (&["--payload", "chase", "--set", "scaling"], "nothing to run"),
         (&["--payload", "nonsense"], "no payload of this name"),
         (&["--passes", "0"], "--passes"),

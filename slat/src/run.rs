@@ -147,7 +147,7 @@ fn measure(
 ) -> Result<Vec<Round>, Failure> {
     let rounds = if setup.payload.once() { 1 } else { plan.rounds };
     if setup.place == Place::Native {
-        return native::run(setup, rounds);
+        return native::run(setup, rounds, plan.limit, stop);
     }
     let kvm = kvm.map_err(|why| Failure::NoKvm(why.clone()))?;
     Machine::new(kvm, setup)?.run(rounds, plan.limit, stop)

@@ -12,8 +12,8 @@ use balloon::units::Bytes;
 use clap::{Subcommand, ValueEnum};
 use slat::claims::claims;
 use slat::linux::{self, doorbell};
-use slat::payload::Payload;
 use slat::payload::memory::Backing;
+use slat::payload::{Payload, Place, Setup};
 use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan};
@@ -174,13 +174,13 @@ struct RunArgs {
     /// What backs the guest's data, for all setups
     #[arg(long, ignore_case = true)]
     backing: Option<Host>,
-    /// Size of the data, for all setups, such as 64M
+    /// Size of the data, for all setups, such as 64M; `cold-touch` then touches as many pages of it as there are
     #[arg(long)]
     data: Option<Bytes>,
-    /// vCPUs, for all setups
+    /// vCPUs, for all setups but native ones
     #[arg(long)]
     vcpus: Option<u64>,
-    /// Operations a round, for all setups
+    /// Operations a round, for all setups but `spaces`, whose data and roots say how many
     #[arg(long)]
     operations: Option<u64>,
     /// How often each setup gets a new machine; setups take turns
@@ -284,26 +284,35 @@ fn probe(args: &ProbeArgs) -> Result<(), Failure> {
     }
 }
 
-fn setups(set: Set) -> Vec<slat::payload::Setup> {
+fn setups(set: Set) -> Vec<Setup> {
     let host = host::fingerprint();
     run::setups(set.extent(), host.memory, host.cpus as u64)
+}
+
+/// A setup as the user wishes it, as far as it leaves a choice.
+fn vary(setup: &mut Setup, args: &RunArgs) {
+    setup.guest_page = args.guest_page.map_or(setup.guest_page, Size::page);
+    setup.backing = args.backing.map_or(setup.backing, Host::backing);
+    setup.data = args.data.unwrap_or(setup.data);
+    if setup.place != Place::Native {
+        setup.vcpus = args.vcpus.unwrap_or(setup.vcpus);
+    }
+    let usual = match setup.payload {
+        Payload::ColdTouch => setup.operations.min(setup.links()),
+        _ => setup.operations,
+    };
+    setup.operations = setup.operations_given().or(args.operations).unwrap_or(usual);
 }
 
 fn measure(args: &RunArgs) -> Result<(), Failure> {
     let mut setups = setups(args.set);
     if args.payload.contains(&Payload::Hang) {
-        setups.push(slat::payload::Setup::usual(Payload::Hang));
+        setups.push(Setup::usual(Payload::Hang));
     }
     if !args.payload.is_empty() {
         setups.retain(|s| args.payload.contains(&s.payload));
     }
-    for setup in &mut setups {
-        setup.guest_page = args.guest_page.map_or(setup.guest_page, Size::page);
-        setup.backing = args.backing.map_or(setup.backing, Host::backing);
-        setup.data = args.data.unwrap_or(setup.data);
-        setup.vcpus = args.vcpus.unwrap_or(setup.vcpus);
-        setup.operations = args.operations.unwrap_or(setup.operations);
-    }
+    setups.iter_mut().for_each(|setup| vary(setup, args));
     let mut seen = std::collections::HashSet::new();
     setups.retain(|s| seen.insert(s.clone()));
     run::possible(&setups).map_err(Failure::usage)?;

@@ -7,8 +7,9 @@
 //! AMD has no event for their cycles.
 
 use std::io;
+use std::time::Duration;
 
-use perf_event::events::{Event, Raw};
+use perf_event::events::{self, Raw};
 use perf_event::{Builder, Counter, ReadFormat};
 
 use crate::host::cpuinfo;
@@ -43,7 +44,7 @@ const ZEN: Events = Events { cycles: &[], walks: &[raw(0x45, 0xf0, 0)] };
 
 /// The events of a processor, by the names and numbers of /proc/cpuinfo. Those with two kinds of cores, whose
 /// events differ, are left out.
-fn events(vendor: &str, family: u32, model: u32) -> Option<Events> {
+fn known(vendor: &str, family: u32, model: u32) -> Option<Events> {
     match (vendor, family, model) {
         ("GenuineIntel", 6, 0x4e | 0x5e | 0x55 | 0x8e | 0x9e | 0xa5 | 0xa6) => Some(SKYLAKE),
         ("GenuineIntel", 6, 0x6a | 0x6c | 0x7d | 0x7e | 0x8c | 0x8d | 0xa7) => Some(ICE_LAKE),
@@ -74,8 +75,52 @@ impl Walks {
 /// Counters of the thread that made it.
 #[derive(Debug)]
 pub struct Pmu {
-    cycles: Vec<Counter>,
-    walks: Vec<Counter>,
+    cycles: Vec<Event>,
+    walks: Vec<Event>,
+}
+
+/// One event, and its times when the round began: a reset zeroes the count and leaves those
+/// (perf_event_open(2), `PERF_EVENT_IOC_RESET`).
+#[derive(Debug)]
+struct Event {
+    counter: Counter,
+    before: Times,
+}
+
+/// How long an event was wanted, and how long it was counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Times {
+    enabled: Duration,
+    running: Duration,
+}
+
+impl Times {
+    /// What an event would have counted with a counter of its own: where more are wanted than there are
+    /// counters, they take turns. `None` where it had no turn since `before`.
+    fn scale(self, count: u64, before: Self) -> Option<u64> {
+        let enabled = self.enabled.checked_sub(before.enabled)?.as_nanos();
+        let running = self.running.checked_sub(before.running)?.as_nanos();
+        u64::try_from(u128::from(count).checked_mul(enabled)?.checked_div(running)?).ok()
+    }
+}
+
+impl Event {
+    fn read(&mut self) -> Option<(u64, Times)> {
+        let data = self.counter.read_full().ok()?;
+        Some((data.count(), Times { enabled: data.time_enabled()?, running: data.time_running()? }))
+    }
+
+    /// One that does not count has no turn, which reading it finds.
+    fn start(&mut self) {
+        let _ = self.counter.reset();
+        self.before = self.read().map(|(_, times)| times).unwrap_or_default();
+        let _ = self.counter.enable();
+    }
+
+    fn counted(&mut self) -> Option<u64> {
+        let (count, now) = self.read()?;
+        now.scale(count, self.before)
+    }
 }
 
 /// Whose work counts.
@@ -87,31 +132,26 @@ pub enum Whose {
     Own,
 }
 
-fn counter(event: impl Event + Copy, whose: Whose) -> io::Result<Counter> {
+fn counter(event: impl events::Event + Copy, whose: Whose) -> io::Result<Event> {
     let open = |kernel: bool| {
         let mut builder = Builder::new(event);
         builder.read_format(ReadFormat::TOTAL_TIME_ENABLED | ReadFormat::TOTAL_TIME_RUNNING);
         builder.exclude_host(whose == Whose::Guest).exclude_kernel(!kernel).build()
     };
     // Without privileges only ring 3 may be counted (kernel.perf_event_paranoid).
-    match open(whose == Whose::Guest) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => open(false),
-        result => result,
-    }
+    let counter = match open(whose == Whose::Guest) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => open(false)?,
+        result => result?,
+    };
+    Ok(Event { counter, before: Times::default() })
 }
 
 /// All of them together; `None` where there are none, or where one had no turn on the processor.
-fn sum(counters: &mut [Counter]) -> Option<u64> {
-    if counters.is_empty() {
+fn sum(events: &mut [Event]) -> Option<u64> {
+    if events.is_empty() {
         return None;
     }
-    counters.iter_mut().try_fold(0_u64, |sum, counter| {
-        let data = counter.read_full().ok()?;
-        let (enabled, running) = (data.time_enabled()?.as_nanos(), data.time_running()?.as_nanos());
-        // Where more events are wanted than there are counters, they take turns.
-        let scaled = u128::from(data.count()).checked_mul(enabled)?.checked_div(running)?;
-        sum.checked_add(u64::try_from(scaled).ok()?)
-    })
+    events.iter_mut().try_fold(0_u64, |sum, event| sum.checked_add(event.counted()?))
 }
 
 impl Pmu {
@@ -123,31 +163,28 @@ impl Pmu {
         let field = |name| cpuinfo(name).unwrap_or_default();
         let number = |name| field(name).parse().unwrap_or(0);
         let (vendor, family, model) = (field("vendor_id"), number("cpu family"), number("model"));
-        let events = events(&vendor, family, model).ok_or_else(|| {
+        let known = known(&vendor, family, model).ok_or_else(|| {
             format!("it is not known how {vendor} family {family} model {model} counts page walks")
         })?;
-        let open = |configs: &[u64]| -> Result<Vec<Counter>, String> {
+        let open = |configs: &[u64]| -> Result<Vec<Event>, String> {
             configs
                 .iter()
                 .map(|config| counter(Raw::new(*config), whose))
                 .collect::<io::Result<_>>()
                 .map_err(why)
         };
-        Ok(Self { cycles: open(events.cycles)?, walks: open(events.walks)? })
+        Ok(Self { cycles: open(known.cycles)?, walks: open(known.walks)? })
     }
 
     /// From zero.
     pub fn start(&mut self) {
-        for counter in self.cycles.iter_mut().chain(&mut self.walks) {
-            // One that does not count has run for no time, which `read` finds.
-            let _ = counter.reset().and_then(|()| counter.enable());
-        }
+        self.cycles.iter_mut().chain(&mut self.walks).for_each(Event::start);
     }
 
     /// What was counted since the start.
     pub fn stop(&mut self) -> Walks {
-        for counter in self.cycles.iter_mut().chain(&mut self.walks) {
-            let _ = counter.disable();
+        for event in self.cycles.iter_mut().chain(&mut self.walks) {
+            let _ = event.counter.disable();
         }
         Walks { cycles: sum(&mut self.cycles), count: sum(&mut self.walks) }
     }
@@ -174,12 +211,12 @@ mod tests {
 
     #[test]
     fn events_are_those_of_the_processor() {
-        assert_eq!(events("GenuineIntel", 6, 0x55), Some(SKYLAKE));
+        assert_eq!(known("GenuineIntel", 6, 0x55), Some(SKYLAKE));
         assert_eq!(SKYLAKE.cycles.first(), Some(&0x0100_1008));
-        assert_eq!(events("GenuineIntel", 6, 0x8f), Some(SAPPHIRE_RAPIDS));
-        assert_eq!(events("AuthenticAMD", 0x19, 1).map(|e| e.walks), Some(&[0xf045][..]));
-        assert_eq!(events("GenuineIntel", 6, 0x97), None, "its cores are of two kinds");
-        assert_eq!(events("", 0, 0), None);
+        assert_eq!(known("GenuineIntel", 6, 0x8f), Some(SAPPHIRE_RAPIDS));
+        assert_eq!(known("AuthenticAMD", 0x19, 1).map(|e| e.walks), Some(&[0xf045][..]));
+        assert_eq!(known("GenuineIntel", 6, 0x97), None, "its cores are of two kinds");
+        assert_eq!(known("", 0, 0), None);
     }
 
     #[test]
@@ -199,11 +236,11 @@ mod tests {
     #[test]
     fn a_counter_that_every_kernel_has_counts() {
         // Page faults are counted by the kernel itself: the same way in, and no PMU needed.
-        let counter = match counter(Software::PAGE_FAULTS, Whose::Own) {
-            Ok(counter) => counter,
+        let faults = match counter(Software::PAGE_FAULTS, Whose::Own) {
+            Ok(event) => event,
             Err(error) => return println!("not run: {}", why(error)),
         };
-        let mut pmu = Pmu { cycles: vec![], walks: vec![counter] };
+        let mut pmu = Pmu { cycles: vec![], walks: vec![faults] };
         pmu.start();
         let mapping = crate::payload::memory::Mapping::new(
             balloon::units::Bytes::mib(2),
@@ -217,6 +254,23 @@ mod tests {
         let walks = pmu.stop();
         assert_eq!(walks.cycles, None);
         assert!(walks.count.is_some_and(|n| n >= 16), "{walks:?}");
+        // A second round in which it gets no turn: nothing was counted, which is not the same as none.
+        let event = &mut pmu.walks[0];
+        event.start();
+        let _ = event.counter.disable();
+        event.before = event.read().expect("readable").1;
+        assert_eq!(sum(&mut pmu.walks), None);
+    }
+
+    #[test]
+    fn an_event_without_a_turn_in_this_round_has_no_count() {
+        let times = |enabled, running| Times {
+            enabled: Duration::from_millis(enabled),
+            running: Duration::from_millis(running),
+        };
+        assert_eq!(times(10, 5).scale(7, Times::default()), Some(14));
+        assert_eq!(times(30, 10).scale(7, times(10, 5)), Some(28), "of this round's times alone");
+        assert_eq!(times(30, 5).scale(0, times(10, 5)), None);
     }
 
     #[test]

@@ -99,7 +99,10 @@ impl Layout<'_> {
             self.write(copy.0, ROOTS.0 + i * 8)?;
         }
         if matches!(setup.payload, Payload::Chase | Payload::Laps) {
-            chain(data / 4096, DATA_ADDRESS, |offset, link| self.write(link, DATA + offset))?;
+            for own in (0..setup.vcpus).map(|vcpu| vcpu * setup.data.0) {
+                let write = |offset, link| self.write(link, DATA + own + offset);
+                chain(setup.links(), DATA_ADDRESS + own, write)?;
+            }
         }
         (0..setup.vcpus).try_for_each(|vcpu| self.parameters(root, vcpu))?;
         Ok(root)
@@ -143,7 +146,7 @@ impl Layout<'_> {
             _ => 0,
         };
         Params::set(&params.flags, flags);
-        Params::set(&params.cursor, DATA_ADDRESS);
+        Params::set(&params.cursor, DATA_ADDRESS + own);
         // SAFETY: Params is plain integers without padding.
         let bytes =
             unsafe { std::slice::from_raw_parts((&raw const params).cast::<u8>(), size_of::<Params>()) };
@@ -171,4 +174,34 @@ fn window(
         memory.write_obj(frame | tables::LEAF, at).map_err(memory_error)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_vcpu_chases_through_all_of_its_own_data_and_no_other() {
+        let setup = Setup { vcpus: 3, data: Bytes::mib(2), ..Setup::usual(Payload::Chase) };
+        let size = |bytes: Bytes| bytes.0 as usize;
+        let ranges =
+            [(GuestAddress(0), size(low_memory(&setup))), (GuestAddress(DATA), size(data_size(&setup)))];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).expect("memory");
+        Layout { memory: &memory, setup: &setup }.fill().expect("it fits");
+        let read = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).expect("in memory");
+        for vcpu in 0..setup.vcpus {
+            let own = DATA_ADDRESS + vcpu * setup.data.0;
+            let cursor = PARAMS + vcpu * PARAMS_SIZE + std::mem::offset_of!(Params, cursor) as u64;
+            let begin = read(cursor);
+            assert_eq!(begin, own, "vCPU {vcpu}");
+            let mut pages = std::collections::BTreeSet::new();
+            let mut at = begin;
+            for _ in 0..setup.links() {
+                assert!((own..own + setup.data.0).contains(&at), "vCPU {vcpu}: {at:#x}");
+                pages.insert(at / 4096);
+                at = read(at - DATA_ADDRESS + DATA);
+            }
+            assert_eq!((at, pages.len() as u64), (begin, setup.links()), "vCPU {vcpu}");
+        }
+    }
 }

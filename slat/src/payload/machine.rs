@@ -235,7 +235,8 @@ mod tests {
     fn every_payload_runs_or_says_why_not() {
         let Some(kvm) = kvm_fd() else { return };
         for payload in Payload::ALL.into_iter().filter(|p| *p != Payload::Laps) {
-            let setup = Setup { operations: 1024, ..Setup::usual(payload) };
+            let usual = Setup::usual(payload);
+            let setup = Setup { operations: usual.operations_given().unwrap_or(1024), ..usual };
             let result = Machine::new(&kvm, &setup).and_then(|m| m.run(1, LIMIT, &GO_ON));
             match result {
                 Ok(rounds) => {

@@ -22,6 +22,8 @@ use memory::Backing;
 
 /// Most vCPUs a micro-VM has room for.
 pub const MOST_VCPUS: u64 = 16;
+/// Pages that [`Payload::MmapBatch`] maps and unmaps at once: a table full.
+const BATCH: u64 = 512;
 /// Most CR3 values.
 pub const MOST_ROOTS: u64 = 512;
 
@@ -268,6 +270,12 @@ impl Setup {
         self.data.pages().0.max(1)
     }
 
+    /// Operations of a payload whose data and address spaces leave no choice: `spaces` is over when each page was
+    /// stored to through each root.
+    pub fn operations_given(&self) -> Option<u64> {
+        (self.payload == Payload::Spaces).then(|| self.roots.saturating_mul(self.links()))
+    }
+
     /// Whether a machine can be made for it.
     ///
     /// # Errors
@@ -289,9 +297,7 @@ impl Setup {
         if !(1..=MOST_ROOTS).contains(&self.roots) {
             return wrong(format!("{} roots; 1 to {MOST_ROOTS} are possible", self.roots));
         }
-        if self.operations == 0 {
-            return wrong("no operations".into());
-        }
+        self.check_operations()?;
         if self.data < Bytes::mib(2) || !self.data.0.is_multiple_of(2 << 20) {
             return wrong(format!("{} of data; it must be a multiple of 2 MiB", self.data));
         }
@@ -299,6 +305,32 @@ impl Setup {
             return wrong(format!("{} of data; 64 GiB are the most", self.data));
         }
         Ok(())
+    }
+
+    /// Whether the code does as many operations as its figures will be divided by.
+    fn check_operations(&self) -> Result<(), Failure> {
+        let wrong = |text: String| Err(Failure::Setup(text));
+        let (operations, pages) = (self.operations, self.links());
+        if operations == 0 {
+            return wrong("no operations".into());
+        }
+        if let Some(given) = self.operations_given().filter(|given| *given != operations) {
+            return wrong(format!(
+                "{operations} operations of {}; its data and roots make {given}",
+                self.payload
+            ));
+        }
+        match self.payload {
+            Payload::ColdTouch if operations > pages => wrong(format!(
+                "{operations} operations of {} over {pages} pages; only the first touch of each is cold",
+                self.payload
+            )),
+            Payload::MmapBatch if !operations.is_multiple_of(BATCH) => wrong(format!(
+                "{operations} operations of {}; it maps {BATCH} pages at a time, so name a multiple of that",
+                self.payload
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// In words, for tables.
@@ -345,5 +377,25 @@ mod tests {
             assert!(matches!(setup.check(), Err(Failure::Setup(_))), "{setup:?}");
         }
         assert!(usual.check().is_ok());
+    }
+
+    #[test]
+    fn what_a_figure_is_divided_by_is_what_the_code_does() {
+        for payload in Payload::ALL {
+            assert!(Setup::usual(payload).check().is_ok(), "{payload}");
+        }
+        let usual = Setup::usual;
+        for setup in [
+            Setup { data: Bytes::mib(64), ..usual(Payload::Spaces) },
+            Setup { operations: 1000, ..usual(Payload::Spaces) },
+            Setup { data: Bytes::mib(2), ..usual(Payload::ColdTouch) },
+            Setup { operations: 4097, ..usual(Payload::ColdTouch) },
+            Setup { operations: 1, ..usual(Payload::MmapBatch) },
+            Setup { operations: 1000, ..usual(Payload::MmapBatch) },
+        ] {
+            assert!(matches!(setup.check(), Err(Failure::Setup(_))), "{setup:?}");
+        }
+        let spaces = Setup { data: Bytes::mib(64), ..usual(Payload::Spaces) };
+        assert_eq!(spaces.operations_given(), Some(16 * 16384));
     }
 }

@@ -56,7 +56,8 @@ pub(super) fn install_kick() -> Result<(), Failure> {
         .map_err(|e| Failure::Unexpected(format!("no handler for the watchdog's signal: {e}")))
 }
 
-pub(super) type Report = Result<(usize, Round), Failure>;
+/// Which round, when this vCPU began it, and what came of it.
+pub(super) type Report = Result<(usize, Instant, Round), Failure>;
 
 /// Waits for every vCPU's rounds and puts them together.
 pub(super) fn collect(
@@ -68,6 +69,8 @@ pub(super) fn collect(
 ) -> Result<Vec<Round>, Failure> {
     let deadline = Instant::now() + limit;
     let mut all = vec![Round::default(); rounds];
+    // From the first vCPU's start to the last one's end: they need not run at the same time.
+    let mut spans: Vec<Option<(Instant, Instant)>> = vec![None; rounds];
     let mut missing = rounds * vcpus;
     while missing > 0 {
         if stop.load(Ordering::SeqCst) {
@@ -77,17 +80,22 @@ pub(super) fn collect(
         if left.is_zero() {
             return Err(Failure::Hung(limit));
         }
-        let (number, part) = match receive.recv_timeout(left.min(Duration::from_millis(100))) {
+        let (number, begin, part) = match receive.recv_timeout(left.min(Duration::from_millis(100))) {
             Ok(report) => report?,
             Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return Err(Failure::Thread),
         };
-        let Some(whole) = all.get_mut(number) else { return Err(Failure::Thread) };
+        let (Some(whole), Some(span)) = (all.get_mut(number), spans.get_mut(number)) else {
+            return Err(Failure::Thread);
+        };
         whole.vcpus.add(&part.vcpus);
         whole.vm.add(&part.vm);
         // Every vCPU has its own.
-        whole.walks = if whole.elapsed.is_zero() { part.walks } else { whole.walks.and(part.walks) };
-        whole.elapsed = whole.elapsed.max(part.elapsed);
+        whole.walks = if span.is_none() { part.walks } else { whole.walks.and(part.walks) };
+        let end = begin + part.elapsed;
+        let (first, last) = span.map_or((begin, end), |(first, last)| (first.min(begin), last.max(end)));
+        *span = Some((first, last));
+        whole.elapsed = last.duration_since(first);
         whole.ticks = whole.ticks.max(part.ticks);
         if part.kernel != KernelMemory::default() {
             whole.kernel = part.kernel;
@@ -170,8 +178,8 @@ impl Vcpu {
         let mut pmu = Pmu::of_this_thread(Whose::Guest).ok();
         for number in 0..rounds {
             match self.round(pmu.as_mut()) {
-                Ok(Some(round)) => {
-                    let _ = self.report.send(Ok((number, round)));
+                Ok(Some((begin, round))) => {
+                    let _ = self.report.send(Ok((number, begin, round)));
                 }
                 Ok(None) => return,
                 Err(failure) => {
@@ -183,7 +191,7 @@ impl Vcpu {
     }
 
     /// To the start doorbell, through the gate, and to the end doorbell; `None` where it was stopped.
-    fn round(&mut self, mut pmu: Option<&mut Pmu>) -> Result<Option<Round>, Failure> {
+    fn round(&mut self, mut pmu: Option<&mut Pmu>) -> Result<Option<(Instant, Round)>, Failure> {
         if !self.until(code::BEGIN)? || !self.shared.pass() {
             return Ok(None);
         }
@@ -205,7 +213,7 @@ impl Vcpu {
         let at = GuestAddress(self.params + std::mem::offset_of!(Params, ticks) as u64);
         let ticks = self.memory.read_obj(at).map_err(memory_error)?;
         let ticks = self.ticks.then_some(ticks);
-        Ok(Some(Round { elapsed, ticks, vcpus, vm, kernel, walks, huge: None }))
+        Ok(Some((start, Round { elapsed, ticks, vcpus, vm, kernel, walks, huge: None })))
     }
 
     /// Runs the guest until it rings `phase`; false where it was stopped.
@@ -254,5 +262,30 @@ impl Vcpu {
         let _ = self.memory.read_slice(&mut bytes, GuestAddress(regs.rip));
         let bytes = bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
         Failure::Emulator { offset: regs.rip.wrapping_sub(CODE), bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_round_lasts_from_the_first_start_to_the_last_end() {
+        let (send, receive) = channel();
+        let begin = Instant::now();
+        // Two vCPUs that had one processor between them: one after the other.
+        for (after, walks) in [(10, 1), (0, 2)] {
+            let round = Round {
+                elapsed: Duration::from_millis(10),
+                walks: Walks { cycles: None, count: Some(walks) },
+                ..Round::default()
+            };
+            send.send(Ok((0, begin + Duration::from_millis(after), round))).expect("sent");
+        }
+        let stop = AtomicBool::new(false);
+        let rounds = collect(&receive, 1, 2, Duration::from_secs(5), &stop).expect("both are there");
+        assert_eq!(rounds[0].elapsed, Duration::from_millis(20));
+        assert_eq!(rounds[0].walks.count, Some(3));
     }
 }
