@@ -1,7 +1,7 @@
 //! How the command ends when it did not do what it was asked.
 
 use std::io;
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 use balancer::daemon::DaemonError;
 use balancer::driver::ballast;
@@ -38,6 +38,12 @@ impl Failure {
     /// The user stopped it: the shell's code for SIGINT.
     pub fn stopped(sentence: impl ToString) -> Self {
         Self { code: 130, sentence: Some(sentence.to_string()) }
+    }
+
+    /// Another process of this program failed: its code, where it has one.
+    pub fn of_child(status: ExitStatus, sentence: impl ToString) -> Self {
+        let code = status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0);
+        Self { code: code.unwrap_or(FAILED), sentence: Some(sentence.to_string()) }
     }
 
     /// Says it on standard error.

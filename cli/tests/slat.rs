@@ -1,7 +1,7 @@
 //! `ballast slat` as a user meets it, on whatever host runs the test.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -48,11 +48,19 @@ fn wishes_that_no_host_fulfils_are_refused_before_anything_runs() {
         assert!(!said(&output).contains("pass 1"), "{wish:?}: {}", said(&output));
         assert!(!Path::new(file).exists(), "{wish:?}");
     }
-    for command in [&["run", "--payload", "chase"][..], &["lab"]] {
-        let output = run(&[command, &["--output", "/no/such/directory/x.json"]].concat());
-        assert_eq!(output.status.code(), Some(2), "{output:?}");
-        assert!(said(&output).contains("nothing was run"), "{}", said(&output));
+    for command in [&["run", "--payload", "chase"][..], &["lab"], &["lab", "--nested"]] {
+        // In the second there is a directory, which takes no files.
+        for place in ["/no/such/directory/x.json", "/proc/x.json"] {
+            let output = run(&[command, &["--output", place]].concat());
+            assert_eq!(output.status.code(), Some(2), "{output:?}");
+            assert!(said(&output).contains("nothing was run"), "{}", said(&output));
+        }
     }
+    // Of the two files that --nested writes, one can't be.
+    fs::create_dir(directory.path().join("run.slat-off.json")).expect("a directory");
+    let output = run(&["lab", "--nested", "--output", file]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(said(&output).contains("run.slat-off.json"), "{}", said(&output));
 }
 
 #[test]
@@ -66,6 +74,9 @@ fn a_part_of_the_lab_asks_for_a_visit_to_put_it_into() {
         said(&output)
     };
     assert!(part(&[]).contains("--output"));
+    assert!(part(&["--output", name, "--twice"]).contains("--only counting"));
+    let output = run(&["lab", "--only", "memory", "--output", name, "--density"]);
+    assert!(said(&output).contains("--only density"), "{output:?}");
     assert!(part(&["--output", name]).contains("lab.json"), "nothing is there yet");
     assert!(!file.exists());
     let output = run(&["run", "--payload", "warm-touch", "--passes", "1", "--rounds", "1", "--output", name]);
@@ -100,6 +111,42 @@ fn a_payload_that_hangs_is_stopped_and_named() {
 }
 
 #[test]
+fn a_run_that_measures_nothing_has_failed() {
+    let meminfo = fs::read_to_string("/proc/meminfo").expect("Linux");
+    let free = meminfo.lines().find_map(|line| line.strip_prefix("HugePages_Free:"));
+    let free: u64 = free.map_or(0, |n| n.trim().parse().expect("a number"));
+    // One huge page more than there is.
+    let data = format!("{}M", (free + 1) * 2);
+    let huge = ["--payload", "warm-touch", "--backing", "hugetlb-2M", "--data", &data, "--passes", "1"];
+    let output = run(&[&["run"], &huge[..]].concat());
+    match output.status.code() {
+        Some(1) => assert!(said(&output).contains("nothing was measured"), "{}", said(&output)),
+        Some(3) => println!("not run: {}", said(&output)),
+        _ => panic!("{output:?}"),
+    }
+}
+
+#[test]
+fn a_result_is_replaced_as_a_whole_and_pipes_are_left_in_place() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (file, link) = (directory.path().join("run.json"), directory.path().join("link.json"));
+    std::os::unix::fs::symlink(&file, &link).expect("a link");
+    fs::write(&file, "what was there").expect("written");
+    let mut earlier = fs::File::open(&file).expect("readable");
+    let arguments = ["run", "--payload", "warm-touch", "--passes", "1", "--rounds", "1", "--output"];
+    slat(&arguments).arg(&link).output().expect("ballast can be run");
+    assert!(read(&file)["measurements"].is_array());
+    assert!(link.is_symlink(), "the file is meant, not the link");
+    let mut text = String::new();
+    earlier.read_to_string(&mut text).expect("readable");
+    assert_eq!(text, "what was there", "who reads the old file reads it to its end");
+    assert_eq!(fs::read_dir(directory.path()).expect("a directory").count(), 2, "nothing else is left");
+    let output = slat(&arguments).arg("/dev/null").output().expect("ballast can be run");
+    assert_ne!(output.status.code(), Some(2), "{output:?}");
+    assert!(!Path::new("/dev/null").is_file());
+}
+
+#[test]
 fn ctrl_c_keeps_what_was_measured() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("run.json");
@@ -122,7 +169,16 @@ fn ctrl_c_keeps_what_was_measured() {
     // And the report takes it.
     let report = slat(&["report"]).arg(&file).output().expect("ballast can be run");
     assert!(report.status.success(), "{report:?}");
-    assert!(String::from_utf8_lossy(&report.stdout).contains("C10"), "{report:?}");
+    let told = String::from_utf8_lossy(&report.stdout);
+    assert!(told.contains("C10") && told.contains("stopped before its end"), "{report:?}");
+    let report = slat(&["report", "--json"]).arg(&file).output().expect("ballast can be run");
+    let told: Value = serde_json::from_slice(&report.stdout).expect("JSON");
+    assert_eq!(told["claims"].as_array().map(Vec::len), Some(13));
+    assert_eq!(told["cautions"].as_array().map(Vec::len), Some(1));
+    let compared = slat(&["compare", "--json"]).args([&file, &file]).output().expect("ballast can be run");
+    let sides: Value = serde_json::from_slice(&compared.stdout).expect("JSON");
+    assert_eq!(sides["first"]["interrupted"], true, "{sides:#}");
+    assert_eq!(sides["rows"][0]["setup"]["payload"], "chase", "{sides:#}");
 }
 
 #[test]

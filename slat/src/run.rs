@@ -109,6 +109,9 @@ pub struct Measurement {
     /// Whether the watchdog had to stop it.
     #[serde(default)]
     pub hung: bool,
+    /// Whether the host lacks what it takes ([`Failure::is_lack`]).
+    #[serde(default)]
+    pub lack: bool,
 }
 
 /// Everything that one call of `ballast slat run` found.
@@ -261,6 +264,7 @@ fn figures(
     failure: Option<Failure>,
 ) -> Measurement {
     let hung = matches!(failure, Some(Failure::Hung(_)));
+    let lack = failure.as_ref().is_some_and(Failure::is_lack);
     let failure = failure.map(|f| f.to_string());
     let each = setup.operations as f64;
     let all = each * setup.vcpus as f64;
@@ -323,6 +327,7 @@ fn figures(
         machine: nonzero(middle.map(|r| &r.vm)),
         failure,
         hung,
+        lack,
     }
 }
 
@@ -343,6 +348,21 @@ impl Run {
     /// The measurement of exactly this setup.
     pub fn find(&self, setup: &Setup) -> Option<&Measurement> {
         self.measurements.iter().find(|m| m.setup == *setup)
+    }
+
+    /// What was to be measured and failed, other than for what this host lacks, or that nothing was measured at
+    /// all; `None` where all is well.
+    pub fn failed(&self) -> Option<String> {
+        let tell = |m: &Measurement| Some(format!("{}: {}", m.setup.describe(), m.failure.as_ref()?));
+        let faults: Vec<_> = self.measurements.iter().filter(|m| !m.lack).filter_map(tell).collect();
+        if !faults.is_empty() {
+            return Some(format!("not all could be measured: {}", faults.join("; ")));
+        }
+        if self.measurements.iter().any(|m| m.time.value.is_some()) {
+            return None;
+        }
+        let why = self.measurements.iter().find_map(tell);
+        Some(format!("nothing was measured: {}", why.unwrap_or_else(|| "nothing was to be".into())))
     }
 
     /// What the host is and what its figures are worth.
@@ -416,6 +436,7 @@ impl Run {
 mod tests {
     use super::*;
     use crate::payload::Payload;
+    use crate::payload::memory::Backing;
 
     static GO_ON: AtomicBool = AtomicBool::new(false);
 
@@ -449,6 +470,21 @@ mod tests {
         let run = run(&plan(setups(Extent::Full, Bytes::gib(64), 4)), &stop, |_, _| panic!("nothing runs"));
         assert!(run.interrupted);
         assert!(run.measurements.iter().all(|m| m.time.value.is_none() && m.time.why.is_some()));
+    }
+
+    #[test]
+    fn a_run_that_measured_nothing_has_failed_and_a_lack_beside_figures_has_not() {
+        let usual = Setup::usual(Payload::Chase).at(Place::Native);
+        // More than any host sets aside.
+        let huge = Setup { backing: Backing::Hugetlb2M, data: Bytes::gib(1 << 20), ..usual.clone() };
+        let nothing = run(&plan(vec![huge.clone()]), &GO_ON, |_, _| {});
+        let why = nothing.failed().expect("nothing was measured");
+        assert!(why.contains("nothing was measured") && why.contains("nr_hugepages"), "{why}");
+        let some = run(&plan(vec![huge, usual.clone()]), &GO_ON, |_, _| {});
+        assert_eq!(some.failed(), None);
+        let two = Setup { vcpus: 2, ..usual.clone() };
+        let why = run(&plan(vec![two, usual]), &GO_ON, |_, _| {}).failed().expect("one is impossible");
+        assert!(why.contains("one thread"), "{why}");
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! `ballast slat lab`, and what runs in its hosts.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use slat::lab::{self, Errand, Findings, Only, Visit, inside, nested::Nested};
+use slat::lab::{self, Errand, Findings, Only, Pair, Visit, inside, nested::Nested};
 use slat::linux::Guests;
 use slat::report::{Input, side_by_side};
-use slat::run::{Clock, Plan};
+use slat::run::{Clock, Plan, Run};
 use slat::{host, interrupt, probe};
 
 use super::{Set, save, setups, writable};
@@ -24,7 +25,7 @@ Examples:
   ballast slat lab --nested --output nested.json           # real time, where this host can nest
 ")]
 pub struct Args {
-    /// Directory with `boot` and `lib/modules` of a kernel with kvm-amd or kvm-intel
+    /// Directory with `boot` and `lib/modules` of a kernel with kvm-amd; with --nested, of this host's processor
     #[arg(long, default_value = "/")]
     kernel_root: PathBuf,
     /// Measure time, in VMs of this host that are hosts themselves: takes SLAT and nested virtualisation here
@@ -85,6 +86,16 @@ impl Part {
 /// The parts to do, and what they are put into.
 fn only(args: &Args) -> Result<Option<Only>, Failure> {
     let (false, Some(path)) = (args.only.is_empty(), &args.output) else { return Ok(None) };
+    if args.twice && !args.only.contains(&Part::Counting) {
+        return Err(Failure::usage(
+            "--twice counts again, and --only leaves counting out: add --only counting, or leave out --twice",
+        ));
+    }
+    if args.density && !args.only.contains(&Part::Density) {
+        return Err(Failure::usage(
+            "--density is not among the parts of --only: add --only density, or leave out --density",
+        ));
+    }
     match Input::read(path) {
         Ok(Input::Lab(before)) => {
             Ok(Some(Only { parts: args.only.iter().map(|part| part.errand()).collect(), before }))
@@ -117,7 +128,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     // One that can't be written is told of in the end.
     let keep = |so_far: &Findings| drop(save(args.output.as_ref(), so_far));
-    let result = visit.run(&kernel, interrupt::flag(), |what| eprintln!("{what}"), keep);
+    let stop = interrupt::flag();
+    let result = visit.run(&kernel, stop, |what| eprintln!("{what}"), keep);
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),
@@ -130,7 +142,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         output::text(&table::render(head, &result.rows()))?;
         let head = ["LINUX GUEST", "EXITS/OP ON", "OFF", "INSTRUCTIONS/OP ON", "OFF", "OFF/ON"];
         output::text(&format!("\n{}", table::render(head, &result.linux_rows())))?;
-        for why in result.failures() {
+        for why in result.failures().chain(&result.mixed()) {
             output::text(&format!("{why}\n"))?;
         }
     }
@@ -138,35 +150,49 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if let Some(difference) = result.difference {
         return Err(Failure::new(difference));
     }
-    if result.interrupted {
+    if stop.load(Ordering::SeqCst) {
         return Err(Failure::stopped("stopped; what was found by then is kept"));
     }
-    match result.missing.first() {
-        Some(_) => Err(Failure::new("not all emulated hosts gave a result: see above")),
+    match result.failures().next() {
+        Some(_) => Err(Failure::new("not all emulated hosts gave all that they were to: see above")),
         None => Ok(()),
     }
 }
 
 /// SLAT on and off in nested hosts, set side by side.
 fn nested(args: &Args) -> Result<(), Failure> {
-    writable(args.output.as_ref())?;
+    let file = |name: &str| args.output.as_ref().map(|path| path.with_extension(format!("{name}.json")));
+    let (on, off) = (file("slat-on"), file("slat-off"));
+    writable(on.as_ref())?;
+    writable(off.as_ref())?;
     let nested = Nested::find(&probe::probe()).map_err(Failure::host_cannot)?;
-    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
     let limit = Duration::from_secs(args.limit * 60);
-    let result = nested.run(&kernel, limit, interrupt::flag(), |what| eprintln!("{what}"));
+    let result = nested.run(&args.kernel_root, limit, interrupt::flag(), |what| eprintln!("{what}"));
     let pair = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),
     })?;
-    let file = |name: &str| args.output.as_ref().map(|path| path.with_extension(format!("{name}.json")));
-    save(file("slat-on").as_ref(), &pair.on)?;
-    save(file("slat-off").as_ref(), &pair.off)?;
-    let rows = side_by_side(&pair.on, &pair.off);
+    // A file that can't be written is no reason not to show what was measured.
+    let saved = save(on.as_ref(), &pair.on).and(save(off.as_ref(), &pair.off));
+    let sides = side_by_side(&pair.on, &pair.off);
     if args.json {
-        return output::json(&rows);
+        output::json(&sides)?;
+    } else {
+        let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "TIME ON", "OFF", "OFF IS"];
+        output::text(&format!("{}\n{}", pair.on.heading(), table::render(head, &sides.cells())))?;
     }
-    let head = ["PAYLOAD", "EXITS/OP ON", "OFF", "TIME ON", "OFF", "OFF IS"];
-    output::text(&format!("{}\n{}", pair.on.heading(), table::render(head, &rows)))
+    saved?;
+    whole(&pair)
+}
+
+/// Whether both nested hosts gave all that they were to.
+fn whole(pair: &Pair) -> Result<(), Failure> {
+    let tell = |(name, run): (&str, &Run)| {
+        let faults = run.linux_failure.iter().cloned().chain(run.failed());
+        faults.map(|why| format!("with SLAT {name}: {why}")).collect::<Vec<_>>()
+    };
+    let faults: Vec<_> = [("on", &pair.on), ("off", &pair.off)].into_iter().flat_map(tell).collect();
+    if faults.is_empty() { Ok(()) } else { Err(Failure::new(faults.join("; "))) }
 }
 
 #[derive(clap::Args)]

@@ -5,12 +5,13 @@ mod reload;
 mod walk;
 
 use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::units::Bytes;
 use clap::{Subcommand, ValueEnum};
-use slat::claims::claims;
 use slat::linux::{self, doorbell};
 use slat::payload::memory::Backing;
 use slat::payload::{Payload, Place, Setup};
@@ -349,10 +350,10 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
     if !hung.is_empty() {
         return Err(Failure::new(format!("did not finish within {} s: {}", args.limit, hung.join("; "))));
     }
-    match run.probe.verdict {
-        Verdict::Unknown => Err(Failure::host_cannot(run.probe.why.unwrap_or_default())),
-        _ => Ok(()),
+    if run.probe.verdict == Verdict::Unknown {
+        return Err(Failure::host_cannot(run.probe.why.unwrap_or_default()));
     }
+    run.failed().map_or(Ok(()), |why| Err(Failure::new(why)))
 }
 
 /// Whether a result can go to this file, asked before it is worked for.
@@ -367,13 +368,37 @@ fn writable(path: Option<&PathBuf>) -> Result<(), Failure> {
         Ok(at) if !at.is_dir() => wrong(&format!("{} is no directory", directory.display())),
         Ok(_) if path.is_dir() => wrong(&"it is a directory"),
         Ok(_) => Ok(()),
-    }
+    }?;
+    // Permissions, file systems that take no writing and the like: only trying tells.
+    let tried = match (path.is_file(), path.exists()) {
+        (true, _) => fs::OpenOptions::new().append(true).open(path).map(drop),
+        (false, true) => Ok(()),
+        (false, false) => tempfile::tempfile_in(directory).map(drop),
+    };
+    tried.or_else(|error| wrong(&error))
 }
 
 fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Failure> {
     let Some(path) = path else { return Ok(()) };
     let text = serde_json::to_string_pretty(value).map_err(Failure::new)?;
-    fs::write(path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
+    replace(path, &text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
+}
+
+/// Writes a file so that whoever reads it, or is there after a crash, finds the old text or the new one and no
+/// part of either. What is no plain file, such as a pipe, is written to as it is.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    // Through links: the file is meant, not what leads to it.
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if path.exists() && !path.is_file() {
+        return fs::write(path, text);
+    }
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // As any new file: what the umask leaves of it.
+    let permissions = fs::Permissions::from_mode(0o666);
+    let mut new = tempfile::Builder::new().permissions(permissions).tempfile_in(directory)?;
+    new.write_all(text.as_bytes())?;
+    new.persist(path)?;
+    Ok(())
 }
 
 fn tell(args: &ReportArgs) -> Result<(), Failure> {
@@ -393,16 +418,21 @@ fn tell(args: &ReportArgs) -> Result<(), Failure> {
             plot.ok_or_else(|| Failure::usage("--svg needs what `ballast slat lab --output` wrote"))?,
         )?;
     }
-    if args.json { output::json(&claims(material)) } else { output::text(&report::text(material)) }
+    if args.json { output::json(&report::told(material)) } else { output::text(&report::text(material)) }
 }
 
 fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let read = |path: &PathBuf| Input::read_run(path).map_err(Failure::new);
     let (first, second) = (read(&args.first)?, read(&args.second)?);
-    let rows = report::side_by_side(&first, &second);
+    let sides = report::side_by_side(&first, &second);
     if args.json {
-        return output::json(&rows);
+        return output::json(&sides);
     }
     let head = ["PAYLOAD", "EXITS/OP", "SECOND", "TIME", "SECOND", "SECOND IS"];
-    output::text(&format!("{}\n{}\n{}", first.heading(), second.heading(), table::render(head, &rows)))
+    output::text(&format!(
+        "{}\n{}\n{}",
+        first.heading(),
+        second.heading(),
+        table::render(head, &sides.cells())
+    ))
 }

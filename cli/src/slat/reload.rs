@@ -3,18 +3,22 @@
 //! What is measured runs in another process: however that ends, this one is still there to put the
 //! module back.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::Ordering;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{fs, io};
 
 use slat::reload::Switch;
 use slat::report::{Input, side_by_side};
 use slat::{interrupt, run::Run};
 
-use super::{RunArgs, writable};
+use super::{RunArgs, replace, writable};
 use crate::failure::Failure;
 use crate::{output, sentence, table};
+
+/// How often it is looked whether to stop.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Measures, reloads, measures, restores, compares.
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
@@ -30,17 +34,22 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     }
 
     sentence::say(format!("measuring with {} first", names[0]));
-    let first = first_file.measure(this_without_reload()?)?;
+    let first = first_file.measure(this_without_reload()?, stop)?;
     first_file.keep()?;
     if stop.load(Ordering::SeqCst) {
-        return Err(Failure::stopped(format!("stopped before the module was touched; see {}", names[0])));
+        let place = first_file.place.as_ref().map(|place| format!("; see {}", place.display()));
+        let place = place.unwrap_or_default();
+        return Err(Failure::stopped(format!("stopped before the module was touched{place}")));
     }
     sentence::say(format!(
         "reloading; should this process be killed, put things back with: {}",
         switch.rescue()
     ));
     let reloaded = switch.reload().map_err(Failure::new)?;
-    let second = this_without_reload().and_then(|child| second_file.measure(child));
+    let second = match stop.load(Ordering::SeqCst) {
+        true => Err(Failure::stopped("stopped while the module was reloaded")),
+        false => this_without_reload().and_then(|child| second_file.measure(child, stop)),
+    };
     reloaded.restore().map_err(|error| {
         Failure::new(format!("{error}; put the module back by hand: {}", switch.rescue()))
     })?;
@@ -49,19 +58,50 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
 
     // A file that can't be written is no reason not to show what was measured.
     let kept = second_file.keep();
-    let rows = side_by_side(&first, &second);
+    let sides = side_by_side(&first.run, &second.run);
     if args.json {
-        output::json(&rows)?;
+        output::json(&sides)?;
     } else {
         let head = ["PAYLOAD", "EXITS/OP", "SECOND", "TIME", "SECOND", "SECOND IS"];
-        let text = table::render(head, &rows);
-        output::text(&format!("first: {}\n{}\nsecond: {}\n{text}", names[0], first.heading(), names[1]))?;
+        let text = table::render(head, &sides.cells());
+        let heading = first.run.heading();
+        output::text(&format!("first: {}\n{heading}\nsecond: {}\n{text}", names[0], names[1]))?;
     }
     kept?;
     if stop.load(Ordering::SeqCst) {
         return Err(Failure::stopped("stopped; what was measured by then is shown"));
     }
+    // Why it failed it has said itself.
+    for (name, measured) in names.into_iter().zip([&first, &second]) {
+        if !measured.status.success() {
+            let sentence = format!("measuring with {name} was not all it was to be ({})", measured.status);
+            return Err(Failure::of_child(measured.status, sentence));
+        }
+    }
     Ok(())
+}
+
+/// What the process that measured wrote, and how it ended.
+struct Measured {
+    run: Run,
+    status: ExitStatus,
+}
+
+/// Waits for a process, and stops it where this one is asked to stop: not every signal comes to both.
+fn wait(mut child: Child, stop: &AtomicBool) -> io::Result<ExitStatus> {
+    let mut told = false;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if stop.load(Ordering::SeqCst) && !told {
+            let id = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+            // SAFETY: a child that was not waited for keeps its number.
+            unsafe { libc::kill(id, libc::SIGINT) };
+            told = true;
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// What one measuring writes: into a new file, so that an earlier result in the user's is never taken
@@ -79,20 +119,24 @@ impl ResultFile {
     }
 
     /// Runs what measures, and reads what it wrote.
-    fn measure(&self, mut child: Command) -> Result<Run, Failure> {
+    fn measure(&self, mut child: Command, stop: &AtomicBool) -> Result<Measured, Failure> {
         child.arg("--output").arg(&self.new).stdout(Stdio::null());
-        let status =
-            child.status().map_err(|e| Failure::new(format!("cannot run this program again: {e}")))?;
+        let status = child
+            .spawn()
+            .and_then(|child| wait(child, stop))
+            .map_err(|e| Failure::new(format!("cannot run this program again: {e}")))?;
         // One that was stopped by Ctrl-C, or met a payload that hangs, has written what it has.
-        Input::read_run(&self.new)
-            .map_err(|error| Failure::new(format!("nothing was measured ({status}): {error}")))
+        match Input::read_run(&self.new) {
+            Ok(run) => Ok(Measured { run, status }),
+            Err(error) => Err(Failure::of_child(status, format!("nothing was measured ({status}): {error}"))),
+        }
     }
 
     /// Puts what was measured where the user wants it.
     fn keep(&self) -> Result<(), Failure> {
         let Some(place) = &self.place else { return Ok(()) };
         let wrong = |error| Failure::new(format!("cannot write {}: {error}", place.display()));
-        fs::copy(&self.new, place).map(drop).map_err(wrong)
+        fs::read_to_string(&self.new).and_then(|text| replace(place, &text)).map_err(wrong)
     }
 }
 
@@ -119,9 +163,6 @@ fn without_reload(arguments: impl Iterator<Item = String>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-    use std::time::Duration;
-
     use slat::run::{Clock, Plan};
 
     use super::*;
@@ -157,7 +198,8 @@ mod tests {
         fs::write(&place, &earlier).unwrap();
         let new = tempfile::tempdir().unwrap();
         let file = ResultFile::named("slat-on", new.path(), Some(&output));
-        let failure = file.measure(Command::new("false")).expect_err("nothing was measured");
+        let go_on = AtomicBool::new(false);
+        let failure = file.measure(Command::new("false"), &go_on).err().expect("nothing was measured");
         let failure = format!("{failure:?}");
         assert!(failure.contains("exit status: 1"), "{failure}");
         assert_eq!(fs::read_to_string(&place).unwrap(), earlier, "it is not lost either");
@@ -167,8 +209,25 @@ mod tests {
         fs::write(&ready, &later).unwrap();
         let mut child = Command::new("sh");
         child.args(["-c", "cp \"$1\" \"$3\"", "sh"]).arg(&ready);
-        assert_eq!(file.measure(child).unwrap().reasons_failure.as_deref(), Some("run 2"));
+        let measured = file.measure(child, &go_on).unwrap();
+        assert!(measured.status.success());
+        assert_eq!(measured.run.reasons_failure.as_deref(), Some("run 2"));
         file.keep().unwrap();
         assert_eq!(fs::read_to_string(&place).unwrap(), later);
+    }
+
+    #[test]
+    fn what_measures_is_stopped_with_this_process_and_its_code_is_kept() {
+        let new = tempfile::tempdir().unwrap();
+        let ready = new.path().join("ready");
+        fs::write(&ready, run_of(3)).unwrap();
+        let file = ResultFile::named("slat-on", new.path(), None);
+        let mut child = Command::new("sh");
+        // As this program does: at a signal it writes what it has.
+        let script = "trap 'cp \"$1\" \"$3\"; exit 130' INT; while :; do sleep 0.1; done";
+        child.args(["-c", script, "sh"]).arg(&ready);
+        let measured = file.measure(child, &AtomicBool::new(true)).unwrap();
+        assert_eq!(measured.status.code(), Some(130));
+        assert_eq!(measured.run.reasons_failure.as_deref(), Some("run 3"));
     }
 }

@@ -1,5 +1,7 @@
 //! What a visit to the lab found, and tables of it.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::counters::reasons;
@@ -50,24 +52,31 @@ fn difference(first: &Run, second: &Run) -> Option<String> {
     if first == second {
         return None;
     }
-    let pairs = first.measurements.iter().zip(&second.measurements);
-    let differing = pairs.into_iter().find(|(a, b)| a != b);
-    if let (None, Some((a, b))) = (differing, first.linux.iter().zip(&second.linux).find(|(a, b)| a != b)) {
-        return Some(format!("two deterministic runs differ in a Linux guest: {a:?} and {b:?}"));
+    let in_what = |what: String| Some(format!("two deterministic runs differ in {what}"));
+    if let Some((a, b)) = first.measurements.iter().zip(&second.measurements).find(|(a, b)| a != b) {
+        return in_what(format!(
+            "{}: {} and {} exits an operation, {} and {} instructions",
+            a.setup.describe(),
+            cell(&a.exits),
+            cell(&b.exits),
+            cell(&a.time),
+            cell(&b.time)
+        ));
     }
-    Some(differing.map_or_else(
-        || "two deterministic runs differ in what the host is".into(),
-        |(a, b)| {
-            format!(
-                "two deterministic runs differ in {}: {} and {} exits an operation, {} and {} instructions",
-                a.setup.describe(),
-                cell(&a.exits),
-                cell(&b.exits),
-                cell(&a.time),
-                cell(&b.time)
-            )
-        },
-    ))
+    if let Some((a, b)) = first.linux.iter().zip(&second.linux).find(|(a, b)| a != b) {
+        return in_what(format!("a Linux guest: {a:?} and {b:?}"));
+    }
+    // What both have is the same: one may have more.
+    let counts = |run: &Run| (run.measurements.len(), run.linux.len());
+    let (a, b) = (counts(first), counts(second));
+    if a != b || first.linux_failure != second.linux_failure {
+        let tell = |run: &Run, (setups, workloads)| {
+            let why = run.linux_failure.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+            format!("{setups} setups and {workloads} workloads of a Linux guest{why}")
+        };
+        return in_what(format!("what there is: {}, and {}", tell(first, a), tell(second, b)));
+    }
+    in_what("what the host is".into())
 }
 
 impl Pair {
@@ -80,7 +89,7 @@ impl Pair {
 
 impl Findings {
     /// A first count, and nothing else yet.
-    pub(super) const fn of(counted: Pair) -> Self {
+    pub(crate) const fn of(counted: Pair) -> Self {
         Self {
             counted,
             scaling: None,
@@ -99,6 +108,24 @@ impl Findings {
         self.twice = true;
         self.difference =
             difference(&self.counted.on, &again.on).or_else(|| difference(&self.counted.off, &again.off));
+    }
+
+    /// Whether every part is there that each visit does without being asked.
+    pub(super) const fn is_whole(&self) -> bool {
+        self.scaling.is_some() && self.reasons.is_some() && self.old_mmu.is_some()
+    }
+
+    /// Says so where its parts, done at different times, are of different kernels or versions of ballast.
+    pub fn mixed(&self) -> Option<String> {
+        let pairs = [self.scaling.as_ref(), self.reasons.as_ref(), self.density.as_ref()];
+        let pairs = pairs.into_iter().flatten().chain([&self.counted]);
+        let runs = pairs.flat_map(|pair| [&pair.on, &pair.off]).chain(&self.old_mmu);
+        let of = |run: &Run| format!("Linux {}, ballast {}", run.fingerprint.kernel, run.fingerprint.ballast);
+        let all: BTreeSet<_> = runs.map(of).collect();
+        (all.len() > 1).then(|| {
+            let list = all.into_iter().collect::<Vec<_>>().join("; ");
+            format!("the parts of the lab are not all of the same software: {list}")
+        })
     }
 
     /// What gave nothing where it should have, and why.
@@ -142,5 +169,27 @@ impl Findings {
             Some([on.setup.describe(), exits(on), exits(off), time(on), time(off), note])
         };
         on.iter().filter_map(row).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::{Clock, Plan, run};
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    #[test]
+    fn a_part_that_one_of_two_lacks_is_no_difference_of_the_host() {
+        let (setups, limit) = (Vec::new(), Duration::from_secs(1));
+        let plan = Plan { setups, passes: 1, rounds: 1, limit, clock: Clock::Instructions, reasons: false };
+        let first = run(&plan, &AtomicBool::new(true), |_, _| {});
+        assert_eq!(difference(&first, &first), None);
+        let died = Run { linux_failure: Some("it died".into()), ..first.clone() };
+        let why = difference(&first, &died).expect("one died");
+        assert!(why.contains("0 workloads of a Linux guest (it died)"), "{why}");
+        let mut other = first.clone();
+        other.fingerprint.kernel = "0.1".into();
+        assert!(difference(&first, &other).is_some_and(|why| why.contains("what the host is")));
     }
 }

@@ -10,7 +10,11 @@ use std::time::Duration;
 
 use crate::linux::density::density;
 use crate::linux::{self, Guests};
+use crate::payload::Setup;
+use crate::payload::memory::Backing;
+use crate::run::series::touched;
 use crate::run::{Plan, Run, run};
+use crate::walk::PageSize;
 
 /// Where the archive keeps the modules, named so that they sort in the order of loading.
 pub const MODULES: &str = "modules";
@@ -20,8 +24,14 @@ const RESULT: &str = "/dev/ttyS1";
 /// What stands in a result that is sent before Linux guests have done their work.
 const UNFINISHED: &str = "the Linux guests did not come to their end";
 
-/// Huge pages of 2 MiB set aside: what the largest payload over them takes.
-const HUGE_PAGES: &str = "16";
+/// Huge pages of 2 MiB set aside at least. Part of what was counted: with another number all is counted anew.
+const HUGE_PAGES: u64 = 16;
+
+/// Huge pages of 2 MiB to set aside for a plan: what its largest payload over them takes.
+fn huge_pages(setups: &[Setup]) -> u64 {
+    let over = setups.iter().filter(|setup| setup.backing == Backing::Hugetlb2M);
+    over.map(|setup| touched(setup).div_ceil(PageSize::Size2M.bytes())).fold(HUGE_PAGES, u64::max)
+}
 
 fn mount(kind: &CStr, at: &CStr) -> io::Result<()> {
     fs::create_dir_all(at.to_string_lossy().as_ref())?;
@@ -137,9 +147,9 @@ fn prepare_and_run(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
         eprintln!("ballast slat: no control group: {error}");
     }
     load_all(job.nested_paging, job.tdp_mmu)?;
-    // Without them the payloads over huge pages say so themselves.
-    let _ = fs::write("/proc/sys/vm/nr_hugepages", HUGE_PAGES);
     let plan = (job.plan)();
+    // Without them the payloads over huge pages say so themselves.
+    let _ = fs::write("/proc/sys/vm/nr_hugepages", huge_pages(&plan.setups).to_string());
     // The first machine pays for things that the kernel does once.
     let warm = Plan {
         setups: plan.setups.iter().take(3).cloned().collect(),
@@ -182,4 +192,23 @@ fn keep<T>(found: io::Result<T>, keep: impl FnOnce(T)) -> Option<String> {
         Err(error) => return Some(error.to_string()),
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::{Extent, setups};
+    use balloon::units::Bytes;
+
+    #[test]
+    fn huge_pages_are_enough_for_every_plan_and_as_ever_for_the_counted_one() {
+        for extent in [Extent::Quick, Extent::Lab, Extent::Scaling, Extent::Memory, Extent::Full] {
+            let all = setups(extent, Bytes::gib(5), 4);
+            let pages = huge_pages(&all);
+            let over = all.iter().filter(|setup| setup.backing == Backing::Hugetlb2M);
+            assert!(over.clone().all(|setup| setup.data.0 <= pages * (2 << 20)), "{extent:?}: {pages}");
+            let counted = extent != Extent::Full;
+            assert_eq!(pages == HUGE_PAGES, counted, "{extent:?}: {pages}");
+        }
+    }
 }

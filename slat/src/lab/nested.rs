@@ -4,6 +4,7 @@
 //! it is given. A nested host pays for its exits twice, so that its times are upper bounds of the difference
 //! on a host of its own.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -64,18 +65,18 @@ impl Nested {
         }
     }
 
-    /// Measures with SLAT on, then off.
+    /// Measures with SLAT on, then off, in hosts with a kernel below `kernel_root`.
     ///
     /// # Errors
-    /// Where a host gives nothing, or the user stops it.
+    /// Where there is no kernel, a host gives nothing, or the user stops it.
     pub fn run(
         self,
-        kernel: &Kernel,
+        kernel_root: &Path,
         limit: Duration,
         stop: &AtomicBool,
         progress: impl Fn(&str),
     ) -> Result<Pair, Error> {
-        let kernel = Kernel { module: self.module, ..kernel.clone() };
+        let kernel = Kernel::with(kernel_root, self.module)?;
         let one = |paging| {
             let host = Host { paging, errand: Errand::Time, limit };
             progress(&format!("nested host, {}", host.describe()));

@@ -69,6 +69,20 @@ pub enum Failure {
     Thread,
 }
 
+impl Failure {
+    /// Whether this host lacks what the payload takes, which is no fault of the run: huge pages that nobody set
+    /// aside, an instruction that the host's emulator can't do, KVM as a whole.
+    pub const fn is_lack(&self) -> bool {
+        match self {
+            Self::Memory { backing, .. } => {
+                matches!(backing, Backing::Hugetlb2M | Backing::Hugetlb1G)
+            }
+            Self::Emulator { .. } | Self::NoKvm(_) => true,
+            _ => false,
+        }
+    }
+}
+
 const fn advice(backing: Backing) -> &'static str {
     match backing {
         Backing::Small | Backing::Transparent => "",

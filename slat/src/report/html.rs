@@ -302,8 +302,8 @@ fn lab_section(lab: &Findings) -> String {
     if lab.interrupted {
         text += "<p>Stopped before its end.</p>\n";
     }
-    if let Some(difference) = &lab.difference {
-        let _ = writeln!(text, "<p>{}</p>", escape(difference));
+    for why in lab.difference.iter().chain(&lab.mixed()) {
+        let _ = writeln!(text, "<p>{}</p>", escape(why));
     }
     let head = ["payload", "exits, on", "off", "instructions, on", "off", "note"];
     text += &table(head, &lab.rows());

@@ -5,10 +5,15 @@ pub mod plot;
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use crate::claims::{Claim, Material, Outcome, claims};
-use crate::figure::{Comparison, compare};
+use crate::figure::{Comparison, Figure, compare};
+use crate::host::Fingerprint;
 use crate::lab::Findings;
-use crate::run::{Run, SCHEMA, cell};
+use crate::payload::{Place, Setup};
+use crate::probe::Verdict;
+use crate::run::{Clock, Measurement, Run, SCHEMA, cell};
 
 /// Why a file of figures can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -97,10 +102,46 @@ pub fn verdict(claims: &[Claim]) -> String {
     first + text.get(1..).unwrap_or_default()
 }
 
+/// What a reader must know before believing any of it: parts that are missing, and counts that differ.
+pub fn cautions(material: Material<'_>) -> Vec<String> {
+    let mut all = Vec::new();
+    if let Some(lab) = material.lab {
+        all.extend(lab.difference.clone());
+        all.extend(lab.mixed());
+        all.extend(lab.interrupted.then(|| "the lab was stopped before its end".into()));
+        all.extend(lab.failures().map(|why| format!("missing from the lab: {why}")));
+    }
+    if let Some(here) = material.here {
+        all.extend(here.interrupted.then(|| "the run on this host was stopped before its end".into()));
+        all.extend(here.linux_failure.iter().map(|why| format!("missing from the run: {why}")));
+    }
+    all
+}
+
+/// Everything that the terminal is told, for programs.
+#[derive(Debug, Serialize)]
+pub struct Told {
+    /// What must be known before believing any of it.
+    pub cautions: Vec<String>,
+    /// In one sentence.
+    pub verdict: String,
+    /// Each claim.
+    pub claims: Vec<Claim>,
+}
+
+/// The claims for programs.
+pub fn told(material: Material<'_>) -> Told {
+    let claims = claims(material);
+    Told { cautions: cautions(material), verdict: verdict(&claims), claims }
+}
+
 /// The claims for the terminal.
 pub fn text(material: Material<'_>) -> String {
     let claims = claims(material);
-    let mut text = String::new();
+    let mut text: String = cautions(material).iter().map(|caution| format!("Beware: {caution}\n")).collect();
+    if !text.is_empty() {
+        text.push('\n');
+    }
     for claim in &claims {
         text += &format!("{:<4} {} [{}]\n", claim.id, claim.claim, claim.outcome.name());
         if !claim.measured.is_empty() {
@@ -113,28 +154,108 @@ pub fn text(material: Material<'_>) -> String {
     text + "\n" + &verdict(&claims) + "\n"
 }
 
-/// Rows that set two runs side by side: setup, exits of both, time of both, what the difference is.
-pub fn side_by_side(first: &Run, second: &Run) -> Vec<[String; 6]> {
+/// One of two runs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Side<'a> {
+    /// The host.
+    pub host: &'a Fingerprint,
+    /// How a guest behaves on it.
+    pub slat: Verdict,
+    /// What its clock counts.
+    pub clock: Clock,
+    /// Why its times give no verdict.
+    pub refusal: Option<&'static str>,
+    /// Whether it was stopped before its end.
+    pub interrupted: bool,
+}
+
+impl<'a> Side<'a> {
+    fn of(run: &'a Run) -> Self {
+        Self {
+            host: &run.fingerprint,
+            slat: run.probe.verdict,
+            clock: run.clock,
+            refusal: run.refusal(),
+            interrupted: run.interrupted,
+        }
+    }
+}
+
+/// A setup that both runs have.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row<'a> {
+    /// In words.
+    pub payload: String,
+    /// The setup.
+    pub setup: &'a Setup,
+    /// Exits an operation in the first and the second.
+    pub exits: [&'a Figure; 2],
+    /// Time of an operation in the first and the second.
+    pub time: [&'a Figure; 2],
+    /// What the second's time is to the first's, in words; empty where one is missing.
+    pub second_is: String,
+}
+
+impl Row<'_> {
+    /// Cells of a table: payload, exits of both, time of both, what the difference is.
+    pub fn cells(&self) -> [String; 6] {
+        let ([a, b], [c, d]) = (self.exits, self.time);
+        [self.payload.clone(), cell(a), cell(b), cell(c), cell(d), self.second_is.clone()]
+    }
+}
+
+/// Two runs beside each other.
+#[derive(Clone, Debug, Serialize)]
+pub struct SideBySide<'a> {
+    /// The first.
+    pub first: Side<'a>,
+    /// The second.
+    pub second: Side<'a>,
+    /// What both measured.
+    pub rows: Vec<Row<'a>>,
+}
+
+impl SideBySide<'_> {
+    /// Cells of a table.
+    pub fn cells(&self) -> Vec<[String; 6]> {
+        self.rows.iter().map(Row::cells).collect()
+    }
+}
+
+/// Sets two runs side by side.
+pub fn side_by_side<'a>(first: &'a Run, second: &'a Run) -> SideBySide<'a> {
     let refused = first.refusal().or(second.refusal()).is_some();
-    let row = |a: &crate::run::Measurement| {
+    let row = |a: &'a Measurement| {
         let b = second.find(&a.setup)?;
         let words = match compare(&a.time, &b.time) {
             Comparison::NotAvailable => String::new(),
             Comparison::NoDifference => "no difference".into(),
-            _ if refused && a.setup.place != crate::payload::Place::Native => "no verdict".into(),
+            _ if refused && a.setup.place != Place::Native => "no verdict".into(),
             Comparison::Times(n) if n > 1.0 => format!("{n:.2} times slower"),
             Comparison::Times(n) => format!("{:.2} times faster", 1.0 / n),
             Comparison::FromZero | Comparison::Larger => "slower".into(),
             Comparison::Smaller => "faster".into(),
         };
-        Some([a.setup.describe(), cell(&a.exits), cell(&b.exits), cell(&a.time), cell(&b.time), words])
+        Some(Row {
+            payload: a.setup.describe(),
+            setup: &a.setup,
+            exits: [&a.exits, &b.exits],
+            time: [&a.time, &b.time],
+            second_is: words,
+        })
     };
-    first.measurements.iter().filter_map(row).collect()
+    let rows = first.measurements.iter().filter_map(row).collect();
+    SideBySide { first: Side::of(first), second: Side::of(second), rows }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lab::Pair;
+    use crate::payload::Payload;
+    use crate::run::Plan;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
 
     #[test]
     fn files_that_hold_something_else_are_named() {
@@ -158,5 +279,47 @@ mod tests {
             assert!(text.contains(&format!("{id} ")), "{id}");
         }
         assert!(text.contains("not measured here: C1"));
+        assert!(!text.contains("Beware"), "{text}");
+    }
+
+    fn run_of(setups: Vec<Setup>) -> Run {
+        let limit = Duration::from_secs(1);
+        let plan = Plan { setups, passes: 1, rounds: 1, limit, clock: Clock::Instructions, reasons: false };
+        let mut run = crate::run::run(&plan, &AtomicBool::new(true), |_, _| {});
+        run.interrupted = false;
+        run
+    }
+
+    #[test]
+    fn what_is_missing_or_differs_is_said_before_the_claims() {
+        let run = run_of(Vec::new());
+        let mut lab = Findings::of(Pair { on: run.clone(), off: run.clone() });
+        let of = |lab: &Findings| text(Material { here: None, lab: Some(lab) });
+        assert!(!of(&lab).contains("Beware"), "{}", of(&lab));
+        lab.difference = Some("two runs differ".into());
+        lab.interrupted = true;
+        lab.missing.push("density: it stood still".into());
+        lab.counted.off.linux_failure = Some("the guest died".into());
+        lab.counted.off.fingerprint.kernel = "0.1".into();
+        let here = Run { interrupted: true, ..run };
+        let material = Material { here: Some(&here), lab: Some(&lab) };
+        let (text, told) = (text(material), told(material));
+        let claims = text.find("C1 ").expect("the claims");
+        for word in ["two runs differ", "stopped before its end", "stood still", "guest died", "Linux 0.1"] {
+            assert!(text.find(word).is_some_and(|at| at < claims), "{word}: {text}");
+            assert!(told.cautions.iter().any(|caution| caution.contains(word)), "{told:?}");
+        }
+        assert_eq!(told.cautions.len(), 6, "{told:?}");
+    }
+
+    #[test]
+    fn two_runs_side_by_side_say_whose_they_are() {
+        let setup = Setup::usual(Payload::Chase).at(Place::Ring3);
+        let (first, second) = (run_of(vec![setup.clone()]), run_of(vec![setup]));
+        let sides = serde_json::to_value(side_by_side(&first, &second)).expect("JSON");
+        assert_eq!(sides["first"]["host"]["kernel"], first.fingerprint.kernel);
+        assert!(sides["second"]["refusal"].is_string(), "{sides:#}");
+        assert_eq!(sides["rows"][0]["setup"]["payload"], "chase");
+        assert_eq!(sides["rows"][0]["time"][1]["quality"], "not-available");
     }
 }
