@@ -136,6 +136,11 @@ impl HostMemory {
             room: None,
         })
     }
+
+    /// What VMs could have without swapping, within their control groups too.
+    pub fn to_be_had(&self) -> Bytes {
+        self.room.map_or(self.available, |room| room.free.min(self.available))
+    }
 }
 
 /// What all VMs together may hold.
@@ -238,5 +243,6 @@ mod tests {
         assert_eq!(limited.now(host_with_room, Bytes::gib(2)), Bytes::gib(3), "what the slice has left");
         assert_eq!(limited.now(host_with_room, Bytes::gib(7)), Bytes::gib(6), "never more than its limit");
         assert_eq!(Budget::Fixed(Bytes::gib(2)).now(host(Bytes::ZERO), Bytes::ZERO), Bytes::gib(2));
+        assert_eq!(host_with_room.to_be_had(), Bytes::gib(1));
     }
 }

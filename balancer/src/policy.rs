@@ -114,7 +114,7 @@ impl Policy {
         let slack =
             if self.settings.guards.slack_is_kept { vms.iter().map(Vm::slack).sum() } else { Bytes::ZERO };
         let to_give = free.saturating_sub(slack);
-        self.state = self.state.next(to_give, pool, host.pressure);
+        self.state = self.state.next(to_give, pool, &host);
         let lasts = self.emergency_lasts(now);
 
         let mut returning =
@@ -124,7 +124,8 @@ impl Policy {
         }
         let Granted { left, unserved, mut postponed } = self.grow(now, to_give, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
-        let owed: Bytes = vms.iter().map(Vm::owes).sum();
+        let owed = |time| vms.iter().map(|vm| vm.owes(now, time, &self.settings.guards)).sum::<Bytes>();
+        let (owed, in_time) = (owed(guards::COUNTED_ON), owed(self.settings.emergency_dwell));
         // Buffers that wait are paid for by who has more than it may, once nothing presses.
         if self.state > HostState::Normal {
             postponed = Bytes::ZERO;
@@ -134,7 +135,7 @@ impl Policy {
         let short = unserved.saturating_add(refill).saturating_sub(owed);
         let waiting = unserved.saturating_add(postponed).saturating_add(returning);
         self.shrink(now, Shortage { short, waiting, lasts }, vms, decisions);
-        let helpless = lasts && over > Bytes::ZERO && owed == Bytes::ZERO && decisions.is_empty();
+        let helpless = lasts && over > in_time && decisions.is_empty();
         let left = left.saturating_sub(Bytes(pool.0 / 2));
         self.last_resort(
             now,
@@ -184,7 +185,7 @@ impl Policy {
             for claim in &mut self.claims {
                 claim.floor = claim.floor.max(vms[claim.index].urgent_in_share().pages());
             }
-            self.ask(all, vms, |vm| vm.borrows(now));
+            self.ask(all, vms, Vm::borrows);
             self.go_on(capacity, vms, Vm::in_share);
             self.go_on(all, vms, Vm::urgent);
             self.go_on(capacity, vms, Vm::want);

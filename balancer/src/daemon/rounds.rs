@@ -369,7 +369,9 @@ impl Daemon {
         let budget = self.budget.now(self.host, resident.saturating_add(overhead).saturating_add(touched));
         self.budget_now = budget.saturating_sub(overhead);
         self.reservations.lend(&mut self.vms);
-        let host = Host { budget: self.budget_now, pressure: self.pressure, swap: self.host.swap };
+        let HostMemory { swap, .. } = self.host;
+        let available = Some(self.host.to_be_had());
+        let host = Host { budget: self.budget_now, pressure: self.pressure, swap, available };
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
         for vm in self.vms.drain(..) {

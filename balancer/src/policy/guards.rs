@@ -18,6 +18,12 @@ pub const STUCK_AFTER: Duration = Duration::from_secs(5);
 /// balloon at work does (some 30 MiB/s under software emulation).
 pub const PROGRESS: Bytes = Bytes::mib(4);
 
+/// How fast a guest gives up memory is measured over this long, and half as long at least.
+pub const PACE_OVER: Duration = Duration::from_secs(4);
+
+/// What a guest will have given up within this time is counted on: others are not asked for it too.
+pub const COUNTED_ON: Duration = STUCK_AFTER;
+
 /// How long a stuck guest is left alone the first time; doubled each time after.
 pub const FIRST_REST: Duration = Duration::from_secs(60);
 
@@ -67,6 +73,10 @@ pub const EMERGENCY_DWELL: Duration = Duration::from_secs(60);
 /// others' buffers: 88 % of published bursts are over by then. After that, it is believed what the
 /// host holds for it.
 pub const LOAN: Duration = Duration::from_secs(120);
+
+/// So many times as long as it was lent to, a VM does with its share before it is believed as long again.
+/// If one moment's modesty were enough, who claims all there is could borrow nearly always.
+pub const PAID_BACK: u32 = 4;
 
 /// How a VM stands with the balancer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +131,8 @@ impl fmt::Display for Standing {
 pub(super) struct Watch {
     /// Since when an inflate is under way, and what the guest had then.
     since: Option<(Duration, Bytes)>,
+    /// What it had at two moments of this inflate, the later of which is the next to be measured from.
+    had: Option<[(Duration, Bytes); 2]>,
     /// Not asked before then.
     until: Duration,
     rest: Duration,
@@ -144,7 +156,8 @@ impl Watch {
     pub fn look(&mut self, now: Duration, said: &Said) -> bool {
         if said.driver == DriverState::Absent {
             // Nobody is there to follow; the balloon begins anew when someone is.
-            (self.since, self.settled) = (None, false);
+            self.let_go();
+            self.settled = false;
             if let SeenDriver::Running = self.driver {
                 self.driver = SeenDriver::Gone(now);
             }
@@ -157,6 +170,7 @@ impl Watch {
         // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
         self.settled = said.followed.unwrap_or(self.settled);
         let pending = said.actual.saturating_sub(said.target);
+        self.measure(now, pending, said.actual);
         if pending <= THERE {
             self.settled = true;
             if self.since.take().is_some() {
@@ -185,7 +199,32 @@ impl Watch {
 
     /// Forgets the inflate under way: the target was just raised to what the guest has.
     pub fn let_go(&mut self) {
-        self.since = None;
+        (self.since, self.had) = (None, None);
+    }
+
+    /// Remembers what it has from time to time, while it gives up memory.
+    fn measure(&mut self, now: Duration, pending: Bytes, actual: Bytes) {
+        if pending <= THERE {
+            self.had = None;
+            return;
+        }
+        let [_, later] = *self.had.get_or_insert([(now, actual); 2]);
+        if now.saturating_sub(later.0) >= PACE_OVER / 2 {
+            self.had = Some([later, (now, actual)]);
+        }
+    }
+
+    /// What of `pending` it will have given up within `time`, at the pace at which it does. One that was
+    /// asked only a moment ago is believed all of it.
+    pub fn gives(&self, now: Duration, pending: Bytes, actual: Bytes, time: Duration) -> Bytes {
+        let Some([(then, had), _]) = self.had else { return pending };
+        let elapsed = now.saturating_sub(then);
+        if elapsed < PACE_OVER / 2 {
+            return pending;
+        }
+        let gave = u128::from(had.saturating_sub(actual).0);
+        let will = gave.saturating_mul(time.as_millis()) / elapsed.as_millis().max(1);
+        pending.min(Bytes(u64::try_from(will).unwrap_or(u64::MAX)))
     }
 
     pub fn is_resting(&self, now: Duration) -> bool {

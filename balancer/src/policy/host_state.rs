@@ -5,7 +5,7 @@ use std::fmt;
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::said::Pressure;
+use super::said::{Host, Pressure};
 
 /// Hysteresis of each state: it is left only when the free part is this much
 /// above where it was entered, in hundredths of the pool.
@@ -41,11 +41,15 @@ pub enum HostState {
 }
 
 impl HostState {
-    /// The state that follows this one when `free` of `pool` is free and the host itself
-    /// waits for memory as `pressure` says: the worse of what the two ask for.
+    /// The state that follows this one when `free` of `pool` is free: the worse of what that asks for
+    /// and what the host's own pressure does. The pressure asks for no more than [`HostState::Soft`]
+    /// where a whole pool is available: then some program waits at its own limit (memory.max and
+    /// memory.high count too, Documentation/accounting/psi.rst), and what guests give would not help it.
     #[must_use]
-    pub fn next(self, free: Bytes, pool: Bytes, pressure: Option<Pressure>) -> Self {
-        self.by_pool(free, pool).max(self.by_pressure(pressure))
+    pub fn next(self, free: Bytes, pool: Bytes, host: &Host) -> Self {
+        let pressed = self.by_pressure(host.pressure);
+        let is_ample = host.available.is_some_and(|available| available >= pool);
+        self.by_pool(free, pool).max(if is_ample { pressed.min(Self::Soft) } else { pressed })
     }
 
     fn by_pressure(self, pressure: Option<Pressure>) -> Self {
@@ -108,7 +112,7 @@ mod tests {
     use super::*;
 
     fn walk(from: HostState, percent: u64) -> HostState {
-        from.next(Bytes::mib(percent), Bytes::mib(100), None)
+        from.next(Bytes::mib(percent), Bytes::mib(100), &Host::default())
     }
 
     #[test]
@@ -129,15 +133,19 @@ mod tests {
 
     #[test]
     fn a_host_without_a_pool_is_no_division_by_zero() {
-        assert_eq!(HostState::Normal.next(Bytes::ZERO, Bytes::ZERO, None), HostState::Emergency);
+        assert_eq!(HostState::Normal.next(Bytes::ZERO, Bytes::ZERO, &Host::default()), HostState::Emergency);
     }
 
     #[test]
     fn a_host_that_waits_itself_is_short_whatever_its_pool_says() {
         use HostState::{Emergency, Hard, Normal, Soft};
-        let next = |from: HostState, percent: f64| {
-            from.next(Bytes::mib(100), Bytes::mib(100), Some(Pressure::percent(percent)))
+        let host = |percent: f64, available: Option<Bytes>| Host {
+            pressure: Some(Pressure::percent(percent)),
+            available,
+            ..Host::default()
         };
+        let next =
+            |from: HostState, percent: f64| from.next(Bytes::mib(100), Bytes::mib(100), &host(percent, None));
         assert_eq!(next(Normal, 9.9), Normal);
         assert_eq!(next(Normal, 10.0), Soft);
         assert_eq!(next(Normal, 25.0), Hard);
@@ -146,6 +154,12 @@ mod tests {
         assert_eq!(next(Emergency, 19.0), Hard);
         assert_eq!(next(Soft, 6.0), Soft);
         assert_eq!(next(Soft, 4.0), Normal);
-        assert_eq!(Normal.next(Bytes::mib(20), Bytes::mib(100), Some(Pressure::percent(10.0))), Hard);
+        assert_eq!(Normal.next(Bytes::mib(20), Bytes::mib(100), &host(10.0, None)), Hard);
+        // A program that waits at its own limit is no shortage of the host's.
+        for (available, state) in [(99, Emergency), (100, Soft)] {
+            let host = host(90.0, Some(Bytes::mib(available)));
+            assert_eq!(Normal.next(Bytes::mib(100), Bytes::mib(100), &host), state);
+            assert_eq!(Normal.next(Bytes::mib(0), Bytes::mib(100), &host), Emergency);
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! What is left when nothing is left to move: to swap from VMs, or to pause some.
 //!
 //! VMs hold more than the budget, an emergency has lasted, and no guest can give anything
-//! more: all are at their entitlement, or don't follow. Then the host is advised to swap
-//! from the VM of the least weight, while it has swap for all that is over; and where it has
-//! not, or nobody knows, a VM is to be paused: of those that whoever carries this out can
-//! pause, the one of the least weight; where it can pause none, of all, as advice.
+//! more: all are at their entitlement, or don't follow, or not in time. Then the host is advised
+//! to swap from the VM of the least weight, while it has swap for all that is over; and where it
+//! has not, or nobody knows, a VM is to be paused: of those that whoever carries this out can
+//! pause, the one of the least weight; where it can pause none, of all, as advice. Who keeps what
+//! it was asked for comes before all others, whatever its weight: it is why there is too little.
 //!
 //! A paused VM touches nothing more, so it is charged no more than what the host holds for
 //! it. So one that has touched all that it may is not paused: that would help nobody. One VM
@@ -77,13 +78,13 @@ impl Policy {
     }
 }
 
-/// Of the running VMs for which `counts` the one of the least weight, of those the one that holds
-/// most. None where only one runs.
+/// Of the running VMs for which `counts` one that keeps what it was asked for, if there is any; of those
+/// the one of the least weight, of those the one that holds most. None where only one runs.
 fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
     if vms.iter().filter(|vm| vm.is_running()).count() < 2 {
         return None;
     }
-    let of = |vm: &Vm| (vm.said.limits.weight(), u64::MAX - vm.charge().0, vm.id);
+    let of = |vm: &Vm| (!vm.keeps_too_much(), vm.said.limits.weight(), u64::MAX - vm.charge().0, vm.id);
     let chosen = vms.iter().enumerate().filter(|(_, vm)| vm.is_running() && counts(vm));
     chosen.min_by_key(|(_, vm)| of(vm)).map(|(index, _)| index)
 }

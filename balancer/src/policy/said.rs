@@ -20,12 +20,14 @@ pub struct Host {
     pub pressure: Option<Pressure>,
     /// What the host could still swap out, where that is known.
     pub swap: Option<Bytes>,
+    /// What the host could give without swapping, whoever asks for it, where that is known.
+    pub available: Option<Bytes>,
 }
 
 impl Host {
     /// A host of which only the budget is known.
     pub const fn of(budget: Bytes) -> Self {
-        Self { budget, pressure: None, swap: None }
+        Self { budget, pressure: None, swap: None, available: None }
     }
 }
 

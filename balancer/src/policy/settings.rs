@@ -116,6 +116,8 @@ pub struct Guards {
     pub slack_is_kept: bool,
     /// Memory is not taken while nobody can tell whether the guest uses it.
     pub doubt_is_spared: bool,
+    /// What a guest owes is counted on only as far as its pace brings it.
+    pub pace_counts: bool,
 }
 
 impl Default for Guards {
@@ -133,6 +135,7 @@ impl Default for Guards {
             news_counts: true,
             slack_is_kept: true,
             doubt_is_spared: true,
+            pace_counts: true,
         }
     }
 }

@@ -11,7 +11,7 @@ use super::guards::{self, Standing, Watch};
 use super::host_state::HostState;
 use super::reason::{Decision, Reason, Rule};
 use super::rest::Rest;
-use super::{Said, Settings, Vcpus};
+use super::{Guards, Said, Settings, Vcpus};
 
 /// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
 pub const DEADBAND: Bytes = Bytes::mib(16);
@@ -65,8 +65,10 @@ struct Memory {
     entitlement: Bytes,
     /// What it would have if all claimed all there is.
     share: Bytes,
-    /// Since when it can't do with that.
-    beyond: Option<Duration>,
+    /// For how long it could not do with that; what it waits meanwhile in between is taken off.
+    borrowed: Duration,
+    /// When that was last brought up to date.
+    shared: Option<Duration>,
     /// What of its need is within its fair share, while not everyone's need fits.
     assured: Bytes,
 }
@@ -241,14 +243,16 @@ impl Vm {
         }
     }
 
-    /// Notes its fair share, and since when it can't do with that.
+    /// Notes its fair share, and for how long it could not do with that.
     pub(super) fn share(&mut self, now: Duration, share: Bytes) {
         self.memory.share = share;
         let urgent = self.urgent();
+        let since = now.saturating_sub(self.memory.shared.replace(now).unwrap_or(now));
+        let borrowed = &mut self.memory.borrowed;
         if urgent > share {
-            self.memory.beyond.get_or_insert(now);
+            *borrowed = borrowed.saturating_add(since).min(guards::LOAN);
         } else if urgent < share.percent(100 - guards::STEADY_PERCENT) {
-            self.memory.beyond = None;
+            *borrowed = borrowed.saturating_sub(since / guards::PAID_BACK);
         }
     }
 
@@ -259,9 +263,8 @@ impl Vm {
 
     /// What can't wait, where the others' buffers may be lent for it: for a while all that it says,
     /// and then no more than the host sees it use.
-    pub(super) fn borrows(&self, now: Duration) -> Bytes {
-        let long = self.memory.beyond.is_some_and(|since| now.saturating_sub(since) >= guards::LOAN);
-        if long {
+    pub(super) fn borrows(&self) -> Bytes {
+        if self.memory.borrowed >= guards::LOAN {
             self.urgent().min(guards::touched(&self.said)).max(self.urgent_in_share())
         } else {
             self.urgent()
@@ -379,10 +382,20 @@ impl Vm {
         if self.memory.standing.is_movable() { guards::THERE } else { Bytes::ZERO }
     }
 
-    /// What it was asked to give up and still has.
-    pub(super) fn owes(&self) -> Bytes {
+    /// Whether it has more than it was asked to have.
+    pub(super) fn keeps_too_much(&self) -> bool {
+        self.said.actual > self.said.target.saturating_add(guards::THERE)
+    }
+
+    /// What it was asked to give up, still has, and will have given up within `time`.
+    pub(super) fn owes(&self, now: Duration, time: Duration, guards: &Guards) -> Bytes {
+        let Said { actual, target, .. } = self.said;
+        let pending = actual.saturating_sub(target);
         match self.memory.standing {
-            Standing::Following | Standing::Stale => self.said.actual.saturating_sub(self.said.target),
+            Standing::Following | Standing::Stale if guards.pace_counts => {
+                self.memory.watch.gives(now, pending, actual, time)
+            }
+            Standing::Following | Standing::Stale => pending,
             _ => Bytes::ZERO,
         }
     }

@@ -124,6 +124,22 @@ fn of_those_that_can_be_paused_the_lightest_is_and_no_other_where_that_helps() {
 }
 
 #[test]
+fn one_that_keeps_what_it_was_asked_for_and_gives_a_little_at_a_time_is_paused_first() {
+    let other = pausable(1, "512M,min=512M,max=1G,weight=1", Bytes::mib(500), Bytes::mib(100));
+    let mut crawler = pausable(2, "1G,min=128M,max=4G,weight=100", Bytes::mib(150), Bytes::mib(200));
+    // It opened its balloon, and fills it again by a little at a time.
+    crawler.vm.said.actual = Bytes::gib(4);
+    crawler.speed = Bytes::mib(1);
+    let paused = |guards: Guards| {
+        let mut world = World::with(Bytes::gib(2), vec![other.clone(), crawler.clone()], guards);
+        let pauses = world.pauses(300);
+        pauses.first().map(|(tick, vm, rule)| (*tick < 120, *vm, *rule))
+    };
+    assert_eq!(paused(Guards::default()), Some((true, 2, Rule::Pause)));
+    assert_eq!(paused(Guards { pace_counts: false, ..Guards::default() }), None);
+}
+
+#[test]
 fn a_policy_that_has_just_begun_resumes_whom_another_paused_one_at_a_time_and_no_operators() {
     let mut guests: Vec<_> =
         (1..=4).map(|id| pausable(id, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100))).collect();

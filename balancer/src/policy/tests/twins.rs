@@ -64,6 +64,27 @@ fn without_the_stuck_guard_what_it_owes_is_waited_for() {
     assert!(served(without) > Bytes::mib(100), "the law counts on what the stuck guest owes");
 }
 
+/// What a guest that is short has after a minute, beside one that owes gigabytes and gives up so little at a
+/// time that it is not stuck, and one that could pay at once.
+fn beside_a_crawler(guards: Guards) -> World {
+    let mut crawler = Guest::new(1, "16G,min=128M,max=16G", Bytes::mib(150));
+    crawler.speed = Bytes::mib(1);
+    let payer = Guest::new(2, "2G,min=128M,max=2G", Bytes::mib(150));
+    let short = Guest::new(3, "256M,min=128M,max=2G", Bytes::mib(1500));
+    let mut world = World::with(Bytes::gib(16 + 2 + 1), vec![crawler, payer, short], guards);
+    world.run(60);
+    assert_ne!(world.guests[0].vm.standing(), Standing::Stuck);
+    world
+}
+
+#[test]
+fn nobody_waits_for_what_a_crawling_guest_owes() {
+    let world = beside_a_crawler(Guards::default());
+    assert!(world.target(2) >= Bytes::mib(1800), "{}", world.target(2));
+    let without = beside_a_crawler(Guards { pace_counts: false, ..Guards::default() });
+    assert!(without.target(2) < Bytes::mib(1500), "{}", without.target(2));
+}
+
 fn with_a_stale_guest(guards: Guards) -> World {
     let mut stale = Guest::new(1, "900M,min=128M,max=1G", Bytes::mib(150));
     stale.age = Duration::from_secs(30);
@@ -174,6 +195,27 @@ fn a_liar_takes_no_more_than_its_share_from_who_needs_it() {
 fn without_fair_shares_first_a_liar_takes_the_others_buffers() {
     let (share, _) = beside_a_liar(Guards { fair_comes_first: false, ..Guards::default() });
     assert!(share < Bytes::mib(470), "{share}");
+}
+
+/// For how many of 1000 seconds a guest is without half of its buffer, beside one that claims all there is
+/// but for six seconds in two minutes.
+fn seconds_without_a_buffer() -> u32 {
+    let liar = Guest::new(1, "512M,min=128M,max=1G", Bytes::mib(100));
+    let honest = Guest::new(2, WIDE, Bytes::mib(400));
+    let mut world = World::new(Bytes::gib(1), vec![liar, honest]);
+    let mut without = 0;
+    for second in 0..1000 {
+        world.guests[0].lies = second % 125 < 119;
+        world.tick();
+        without += u32::from(world.target(1) < Bytes::mib(440));
+    }
+    without
+}
+
+#[test]
+fn a_moments_modesty_is_not_rewarded_with_another_loan() {
+    let without = seconds_without_a_buffer();
+    assert!(without < 400, "{without}");
 }
 
 /// How far over the budget two guests are that take all there is and then open their balloons by
