@@ -1,6 +1,7 @@
 //! How the command ends when it did not do what it was asked.
 
 use std::io;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
 use balancer::daemon::DaemonError;
@@ -40,9 +41,10 @@ impl Failure {
         Self { code: 130, sentence: Some(sentence.to_string()) }
     }
 
-    /// Another process of this program failed: its code, where it has one.
+    /// Another process of this program failed: its code, or the shell's for the signal that ended it.
     pub fn of_child(status: ExitStatus, sentence: impl ToString) -> Self {
-        let code = status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0);
+        let code = status.code().or_else(|| Some(128 + status.signal()?));
+        let code = code.and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0);
         Self { code: code.unwrap_or(FAILED), sentence: Some(sentence.to_string()) }
     }
 

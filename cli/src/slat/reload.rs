@@ -224,9 +224,19 @@ mod tests {
         let file = ResultFile::named("slat-on", new.path(), None);
         let mut child = Command::new("sh");
         // As this program does: at a signal it writes what it has.
-        let script = "trap 'cp \"$1\" \"$3\"; exit 130' INT; while :; do sleep 0.1; done";
-        child.args(["-c", script, "sh"]).arg(&ready);
-        let measured = file.measure(child, &AtomicBool::new(true)).unwrap();
+        let script = "trap 'cp \"$1\" \"$4\"; exit 130' INT; : > \"$2\"; while :; do sleep 0.1; done";
+        let begun = new.path().join("begun");
+        child.args(["-c", script, "sh"]).arg(&ready).arg(&begun);
+        let stop = AtomicBool::new(false);
+        let measured = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !begun.exists() {
+                    std::thread::sleep(LOOK);
+                }
+                stop.store(true, Ordering::SeqCst);
+            });
+            file.measure(child, &stop).unwrap()
+        });
         assert_eq!(measured.status.code(), Some(130));
         assert_eq!(measured.run.reasons_failure.as_deref(), Some("run 3"));
     }

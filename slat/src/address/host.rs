@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use balloon::units::Bytes;
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,8 @@ const TRANSPARENT_HUGE: u64 = 1 << 22;
 /// Another process's memory can't be looked at.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the memory of process {pid} can't be read ({path}: {source}): do it as the user who runs the VM; where \
-     kernel.yama.ptrace_scope is not 0, as root"
+    "the memory of process {pid} can't be read ({path}: {source}): it has ended, or this is not the user who runs \
+     the VM; where kernel.yama.ptrace_scope is not 0, it takes root"
 )]
 pub struct Error {
     pid: u32,
@@ -65,6 +66,8 @@ pub struct Process {
     pages: File,
     /// Root only.
     flags: Option<File>,
+    /// Read once, when it is wanted: it takes the kernel long for a VM.
+    smaps: OnceLock<String>,
 }
 
 impl Process {
@@ -82,12 +85,20 @@ impl Process {
             memory: open("mem")?,
             pages: open("pagemap")?,
             flags: File::open("/proc/kpageflags").ok(),
+            smaps: OnceLock::new(),
         })
     }
 
     /// The eight bytes at an address of the process.
-    pub fn word(&self, address: u64) -> io::Result<u64> {
-        word(&self.memory, address)
+    ///
+    /// # Errors
+    /// Where nothing is mapped there, or the process has ended.
+    pub fn word(&self, address: u64) -> Result<u64, Error> {
+        word(&self.memory, address).map_err(|source| self.error("mem", source))
+    }
+
+    fn error(&self, name: &str, source: io::Error) -> Error {
+        Error { pid: self.pid, path: format!("/proc/{}/{name}", self.pid), source }
     }
 
     /// Where the byte at an address of the process is.
@@ -95,11 +106,7 @@ impl Process {
     /// # Errors
     /// Where the page map can't be read: the process has ended, most likely.
     pub fn residence(&self, address: u64) -> Result<Residence, Error> {
-        let entry = self.entry(address).map_err(|source| Error {
-            pid: self.pid,
-            path: format!("/proc/{}/pagemap", self.pid),
-            source,
-        })?;
+        let entry = self.entry(address).map_err(|source| self.error("pagemap", source))?;
         if entry & PRESENT == 0 {
             return Ok(if entry & SWAPPED == 0 { Residence::Absent } else { Residence::Swapped });
         }
@@ -118,8 +125,8 @@ impl Process {
     }
 
     fn page(&self, address: u64, frame: u64) -> Option<PageSize> {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid)).unwrap_or_default();
-        match reserved_page(&smaps, address) {
+        let read = || fs::read_to_string(format!("/proc/{}/smaps", self.pid)).unwrap_or_default();
+        match reserved_page(self.smaps.get_or_init(read), address) {
             Some(size) if size == Bytes::gib(1) => return Some(PageSize::Size1G),
             Some(size) if size == Bytes::mib(2) => return Some(PageSize::Size2M),
             _ => {}

@@ -18,6 +18,7 @@ use host::{Process, Residence};
 
 // SDM volume 3, 2.2.1 and 2.5.
 const EFER_LONG_MODE: u64 = 1 << 10;
+const EFER_NO_EXECUTE: u64 = 1 << 11;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMAP: u64 = 1 << 21;
@@ -64,7 +65,8 @@ pub struct Stage {
 pub enum Check {
     /// Both find the same.
     Agrees,
-    /// They don't: the guest has changed its tables in between.
+    /// They don't: the guest has changed its tables in between, or an entry has address bits that its processor
+    /// lacks.
     Differs,
     /// KVM translates as for a read by ring 0, which the guest forbids for this page (CR4.SMAP).
     Forbidden,
@@ -105,6 +107,26 @@ pub struct Way {
     pub references: Option<u32>,
 }
 
+/// Why tables were not followed to their end.
+enum Stop {
+    /// The guest's tables say so, or the host has nothing there: told with the way.
+    Way(String),
+    /// The process can't be looked at.
+    Fault(Error),
+}
+
+impl From<tables::Error> for Stop {
+    fn from(error: tables::Error) -> Self {
+        Self::Way(error.to_string())
+    }
+}
+
+impl From<host::Error> for Stop {
+    fn from(error: host::Error) -> Self {
+        Self::Fault(error.into())
+    }
+}
+
 /// Follows addresses in one VM.
 #[derive(Debug)]
 pub struct Guide<'v> {
@@ -125,6 +147,17 @@ impl<'v> Guide<'v> {
         let host = self.map.host_address(guest);
         let residence = host.map(|host| self.process.residence(host)).transpose()?;
         Ok(Place { guest, host, residence })
+    }
+
+    /// An entry of the guest's tables.
+    fn entry(&self, level: u32, address: u64) -> Result<u64, Stop> {
+        let host = self.map.host_address(address).ok_or(tables::Error::Outside { level, address })?;
+        if self.process.residence(host)? == Residence::Absent {
+            // Reading it would make a page there, of memory that the guest may not even have.
+            let why = format!("the host has no page for the guest's L{level} table at {address:#x}");
+            return Err(Stop::Way(why));
+        }
+        Ok(self.process.word(host)?)
     }
 
     fn word(&self, place: &Place) -> Option<u64> {
@@ -165,14 +198,16 @@ impl<'v> Guide<'v> {
                 if above != 0 && above != -1 {
                     return Err(Error::NotCanonical(address, bits - 1));
                 }
-                let read = |at| self.process.word(self.map.host_address(at)?).ok();
-                let (entries, result) = tables::follow(read, seen.cr3, depth, address);
+                let no_execute = seen.efer & EFER_NO_EXECUTE != 0;
+                let read = |level, at| self.entry(level, at);
+                let (entries, result) = tables::follow(read, seen.cr3, depth, no_execute, address);
                 (entries, result.map(|(page, physical)| (Some(page), physical)))
             }
         };
         let (page, physical, why) = match result {
             Ok((page, physical)) => (page, Some(physical), None),
-            Err(error) => (None, None, Some(error.to_string())),
+            Err(Stop::Way(why)) => (None, None, Some(why)),
+            Err(Stop::Fault(error)) => return Err(error),
         };
         let kvm = Some(Check::of(&seen, &entries, physical));
         let stages = entries
@@ -310,7 +345,8 @@ impl Way {
                 let found = found.map_or_else(|| "nothing".into(), |p| format!("{p:#x}"));
                 let _ = writeln!(
                     text,
-                    "KVM_TRANSLATE found {found}: the guest changes its tables; try again, or pause it first."
+                    "KVM_TRANSLATE found {found}: the guest changed its tables meanwhile (try again, or pause it \
+                     first), or an entry has address bits that its processor lacks."
                 );
             }
             (Some(Check::Forbidden), _) => {
@@ -366,7 +402,8 @@ mod tests {
     }
 
     fn seen(physical: Option<u64>) -> Translation {
-        Translation { cpu: 0, cr0: CR0_PAGING, cr3: 0, cr4: 0, efer: EFER_LONG_MODE, physical }
+        let efer = EFER_LONG_MODE | EFER_NO_EXECUTE;
+        Translation { cpu: 0, cr0: CR0_PAGING, cr3: 0, cr4: 0, efer, physical }
     }
 
     #[test]
@@ -406,5 +443,40 @@ mod tests {
         let wild = Translation { cr3: 0x7fff_ffff_f000, ..seen(None) };
         let way = guide.virtual_address(wild, 0).expect("followed");
         assert!(way.why.is_some_and(|w| w.contains("not in its memory")));
+    }
+
+    #[test]
+    fn what_the_processor_refuses_is_refused_here_too() {
+        let guest = guest();
+        let guide = Guide::new(std::process::id(), &guest.map).expect("one's own process");
+        // The entry has NX, which this vCPU has not switched on: KVM finds nothing.
+        let no_nx = Translation { efer: EFER_LONG_MODE, ..seen(None) };
+        let way = guide.virtual_address(no_nx, 0x7008).expect("followed");
+        assert_eq!(way.kvm, Some(Check::Agrees));
+        assert!(way.why.is_some_and(|w| w.contains("reserved bits")));
+    }
+
+    #[test]
+    fn tables_where_the_host_has_no_page_are_not_read_into_being() {
+        let size = Bytes::mib(2);
+        let memory = crate::payload::memory::Mapping::new(size, crate::payload::memory::Backing::Small);
+        let memory = memory.expect("memory");
+        let host = memory.start() as u64;
+        let map = MemoryMap { regions: vec![MappedRegion { guest: 0, host, size }] };
+        let guide = Guide::new(std::process::id(), &map).expect("one's own process");
+        let way = guide.virtual_address(seen(None), 0x7008).expect("followed");
+        assert!(way.why.is_some_and(|w| w.contains("no page for the guest's L4 table at 0x0")));
+        assert_eq!(guide.process.residence(host).expect("its page map"), Residence::Absent);
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_an_error_and_no_way() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().expect("sleep");
+        let guest = guest();
+        let guide = Guide::new(child.id(), &guest.map).expect("one's own child");
+        child.kill().expect("it lives");
+        child.wait().expect("it ends");
+        let way = guide.virtual_address(seen(None), 0x7008);
+        assert!(matches!(way, Err(Error::Process(_))), "{way:?}");
     }
 }

@@ -13,6 +13,9 @@ const PRESENT: u64 = 1;
 /// Ring 3 may use it.
 pub const USER: u64 = 4;
 const HUGE: u64 = 0x80;
+/// Kind of memory, of a large page: where small ones have it, large ones say that they are large.
+const LARGE_PAT: u64 = 1 << 12;
+const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const TABLE_SIZE: u64 = 4096;
 
@@ -40,6 +43,16 @@ pub enum Error {
         /// The entry.
         entry: u64,
     },
+    /// No processor takes the entry.
+    #[error("{address:#x} is not mapped: its L{level} entry is {entry:#x}, which has reserved bits")]
+    Reserved {
+        /// The virtual address.
+        address: u64,
+        /// Level of the entry.
+        level: u32,
+        /// The entry.
+        entry: u64,
+    },
 }
 
 /// One entry on the way from a virtual to a physical address.
@@ -56,15 +69,33 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Its flags as the manuals abbreviate them.
+    /// Its flags as the manuals abbreviate them (SDM volume 3, 5.5.4).
     pub fn flags(&self) -> String {
-        let names = ["P", "W", "U", "PWT", "PCD", "A", "D", "PS", "G"];
+        let seventh = if self.level == 1 { "PAT" } else { "PS" };
+        let names = ["P", "W", "U", "PWT", "PCD", "A", "D", seventh, "G"];
         let set = names.iter().enumerate().filter(|(bit, _)| self.value >> bit & 1 == 1);
-        let mut text = set.map(|(_, name)| *name).collect::<Vec<_>>().join(" ");
-        if self.value >> 63 == 1 {
-            text += " NX";
+        let mut set: Vec<_> = set.map(|(_, name)| *name).collect();
+        if self.level > 1 && self.value & HUGE != 0 && self.value & LARGE_PAT != 0 {
+            set.push("PAT");
         }
-        text
+        if self.value & NO_EXECUTE != 0 {
+            set.push("NX");
+        }
+        set.join(" ")
+    }
+
+    /// Bits that must be zero here: below the address of a large page, the size bit above those that may be
+    /// large, and NX where it is not switched on (SDM volume 3, 5.5.4). Those above the processor's physical
+    /// addresses depend on its CPUID and are not looked at.
+    const fn reserved(&self, no_execute: bool) -> u64 {
+        let size = match (self.level, self.value & HUGE != 0) {
+            (2, true) => PageSize::Size2M.bytes() - 2 * LARGE_PAT,
+            (3, true) => PageSize::Size1G.bytes() - 2 * LARGE_PAT,
+            (4.., true) => HUGE,
+            _ => 0,
+        };
+        let execute = if no_execute { 0 } else { NO_EXECUTE };
+        self.value & (size | execute)
     }
 }
 
@@ -169,29 +200,39 @@ pub fn translate(
     depth: Depth,
     address: u64,
 ) -> Result<Translation, Error> {
-    let (entries, end) = follow(|at| memory.read_obj(GuestAddress(at)).ok(), cr3, depth, address);
+    let read =
+        |level, at| memory.read_obj(GuestAddress(at)).map_err(|_| Error::Outside { level, address: at });
+    // The micro-VM's EFER leaves NX off.
+    let (entries, end) = follow(read, cr3, depth, false, address);
     end.map(|(page, physical)| Translation { entries, page, physical })
 }
 
-/// Walks tables of which `read` tells the entries: those that it met, from the root down, and the page's
-/// size and the guest physical address that came out, or why none did.
-pub fn follow(
-    read: impl Fn(u64) -> Option<u64>,
+/// Walks tables of which `read` tells the entry of a level at a guest physical address: those that it met, from
+/// the root down, and the page's size and the guest physical address that came out, or why none did.
+/// `no_execute` says whether the vCPU has that bit (EFER.NXE).
+pub fn follow<E: From<Error>>(
+    read: impl Fn(u32, u64) -> Result<u64, E>,
     cr3: u64,
     depth: Depth,
+    no_execute: bool,
     address: u64,
-) -> (Vec<Entry>, Result<(PageSize, u64), Error>) {
+) -> (Vec<Entry>, Result<(PageSize, u64), E>) {
     let mut entries = Vec::new();
     let mut table = cr3 & ADDRESS;
     let mut level = depth.levels();
     loop {
         let at = table + index(address, level) * 8;
-        let Some(value) = read(at) else {
-            return (entries, Err(Error::Outside { level, address: at }));
+        let value = match read(level, at) {
+            Ok(value) => value,
+            Err(error) => return (entries, Err(error)),
         };
-        entries.push(Entry { level, index: index(address, level), at, value });
+        let entry = Entry { level, index: index(address, level), at, value };
+        entries.push(entry);
         if value & PRESENT == 0 {
-            return (entries, Err(Error::NotPresent { address, level, entry: value }));
+            return (entries, Err(Error::NotPresent { address, level, entry: value }.into()));
+        }
+        if entry.reserved(no_execute) != 0 {
+            return (entries, Err(Error::Reserved { address, level, entry: value }.into()));
         }
         let page = match level {
             1 => Some(PageSize::Size4K),
@@ -228,6 +269,42 @@ mod tests {
         let walk = |cr3, address| translate(&memory, cr3, Depth::Four, address);
         assert!(matches!(walk(root.0, 0x1000), Err(Error::NotPresent { level: 4, .. })));
         assert!(matches!(walk(0x7fff_ffff_f000, 0), Err(Error::Outside { level: 4, .. })));
+    }
+
+    #[test]
+    fn entries_that_no_processor_takes_lead_nowhere() {
+        let entry = |level, value| Entry { level, index: 0, at: 0, value };
+        let execute = |entry: Entry| entry.reserved(true);
+        for (level, value) in
+            [(4, HUGE), (5, HUGE), (2, HUGE | 1 << 13), (2, HUGE | 1 << 20), (3, HUGE | 1 << 29)]
+        {
+            assert_ne!(execute(entry(level, value | LEAF)), 0, "L{level} {value:#x}");
+        }
+        for (level, value) in
+            [(4, 0), (3, HUGE | LARGE_PAT | 1 << 30), (2, HUGE | LARGE_PAT | 1 << 21), (1, HUGE)]
+        {
+            assert_eq!(execute(entry(level, value | LEAF | NO_EXECUTE)), 0, "L{level} {value:#x}");
+        }
+        assert_ne!(entry(1, LEAF | NO_EXECUTE).reserved(false), 0, "NX is not switched on");
+
+        let memory = memory();
+        let mut tables = Tables::new(&memory, GuestAddress(0x10_0000), 16);
+        let root = tables.table().expect("room");
+        tables.map(root, 0, 0, PageSize::Size2M.bytes(), PageSize::Size2M).expect("room");
+        let at = tables.entry(root, 0, 2).expect("room");
+        tables.write(2, at.0, LEAF | HUGE | 1 << 13).expect("in memory");
+        let found = translate(&memory, root.0, Depth::Four, 0);
+        assert!(matches!(found, Err(Error::Reserved { level: 2, .. })), "{found:?}");
+    }
+
+    #[test]
+    fn flags_are_those_of_the_level() {
+        let flags = |level, value| Entry { level, index: 0, at: 0, value }.flags();
+        assert_eq!(flags(1, PRESENT | HUGE), "P PAT");
+        assert_eq!(flags(1, PRESENT | LARGE_PAT), "P", "part of the address");
+        assert_eq!(flags(2, PRESENT | HUGE), "P PS");
+        assert_eq!(flags(2, PRESENT | HUGE | LARGE_PAT | NO_EXECUTE), "P PS PAT NX");
+        assert_eq!(flags(2, PRESENT | LARGE_PAT), "P", "part of a table's address");
     }
 
     #[test]
