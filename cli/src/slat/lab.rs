@@ -258,3 +258,30 @@ pub fn inside(args: &InsideArgs) -> Result<(), Failure> {
     };
     inside::main(job).map_err(Failure::new)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use slat::payload::{Payload, Place, Setup};
+
+    use super::*;
+
+    #[test]
+    fn a_nested_host_whose_linux_guest_died_is_a_failure() {
+        let plan = Plan {
+            setups: vec![Setup::usual(Payload::WarmTouch).at(Place::Native)],
+            passes: 1,
+            rounds: 1,
+            limit: Duration::from_secs(60),
+            clock: Clock::Time,
+            reasons: false,
+        };
+        let run = slat::run::run(&plan, &AtomicBool::new(false), |_, _| {});
+        let mut pair = Pair { on: run.clone(), off: run };
+        assert!(whole(&pair).is_ok());
+        pair.off.linux_failure = Some("it died".into());
+        let failure = format!("{:?}", whole(&pair).expect_err("one part is missing"));
+        assert!(failure.contains("with SLAT off: it died"), "{failure}");
+    }
+}
