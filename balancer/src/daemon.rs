@@ -5,6 +5,7 @@
 //! Only what it has promised to VMs that have no socket yet is on file. Whom it paused as a last
 //! resort the VMs know themselves; they stay paused while no daemon runs.
 
+mod account;
 mod calls;
 pub mod client;
 mod command;

@@ -99,6 +99,10 @@ pub trait Driver: Send {
     /// Where the VM is spoken to.
     fn socket(&self) -> &Path;
 
+    /// The VMM's process by the kernel's word, as of the last connection, whether the VM answered on it or
+    /// not. `None` before the first, and where the process lives in another PID namespace.
+    fn process(&self) -> Option<u32>;
+
     /// How the VM stands. Where its guest's last report is not [`FRESH`], the guest is asked for another,
     /// and the VM may wait for it, for `patience` (a second at most). Without patience the guest is asked
     /// all the same, for the sake of the next call. VMMs that don't let themselves be told when to ask

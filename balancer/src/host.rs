@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use balloon::units::Bytes;
 
 use self::cgroup::{Groups, Room};
+use crate::driver::process::{self, Holding, PROCESSES};
 use crate::policy::Pressure;
 
 /// Where Linux tells about memory.
@@ -25,6 +26,9 @@ pub struct Sources {
     pub own_groups: PathBuf,
     /// Where control groups are mounted.
     pub groups: PathBuf,
+    /// `/proc`, for what VMMs' processes hold. Where it tells nothing of them, VMs are taken at their
+    /// word, as far as that can be.
+    pub processes: PathBuf,
 }
 
 impl Default for Sources {
@@ -34,6 +38,7 @@ impl Default for Sources {
             pressure: "/proc/pressure/memory".into(),
             own_groups: "/proc/self/cgroup".into(),
             groups: "/sys/fs/cgroup".into(),
+            processes: PROCESSES.into(),
         }
     }
 }
@@ -59,6 +64,11 @@ impl HostReader {
     pub fn memory(&self) -> Result<HostMemory, HostError> {
         let memory = HostMemory::read(&self.sources.meminfo)?;
         Ok(HostMemory { room: self.groups.room(), ..memory })
+    }
+
+    /// What the host holds for a process; `None` where the kernel does not say.
+    pub fn holding(&self, pid: u32) -> Option<Holding> {
+        process::holding(&self.sources.processes, pid)
     }
 
     /// How much of the last ten seconds some task on the host waited for memory, where the

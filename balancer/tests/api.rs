@@ -345,6 +345,8 @@ async fn what_a_vm_touches_before_it_has_a_socket_is_not_counted_twice() {
         ..Config::default()
     };
     config.sources.meminfo.clone_from(&meminfo);
+    // What this process holds is not what the old one says: nobody is to know.
+    config.sources.processes = path.join("nowhere");
     let _daemon = tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
     until("it is known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 1) })
         .await;

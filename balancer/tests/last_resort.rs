@@ -11,6 +11,7 @@ use std::time::Duration;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, DaemonError, Fate, Foreign, LastResort, Sockets};
 use balancer::driver::Kind;
+use balancer::host::Sources;
 use balancer::policy::Settings;
 use balancer::policy::guards::Standing;
 use balancer::policy::reason::Rule;
@@ -42,6 +43,8 @@ fn config(directory: &TempDir, last_resort: LastResort) -> Config {
             patience: Duration::from_millis(200),
             ..Settings::default()
         },
+        // All fakes run in this process, which holds nothing of what they say.
+        sources: Sources { processes: "/nowhere".into(), ..Sources::default() },
         ..Config::default()
     }
 }

@@ -318,6 +318,7 @@ mod tests {
             standing: Standing::Following,
             paused_by: None,
             memory: None,
+            held: None,
             report_age_ms: None,
             last_reason: None,
             grows: 0,

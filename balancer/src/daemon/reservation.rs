@@ -298,6 +298,11 @@ impl Ledger {
         self.of.values().filter_map(|reservation| reservation.holder).map(|holder| holder.touched()).sum()
     }
 
+    /// Whether one stands for a VM of this name.
+    pub fn is_for(&self, name: &str) -> bool {
+        self.of.contains_key(name)
+    }
+
     /// Hands them to the policy as VMs.
     pub fn lend(&mut self, vms: &mut Vec<Vm>) {
         for reservation in self.of.values_mut() {

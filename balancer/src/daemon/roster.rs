@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use balloon::limits::Wanted;
 use balloon::runtime;
@@ -30,17 +30,22 @@ const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
 pub struct Incarnation {
     device: u64,
     inode: u64,
-    changed: (i64, i64),
+    /// When it was made: an inode number may be given anew at once. Of file systems that don't tell, when
+    /// it was changed last, as by a chmod.
+    born: Option<SystemTime>,
+    changed: Option<(i64, i64)>,
 }
 
 impl Incarnation {
     /// The socket at `path`; `None` where none is.
     fn of(path: &Path) -> Option<Self> {
         let metadata = fs::symlink_metadata(path).ok()?;
+        let born = metadata.created().ok();
         metadata.file_type().is_socket().then(|| Self {
             device: metadata.dev(),
             inode: metadata.ino(),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            born,
+            changed: born.is_none().then(|| (metadata.ctime(), metadata.ctime_nsec())),
         })
     }
 }
@@ -200,6 +205,7 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
 
     use super::*;
@@ -233,6 +239,29 @@ mod tests {
         let found = roster.scan(Duration::ZERO).unwrap();
         assert!(found.iter().any(|found| found.name == "web" && found.kind == Kind::Qemu));
         assert!(roster.clashes.is_empty());
+    }
+
+    #[test]
+    fn a_socket_whose_mode_is_changed_is_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("web.sock");
+        let _first = UnixListener::bind(&path).unwrap();
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.created().is_err() {
+            eprintln!("not tested: {} does not tell when files were made", directory.path().display());
+            return;
+        }
+        let first = Incarnation::of(&path).unwrap();
+        // Until the clock by which files are stamped has gone on.
+        while fs::symlink_metadata(&path).unwrap().ctime_nsec() == metadata.ctime_nsec() {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).unwrap();
+        }
+        assert_eq!(Incarnation::of(&path), Some(first));
+
+        let other = directory.path().join("other.sock");
+        let _second = UnixListener::bind(&other).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(Incarnation::of(&path), Some(first));
     }
 
     #[tokio::test]

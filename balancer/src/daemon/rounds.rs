@@ -325,7 +325,7 @@ impl Daemon {
         let Ok((id, driver, outcome)) = done else { return };
         let now = self.now();
         let Some(slot) = self.slots.get_mut(&id) else { return };
-        slot.driver = Some(driver);
+        slot.put_back(driver, |pid| self.reader.holding(pid));
         if let Outcome::Steered(reason, result) = &outcome {
             remember(&self.shared, &slot.name, *reason, result);
         }
@@ -336,11 +336,14 @@ impl Daemon {
                 self.shared.timings().grant.observe(now.saturating_sub(since).as_secs_f64());
             }
         }
-        slot.take(now, outcome);
+        slot.take(now, self.host.total, outcome);
     }
 
     fn read_host(&mut self) {
         self.reservations.look(self.now(), Process::held);
+        for slot in self.slots.values_mut() {
+            slot.look_if_silent(self.host.total, |pid| self.reader.holding(pid));
+        }
         self.pressure = self.reader.pressure();
         match self.reader.memory() {
             Ok(host) => self.host = host,
@@ -359,21 +362,26 @@ impl Daemon {
         let slots = &self.slots;
         let has_come = |name: &str| slots.values().any(|slot| slot.name == name && slot.vm.is_some());
         self.reservations.expire(now, has_come);
+        let resident: Bytes = self.slots.values().map(Slot::resident).sum();
+        // What is reserved for one that starts is its charge until it answers.
+        let unheard = self.slots.values().filter(|slot| !self.reservations.is_for(&slot.name));
+        let unheard: Bytes = unheard.map(Slot::unheard).sum();
         self.vms.clear();
         let pauses = self.config.last_resort == LastResort::Pause;
         self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience, pauses)));
-        let resident: Bytes = self.vms.iter().map(|vm| vm.said.host_rss).sum();
         // What VMMs hold beside guest memory can be given to no guest.
         let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
         let touched = self.reservations.touched();
-        let budget = self.budget.now(self.host, resident.saturating_add(overhead).saturating_add(touched));
+        let budget = self.budget.now(self.host, [resident, overhead, touched, unheard].into_iter().sum());
         self.budget_now = budget.saturating_sub(overhead);
         self.reservations.lend(&mut self.vms);
         let HostMemory { swap, .. } = self.host;
         let available = Some(self.host.to_be_had());
-        let host = Host { budget: self.budget_now, pressure: self.pressure, swap, available };
+        let budget = self.budget_now.saturating_sub(unheard);
+        let host = Host { budget, pressure: self.pressure, swap, available };
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
+        self.balance.charged = self.balance.charged.saturating_add(unheard);
         for vm in self.vms.drain(..) {
             if self.reservations.settle(&vm) {
                 continue;
@@ -392,7 +400,10 @@ impl Daemon {
         self.decisions.retain(|decision| !self.reservations.grant(now, decision));
         let Balance { charged, over, free, state, .. } = self.balance;
         if state != before {
-            info!("the host goes from {before} to {state}: {free} of its {} for VMs is free", host.budget);
+            info!(
+                "the host goes from {before} to {state}: {free} of its {} for VMs is free",
+                self.budget_now
+            );
             if before == HostState::Emergency {
                 self.slots.values_mut().for_each(|slot| slot.resort.calm());
             }
@@ -403,11 +414,11 @@ impl Daemon {
                 warn!(
                     "OVER BUDGET: VMs may hold {charged}, {over} more than the {} there is; \
                      memory is taken from all that can give some",
-                    host.budget
+                    self.budget_now
                 );
             }
         } else if self.over.end() {
-            info!("within the budget again: VMs may hold {charged} of {}", host.budget);
+            info!("within the budget again: VMs may hold {charged} of {}", self.budget_now);
         }
     }
 

@@ -7,10 +7,12 @@ use balloon::status::Pauser;
 use balloon::units::Bytes;
 use tracing::{info, warn};
 
+use super::account::Account;
 use super::complaint::Complaint;
 use super::resort::Resort;
 use super::roster::{Found, Incarnation};
 use super::state::{MemoryView, VmView};
+use crate::driver::process::Holding;
 use crate::driver::{Driver, Error, Kind, Status};
 use crate::policy::guards::Standing;
 use crate::policy::reason::{Reason, Rule};
@@ -54,6 +56,8 @@ pub struct Slot {
     pub gone: bool,
     /// What the host holds for its VMM beside guest memory.
     pub overhead: Bytes,
+    /// What is known of its memory without its word.
+    account: Account,
     /// The share of what the host holds for its guest that lies in huge pages.
     huge_percent: Option<u8>,
     id: u64,
@@ -90,6 +94,7 @@ impl Slot {
             limits: None,
             gone: false,
             overhead: Bytes::ZERO,
+            account: Account::default(),
             huge_percent: None,
             pid: None,
             started: Duration::ZERO,
@@ -130,10 +135,40 @@ impl Slot {
         Some(driver)
     }
 
-    /// Takes in what came back.
-    pub fn take(&mut self, now: Duration, outcome: Outcome) {
+    /// Puts the driver back after a request, and looks at the process that it found, as `holding` tells
+    /// what the host holds for one.
+    pub fn put_back(&mut self, driver: Box<dyn Driver>, holding: impl FnOnce(u32) -> Option<Holding>) {
+        self.account.look(driver.process(), holding);
+        self.driver = Some(driver);
+    }
+
+    /// Looks anew at what the host holds for it if it did not answer when it was asked last: what it said
+    /// before is old by now, and its guest may go on without its API.
+    pub fn look_if_silent(&mut self, total: Bytes, holding: impl FnOnce(u32) -> Option<Holding>) {
+        if self.gone || !(self.errs || self.driver.is_none()) {
+            return;
+        }
+        self.account.look_again(holding);
+        if let Some(vm) = &mut self.vm {
+            self.account.renew(&mut vm.said, total);
+        }
+    }
+
+    /// What of the host's memory is known to be held for its guest.
+    pub fn resident(&self) -> Bytes {
+        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(self.vmm, &vm.said))
+    }
+
+    /// What the host holds for a VM that is there and never gave an answer that could be used: that is
+    /// its charge until it does.
+    pub fn unheard(&self) -> Bytes {
+        if self.gone || self.vm.is_some() { Bytes::ZERO } else { self.account.of_unheard() }
+    }
+
+    /// Takes in what came back, on a host with `total` memory.
+    pub fn take(&mut self, now: Duration, total: Bytes, outcome: Outcome) {
         match outcome {
-            Outcome::Polled(Ok(status)) => self.answered(now, &status),
+            Outcome::Polled(Ok(status)) => self.answered(now, total, &status),
             Outcome::Polled(Err(error)) => self.failed(now, &error),
             Outcome::Asked => {}
             Outcome::Steered(reason, Ok(())) => {
@@ -162,7 +197,7 @@ impl Slot {
         }
     }
 
-    fn answered(&mut self, now: Duration, status: &Status) {
+    fn answered(&mut self, now: Duration, total: Bytes, status: &Status) {
         let name = &self.name;
         let Status { pid, uptime, overhead, memory } = status;
         if pid.is_some() {
@@ -181,7 +216,7 @@ impl Slot {
         if std::mem::take(&mut self.gone) | self.trouble.end() {
             info!(vm = name, "{name} answers again");
         }
-        let said = Said::from(memory);
+        let said = self.account.believe(now, name, Said::from(memory), total);
         self.heard = said.spare;
         self.answered = Some(now);
         self.errs = false;
@@ -207,6 +242,7 @@ impl Slot {
             self.vm = None;
             self.pid = None;
             self.overhead = Bytes::ZERO;
+            self.account = Account::default();
             self.trouble.end();
             return;
         }
@@ -218,7 +254,16 @@ impl Slot {
                     let charge = vm.said.target.max(vm.said.actual);
                     warn!(vm = name, kind, "{name} is left as it is, charged {charge}: {error}");
                 }
-                None => warn!(vm = name, kind, "{name} is left out, and what it holds is unknown: {error}"),
+                None => match self.account.of_unheard() {
+                    Bytes::ZERO => {
+                        warn!(vm = name, kind, "{name} is left out, and what it holds is unknown: {error}");
+                    }
+                    held => warn!(
+                        vm = name,
+                        kind,
+                        "{name} is left out, and charged the {held} that the host holds for its process: {error}"
+                    ),
+                },
             }
         }
     }
@@ -229,6 +274,7 @@ impl Slot {
         if let Some(vm) = &mut self.vm {
             vm.said.target = reason.new;
         }
+        self.account.granted(reason.new);
         self.last_reason = Some(*reason);
         if reason.new > reason.old {
             self.grows += 1;
@@ -329,7 +375,7 @@ impl Slot {
 
     /// What it keeps whatever others need, as things stand.
     pub fn floor(&self) -> Bytes {
-        self.vm.as_ref().map_or(Bytes::ZERO, |vm| match vm.standing() {
+        self.vm.as_ref().map_or(self.unheard(), |vm| match vm.standing() {
             Standing::Following | Standing::Booting => vm.said.limits.min(),
             Standing::Static
             | Standing::Leaving
@@ -362,6 +408,7 @@ impl Slot {
             vmm: self.vmm,
             standing: self.vm.as_ref().map_or(Standing::NotAnswering, Vm::standing),
             paused_by: self.vm.as_ref().and_then(|vm| vm.said.vcpus.paused_by()),
+            held: self.vm.is_none().then(|| self.unheard()).filter(|held| *held > Bytes::ZERO),
             memory,
             report_age_ms: self
                 .vm

@@ -67,6 +67,10 @@ pub struct VmView {
     pub paused_by: Option<Pauser>,
     /// What it said of itself; absent where it never answered.
     pub memory: Option<MemoryView>,
+    /// What the host holds for its process, which is its charge, where it never answered; absent where it
+    /// did, and where that is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<Bytes>,
     /// Milliseconds since the guest's last report reached the VM.
     pub report_age_ms: Option<u64>,
     /// The last decision about it.

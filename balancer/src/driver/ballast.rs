@@ -196,14 +196,20 @@ impl Client {
         };
         let memory = self.fresh_memory(FRESH, patience).await?;
         self.known = Some(known);
+        // The VM's own word only where the kernel has none.
+        let pid = self.http.pid().or(Some(known.pid));
         let uptime = Some(known.started.elapsed());
-        Ok(Box::new(Status { pid: Some(known.pid), uptime, overhead: Bytes::ZERO, memory }))
+        Ok(Box::new(Status { pid, uptime, overhead: Bytes::ZERO, memory }))
     }
 }
 
 impl Driver for Client {
     fn socket(&self) -> &Path {
         self.http.socket()
+    }
+
+    fn process(&self) -> Option<u32> {
+        self.http.pid()
     }
 
     fn calls(&self) -> Option<Calls> {

@@ -179,6 +179,10 @@ impl Foreign for CloudHypervisor {
         self.http.socket()
     }
 
+    fn process(&self) -> Option<u32> {
+        self.http.pid()
+    }
+
     fn kept(&mut self) -> &mut Kept {
         &mut self.kept
     }

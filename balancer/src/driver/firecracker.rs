@@ -158,6 +158,10 @@ impl Foreign for Firecracker {
         self.http.socket()
     }
 
+    fn process(&self) -> Option<u32> {
+        self.http.pid()
+    }
+
     fn kept(&mut self) -> &mut Kept {
         &mut self.kept
     }

@@ -16,6 +16,9 @@ pub trait Foreign: Send {
     /// Where the VM is spoken to.
     fn socket(&self) -> &Path;
 
+    /// The VMM's process, as [`Driver::process`].
+    fn process(&self) -> Option<u32>;
+
     /// What is kept for the VM.
     fn kept(&mut self) -> &mut Kept;
 
@@ -29,6 +32,10 @@ pub trait Foreign: Send {
 impl<V: Foreign> Driver for V {
     fn socket(&self) -> &Path {
         Foreign::socket(self)
+    }
+
+    fn process(&self) -> Option<u32> {
+        Foreign::process(self)
     }
 
     /// QEMU and Firecracker ask their guests at an interval of whole seconds, Cloud Hypervisor at each

@@ -23,8 +23,6 @@ const LARGEST_HEAD: usize = 16 << 10;
 /// A connection that carries one request after another.
 struct Connection {
     sender: SendRequest<Full<Bytes>>,
-    /// The process at the other end, as the kernel knows it.
-    pid: Option<u32>,
     /// Ends the task that moves the bytes.
     task: AbortHandle,
 }
@@ -46,7 +44,7 @@ pub struct Http {
     largest_answer: usize,
     sentence: Sentence,
     connection: Option<Connection>,
-    /// The process that was connected last.
+    /// The process at the other end, as the kernel knew it at the last connection.
     pid: Option<u32>,
 }
 
@@ -72,7 +70,7 @@ impl Http {
         &self.socket
     }
 
-    /// The process that answered last, as the kernel knows it.
+    /// The process that was connected last, as the kernel knows it, whether it answered or not.
     pub fn pid(&self) -> Option<u32> {
         self.pid
     }
@@ -168,7 +166,6 @@ impl Http {
         }
         let response = response.map_err(|error| self.broken(request, &error))?;
         let (status, body) = self.collect(request, response).await?;
-        self.pid = connection.pid;
         // The server said `Connection: close`, or is about to: begin anew next time.
         if connection.sender.ready().await.is_ok() {
             self.connection = Some(connection);
@@ -198,11 +195,11 @@ impl Http {
         Ok((head.status, body.to_bytes()))
     }
 
-    async fn connect(&self, request: &str) -> Result<Connection, Error> {
+    async fn connect(&mut self, request: &str) -> Result<Connection, Error> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|error| Error::unreachable(self.kind, &self.socket, request, &error))?;
-        let pid = process::peer(&stream);
+        self.pid = process::peer(&stream);
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(LARGEST_HEAD)
             .handshake(TokioIo::new(stream))
@@ -210,7 +207,7 @@ impl Http {
             .map_err(|error| self.broken(request, &error))?;
         // Its error also reaches whoever waits for the response.
         let task = tokio::spawn(async move { drop(driver.await) }).abort_handle();
-        Ok(Connection { sender, pid, task })
+        Ok(Connection { sender, task })
     }
 
     fn broken(&self, request: &str, error: &hyper::Error) -> Error {

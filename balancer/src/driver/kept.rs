@@ -116,10 +116,15 @@ impl Kept {
         Self { limits: KeptLimits::new(limits), age: Age::default(), process: None }
     }
 
+    /// The process at the other end, where that is known.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.map(|process| process.pid())
+    }
+
     /// Notes which process is at the other end. True where it is another than before,
     /// about which nothing is known yet.
     pub fn meet(&mut self, pid: Option<u32>) -> bool {
-        if self.process.map(|process| process.pid()) == pid {
+        if self.pid() == pid {
             return false;
         }
         self.process = pid.map(Process::new);
@@ -128,7 +133,8 @@ impl Kept {
     }
 
     /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
-    /// says of its process. Where the kernel does not say, the host may hold all of it.
+    /// says of its process. Where the kernel does not say, the host may hold all of it: so it is charged,
+    /// but nobody counts on it as memory that is known to be held.
     pub async fn status(&mut self, told: Told) -> Box<Status> {
         let Told { has, target, actual, driver, report } = told;
         let held = match &mut self.process {
@@ -151,7 +157,7 @@ impl Kept {
             counters: BalloonCounters::default(),
             plug: None,
         };
-        let pid = self.process.map(|process| process.pid());
+        let pid = self.pid();
         let uptime = self.process.and_then(|process| process.age());
         Box::new(Status { pid, uptime, overhead: beside, memory })
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use balloon::units::Bytes;
@@ -16,16 +17,42 @@ pub fn peer(stream: &UnixStream) -> Option<u32> {
     u32::try_from(pid).ok().filter(|&pid| pid != 0)
 }
 
-/// What the host holds for the process: anonymous, shared and file pages, and reserved huge pages.
-///
-/// From `/proc/PID/status`, whose counters the kernel keeps anyway: adding up
-/// the mappings takes the process's mmap lock and a walk of its page tables.
-pub fn resident(pid: u32) -> Option<Bytes> {
-    resident_in(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+/// Where Linux tells of processes.
+pub const PROCESSES: &str = "/proc";
+
+/// What the host holds for a process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holding {
+    /// Anonymous, shared and file pages.
+    pub ordinary: Bytes,
+    /// Reserved huge pages (hugetlb), which are a pool of their own.
+    pub reserved: Bytes,
 }
 
-fn resident_in(status: &str) -> Option<Bytes> {
-    Some(field(status, "VmRSS")?.saturating_add(field(status, "HugetlbPages").unwrap_or_default()))
+impl Holding {
+    /// Both.
+    pub fn all(self) -> Bytes {
+        self.ordinary.saturating_add(self.reserved)
+    }
+}
+
+/// What the host holds for the process, as `processes` tells, which is [`PROCESSES`] outside tests.
+/// `None` where there is no such process, or this one may not see it.
+///
+/// From `PID/status`, whose counters the kernel keeps anyway: adding up
+/// the mappings takes the process's mmap lock and a walk of its page tables.
+pub fn holding(processes: &Path, pid: u32) -> Option<Holding> {
+    holding_in(&fs::read_to_string(processes.join(format!("{pid}/status"))).ok()?)
+}
+
+fn holding_in(status: &str) -> Option<Holding> {
+    let reserved = field(status, "HugetlbPages").unwrap_or_default();
+    Some(Holding { ordinary: field(status, "VmRSS")?, reserved })
+}
+
+/// All that the host holds for the process.
+pub fn resident(pid: u32) -> Option<Bytes> {
+    Some(holding(Path::new(PROCESSES), pid)?.all())
 }
 
 /// What of the host's memory is the process's own: what is neither free while it runs nor to be had by
@@ -120,8 +147,10 @@ mod tests {
     #[test]
     fn all_that_is_resident_counts() {
         let status = "Name:\tqemu\nVmHWM:\t  9000 kB\nVmRSS:\t  5000 kB\nRssAnon:\t 4000 kB\nHugetlbPages:\t 2048 kB\n";
-        assert_eq!(resident_in(status), Some(Bytes::kib(7048)));
-        assert_eq!(resident_in("Name:\tkthreadd\n"), None);
+        let holding = holding_in(status).unwrap();
+        assert_eq!(holding, Holding { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) });
+        assert_eq!(holding.all(), Bytes::kib(7048));
+        assert_eq!(holding_in("Name:\tkthreadd\n"), None);
         let own = resident(std::process::id()).unwrap();
         assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");
     }

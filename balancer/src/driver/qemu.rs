@@ -245,6 +245,10 @@ impl Foreign for Qemu {
         &self.socket
     }
 
+    fn process(&self) -> Option<u32> {
+        self.kept.pid()
+    }
+
     fn kept(&mut self) -> &mut Kept {
         &mut self.kept
     }

@@ -246,6 +246,7 @@ mod tests {
                 standing,
                 paused_by,
                 memory: None,
+                held: None,
                 report_age_ms: None,
                 last_reason: None,
                 grows: 0,

@@ -1,0 +1,209 @@
+//! What is believed of whom about a VM's memory.
+//!
+//! A guest may have taken its VMM over, and a VMM that hangs says nothing new. So what the host holds for
+//! a VM is the kernel's word about the process at the other end of its socket: a VM's own count is taken
+//! up to that, and while the VM is silent the process is looked at anew. Where the kernel does not tell (a
+//! process in another PID namespace, `hidepid`), a ballast VM's own count is taken as far as its target,
+//! its size or its limits go; of other VMMs, which don't count, nothing is taken for held.
+//!
+//! What a VM may have (its limits, its target, its size) is its own word or the configuration's, and is
+//! believed as far as the host's memory goes. A `max` beyond that counts as all of the host. Who says that
+//! it has more, or must, or that nothing can be taken from what it may have, is believed nothing: it is
+//! left as it is and charged what the kernel says that its process holds, or what it was granted here
+//! where that is more. That holds for limits of the configuration too: they say what a VM should have,
+//! and not what its process has.
+
+use std::time::Duration;
+
+use balloon::limits::{Limits, SMALLEST};
+use balloon::status::DriverState;
+use balloon::units::{Bytes, PAGE_SIZE};
+use tracing::{info, warn};
+
+use super::complaint::Complaint;
+use crate::driver::Kind;
+use crate::driver::process::Holding;
+use crate::policy::Said;
+
+/// What is known of one VM's memory that it did not say itself.
+#[derive(Debug, Default)]
+pub struct Account {
+    /// The process at the other end of its socket.
+    process: Option<u32>,
+    /// What the host holds for that, where the kernel says so.
+    holding: Option<Holding>,
+    /// What of it is not the guest's.
+    beside: Bytes,
+    /// What the balancer last granted it.
+    granted: Bytes,
+    /// It is not believed what it says it may have.
+    doubted: bool,
+    boast: Complaint,
+}
+
+impl Account {
+    /// Notes which process it is, and what the host holds for that, as `holding` tells of a process.
+    pub fn look(&mut self, process: Option<u32>, holding: impl FnOnce(u32) -> Option<Holding>) {
+        if self.process != process {
+            *self = Self { process, ..Self::default() };
+        }
+        self.holding = process.and_then(holding);
+    }
+
+    /// Looks again at the same process.
+    pub fn look_again(&mut self, holding: impl FnOnce(u32) -> Option<Holding>) {
+        self.holding = self.process.and_then(holding);
+    }
+
+    /// Notes that it took a target.
+    pub fn granted(&mut self, target: Bytes) {
+        self.granted = target;
+    }
+
+    /// What of a VM's words is believed on a host with `total` memory.
+    pub fn believe(&mut self, now: Duration, name: &str, said: Said, total: Bytes) -> Said {
+        let most = said.target.max(said.actual).max(said.limits.max());
+        let word = said.host_rss.min(most);
+        let host_rss = self.holding.map_or(word, |holding| said.host_rss.min(holding.all()));
+        self.beside = self.holding.map_or(Bytes::ZERO, |holding| holding.all().saturating_sub(host_rss));
+        let Said { limits, target, actual, driver, .. } = said;
+        let has = limits.min().max(target).max(actual);
+        self.doubted = has > total || (limits.max() > total && driver == DriverState::Absent);
+        if self.doubted {
+            let said = self.known(said, total);
+            if self.boast.is_due(now, "size") {
+                warn!(
+                    vm = name,
+                    "{name} says that it has {}, which is more than the {total} of this host: that is not \
+                     believed, and it is charged the {} that the host holds for its process",
+                    has.max(limits.max()),
+                    said.limits.max()
+                );
+            }
+            return said;
+        }
+        if limits.max() <= total {
+            if self.boast.end() {
+                info!(vm = name, "{name} says no longer that it has more than this host");
+            }
+        } else if self.boast.is_due(now, "max") {
+            warn!(
+                vm = name,
+                "the max of {} that {name} has is more than this host: it counts as {total}",
+                limits.max()
+            );
+        }
+        Said { host_rss, limits: limits.capped(total), ..said }
+    }
+
+    /// What is known of a VM that is believed nothing: what its process holds, and what it was granted.
+    fn known(&self, said: Said, total: Bytes) -> Said {
+        let held = self.holding.map_or(Bytes::ZERO, Holding::all);
+        let size = Bytes(held.max(self.granted).0.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE));
+        let Ok(limits) = Limits::fixed(size.min(total.page_floor()).max(SMALLEST)) else { return said };
+        let Said { since, vcpus, pausable, .. } = said;
+        Said { host_rss: held, since, vcpus, pausable, ..Said::of(limits) }
+    }
+
+    /// Brings up to date what a silent VM said last.
+    pub fn renew(&self, said: &mut Said, total: Bytes) {
+        let Some(holding) = self.holding else { return };
+        if self.doubted {
+            *said = self.known(*said, total);
+        } else {
+            said.host_rss = holding.all().saturating_sub(self.beside);
+        }
+    }
+
+    /// What of the host's memory is known to be held for a guest that `said` this.
+    pub fn resident(&self, vmm: Kind, said: &Said) -> Bytes {
+        if self.holding.is_some() || vmm == Kind::Ballast { said.host_rss } else { Bytes::ZERO }
+    }
+
+    /// What of the host's memory is known to be held for a VM that never gave an answer.
+    pub fn of_unheard(&self) -> Bytes {
+        self.holding.map_or(Bytes::ZERO, Holding::all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOTAL: Bytes = Bytes::gib(8);
+    const NOW: Duration = Duration::ZERO;
+
+    fn holding(mib: u64) -> Option<Holding> {
+        Some(Holding { ordinary: Bytes::mib(mib), reserved: Bytes::ZERO })
+    }
+
+    /// An account of a process that holds so much; `None` where the kernel does not say.
+    fn account(held: Option<u64>) -> Account {
+        let mut account = Account::default();
+        account.look(Some(1), |_| held.and_then(holding));
+        account
+    }
+
+    fn said(limits: &str, host_rss: Bytes) -> Said {
+        Said { host_rss, driver: DriverState::Active, ..Said::of(limits.parse().unwrap()) }
+    }
+
+    #[test]
+    fn what_is_held_is_the_kernels_word() {
+        let mut account = account(Some(110));
+        let honest = said("256M,min=128M,max=1G", Bytes::mib(100));
+        let mut believed = account.believe(NOW, "web", honest, TOTAL);
+        assert_eq!(believed, honest);
+        // It is silent, and its guest touches more.
+        account.look_again(|_| holding(160));
+        account.renew(&mut believed, TOTAL);
+        assert_eq!(believed.host_rss, Bytes::mib(150), "less what is not the guest's");
+        assert_eq!(account.resident(Kind::Ballast, &believed), Bytes::mib(150));
+
+        let liar = said("256M,min=128M,max=1G", Bytes::gib(1024));
+        assert_eq!(account.believe(NOW, "web", liar, TOTAL).host_rss, Bytes::mib(160));
+    }
+
+    #[test]
+    fn who_the_kernel_says_nothing_of_is_believed_what_its_limits_allow() {
+        let mut account = account(None);
+        let liar = said("256M,min=128M,max=1G", Bytes::gib(1024));
+        let mut believed = account.believe(NOW, "web", liar, TOTAL);
+        assert_eq!(believed.host_rss, Bytes::gib(1));
+        account.renew(&mut believed, TOTAL);
+        assert_eq!(account.resident(Kind::Ballast, &believed), Bytes::gib(1));
+        // Its driver took it for all that the VM has: right for what it may hold, and no more.
+        assert_eq!(account.resident(Kind::Qemu, &believed), Bytes::ZERO);
+    }
+
+    #[test]
+    fn who_has_more_than_the_host_is_charged_what_its_process_holds() {
+        let full = Said { actual: Bytes::gib(1 << 20), ..said("256M,min=128M,max=1G", Bytes::ZERO) };
+        let driverless = Said { driver: DriverState::Absent, ..said("1G,max=9G", Bytes::ZERO) };
+        for liar in [said("1024G", Bytes::gib(1024)), full, driverless] {
+            let mut account = account(Some(300));
+            let mut believed = account.believe(NOW, "web", liar, TOTAL);
+            assert_eq!(believed.limits, Limits::fixed(Bytes::mib(300)).unwrap(), "{liar:?}");
+            assert_eq!((believed.actual, believed.host_rss), (Bytes::mib(300), Bytes::mib(300)));
+            account.look_again(|_| holding(10 << 10));
+            account.renew(&mut believed, TOTAL);
+            assert_eq!(believed.limits.max(), TOTAL, "never more than there is");
+        }
+        let mut account = account(Some(300));
+        account.granted(Bytes::mib(700));
+        let believed = account.believe(NOW, "web", said("1024G", Bytes::ZERO), TOTAL);
+        assert_eq!((believed.limits.min(), believed.host_rss), (Bytes::mib(700), Bytes::mib(300)));
+        // Another process was granted nothing.
+        account.look(Some(2), |_| None);
+        let believed = account.believe(NOW, "web", said("1024G", Bytes::gib(1024)), TOTAL);
+        assert_eq!((believed.limits.max(), believed.host_rss), (SMALLEST, Bytes::ZERO));
+    }
+
+    #[test]
+    fn a_max_beyond_the_host_is_all_of_the_host() {
+        let mut account = account(Some(300));
+        let believed = account.believe(NOW, "web", said("1G,min=512M,max=64G", Bytes::mib(290)), TOTAL);
+        assert_eq!((believed.limits.min(), believed.limits.max()), (Bytes::mib(512), TOTAL));
+        assert_eq!((believed.target, believed.host_rss), (Bytes::gib(1), Bytes::mib(290)));
+    }
+}

@@ -1,0 +1,175 @@
+//! Whose word counts for what a VM holds and may hold: the daemon among VMs that lie, hang, or were
+//! never heard.
+
+mod fakes;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use balancer::daemon::client::Client;
+use balancer::daemon::{self, Config, State, VmView};
+use balloon::units::Bytes;
+use fakes::{FakeVm, Manner};
+use tempfile::TempDir;
+
+/// Every wait is for an event; this is only when to give up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const LIMITS: &str = "256M,min=128M,max=1G";
+
+/// A host whose kernel says what the test wants to hear. All fake VMs run in this very process.
+struct Host {
+    directory: TempDir,
+    kernel: TempDir,
+}
+
+impl Host {
+    /// One of 8 GiB.
+    fn new() -> Self {
+        let host = Self { directory: tempfile::tempdir().unwrap(), kernel: tempfile::tempdir().unwrap() };
+        fs::create_dir(host.kernel.path().join(std::process::id().to_string())).unwrap();
+        host.has_left(Bytes::gib(8));
+        host
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn vm(&self, name: &str, limits: &str, used: Bytes) -> FakeVm {
+        FakeVm::start(self.path(), name, limits, used)
+    }
+
+    fn write(&self, file: &str, text: &str) -> PathBuf {
+        let (new, path) = (self.kernel.path().join("new"), self.kernel.path().join(file));
+        fs::write(&new, text).unwrap();
+        fs::rename(new, &path).unwrap();
+        path
+    }
+
+    fn has_left(&self, available: Bytes) {
+        let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 8 << 20, available.0 >> 10);
+        self.write("meminfo", &text);
+    }
+
+    fn holds_for_a_vm(&self, held: Bytes) {
+        self.write(&format!("{}/status", std::process::id()), &format!("VmRSS:\t{} kB\n", held.0 >> 10));
+    }
+
+    /// Starts a daemon; without a `budget`, for all of the host but 512 MiB.
+    fn balance(&self, budget: Option<Bytes>) {
+        let mut config = Config {
+            directory: Some(self.path().to_owned()),
+            budget,
+            interval: Duration::from_millis(50),
+            ..Config::default()
+        };
+        config.sources.meminfo = self.kernel.path().join("meminfo");
+        config.sources.processes = self.kernel.path().to_owned();
+        tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
+    }
+
+    async fn until(&self, what: &str, done: impl Fn(&State) -> bool) -> State {
+        let waited = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match Client::new(self.path(), PATIENCE).state().await {
+                    Ok(state) if done(&state) => return state,
+                    _ => tokio::time::sleep(Duration::from_millis(10)).await,
+                }
+            }
+        });
+        waited.await.unwrap_or_else(|_| panic!("gave up waiting until {what}"))
+    }
+
+    /// Waits for some more rounds.
+    async fn goes_on(&self) -> State {
+        let rounds = self.until("there are rounds", |state| state.rounds > 0).await.rounds;
+        self.until("rounds go on", |state| state.rounds > rounds + 4).await
+    }
+}
+
+fn view<'a>(state: &'a State, name: &str) -> Option<&'a VmView> {
+    state.vms.iter().find(|vm| vm.name == name)
+}
+
+fn charge(state: &State, name: &str) -> Bytes {
+    view(state, name).and_then(|vm| vm.memory.as_ref()).map_or(Bytes::ZERO, |memory| memory.charge)
+}
+
+#[tokio::test]
+async fn no_vm_makes_memory_by_saying_that_it_holds_much() {
+    let host = Host::new();
+    let liar = host.vm("liar", LIMITS, Bytes::mib(100));
+    liar.state().memory.host_rss = Bytes::gib(1024);
+    liar.state().follows = false;
+    host.holds_for_a_vm(Bytes::mib(200));
+    // Other programs have all of the rest.
+    host.has_left(Bytes::gib(1));
+    host.balance(None);
+    let state = host.until("it is known", |state| charge(state, "liar") > Bytes::ZERO).await;
+    assert_eq!(state.host.budget, Bytes::mib(200 + 1024 - 512), "{:?}", state.host);
+    assert_eq!(view(&state, "liar").unwrap().memory.as_ref().unwrap().host_rss, Bytes::mib(200));
+}
+
+#[tokio::test]
+async fn a_vm_that_hangs_is_looked_at_through_its_process() {
+    let host = Host::new();
+    let vm = host.vm("web", "1G,min=1G,max=1G", Bytes::mib(100));
+    vm.state().memory.host_rss = Bytes::mib(300);
+    host.holds_for_a_vm(Bytes::mib(310));
+    host.has_left(Bytes::gib(4));
+    host.balance(None);
+    let state = host.until("it is known", |state| charge(state, "web") > Bytes::ZERO).await;
+    let budget = state.host.budget;
+    assert_eq!(budget, Bytes::mib(300 + 4096 - 512));
+    vm.state().manner = Manner::Silent;
+    host.until("it is silent", |state| view(state, "web").is_some_and(|vm| vm.errors > 0)).await;
+    // Its guest goes on touching what is its own.
+    host.holds_for_a_vm(Bytes::mib(810));
+    host.has_left(Bytes::mib(4096 - 500));
+    let held = |state: &State| view(state, "web").and_then(|vm| vm.memory.as_ref()).map(|vm| vm.host_rss);
+    host.until("that is seen", |state| held(state) == Some(Bytes::mib(800))).await;
+    let state = host.goes_on().await;
+    assert_eq!((state.host.budget, charge(&state, "web")), (budget, Bytes::gib(1)), "nothing changed");
+}
+
+#[tokio::test]
+async fn a_vm_that_says_it_has_more_than_the_host_takes_nothing_from_the_others() {
+    let host = Host::new();
+    let liar = host.vm("liar", "1024G", Bytes::gib(1024));
+    liar.state().memory.host_rss = Bytes::gib(1024);
+    let good = host.vm("good", LIMITS, Bytes::mib(250));
+    host.holds_for_a_vm(Bytes::mib(400));
+    host.balance(Some(Bytes::mib(1024)));
+    let served =
+        |state: &State| good.state().memory.target >= Bytes::mib(300) && charge(state, "liar") > Bytes::ZERO;
+    let state = host.until("the good one is served", served).await;
+    assert_eq!((charge(&state, "liar"), state.host.over), (Bytes::mib(400), Bytes::ZERO));
+    // It is charged what it comes to hold, whatever it says.
+    host.holds_for_a_vm(Bytes::mib(600));
+    host.until("that is seen", |state| charge(state, "liar") == Bytes::mib(600)).await;
+}
+
+#[tokio::test]
+async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
+    let host = Host::new();
+    let hangs = host.vm("hangs", LIMITS, Bytes::mib(100));
+    hangs.state().manner = Manner::Silent;
+    host.holds_for_a_vm(Bytes::mib(500));
+    let needy = host.vm("needy", LIMITS, Bytes::mib(900));
+    needy.state().memory.host_rss = Bytes::mib(256);
+    host.balance(Some(Bytes::mib(900)));
+    let state =
+        host.until("it is charged", |state| view(state, "hangs").is_some_and(|vm| vm.held.is_some())).await;
+    assert_eq!(view(&state, "hangs").unwrap().held, Some(Bytes::mib(500)));
+    let state =
+        host.until("the other has what is left", |_| needy.state().memory.target >= Bytes::mib(384)).await;
+    assert_eq!((state.host.budget, state.host.over), (Bytes::mib(900), Bytes::ZERO));
+    let state = host.goes_on().await;
+    assert!(needy.state().memory.target <= Bytes::mib(400), "{:?}", state.host);
+    assert!(state.host.charged > Bytes::mib(800) && state.host.over == Bytes::ZERO, "{:?}", state.host);
+    // Once it answers it is charged as any other.
+    hangs.state().manner = Manner::Sound;
+    host.until("it is heard", |state| charge(state, "hangs") > Bytes::ZERO).await;
+}
