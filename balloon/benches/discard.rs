@@ -154,6 +154,7 @@ impl Memory {
             host: self.start,
             len: Bytes(MEMORY as u64),
             backing: Backing::Anonymous,
+            collapses: None,
         };
         // SAFETY: the mapping outlives it and is under no reference.
         let mut device = unsafe { Discard::new(vec![region]) };

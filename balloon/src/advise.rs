@@ -17,8 +17,10 @@ pub struct Discarded {
     pub bytes: Bytes,
     /// Merged ranges it was in.
     pub ranges: u64,
-    /// System calls it took.
+    /// System calls it took, without [`advices`](Self::advices).
     pub calls: u64,
+    /// System calls that told the host where it may put huge pages together, and where not.
+    pub advices: u64,
     /// Ranges that the host refused to take.
     pub failures: u64,
     /// Blocks of 2 MiB that went in one go, so that no huge page had to be split.
@@ -34,6 +36,7 @@ pub(crate) struct Batch {
     process: Option<OwnedFd>,
     waiting: Vec<libc::iovec>,
     advice: libc::c_int,
+    advice_refused: bool,
     done: Discarded,
 }
 
@@ -43,6 +46,7 @@ impl Batch {
             process: own_process().filter(takes_many),
             waiting: Vec::new(),
             advice: libc::MADV_DONTNEED,
+            advice_refused: false,
             done: Discarded::default(),
         }
     }
@@ -55,6 +59,27 @@ impl Batch {
     pub(crate) fn count_blocks(&mut self, whole: u64, broken: u64) {
         self.done.huge_pages_whole += whole;
         self.done.huge_pages_broken += broken;
+    }
+
+    /// Tells the host how a range will be used, at once; returns whether it took that. What it
+    /// refuses is counted.
+    ///
+    /// # Safety
+    /// The `len` bytes at `start` must be mapped, and `advice` must not change what is in them.
+    pub(crate) unsafe fn advise(&mut self, start: *mut u8, len: usize, advice: libc::c_int) -> bool {
+        self.done.advices += 1;
+        // SAFETY: as the caller says.
+        if unsafe { libc::madvise(start.cast(), len, advice) } == 0 {
+            return true;
+        }
+        if !std::mem::replace(&mut self.advice_refused, true) {
+            let error = io::Error::last_os_error();
+            tracing::warn!(
+                "the host may bring back memory that the guest gave up, or leave it in small pages, \
+                 as it took no advice: {error}; a larger vm.max_map_count may help"
+            );
+        }
+        false
     }
 
     /// Puts a range down for [`flush`](Self::flush).

@@ -6,6 +6,7 @@ pub use crate::advise::Discarded;
 
 use crate::advise::Batch;
 use crate::blocks::{BLOCK, Blocks};
+use crate::collapse::{Change, Closed};
 use crate::pending::Pending;
 use crate::ranges::{self, PartlyGiven, Range};
 use crate::units::{Bytes, PAGE_SIZE};
@@ -59,6 +60,9 @@ pub struct Region {
     pub len: Bytes,
     /// What lies behind it.
     pub backing: Backing,
+    /// Where the guest's accesses to it go in this process, if the host may put huge pages together
+    /// there by itself (khugepaged); `None` where it never does.
+    pub collapses: Option<*mut u8>,
 }
 
 /// What the guest has given up and the host still holds.
@@ -75,6 +79,8 @@ struct Place {
     range: Range,
     /// What becomes of transparent huge pages.
     blocks: Blocks,
+    /// Where the guest's accesses go, and which blocks khugepaged is kept from.
+    closed: Option<(*mut u8, Closed)>,
 }
 
 impl Place {
@@ -89,9 +95,42 @@ impl Place {
     /// As [`discard`](Self::discard), with account of the transparent huge pages that this splits.
     fn discard_small(&mut self, part: Range, batch: &mut Batch) {
         let Some(part) = part.within(&self.range) else { return };
-        let (whole, broken) = self.blocks.dropped(part);
+        let closed = &mut self.closed;
+        let (whole, broken) = self.blocks.dropped(part, |start, whole| match closed {
+            Some((_, closed)) if whole => closed.open(start),
+            Some((_, closed)) => closed.close(start),
+            None => {}
+        });
         batch.count_blocks(whole, broken);
         self.discard(part, batch);
+    }
+
+    /// Tells the host where it may put huge pages together. To be called before the batch is
+    /// flushed: what has gone must not be brought in again first.
+    fn advise(&mut self, batch: &mut Batch) {
+        let Some((at, closed)) = &mut self.closed else { return };
+        for change in closed.take_changes() {
+            let Change { range, huge } = change;
+            let (Ok(offset), Ok(len)) =
+                (usize::try_from(range.offset_in(&self.range)), usize::try_from(range.len.0))
+            else {
+                continue;
+            };
+            let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+            // SAFETY: `range` lies in the region, which is mapped there as `Discard::new`'s caller
+            // vouches for; neither advice changes what is in it.
+            if !unsafe { batch.advise(at.wrapping_add(offset), len, advice) } {
+                closed.refused(change);
+            }
+        }
+    }
+
+    /// The guest has all of it back: it may lie in huge pages again.
+    fn open(&mut self, batch: &mut Batch) {
+        if let Some((_, closed)) = &mut self.closed {
+            closed.open_all();
+        }
+        self.advise(batch);
     }
 }
 
@@ -107,7 +146,8 @@ impl Mapped {
             Backing::Hugetlb { page, .. } => Given::Huge(PartlyGiven::new(region.len, page)),
             _ => Given::Soon(Pending::new(range, BLOCK)),
         };
-        Self { place: Place { region, range, blocks: Blocks::new(range) }, given }
+        let closed = region.collapses.map(|at| (at, Closed::new(range)));
+        Self { place: Place { region, range, blocks: Blocks::new(range), closed }, given }
     }
 
     /// Marks `part` as given up, and drops what has come together by it: of the host's huge pages
@@ -118,6 +158,7 @@ impl Mapped {
             Given::Soon(pending) => {
                 if pending.push(part) {
                     pending.take_ready(|range| place.discard_small(range, batch));
+                    place.advise(batch);
                 }
             }
             Given::Huge(bits) => {
@@ -133,6 +174,7 @@ impl Mapped {
     fn finish(&mut self, batch: &mut Batch) {
         if let Given::Soon(pending) = &mut self.given {
             pending.take_all(|range| self.place.discard_small(range, batch));
+            self.place.advise(batch);
         }
     }
 }
@@ -156,8 +198,8 @@ impl Discard {
     ///
     /// # Safety
     /// Each region's `len` bytes at `host` must be guest RAM, mapped as its
-    /// `backing` says for as long as the `Discard` lives, and reached only as
-    /// memory that may change at any time, never through references: their
+    /// `backing` says for as long as the `Discard` lives (and at `collapses` too),
+    /// and reached only as memory that may change at any time, never through references: their
     /// content turns to zeros when the guest gives it up.
     pub unsafe fn new(regions: Vec<Region>) -> Self {
         Self { regions: regions.into_iter().map(Mapped::new).collect(), batch: Batch::new() }
@@ -280,6 +322,14 @@ impl Discard {
                 Given::Huge(bits) => bits.clear(),
             }
         }
+        self.all_used();
+    }
+
+    /// The guest has nothing in its balloon any more: all of its memory may lie in huge pages again.
+    pub fn all_used(&mut self) {
+        for mapped in &mut self.regions {
+            mapped.place.open(&mut self.batch);
+        }
     }
 
     /// Drops free memory that the guest keeps to use as it likes: only what
@@ -294,7 +344,10 @@ impl Discard {
                 reported += part.len;
                 let Some(whole) = part.whole_pages(place.region.backing.page()) else { continue };
                 match given {
-                    Given::Soon(_) => place.discard_small(whole, &mut self.batch),
+                    Given::Soon(_) => {
+                        place.discard_small(whole, &mut self.batch);
+                        place.advise(&mut self.batch);
+                    }
                     Given::Huge(_) => place.discard(whole, &mut self.batch),
                 }
             }

@@ -10,6 +10,8 @@ pub mod agent;
 #[cfg(feature = "device")]
 pub mod blocks;
 #[cfg(feature = "device")]
+pub mod collapse;
+#[cfg(feature = "device")]
 pub mod device;
 #[cfg(feature = "device")]
 pub mod discard;

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
+use balloon::collapse::MOST_RUNS;
 use balloon::discard::{Backing, Discard, Region};
 use balloon::ranges::Range;
 use balloon::units::{Bytes, PAGE_SIZE};
@@ -48,8 +49,8 @@ impl Mapping {
     }
 
     fn discard(&self, backing: Backing) -> Discard {
-        let region =
-            Region { guest: GuestAddress(GUEST), host: self.at, len: Bytes(self.len as u64), backing };
+        let len = Bytes(self.len as u64);
+        let region = Region { guest: GuestAddress(GUEST), host: self.at, len, backing, collapses: None };
         // SAFETY: the mapping outlives every test's discard and is read by pointer alone.
         unsafe { Discard::new(vec![region]) }
     }
@@ -169,6 +170,183 @@ fn what_the_host_refuses_is_counted() {
 
 const HUGE: usize = 2 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Address space that starts at a huge page, with nothing in it.
+struct Blocks {
+    mapping: Mapping,
+    start: *mut u8,
+    count: usize,
+}
+
+impl Blocks {
+    fn new(count: usize, advice: Option<libc::c_int>) -> Self {
+        let len = (count + 2) * HUGE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let at =
+            unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        let mapping = Mapping { at: at.cast(), len };
+        let start = mapping.at.wrapping_add(HUGE - mapping.at as usize % HUGE);
+        let blocks = Self { mapping, start, count };
+        if let Some(advice) = advice {
+            // SAFETY: a part of the mapping, and an advice that changes nothing in it.
+            assert_eq!(unsafe { libc::madvise(start.cast(), count * HUGE, advice) }, 0);
+        }
+        blocks
+    }
+
+    fn discard(&self) -> Discard {
+        self.discard_where(Some(self.start))
+    }
+
+    fn discard_where(&self, collapses: Option<*mut u8>) -> Discard {
+        let region = Region {
+            guest: GuestAddress(GUEST),
+            host: self.start,
+            len: Bytes((self.count * HUGE) as u64),
+            backing: Backing::Anonymous,
+            collapses,
+        };
+        // SAFETY: the mapping outlives every test's discard and is read by pointer alone.
+        unsafe { Discard::new(vec![region]) }
+    }
+
+    /// The kernel's mappings of it, upwards: how many blocks, and whether khugepaged is kept away (`nh`),
+    /// or wanted (`hg`).
+    fn mappings(&self) -> Vec<(usize, &'static str)> {
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let (start, end) = (self.start as usize, self.start as usize + self.count * HUGE);
+        let mut mappings = Vec::new();
+        let mut blocks = 0;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            if let Some((first, last)) = range.and_then(|(first, last)| number(first).zip(number(last))) {
+                blocks = last.min(end).saturating_sub(first.max(start)) / HUGE;
+            }
+            let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| blocks > 0) else { continue };
+            let has = |flag| flags.split(' ').any(|one| one == flag);
+            mappings.push((
+                blocks,
+                if has("nh") {
+                    "nh"
+                } else if has("hg") {
+                    "hg"
+                } else {
+                    ""
+                },
+            ));
+        }
+        mappings
+    }
+
+    fn resident(&self) -> usize {
+        self.mapping.resident().iter().filter(|page| **page).count()
+    }
+}
+
+/// Pages `from..to` of a block.
+fn part(block: u64, from: u64, to: u64) -> Vec<u32> {
+    let first = block * (HUGE / PAGE) as u64;
+    pfns(&(first + from..first + to).collect::<Vec<_>>())
+}
+
+fn has_huge_pages() -> bool {
+    let has = fs::exists("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or(false);
+    if !has {
+        eprintln!("SKIPPED: this kernel has no transparent huge pages");
+    }
+    has
+}
+
+/// `khugepaged` would fill a block of which a part went, and so undo what the guest did.
+#[test]
+fn the_host_is_kept_from_filling_blocks_of_which_a_part_went() {
+    if !has_huge_pages() {
+        return;
+    }
+    for advice in [Some(libc::MADV_HUGEPAGE), None] {
+        let blocks = Blocks::new(8, advice);
+        let mut discard = blocks.discard();
+        let plain = [(8, if advice.is_some() { "hg" } else { "" })];
+        assert_eq!(blocks.mappings(), plain);
+        // Whole ones need no advice.
+        discard.give_up(&mut part(6, 0, 512));
+        assert_eq!((discard.done().advices, blocks.mappings()), (0, plain.to_vec()));
+        // Two that lie side by side are one call, and the first of all has the region advised.
+        let mut given = part(2, 100, 512);
+        given.extend(part(3, 0, 7));
+        discard.give_up(&mut given);
+        assert_eq!(discard.done().advices, 2);
+        assert_eq!(blocks.mappings(), [(2, "hg"), (2, "nh"), (4, "hg")]);
+        // More of the same is no news.
+        discard.give_up(&mut part(3, 7, 400));
+        assert_eq!(discard.done().advices, 2);
+        // One goes whole, by the balloon or as reported memory.
+        discard.give_up(&mut part(2, 0, 512));
+        assert_eq!(blocks.mappings(), [(3, "hg"), (1, "nh"), (4, "hg")]);
+        let start = GuestAddress(GUEST + 3 * HUGE as u64);
+        discard.drop_free(&mut [Range { start, len: Bytes(HUGE as u64) }]);
+        assert_eq!((discard.done().advices, blocks.mappings()), (4, vec![(8, "hg")]));
+        // All that is left is undone at once when the guest has everything back.
+        for block in [0, 2, 4, 6] {
+            discard.give_up(&mut part(block, 5, 6));
+        }
+        assert_eq!(blocks.mappings().len(), 8);
+        let before = discard.done().advices;
+        discard.all_used();
+        discard.all_used();
+        assert_eq!((discard.done().advices - before, blocks.mappings()), (1, vec![(8, "hg")]));
+        assert_eq!(discard.done().failures, 0);
+    }
+}
+
+/// A guest that gives a page of every second block makes no more mappings than may be.
+#[test]
+fn mappings_are_bounded_whatever_a_guest_gives_up() {
+    if !has_huge_pages() {
+        return;
+    }
+    let count = 2 * MOST_RUNS + 200;
+    let blocks = Blocks::new(count, Some(libc::MADV_HUGEPAGE));
+    let mut discard = blocks.discard();
+    let every_second = (0..count as u64).step_by(2).flat_map(|block| part(block, 1, 2));
+    discard.give_up(&mut every_second.collect::<Vec<_>>());
+    let mappings = blocks.mappings();
+    assert!(mappings.len() <= 2 * MOST_RUNS + 1, "{}", mappings.len());
+    let closed: usize = mappings.iter().filter(|(_, flag)| *flag == "nh").map(|(blocks, _)| blocks).sum();
+    assert!(closed >= count / 2);
+    // Each call closed one or more.
+    assert!(discard.done().advices <= 1 + count as u64 / 2);
+}
+
+/// Not a test of every day, as the host takes its time: what khugepaged makes of memory that was given up.
+#[test]
+#[ignore = "takes a minute, and a host with khugepaged's settings as they come"]
+fn what_a_guest_gave_up_stays_away() {
+    let kept = Blocks::new(8, Some(libc::MADV_HUGEPAGE));
+    let left_alone = Blocks::new(8, Some(libc::MADV_HUGEPAGE));
+    for (blocks, collapses) in [(&kept, Some(kept.start)), (&left_alone, None)] {
+        // SAFETY: all of a fresh mapping.
+        unsafe { ptr::write_bytes(blocks.start, 1, 8 * HUGE) };
+        let mut given: Vec<u32> = (0..8).flat_map(|block| part(block, 0, 512)).step_by(2).collect();
+        blocks.discard_where(collapses).give_up(&mut given);
+    }
+    let before = kept.resident();
+    assert_eq!(left_alone.resident(), before);
+    for _ in 0..60 {
+        for blocks in [&kept, &left_alone] {
+            for page in (1..8 * HUGE / PAGE).step_by(2) {
+                // SAFETY: inside the mapping.
+                unsafe { blocks.start.add(page * PAGE).write_volatile(1) };
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+    println!("{before} pages; {} without advice a minute later", left_alone.resident());
+    assert_eq!(kept.resident(), before);
+}
 
 /// Huge pages for one test, given back to the host afterwards.
 struct Pool(u64);

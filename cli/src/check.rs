@@ -165,7 +165,10 @@ fn huge_pages(pages: &HugePages) -> [Finding; 2] {
     };
     let thp = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled";
     let transparent = match pages.transparent.as_deref() {
-        Some("always") => Finding::good("thp", "transparent huge pages are given always"),
+        Some("always") => Finding::good(
+            "thp",
+            "transparent huge pages are given always; ballast keeps khugepaged from refilling what guests give up",
+        ),
         Some("madvise") => Finding::good("thp", "transparent huge pages are given on request (--thp)"),
         Some(other) => {
             Finding::hint("thp", format!("transparent huge pages: {other}; --thp does nothing"), thp)

@@ -334,7 +334,8 @@ fn dropped(ram: &Ram, region: &memory::Region, host: *mut u8) -> discard::Region
         Backing::Memfd => discard::Backing::SharedFile,
         Backing::HugePages2M => discard::Backing::Hugetlb { shared: true, page: Bytes::mib(2) },
     };
-    discard::Region { guest: region.guest, host, len: region.size, backing }
+    let collapses = ram.collapses().then_some(region.host);
+    discard::Region { guest: region.guest, host, len: region.size, backing, collapses }
 }
 
 fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
@@ -366,8 +367,10 @@ fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
 
 fn plug(ram: &Ram, pluggable: &Pluggable) -> io::Result<(Plug, plug::Handle)> {
     let region = pluggable.region();
+    // Blocks go whole, and what is in one may be the balloon's to advise on.
+    let region_dropped = discard::Region { collapses: None, ..dropped(ram, &region, pluggable.dropping()) };
     // SAFETY: as for the balloon.
-    let discard = unsafe { Discard::new(vec![dropped(ram, &region, pluggable.dropping())]) };
+    let discard = unsafe { Discard::new(vec![region_dropped]) };
     let config = plug::Config {
         address: region.guest,
         size: region.size,

@@ -31,6 +31,7 @@ pub struct Ram {
     // Held for its file: what is resident of a shared mapping is what the file holds.
     file: Option<File>,
     backing: Backing,
+    collapses: bool,
     accounts: Arc<Accounts>,
 }
 
@@ -84,7 +85,9 @@ impl Ram {
             start..start.saturating_add(region.size.0)
         });
         let accounts = Arc::new(Accounts::new(mappings.collect()));
-        Ok(Self { guest, regions, boot, pluggable, file, backing: options.backing, accounts })
+        let backing = options.backing;
+        let collapses = HugePages::look().collapse(backing, options.thp);
+        Ok(Self { guest, regions, boot, pluggable, file, backing, collapses, accounts })
     }
 
     /// The memory as devices and loaders reach it.
@@ -115,6 +118,12 @@ impl Ram {
     /// What it is made of.
     pub const fn backing(&self) -> Backing {
         self.backing
+    }
+
+    /// Whether the host may put huge pages together in it by itself (khugepaged), and so bring back
+    /// what was given up. As the host was set when the VM was made: it can't look again once it runs.
+    pub const fn collapses(&self) -> bool {
+        self.collapses
     }
 
     /// The memfd behind it, if there is one.

@@ -50,7 +50,11 @@ impl Pluggable {
     ) -> Result<Self, MemoryError> {
         // MADV_REMOVE takes a writable mapping, and the guest's is closed by then.
         let dropping = match file {
-            Some(file) => map(region.size, Some((file.as_raw_fd(), region.offset)), Use::Dropping)?,
+            Some(file) => {
+                let dropping = map(region.size, Some((file.as_raw_fd(), region.offset)), Use::Dropping)?;
+                never_huge(dropping, region.size);
+                dropping
+            }
             None => region.host,
         };
         let huge_pages = file
@@ -93,12 +97,25 @@ impl Pluggable {
             let part = range.within(&region).filter(|part| *part == range);
             let part = part.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
             let from_start = part.start.0.saturating_sub(region.start.0);
-            if let (Some(file), Access::Granted) = (&huge_pages, access) {
-                allocate(file.as_raw_fd(), offset.saturating_add(Bytes(from_start)), part.len)?;
-            }
             let at = host.0.wrapping_add(to_usize(from_start)?);
-            protect(at, to_usize(part.len.0)?, access)
+            let len = to_usize(part.len.0)?;
+            let (Some(file), Access::Granted) = (&huge_pages, access) else {
+                return protect(at, len, access);
+            };
+            let (file, offset) = (file.as_raw_fd(), offset.saturating_add(Bytes(from_start)));
+            allocate(file, offset, part.len)?;
+            // The guest can't reach them then, so nobody would ever give them back.
+            protect(at, len, access).inspect_err(|_| release(file, offset, part.len))
         }))
+    }
+}
+
+/// Nobody reads or writes a mapping that memory is dropped by; a huge page that the host put together
+/// there would bring back what was dropped. A kernel without huge pages refuses, and needs no advice.
+fn never_huge(at: *mut u8, size: Bytes) {
+    if let Ok(len) = to_usize(size.0) {
+        // SAFETY: a mapping of this module's own; the advice changes nothing in it.
+        unsafe { libc::madvise(at.cast(), len, libc::MADV_NOHUGEPAGE) };
     }
 }
 
@@ -108,10 +125,16 @@ fn to_usize(value: u64) -> io::Result<usize> {
 
 /// Has the host set memory of a file aside, so that no later touch of it can fail. All of it or none.
 fn allocate(file: RawFd, offset: Bytes, len: Bytes) -> io::Result<()> {
-    fallocate(file, 0, offset, len).inspect_err(|_| {
-        // The pages that it could get before there were no more would be kept for nobody.
-        let _ = fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len);
-    })
+    // The pages that it could get before there were no more would be kept for nobody.
+    fallocate(file, 0, offset, len).inspect_err(|_| release(file, offset, len))
+}
+
+/// Gives memory of a file back to the host.
+fn release(file: RawFd, offset: Bytes, len: Bytes) {
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    if let Err(error) = fallocate(file, punch, offset, len) {
+        tracing::warn!("the host did not take {len} back that could not be plugged: {error}");
+    }
 }
 
 fn fallocate(file: RawFd, mode: libc::c_int, offset: Bytes, len: Bytes) -> io::Result<()> {
@@ -136,12 +159,15 @@ fn protect(at: *mut u8, len: usize, access: Access) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::MetadataExt;
+    use std::ptr;
 
     use vm_memory::GuestAddress;
 
     use super::*;
     use crate::config::MemoryOptions;
     use crate::memory::Ram;
+    use crate::memory::mapping::memfd;
 
     /// `rw` or `--`, for the byte at `address` of this process.
     fn rights(address: u64) -> String {
@@ -153,6 +179,35 @@ mod tests {
             (number(start)..number(end)).contains(&address)
         });
         line.and_then(|line| line.split(' ').nth(1)).expect("mapped")[..2].to_owned()
+    }
+
+    #[test]
+    fn the_mapping_to_drop_by_never_holds_a_huge_page() {
+        if !fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap_or(false) {
+            eprintln!("SKIPPED: this kernel has no transparent huge pages");
+            return;
+        }
+        let options = MemoryOptions { backing: Backing::Memfd, thp: true, ..Default::default() };
+        let ram = Ram::with_pluggable(Bytes::mib(64), Bytes::mib(100), options).expect("address space");
+        let dropping = ram.pluggable().expect("asked for").dropping() as u64;
+        let smaps = fs::read_to_string("/proc/self/smaps").expect("own maps");
+        let (_, own) = smaps.split_once(&format!("{dropping:x}-")).expect("mapped");
+        let flags = own.lines().find_map(|line| line.strip_prefix("VmFlags:")).expect("flags");
+        assert!(flags.split(' ').any(|flag| flag == "nh"), "{flags}");
+    }
+
+    /// No memory can be opened where none is mapped: the host refuses after it has set pages aside.
+    #[test]
+    fn pages_that_the_guest_can_not_be_let_at_go_back() {
+        let size = Bytes::mib(128);
+        let file = memfd(size, 0).expect("a memfd");
+        let guest = GuestAddress(1 << 30);
+        let region = Region { guest, host: ptr::without_provenance_mut(1 << 21), size, offset: Bytes::ZERO };
+        let pluggable = Pluggable::new(region, size, Some(&file), Backing::HugePages2M).expect("mapped");
+        let mut set_access = pluggable.set_access().expect("descriptors");
+        let block = Range { start: GuestAddress(guest.0 + (4 << 20)), len: Bytes::mib(2) };
+        assert!(set_access(block, Access::Granted).is_err());
+        assert_eq!(file.metadata().expect("a file").blocks(), 0);
     }
 
     #[test]

@@ -137,6 +137,8 @@ pub struct Balloon {
     timer: Timer,
     /// What the guest fills free pages with (poison_val).
     poison: u32,
+    /// The guest has taken the last page out of the balloon, and the host does not know it yet.
+    emptied: bool,
 }
 
 impl Balloon {
@@ -172,6 +174,7 @@ impl Balloon {
             request: 0,
             timer: Timer::new(TICK)?,
             poison: 0,
+            emptied: false,
         };
         Ok((device, handle))
     }
@@ -271,6 +274,14 @@ impl Balloon {
     /// Whether somebody wants a report that is newer than the last.
     fn take_question(&self) -> bool {
         std::mem::take(&mut self.shared.state().report_wanted)
+    }
+
+    /// Before the event loop takes more into the balloon: has the host use huge pages again for a
+    /// guest that had taken everything back.
+    fn note_emptied(&mut self) {
+        if std::mem::take(&mut self.emptied) {
+            self.discard.all_used();
+        }
     }
 
     /// After any event: lets go what waits for nothing more, tells the guest what it is asked for
@@ -387,11 +398,14 @@ impl VirtioDevice for Balloon {
         let field =
             |at| config.iter().skip(at).take(4).rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
         self.poison = field(POISON);
+        let before = self.pace.reached();
         self.pace.arrived(Pages(u64::from(field(ACTUAL))));
+        let empties = before > Pages(0) && self.pace.reached() == Pages(0);
+        self.emptied |= empties;
         self.publish(false);
         let there = self.pace.reached() >= self.pace.asked();
         let comes_next = self.pace.waits_for_news() || self.discard.waiting() > Bytes::ZERO;
-        if self.pace.asked() != self.told || there && comes_next {
+        if empties || self.pace.asked() != self.told || there && comes_next {
             // The rest is for the event loop. The one failure is a wake-up already pending.
             let _ = self.shared.wake.write(1);
         }
@@ -414,7 +428,7 @@ impl VirtioDevice for Balloon {
         self.faults.forgive();
         self.statistics.stop();
         self.discard.take_back_all();
-        self.poison = 0;
+        (self.poison, self.emptied) = (0, false);
         self.take_request();
         self.pace.restart();
         self.told = self.pace.asked();
@@ -427,6 +441,9 @@ impl VirtioDevice for Balloon {
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
         let Some(role) = self.role(index, active.features) else { return Progress::Done };
+        if role == Role::Inflate {
+            self.note_emptied();
+        }
         let progress = self.serve_role(role, index, active);
         let broken = progress == Progress::Broken;
         self.follow_up(active, broken);
@@ -450,6 +467,7 @@ impl VirtioDevice for Balloon {
             TIMER => self.timer.read(),
             _ => return,
         }
+        self.note_emptied();
         let (is_new, is_asked) = (self.take_request(), self.take_question());
         let Some(active) = active else {
             // Nobody to ask: a driver that comes finds it in the configuration space.

@@ -29,6 +29,7 @@ pub fn device(ram: &GuestRam, config: Config) -> (Balloon, Handle) {
         host: ram.host(guest),
         len: Bytes(REGION as u64),
         backing: Backing::Anonymous,
+        collapses: None,
     };
     // SAFETY: the test guest's RAM, which goes after the device.
     let discard = unsafe { Discard::new(vec![region(LOW), region(HIGH)]) };

@@ -57,8 +57,8 @@ pub struct Yard {
 fn device(ram: &GuestRam) -> (Plug, Handle, Arc<Mutex<Gate>>) {
     let gate = Arc::new(Mutex::new(Gate::default()));
     let size = Bytes(REGION as u64);
-    let region =
-        Region { guest: GuestAddress(HIGH), host: ram.host(HIGH), len: size, backing: Backing::Anonymous };
+    let (guest, host) = (GuestAddress(HIGH), ram.host(HIGH));
+    let region = Region { guest, host, len: size, backing: Backing::Anonymous, collapses: None };
     // SAFETY: the test guest's RAM, which goes after the device.
     let discard = unsafe { Discard::new(vec![region]) };
     let config = Config { address: GuestAddress(HIGH), size, most: size, block: Bytes(BLOCK) };

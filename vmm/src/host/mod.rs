@@ -8,6 +8,8 @@ use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::config::Backing;
+
 /// Why stock guests can't run here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HostCannot {
@@ -120,6 +122,8 @@ pub struct HugePages {
     pub free: u64,
     /// Transparent huge pages: `always`, `madvise` or `never`; `None` where the kernel has none.
     pub transparent: Option<String>,
+    /// The same for shared memory, which has some more modes.
+    pub shared: Option<String>,
 }
 
 /// What this host can do for guests.
@@ -177,14 +181,41 @@ impl HugePages {
                 .and_then(|text| text.trim().parse().ok())
                 .unwrap_or(0)
         };
-        let modes = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok();
         Self {
             reserved: read("nr_hugepages"),
             // Reserved pages may be promised to mappings that have not touched them yet.
             free: read("free_hugepages").saturating_sub(read("resv_hugepages")),
-            transparent: modes.as_deref().and_then(chosen),
+            transparent: mode("enabled"),
+            shared: mode("shmem_enabled"),
         }
     }
+
+    /// Whether khugepaged may put huge pages together in memory of this kind, which is `advised` to
+    /// lie in huge pages or isn't (Documentation/admin-guide/mm/transhuge.rst).
+    pub fn collapse(&self, backing: Backing, advised: bool) -> bool {
+        let mode = match backing {
+            Backing::Anonymous => &self.transparent,
+            Backing::Memfd => &self.shared,
+            // As large as can be already.
+            Backing::HugePages2M => return false,
+        };
+        match mode.as_deref() {
+            None | Some("never" | "deny") => false,
+            Some("madvise" | "advise") => advised,
+            // `always`, `within_size`, `force`, and what later kernels think of.
+            Some(_) => true,
+        }
+    }
+}
+
+/// How the kernel gives out transparent huge pages of 2 MiB: since Linux 6.8 each size has a mode of
+/// its own, which may be to follow the common one.
+fn mode(name: &str) -> Option<String> {
+    const ALL: &str = "/sys/kernel/mm/transparent_hugepage";
+    let read = |path: String| fs::read_to_string(path).ok().as_deref().and_then(chosen);
+    let common = read(format!("{ALL}/{name}"))?;
+    let own = read(format!("{ALL}/hugepages-2048kB/{name}"));
+    Some(own.filter(|own| own != "inherit").unwrap_or(common))
 }
 
 /// The word in brackets: `always [madvise] never`.
@@ -265,6 +296,27 @@ mod tests {
     fn the_chosen_mode_is_read() {
         assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
         assert_eq!(chosen("nonsense"), None);
+    }
+
+    #[test]
+    fn khugepaged_comes_where_it_may() {
+        let host = |transparent: &str, shared: &str| HugePages {
+            transparent: Some(transparent.to_owned()),
+            shared: Some(shared.to_owned()),
+            ..HugePages::default()
+        };
+        let comes = |host: &HugePages, backing| [false, true].map(|advised| host.collapse(backing, advised));
+        for (mode, shared, expected) in [
+            ("always", "always", [true, true]),
+            ("madvise", "advise", [false, true]),
+            ("never", "never", [false, false]),
+        ] {
+            let host = host(mode, shared);
+            assert_eq!(comes(&host, Backing::Anonymous), expected, "{mode}");
+            assert_eq!(comes(&host, Backing::Memfd), expected, "{shared}");
+            assert_eq!(comes(&host, Backing::HugePages2M), [false, false]);
+        }
+        assert_eq!(comes(&HugePages::default(), Backing::Anonymous), [false, false]);
     }
 
     #[test]

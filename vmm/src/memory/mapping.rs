@@ -84,7 +84,7 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 /// An anonymous file of `size` bytes, with nothing in it yet.
-pub(super) fn memfd(size: Bytes, flags: libc::c_uint) -> Result<File, MemoryError> {
+pub(crate) fn memfd(size: Bytes, flags: libc::c_uint) -> Result<File, MemoryError> {
     let failed = |source| MemoryError::Memfd { size, source };
     // SAFETY: the name is a valid C string, and the call touches nothing else.
     let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | flags) };
