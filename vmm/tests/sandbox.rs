@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -102,5 +103,39 @@ fn calls_are_those_of_a_running_vm() {
             "signals to others",
             if signalled == 0 { Ok(()) } else { Err(io::Error::last_os_error()) },
         );
+    });
+}
+
+/// A socket's owner is sent a signal of one's choice when something comes: a kill(2) by other means.
+#[test]
+fn no_descriptor_sends_signals() {
+    in_child("no_descriptor_sends_signals", |_| {
+        let (socket, _other) = UnixStream::pair().unwrap();
+        let fd = socket.as_raw_fd();
+        sandbox::close_calls().unwrap();
+
+        let answer =
+            |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+        // SAFETY: no command below takes a pointer.
+        let control = |command, value: libc::c_int| answer(unsafe { libc::fcntl(fd, command, value) });
+        // SAFETY: the requests below read one number.
+        let request = |request, value: libc::c_int| answer(unsafe { libc::ioctl(fd, request, &value) });
+        const F_SETSIG: libc::c_int = 10;
+        const F_SETOWN_EX: libc::c_int = 15;
+        const FIOSETOWN: libc::Ioctl = 0x8901;
+        const SIOCSPGRP: libc::Ioctl = 0x8902;
+        assert_kept_back("an owner", control(libc::F_SETOWN, 1));
+        assert_kept_back("an owner's thread", control(F_SETOWN_EX, 0));
+        assert_kept_back("a signal", control(F_SETSIG, libc::SIGKILL));
+        assert_kept_back("signals", control(libc::F_SETFL, libc::O_ASYNC | libc::O_NONBLOCK));
+        assert_kept_back("signals by request", request(libc::FIOASYNC, 1));
+        assert_kept_back("an owner by request", request(FIOSETOWN, 1));
+        assert_kept_back("a group by request", request(SIOCSPGRP, 1));
+
+        control(libc::F_SETFL, libc::O_NONBLOCK).expect("reads need not wait");
+        assert_ne!(control(libc::F_GETFL, 0).expect("flags") & libc::O_NONBLOCK, 0);
+        control(libc::F_SETFD, libc::FD_CLOEXEC).expect("a flag");
+        control(libc::F_GETFD, 0).expect("a flag");
+        socket.try_clone().expect("one more");
     });
 }

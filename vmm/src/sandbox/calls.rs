@@ -23,7 +23,6 @@ const ALWAYS: &[c_long] = &[
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
-    libc::SYS_fcntl,
     libc::SYS_dup,
     libc::SYS_unlink,
     libc::SYS_unlinkat,
@@ -103,6 +102,11 @@ const REQUESTS: &[u64] = &[
     libc::FIONREAD,
 ];
 
+/// What `fcntl` may do. `F_SETOWN` and `F_SETSIG` are not among it: they have the kernel send any
+/// signal to any process of this user when a descriptor gets ready (fcntl(2)). Nor are the requests
+/// `FIOASYNC`, `FIOSETOWN` and `SIOCSPGRP` among those above.
+const COMMANDS: &[libc::c_int] = &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_DUPFD_CLOEXEC];
+
 /// Flags of an `open` that can change something.
 const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_TMPFILE) as u64;
 
@@ -117,6 +121,13 @@ pub(super) fn filter() -> Result<BpfProgram, BackendError> {
         requests.push(rule(1, SeccompCmpOp::Eq, request)?);
     }
     rules.insert(libc::SYS_ioctl, requests);
+    let mut commands = Vec::new();
+    for &command in COMMANDS {
+        commands.push(rule(1, SeccompCmpOp::Eq, command as u64)?);
+    }
+    let flags = condition(2, SeccompCmpOp::MaskedEq(libc::O_ASYNC as u64), 0)?;
+    commands.push(SeccompRule::new(vec![condition(1, SeccompCmpOp::Eq, libc::F_SETFL as u64)?, flags])?);
+    rules.insert(libc::SYS_fcntl, commands);
     // Nothing new becomes code.
     let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -139,6 +150,11 @@ pub(super) fn filter() -> Result<BpfProgram, BackendError> {
 
 /// Allows a call when argument `index` compares to `value`.
 fn rule(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![condition(index, compare, value)?])
+}
+
+/// Holds where argument `index` compares to `value`.
+fn condition(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompCondition, BackendError> {
     // Requests, flags and process numbers are 32 bits wide in the kernel, whatever the upper half holds.
-    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value)?])
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value)
 }
