@@ -143,3 +143,60 @@ fn a_target_that_no_driver_can_reach_is_refused() {
     bench.set_target(MAP);
     assert_eq!(bench.yard.handle.requested(), MAP - BOOT);
 }
+
+/// `max` may sink before any driver is there to hear of it.
+#[test]
+fn a_driver_that_comes_finds_the_target_that_was_moved_without_one() {
+    let (mut balloon, handle) = guest(config());
+    let steering = Steering::by_balloon(handle);
+    let quarter = Bytes(MAP.0 / 4);
+    assert_eq!(steering.set_target(quarter), Err(SteeringError::NoBalloon));
+    steering.retarget(quarter).unwrap();
+    assert_eq!(steering.target(), quarter);
+    let beyond = MAP + Bytes(BLOCK);
+    assert_eq!(steering.retarget(beyond), Err(SteeringError::OutOfMap { target: beyond, map: MAP }));
+    balloon.run();
+    balloon.start(0);
+    balloon.run();
+    assert_eq!(Bytes(u64::from(balloon.read(VIRTIO_MMIO_CONFIG)) * PAGE_SIZE), MAP - quarter);
+
+    let mut bench = Bench::new();
+    bench.yard.guest.reset();
+    bench.balloon.reset();
+    bench.steering.retarget(MAP).unwrap();
+    assert_eq!(bench.steering.target(), MAP);
+    bench.yard.guest.start(0);
+    bench.run();
+    assert_eq!(bench.yard.handle.requested(), MAP - BOOT);
+}
+
+#[test]
+fn the_balloons_part_follows_the_target_while_its_driver_is_away() {
+    let mut bench = Bench::new();
+    let half = Bytes(BOOT.0 / 2);
+    bench.set_target(half);
+    assert_eq!(bench.held(), BOOT - half);
+    bench.balloon.reset();
+    bench.set_target(MAP);
+    bench.balloon.start(0);
+    bench.run();
+    assert_eq!(bench.held(), Bytes::ZERO, "what it held once is not asked for again");
+}
+
+#[test]
+fn the_balloon_helps_where_its_driver_came_late() {
+    let mut bench = Bench::new();
+    bench.set_target(MAP);
+    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
+    bench.run();
+    bench.balloon.reset();
+    bench.set_target(BOOT);
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(20));
+        bench.run();
+    }
+    bench.balloon.start(0);
+    bench.run();
+    assert_eq!(bench.held(), Bytes(16 * BLOCK));
+}

@@ -298,8 +298,8 @@ impl Control {
             let target = parts.steering.target();
             let inside = limits.clamp(target);
             if inside != target {
-                // Without a driver nobody follows any target; the next one set will be inside.
-                let _ = parts.steering.set_target(inside);
+                // A driver that has yet to come must find it. Limits lie in the map, and so does this.
+                let _ = parts.steering.retarget(inside.page_floor());
             }
         }
         Ok(())

@@ -66,7 +66,7 @@ pub(crate) struct State {
     pub(crate) settled: bool,
     /// The balloon has been where it was wanted since its driver started.
     pub(crate) followed: bool,
-    /// In the balloon, and gone from the host.
+    /// In the balloon, and given back to the host.
     pub(crate) actual: Pages,
     pub(crate) driver: Driver,
     pub(crate) report: Option<(Instant, Report)>,
@@ -143,15 +143,31 @@ impl Handle {
     /// # Errors
     /// There is no driver, or `target` is nothing or more than the map.
     pub fn set_target(&self, target: Bytes) -> Result<(), TargetError> {
+        self.check(target)?;
+        if let Driver::Absent | Driver::Broken = self.0.state().driver {
+            return Err(TargetError::NoDriver);
+        }
+        self.retarget(target)
+    }
+
+    fn check(&self, target: Bytes) -> Result<(), TargetError> {
         let map = self.0.map;
         if target == Bytes::ZERO || target > map {
-            return Err(TargetError::OutOfMap { target, map });
+            Err(TargetError::OutOfMap { target, map })
+        } else {
+            Ok(())
         }
+    }
+
+    /// As [`set_target`](Self::set_target), also where there is no driver: the one that comes finds
+    /// the target there.
+    ///
+    /// # Errors
+    /// `target` is nothing or more than the map.
+    pub fn retarget(&self, target: Bytes) -> Result<(), TargetError> {
+        self.check(target)?;
         {
             let mut state = self.0.state();
-            if let Driver::Absent | Driver::Broken = state.driver {
-                return Err(TargetError::NoDriver);
-            }
             state.target = target;
             state.requests = state.requests.wrapping_add(1);
             state.settled = false;
@@ -185,7 +201,7 @@ impl Handle {
     }
 
     /// What the guest has: the map less the balloon, as its driver says. What
-    /// the host has not got back yet is not in the balloon yet.
+    /// the host has not got back yet is not in the balloon yet, nor are parts of its huge pages.
     pub fn actual(&self) -> Bytes {
         self.0.map.saturating_sub(self.0.state().actual.bytes())
     }

@@ -123,11 +123,7 @@ impl Steering {
             return Ok(self.balloon.set_target(target)?);
         };
         let Pluggable { plug, boot, .. } = &**pluggable;
-        let map = boot.saturating_add(plug.most());
-        // A part of a block beyond the map is rounded away, as any other is.
-        if target == Bytes::ZERO || target.saturating_sub(map) >= plug.block() {
-            return Err(SteeringError::OutOfMap { target, map });
-        }
+        pluggable.check(target)?;
         let above = plug.whole_blocks(target.saturating_sub(*boot));
         let has = boot.saturating_add(plug.plugged());
         if boot.saturating_add(above) > has && plug.driver() != DriverState::Active {
@@ -137,10 +133,20 @@ impl Steering {
         if target < *boot && absent {
             return Err(SteeringError::NoBalloon);
         }
-        let mut course = pluggable.course();
-        course.target = if target < *boot { target } else { boot.saturating_add(above) };
-        course.since = Instant::now();
-        pluggable.step(&mut course, &self.balloon, true);
+        pluggable.aim(target, &self.balloon);
+        Ok(())
+    }
+
+    /// As [`set_target`](Self::set_target), whatever drivers there are: those that come find it there.
+    ///
+    /// # Errors
+    /// [`SteeringError::OutOfMap`]; nothing has changed then.
+    pub fn retarget(&self, target: Bytes) -> Result<(), SteeringError> {
+        let Some(pluggable) = &self.pluggable else {
+            return Ok(self.balloon.retarget(target)?);
+        };
+        pluggable.check(target)?;
+        pluggable.aim(target, &self.balloon);
         Ok(())
     }
 
@@ -219,6 +225,22 @@ impl Pluggable {
         self.timer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there can be such a target.
+    fn check(&self, target: Bytes) -> Result<(), SteeringError> {
+        let map = self.boot.saturating_add(self.plug.most());
+        // A part of a block beyond the map is rounded away, as any other is.
+        let is_out = target == Bytes::ZERO || target.saturating_sub(map) >= self.plug.block();
+        if is_out { Err(SteeringError::OutOfMap { target, map }) } else { Ok(()) }
+    }
+
+    fn aim(&self, target: Bytes, balloon: &Handle) {
+        let above = self.plug.whole_blocks(target.saturating_sub(self.boot));
+        let mut course = self.course();
+        course.target = if target < self.boot { target } else { self.boot.saturating_add(above) };
+        course.since = Instant::now();
+        self.step(&mut course, balloon, true);
+    }
+
     /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked
     /// for before it is asked for again only `anew`.
     fn step(&self, course: &mut Course, balloon: &Handle, anew: bool) {
@@ -233,8 +255,8 @@ impl Pluggable {
         self.plug.request(steps.requested);
         let map = self.boot.saturating_add(self.plug.most());
         let asks = anew || steps.held != course.held;
-        // Without a driver the balloon holds nothing; what happens next brings another look.
-        if asks && balloon.set_target(map.saturating_sub(steps.held)).is_ok() {
+        // A driver that is away finds it when it comes back: nobody looks again because of that.
+        if asks && balloon.retarget(map.saturating_sub(steps.held)).is_ok() {
             course.held = steps.held;
         }
         self.look_again(steps.look_again);
