@@ -40,7 +40,7 @@ struct Place {
 
 struct State {
     order: Order,
-    /// vCPUs that may be in the guest or at a device on its behalf.
+    /// vCPUs that may be in the guest or at a device on its behalf, but for the console.
     inside: usize,
     places: Vec<Place>,
     /// Counts resumes, so that each vCPU can tell that it was held.
@@ -54,8 +54,8 @@ pub struct Crew {
     changed: Condvar,
 }
 
-/// How long a vCPU may take to come out of the guest: it comes at once, unless it is in
-/// the middle of a write to a console that nobody reads.
+/// How long a vCPU may take to come out of the guest: it comes at once. One in the middle of a write
+/// to a console that nobody reads is out already, but can't be looked at.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A vCPU could not be stopped.
@@ -220,8 +220,12 @@ impl Crew {
 
     /// One that was let in has come out.
     pub(crate) fn left(&self) {
-        self.lock().inside -= 1;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.inside -= 1;
+        // While all run nobody waits for that, and a guest comes here with each byte for its console.
+        if state.order != Order::Run {
+            self.changed.notify_all();
+        }
     }
 
     /// How to call the vCPU of this number out from now on; `None` before its thread or mapping goes.

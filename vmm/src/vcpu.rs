@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use crate::boot::layout;
 use crate::bus::Buses;
 use crate::crew::{Admission, Crew, Kick};
 use crate::exit::Exit;
@@ -20,6 +21,21 @@ pub struct Vcpu {
     pub buses: Arc<Buses>,
     /// Who stops it.
     pub crew: Arc<Crew>,
+}
+
+/// Why a vCPU is out of the guest.
+enum Called {
+    /// Somebody called it out.
+    Out,
+    /// It was at the console, and had left the crew's count of those inside before that.
+    BackFromConsole,
+    /// It can't go on.
+    ToEnd(Exit),
+}
+
+/// Whether a port is the console's.
+fn is_console(port: u16) -> bool {
+    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::serial::PORTS)
 }
 
 impl Vcpu {
@@ -44,26 +60,41 @@ impl Vcpu {
                 let _ = self.fd.kvmclock_ctrl();
             }
             last = resumes;
-            let ended = self.run_until_called(flag);
-            crew.left();
-            if let Some(exit) = ended {
-                crew.end(exit);
+            match self.run_until_called(flag) {
+                Called::Out => crew.left(),
+                Called::BackFromConsole => {}
+                Called::ToEnd(exit) => {
+                    crew.left();
+                    crew.end(exit);
+                }
             }
         }
         crew.set_kick(self.index, None);
     }
 
-    /// From exit to entry, until someone calls this vCPU out or it can't go on.
-    fn run_until_called(&mut self, immediate_exit: ptr::NonNull<AtomicU8>) -> Option<Exit> {
-        let failed = |why: String| Some(Exit::VcpuFailed(why));
+    /// From exit to entry, until someone calls this vCPU out, it can't go on, or it has been at the console.
+    fn run_until_called(&mut self, immediate_exit: ptr::NonNull<AtomicU8>) -> Called {
+        let failed = |why: String| Called::ToEnd(Exit::VcpuFailed(why));
         loop {
             match self.fd.run() {
+                // Whoever reads the console's output may not read now, or ever. A vCPU that waits
+                // for that is out of the guest: it touches nothing of it until it is let in again.
+                Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
+                    self.crew.left();
+                    self.buses.read_port(port, data);
+                    return Called::BackFromConsole;
+                }
+                Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
+                    self.crew.left();
+                    self.buses.write_port(port, data);
+                    return Called::BackFromConsole;
+                }
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, data),
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.read_memory(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.write_memory(address, data),
                 Ok(VcpuExit::Intr) => {}
-                Ok(VcpuExit::Shutdown) => return Some(Exit::TripleFault),
+                Ok(VcpuExit::Shutdown) => return Called::ToEnd(Exit::TripleFault),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     return failed(format!(
                         "the processor refused to enter vCPU {} (hardware reason {reason:#x}, host CPU {cpu}); the host's kernel log says more",
@@ -74,12 +105,12 @@ impl Vcpu {
                 Ok(VcpuExit::MemoryFault { gpa, .. }) => {
                     return failed(format!("the host has no memory for guest address {gpa:#x}"));
                 }
-                Ok(VcpuExit::SystemEvent(kind, _)) => return Some(system_event(kind)),
+                Ok(VcpuExit::SystemEvent(kind, _)) => return Called::ToEnd(system_event(kind)),
                 Ok(other) => return failed(format!("vCPU {} left the guest with {other:?}", self.index)),
                 Err(error) if error.errno() == libc::EINTR => {
                     // SAFETY: the flag lies in the mapping that `self.fd` holds.
                     unsafe { immediate_exit.as_ref() }.store(0, Ordering::SeqCst);
-                    return None;
+                    return Called::Out;
                 }
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) if error.errno() == libc::EFAULT => {
@@ -117,5 +148,84 @@ fn system_event(kind: u32) -> Exit {
         2 => Exit::Reboot,
         3 => Exit::Panicked,
         other => Exit::VcpuFailed(format!("an unknown system event ({other})")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use kvm_bindings::kvm_userspace_memory_region;
+    use kvm_ioctls::Kvm;
+    use vm_device::MutDevicePio;
+    use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
+    use vm_device::device_manager::PioManager;
+
+    use super::*;
+    use crate::boot::layout::COM1;
+    use crate::memory::Ram;
+
+    /// A console that tells that it is written to, and then waits to be read.
+    struct Unread {
+        written: Sender<u8>,
+        read: Receiver<()>,
+    }
+
+    impl MutDevicePio for Unread {
+        fn pio_read(&mut self, _: PioAddress, _: PioAddressOffset, _: &mut [u8]) {}
+
+        fn pio_write(&mut self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
+            let _ = self.written.send(data[0]);
+            let _ = self.read.recv();
+        }
+    }
+
+    #[test]
+    fn a_console_that_nobody_reads_keeps_no_vm_from_being_paused() {
+        // In real mode, without end: al += 1, and out to the console.
+        let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
+        let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: this host has no KVM") };
+        let ram = Ram::new(balloon::units::Bytes::mib(2), crate::config::MemoryOptions::default()).unwrap();
+        vm_memory::Bytes::write_slice(&**ram.guest(), &code, vm_memory::GuestAddress(0x1000)).unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let region = ram.regions()[0];
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: region.size.0,
+            userspace_addr: region.host as u64,
+        };
+        // SAFETY: guest RAM, which stays mapped for the life of the process.
+        unsafe { vm.set_user_memory_region(slot) }.unwrap();
+        let fd = vm.create_vcpu(0).unwrap();
+        let mut sregs = fd.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        fd.set_sregs(&sregs).unwrap();
+        let mut regs = fd.get_regs().unwrap();
+        (regs.rip, regs.rflags, regs.rax) = (0x1000, 2, 0);
+        fd.set_regs(&regs).unwrap();
+
+        let ((written, output), (reader, read)) = (channel(), channel());
+        let mut buses = Buses::default();
+        let range = PioRange::new(PioAddress(COM1), devices::serial::PORTS).unwrap();
+        buses.devices.register_pio(range, Arc::new(Mutex::new(Unread { written, read }))).unwrap();
+        let crew = Crew::new(1).unwrap();
+        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), crew: Arc::clone(&crew) };
+        let thread = std::thread::spawn(move || vcpu.run());
+        crew.run();
+        let long = std::time::Duration::from_secs(60);
+        assert_eq!(output.recv_timeout(long), Ok(1));
+        assert_eq!(crew.hold(), Ok(()), "the write goes on");
+        // What it had begun ends; more does not come while the VM is paused.
+        reader.send(()).unwrap();
+        reader.send(()).unwrap();
+        assert!(output.recv_timeout(std::time::Duration::from_millis(200)).is_err());
+        crew.run();
+        assert_eq!(output.recv_timeout(long), Ok(2), "the guest goes on where it was");
+        crew.end(Exit::Stopped);
+        drop(reader);
+        thread.join().unwrap();
     }
 }
