@@ -81,11 +81,13 @@ pub fn ram(size: Bytes) -> Vec<(GuestAddress, Bytes)> {
 /// Where memory can be plugged into a guest that boots with `boot`, for up to `more`.
 ///
 /// Whole memory blocks of Linux on x86 (`probe_memory_block_size`: 128 MiB, up to 2 GiB in a
-/// guest that boots with 64 GiB), as its driver uses only those. Below the hole where they fit:
+/// guest whose boot memory ends at 64 GiB or above), as its driver uses only those. Below the hole where they fit:
 /// a guest without memory above 4 GiB spares the 64 MiB that Linux sets aside for devices which
 /// can't reach there.
 pub fn pluggable(boot: Bytes, more: Bytes) -> (GuestAddress, Bytes) {
-    let block = if boot < Bytes::gib(64) { Bytes::mib(128) } else { Bytes::gib(2) };
+    // Linux goes by where memory ends, not by how much there is.
+    let end = ram(boot).last().map_or(0, |(start, size)| start.0.saturating_add(size.0));
+    let block = if end < Bytes::gib(64).0 { Bytes::mib(128) } else { Bytes::gib(2) };
     let up = |value: u64| value.div_ceil(block.0).saturating_mul(block.0);
     let size = Bytes(up(more.0));
     let start = up(boot.0);
@@ -136,6 +138,18 @@ mod tests {
         assert_eq!((start, size), (GuestAddress(256 << 20), Bytes::mib(512)));
         let (start, size) = pluggable(Bytes::mib(256), Bytes::gib(3));
         assert_eq!((start, size), (GuestAddress(4 << 30), Bytes::gib(3)));
+    }
+
+    /// With the hole of 1 GiB, 63 GiB end at 64.
+    #[test]
+    fn memory_blocks_grow_with_where_memory_ends() {
+        let start = |mib| pluggable(Bytes::mib(mib), Bytes::gib(1)).0.0;
+        assert_eq!(start((63 << 10) - 128), (64 << 30) - (128 << 20));
+        for mib in [63 << 10, (63 << 10) + 128, 64 << 10] {
+            assert_eq!(start(mib) % (2 << 30), 0, "{mib} MiB");
+        }
+        let (start, size) = pluggable(Bytes::gib(63), Bytes::gib(1));
+        assert_eq!((start.0, size), (64 << 30, Bytes::gib(2)));
     }
 
     proptest! {
