@@ -74,6 +74,15 @@ impl Agent {
         self.ear().state.status(now)
     }
 
+    /// The guest's driver says that it waits for memory. What it says goes to the feed no more often than an
+    /// agent's words: both are the guest's to send, and too many would drive every reader away.
+    pub fn stalls(&self, now: Instant) {
+        let mut ear = self.ear();
+        if ear.state.bucket.take(now) {
+            self.feed.push(EventKind::Stalls, ear.state.status(now));
+        }
+    }
+
     fn ear(&self) -> MutexGuard<'_, Ear> {
         // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
         self.ear.lock().unwrap_or_else(PoisonError::into_inner)
@@ -218,5 +227,20 @@ mod tests {
             agent.take(PortEvent::Opened, now);
         }
         assert!(reader.read().unwrap().len() <= RATE.1 as usize + 1);
+    }
+
+    #[test]
+    fn stalls_without_end_drive_no_reader_away() {
+        let feed = Arc::new(Feed::default());
+        let agent = Agent::new(feed.clone());
+        let mut reader = feed.subscribe(None).unwrap();
+        let now = Instant::now();
+        for _ in 0..1000 {
+            agent.stalls(now);
+        }
+        let events = reader.read().expect("it has not fallen behind");
+        assert_eq!(events.len(), RATE.1 as usize + 1);
+        agent.stalls(now + Duration::from_secs(1));
+        assert!(matches!(reader.read().unwrap()[..], [event] if event.event == EventKind::Stalls));
     }
 }

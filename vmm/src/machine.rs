@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
-use balloon::agent::EventKind;
 use balloon::device::{Balloon, Handle};
 use balloon::discard::{self, Discard};
 use balloon::means::steering::Steering;
@@ -162,7 +161,7 @@ impl Machine {
         let (feed, agent) = (Arc::clone(control.feed()), control.agent().clone());
         let reports = Arc::clone(&feed);
         handle.when_reported(move || reports.report_came());
-        handle.when_stalled(move || feed.push(EventKind::Stalls, agent.status(Instant::now())));
+        handle.when_stalled(move || agent.stalls(Instant::now()));
         let mut devices: Vec<Subscriber> = vec![rng];
         if config.agent {
             devices.push(wiring.virtio(Box::new(control.agent().port()))?);
