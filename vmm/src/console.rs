@@ -12,7 +12,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::bind_privately;
+use crate::api::{SocketFile, bind_privately};
 use crate::config;
 use crate::crew::Crew;
 use crate::exit::Exit;
@@ -47,13 +47,14 @@ pub enum ConsoleError {
 
 /// The serial port and what its line ends at.
 pub struct Console {
+    // Goes before the listener, which is with the input.
+    _socket: Option<SocketFile>,
     /// The port, for the bus.
     pub port: Arc<Port>,
     /// Whoever brings input, for the event loop.
     pub input: Option<Arc<Mutex<Input>>>,
     /// Given back to the user when this goes.
     _terminal: Option<RawTerminal>,
-    _socket: Option<SocketFile>,
 }
 
 impl Console {
@@ -81,7 +82,8 @@ impl Console {
             config::Console::Socket(path) => {
                 let listener =
                     listen(path).map_err(|source| ConsoleError::Socket { path: path.clone(), source })?;
-                socket = Some(SocketFile(path.clone()));
+                let file = SocketFile::of(path);
+                socket = Some(file.map_err(|source| ConsoleError::Socket { path: path.clone(), source })?);
                 (Box::new(ClientOutput(Arc::clone(&client))), Some(Source::Socket { listener, client }))
             }
             config::Console::None => (Box::new(io::sink()), None),
@@ -110,15 +112,6 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     let socket = bind_privately(&SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, 1)?;
     Ok(UnixListener::from(socket))
-}
-
-/// Removed at the end.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 type Client = Arc<Mutex<Option<UnixStream>>>;
@@ -484,6 +477,24 @@ mod tests {
         let mut third = UnixStream::connect(&path).expect("it listens");
         assert!(heard(&mut third, output), "it has the console now");
         devices.stop();
+    }
+
+    #[test]
+    fn a_socket_that_took_its_place_stays() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("console");
+        let crew = Crew::new(1).expect("a crew");
+        let open = || {
+            let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+            Console::open(&config::Console::Socket(path.clone()), irq, &crew).expect("a console")
+        };
+        let first = open();
+        std::fs::remove_file(&path).expect("it is there");
+        let second = open();
+        drop(first);
+        assert!(path.exists(), "it is another's");
+        drop(second);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -50,6 +50,14 @@ impl Drop for SocketFile {
     }
 }
 
+impl SocketFile {
+    /// The socket that was just bound at `path`.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(Self { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
+    }
+}
+
 /// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let io = |source| BindError::Io { path: path.to_owned(), source };
@@ -64,8 +72,7 @@ pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let address = SocketAddrUnix::new(path).map_err(errno)?;
     make_way(path, &address)?;
     let socket = bind_privately(&address).map_err(errno)?;
-    let metadata = fs::symlink_metadata(path).map_err(io)?;
-    let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
+    let file = SocketFile::of(path).map_err(io)?;
     rustix::net::listen(&socket, BACKLOG).map_err(errno)?;
     Ok((UnixListener::from(socket), file))
 }
