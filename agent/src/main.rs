@@ -17,6 +17,7 @@ mod pressure;
 mod session;
 mod source;
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -94,13 +95,16 @@ extern "C" fn main() -> std::ffi::c_int {
 /// Does what the command line asks for; gives the exit code.
 #[cfg_attr(test, expect(dead_code, reason = "a test has a main function of its own"))]
 fn run() -> u8 {
+    // As Rust's start-up code does: whoever read the agent's words may go, and the agent stays.
+    // SAFETY: no other thread is there, and nothing of Rust's runs on a signal that is ignored.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     match Task::parse(std::env::args().skip(1)) {
         Ok(Task::Say(text)) => {
-            println!("{text}");
+            let _ = writeln!(io::stdout(), "{text}");
             0
         }
         Ok(Task::Work(options)) if options.once => {
-            println!("{:#?}", Reader::new().all());
+            let _ = writeln!(io::stdout(), "{:#?}", Reader::new().all());
             0
         }
         Ok(Task::Work(options)) => {
@@ -108,10 +112,15 @@ fn run() -> u8 {
             Session::new(options.port, options.every).run()
         }
         Err(sentence) => {
-            eprintln!("ballast-agent: {sentence}");
+            complain(format_args!("{sentence}"));
             2
         }
     }
+}
+
+/// Says something to whoever looks after the agent. Where nobody does any more it works on.
+fn complain(sentence: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "ballast-agent: {sentence}");
 }
 
 /// Makes sure that the agent can act when nothing else in the guest can. Each
@@ -119,9 +128,9 @@ fn run() -> u8 {
 fn prepare() {
     // What it touches stays in memory; what it never does costs none.
     if let Err(error) = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT) {
-        eprintln!(
-            "ballast-agent: its memory can't be locked ({error}): it may itself wait when memory is short"
-        );
+        complain(format_args!(
+            "its memory can't be locked ({error}): it may itself wait when memory is short"
+        ));
     }
     let _ = setpriority_process(None, -20);
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");

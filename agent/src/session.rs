@@ -10,6 +10,7 @@ use balloon::units::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use crate::complain;
 use crate::figures::{Reader, Reclaim};
 use crate::port::{Port, Sent};
 use crate::pressure::Trigger;
@@ -84,7 +85,7 @@ impl Session {
     fn complain(&mut self, error: impl Display) {
         let sentence = error.to_string();
         if sentence != self.last_error {
-            eprintln!("ballast-agent: {sentence}; trying again");
+            complain(format_args!("{sentence}; trying again"));
             self.last_error = sentence;
         }
     }
@@ -169,10 +170,10 @@ fn watch() -> Watch {
     match Trigger::new() {
         Ok(trigger) => Watch::Kernel(trigger),
         Err(error) => {
-            eprintln!(
-                "ballast-agent: the kernel won't say when tasks wait for memory ({error}): looking at its counters \
+            complain(format_args!(
+                "the kernel won't say when tasks wait for memory ({error}): looking at its counters \
                  instead. Run as root, and boot the kernel with psi=1 where it is switched off"
-            );
+            ));
             Watch::Counters
         }
     }
