@@ -170,6 +170,18 @@ impl Mapped {
         }
     }
 
+    /// Drops `part`, and no huge page of which it is a part only. What is small may wait until
+    /// [`finish`](Self::finish).
+    fn give_now(&mut self, part: Range, batch: &mut Batch) {
+        match &self.given {
+            Given::Soon(_) => self.give_soon(part, batch),
+            Given::Huge(_) => {
+                let Some(whole) = part.whole_pages(self.place.region.backing.page()) else { return };
+                self.place.discard(whole, batch);
+            }
+        }
+    }
+
     /// Drops all that waits for its neighbours.
     fn finish(&mut self, batch: &mut Batch) {
         if let Given::Soon(pending) = &mut self.given {
@@ -211,10 +223,20 @@ impl Discard {
     }
 
     /// The guest has put the pages `pfns` (of 4 KiB) into its balloon: they go
-    /// back to the host now. Returns how much of it is guest RAM. Pages
+    /// back to the host now, and of huge pages those that `pfns` hold whole: a
+    /// driver that doesn't say when it takes pages back may use again by now
+    /// what it gave before. Returns how much of it is guest RAM. Pages
     /// elsewhere are left alone.
     pub fn give_up(&mut self, pfns: &mut [u32]) -> Bytes {
-        let given = self.give_up_soon(pfns);
+        let mut given = Bytes::ZERO;
+        for range in ranges::of_pages(pfns) {
+            for mapped in &mut self.regions {
+                let Some(part) = range.within(&mapped.place.range) else { continue };
+                given += part.len;
+                mapped.give_now(part, &mut self.batch);
+            }
+        }
+        self.batch.flush();
         self.finish();
         given
     }
@@ -249,6 +271,15 @@ impl Discard {
             Given::Huge(_) => Bytes::ZERO,
         };
         self.regions.iter().map(waits).sum()
+    }
+
+    /// What was given up of huge pages that the guest uses in part: the host can't have it.
+    pub fn kept(&self) -> Bytes {
+        let keeps = |mapped: &Mapped| match &mapped.given {
+            Given::Soon(_) => Bytes::ZERO,
+            Given::Huge(bits) => bits.waiting(),
+        };
+        self.regions.iter().map(keeps).sum()
     }
 
     /// What was given up and the host still holds, in ranges of the guest's: what waits, and parts

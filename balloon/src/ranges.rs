@@ -133,6 +133,8 @@ pub struct PartlyGiven {
     words: Vec<u64>,
     /// How many bits are set, for each huge page.
     given: Vec<u32>,
+    /// How many are set in all that is not given up whole.
+    waiting: Pages,
     huge: Bytes,
     len: Bytes,
 }
@@ -145,6 +147,7 @@ impl PartlyGiven {
         Self {
             words: vec![0; len.pages().0.div_ceil(64) as usize],
             given: vec![0; whole as usize],
+            waiting: Pages(0),
             huge,
             len,
         }
@@ -169,11 +172,24 @@ impl PartlyGiven {
         for page in self.pages_in(range) {
             let Some((word, bit)) = self.bit(page).filter(|(word, bit)| **word & bit != 0) else { continue };
             *word &= !bit;
-            let huge_page = self.huge_page_of(page);
+            let (huge_page, all) = (self.huge_page_of(page), self.huge.pages().0);
+            let mut waited = 1;
             if let Some(given) = self.given.get_mut(huge_page) {
+                // The host brings all of one in that was gone.
+                let was_whole = u64::from(*given) == all;
                 *given = given.saturating_sub(1);
+                if was_whole {
+                    self.waiting = Pages(self.waiting.0.saturating_add(u64::from(*given)));
+                    waited = 0;
+                }
             }
+            self.waiting = Pages(self.waiting.0.saturating_sub(waited));
         }
+    }
+
+    /// How much is given up that the host can't take, as a part of its huge page is not.
+    pub fn waiting(&self) -> Bytes {
+        self.waiting.bytes()
     }
 
     /// What is given up (counted from the region's start), upwards.
@@ -188,16 +204,22 @@ impl PartlyGiven {
     pub fn clear(&mut self) {
         self.words.fill(0);
         self.given.fill(0);
+        self.waiting = Pages(0);
     }
 
     /// Marks one page; where that completes its huge page, says where it starts.
     fn give_page(&mut self, page: u64) -> Option<u64> {
         let (word, bit) = self.bit(page).filter(|(word, bit)| **word & bit == 0)?;
         *word |= bit;
-        let huge_page = self.huge_page_of(page);
+        self.waiting = Pages(self.waiting.0.saturating_add(1));
+        let (huge_page, all) = (self.huge_page_of(page), self.huge.pages().0);
         let given = self.given.get_mut(huge_page)?;
         *given += 1;
-        (u64::from(*given) == self.huge.pages().0).then_some(huge_page as u64 * self.huge.0)
+        let is_whole = u64::from(*given) == all;
+        if is_whole {
+            self.waiting = Pages(self.waiting.0.saturating_sub(all));
+        }
+        is_whole.then_some(huge_page as u64 * self.huge.0)
     }
 
     /// The numbers of the whole pages of `range` that lie inside the region.
@@ -313,6 +335,9 @@ mod tests {
             for (give, first, count) in steps {
                 let step = range(first * PAGE_SIZE, count * PAGE_SIZE);
                 prop_assert_eq!(pages_of(&bits.ranges().collect::<Vec<_>>()), model.clone());
+                let whole = |page: u64| page < 32 && (page / 8 * 8..page / 8 * 8 + 8).all(|page| model.contains(&page));
+                let parts = model.iter().filter(|page| !whole(**page)).count();
+                prop_assert_eq!(bits.waiting(), Pages(parts as u64).bytes());
                 let before = model.clone();
                 let touched: BTreeSet<u64> = (first..first + count).filter(|page| *page < pages).collect();
                 if !give {

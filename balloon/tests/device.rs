@@ -10,6 +10,7 @@ use balloon::device::{
 use balloon::status::DriverState;
 use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::{BUFFERS, Guest, HIGH, NEEDS_RESET, REGION, RUNNING};
+use devices::virtio::device::VirtioDevice;
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -454,4 +455,34 @@ fn reported_pages_leave_the_host() {
         guest.send(queue, 0);
         assert_eq!((guest.used(queue), handle.counters().malformed), (vec![(0, 0)], 1));
     }
+}
+
+/// Nobody is on the way to anything then, and a timer that runs on wakes the host for nothing.
+#[test]
+fn a_broken_driver_is_not_looked_after() {
+    let mut timer = 0;
+    let mut guest = Guest::new(|ram| {
+        let (device, _) = room::device(ram, config());
+        timer = device.own_events()[2];
+        Box::new(device)
+    });
+    // timerfd_create(2): the time to the next expiry, zero where there is none.
+    let runs = || {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{timer}")).unwrap();
+        !info.contains("it_interval: (0, 0)")
+    };
+    guest.start(0);
+    guest.run();
+    guest.send(INFLATE, 0);
+    assert!(runs(), "half of the map is to come");
+    guest.set_available(INFLATE, 1000);
+    guest.notify(INFLATE);
+    guest.run();
+    assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
+    assert!(!runs());
+    guest.reset();
+    guest.start(0);
+    guest.run();
+    guest.send(INFLATE, 0);
+    assert!(runs());
 }

@@ -234,9 +234,12 @@ impl Balloon {
         state.counters.discard_failures = done.failures;
         state.counters.huge_pages_whole = done.huge_pages_whole;
         state.counters.huge_pages_broken = done.huge_pages_broken;
-        state.actual = Pages(self.pace.reached().0.saturating_sub(self.discard.waiting().pages().0));
+        let left = |of: Pages, held: Bytes| Pages(of.0.saturating_sub(held.pages().0));
+        // What waits for its neighbours will go; parts of huge pages are not the driver's fault.
+        let gone_soon = left(self.pace.reached(), self.discard.waiting());
+        state.actual = left(gone_soon, self.discard.kept());
         state.settled = self.pace.is_settled();
-        state.followed |= state.settled || state.actual >= wanted_pages(self.shared.map, state.target);
+        state.followed |= state.settled || gone_soon >= wanted_pages(self.shared.map, state.target);
         state.counters.malformed = self.faults.total();
         if broken {
             state.driver = Driver::Broken;
@@ -294,7 +297,9 @@ impl Balloon {
             self.told = self.pace.asked();
             active.interrupt.config_changed();
         }
-        let wanted = self.pace.is_moving() || self.discard.waiting() > Bytes::ZERO;
+        // One that broke the protocol gets nowhere until it starts anew.
+        let broken = self.shared.state().driver == Driver::Broken;
+        let wanted = !broken && (self.pace.is_moving() || self.discard.waiting() > Bytes::ZERO);
         if let Err(error) = self.timer.run(wanted) {
             tracing::warn!("the balloon may not get where it should: its timer can't be set: {error}");
         }
@@ -446,6 +451,9 @@ impl VirtioDevice for Balloon {
         }
         let progress = self.serve_role(role, index, active);
         let broken = progress == Progress::Broken;
+        if broken {
+            self.shared.state().driver = Driver::Broken;
+        }
         self.follow_up(active, broken);
         self.publish(broken);
         progress
