@@ -169,6 +169,7 @@ fn what_no_device_can_have_come_to_is_refused_by_name() {
     }
     let buffer = |s: &mut BalloonState| s.statistics_buffer = serde_json::from_value(json!(0)).unwrap();
     assert!(refused(false, buffer).contains("no driver"));
+    assert!(refused(true, buffer).contains("never gave"));
 }
 
 #[test]

@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use devices::state::{self, StateError, Version};
 use devices::virtio::device::Active;
-use devices::virtio::queue::{Faults, Head};
+use devices::virtio::queue::{Faults, Head, has_taken};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
 use super::handle::{Answers, Driver};
 use super::pace::{Pace, PaceState};
-use super::{Balloon, STATS_VQ, wanted_pages};
+use super::{Balloon, STATISTICS, STATS_VQ, wanted_pages};
 use crate::ranges::Range;
 use crate::report::MOST_STATISTICS;
 use crate::status::AgedReport;
@@ -91,8 +91,10 @@ impl Balloon {
     pub(super) fn take_in(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
         let state: BalloonState = state::from_value::<_, 1>(DEVICE, state)?;
         let answers = active.as_ref().is_some_and(|active| active.features & 1 << STATS_VQ != 0);
-        let given_up =
-            self.check(&state, answers).map_err(|what| StateError::Unreadable { device: DEVICE, what })?;
+        let has_buffer = active.as_ref().is_some_and(|active| has_taken(active, STATISTICS));
+        let given_up = self
+            .check(&state, answers, has_buffer)
+            .map_err(|what| StateError::Unreadable { device: DEVICE, what })?;
         let driver = match active {
             None => Driver::Absent,
             Some(_) if state.broken => Driver::Broken,
@@ -120,8 +122,9 @@ impl Balloon {
     }
 
     /// Whether this device can have come to `state`, with a driver that `answers` questions for
-    /// statistics or doesn't; returns what the guest had given up.
-    fn check(&self, state: &BalloonState, answers: bool) -> Result<Vec<Range>, String> {
+    /// statistics or doesn't, and of whose queue for them the device `has_buffer` or hasn't; returns what
+    /// the guest had given up.
+    fn check(&self, state: &BalloonState, answers: bool, has_buffer: bool) -> Result<Vec<Range>, String> {
         let map = self.shared.map;
         if state.map != map {
             return Err(format!("it is of a guest with {}, and this one has {map}", state.map));
@@ -145,6 +148,9 @@ impl Balloon {
         }
         if state.statistics_buffer.is_some() && !answers {
             return Err("it has a buffer for statistics, and no driver that answers".to_owned());
+        }
+        if state.statistics_buffer.is_some() && !has_buffer {
+            return Err("it has a buffer for statistics that the driver never gave".to_owned());
         }
         let unknown = state.report.as_ref().map_or(0, |report| report.statistics.unknown.len());
         if unknown > MOST_STATISTICS {

@@ -282,6 +282,11 @@ fn next<'m>(
     Err(Broken)
 }
 
+/// Whether the device has taken a chain of queue `index` that it has not given back.
+pub fn has_taken(active: &Active, index: usize) -> bool {
+    active.queues.get(index).is_some_and(|queue| queue.next_avail() != queue.next_used())
+}
+
 /// Returns a chain that was [`Kept`](Verdict::Kept), with `written` bytes in it.
 pub fn give_back(active: &mut Active, index: usize, head: Head, written: u32) {
     let Some(queue) = active.queues.get_mut(index).filter(|queue| queue.ready()) else { return };
