@@ -302,6 +302,23 @@ fn the_host_is_kept_from_filling_blocks_of_which_a_part_went() {
     }
 }
 
+/// What a balloon does: pages come in pieces of 1 MiB, and go when enough of them wait.
+#[test]
+fn blocks_that_break_together_take_few_calls_and_one_mapping() {
+    if !has_huge_pages() {
+        return;
+    }
+    let blocks = Blocks::new(512, Some(libc::MADV_HUGEPAGE));
+    let mut discard = blocks.discard();
+    for first in (0..512 * 512).step_by(256) {
+        discard.give_up_soon(&mut pfns(&(first..first + 256).step_by(2).collect::<Vec<_>>()));
+    }
+    discard.finish();
+    let done = discard.done();
+    assert_eq!((done.bytes, done.ranges, done.advices), (Bytes::mib(512), 131_072, 3));
+    assert_eq!(blocks.mappings(), [(512, "nh")]);
+}
+
 /// A guest that gives a page of every second block makes no more mappings than may be.
 #[test]
 fn mappings_are_bounded_whatever_a_guest_gives_up() {
