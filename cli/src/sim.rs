@@ -10,6 +10,7 @@ use std::thread;
 
 use balancer::sim::faults::Fault;
 use balancer::sim::laws::Name;
+use balancer::sim::recorded::Part;
 use balancer::sim::report::Report;
 use balancer::sim::sweep::{Source, Sweep, watch};
 use balancer::sim::trace::Kind;
@@ -24,8 +25,11 @@ use crate::output;
 /// The most VMs that are simulated at once.
 const MOST_VMS: usize = 10_000;
 
-/// The longest run, in hours: four weeks.
-const LONGEST: f64 = 28.0 * 24.0;
+/// The longest run, in hours.
+const LONGEST: f64 = recorded::LONGEST as f64 / 3600.0;
+
+/// The most seconds of all VMs of a run together: 8 bytes each, and a run on each processor.
+const MOST_SAMPLES: u64 = 200_000_000;
 
 /// Simulate memory laws on one host: ours and others', under equal demand
 #[derive(clap::Args)]
@@ -36,14 +40,14 @@ squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or 
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
 Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
-The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.",
+The law was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.",
     after_long_help = "\
 Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
 Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
-The law was tuned on seeds 1 to 99. Seeds from 101 on are for judging it.
+The law was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.
 
 Examples:
   ballast sim --compare --plot plots
@@ -63,9 +67,9 @@ pub struct Args {
     /// How many VMs, or from how many to how many [default: 14; with --compare 6..22]
     #[arg(long, value_name = "N|A..B", value_parser = range)]
     vms: Option<RangeInclusive<u64>>,
-    /// Which seeds, the last one too
-    #[arg(long, value_name = "N|A..B", value_parser = range, default_value = "101..108")]
-    seeds: RangeInclusive<u64>,
+    /// Which seeds, the last one too [default: 101..108]; a file has none
+    #[arg(long, value_name = "N|A..B", value_parser = range)]
+    seeds: Option<RangeInclusive<u64>>,
     /// How long each run is
     #[arg(long, value_name = "HOURS", default_value_t = 1.0)]
     hours: f64,
@@ -150,16 +154,25 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn sweep(args: &Args) -> Result<Sweep, Failure> {
+    if !(args.hours > 0.0 && args.hours <= LONGEST) {
+        return Err(Failure::usage(format!("--hours is out of range: more than 0, at most {LONGEST}")));
+    }
+    let wanted = (args.hours * 3600.0).ceil() as u64;
+    let usual = if args.compare { 6..=22 } else { 14..=14 };
+    let most =
+        args.vms.as_ref().map_or(*usual.end(), |vms| usize::try_from(*vms.end()).unwrap_or(usize::MAX));
     let source = match args.trace.parse::<Kind>() {
         Ok(kind) => Source::Generated(kind),
         Err(unknown) if !Path::new(&args.trace).exists() => return Err(Failure::usage(unknown)),
-        Err(_) => Source::Recorded(recorded::read(Path::new(&args.trace)).map_err(Failure::new)?),
+        Err(_) => {
+            let part = Part { vms: most.min(MOST_VMS), seconds: wanted };
+            Source::Recorded(recorded::read(Path::new(&args.trace), part).map_err(Failure::new)?)
+        }
     };
     let there = match &source {
         Source::Generated(_) => MOST_VMS,
         Source::Recorded(trace) => trace.vms.len(),
     };
-    let usual = if args.compare { 6..=22 } else { 14..=14 };
     let vms: Vec<usize> = match &args.vms {
         Some(vms) => vms.clone().filter_map(|vms| usize::try_from(vms).ok()).collect(),
         None => {
@@ -169,8 +182,13 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
     if vms.iter().any(|&vms| vms == 0 || vms > there) {
         return Err(Failure::usage(format!("--vms is out of range: 1 to {there}")));
     }
-    if !(args.hours > 0.0 && args.hours <= LONGEST) {
-        return Err(Failure::usage(format!("--hours is out of range: more than 0, at most {LONGEST}")));
+    if let Some(&fewest) = vms.first()
+        && args.faults.len() >= fewest
+    {
+        return Err(Failure::usage(format!(
+            "{} --faults leave none of {fewest} VMs to be judged: name fewer, or have more --vms",
+            args.faults.len()
+        )));
     }
     if args.host_reserve >= args.host {
         return Err(Failure::usage("--host-reserve leaves nothing of --host for VMs"));
@@ -193,15 +211,26 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
         },
         faults: args.faults.clone(),
     };
-    // A recording is the same for every seed.
-    let seeds = if matches!(source, Source::Recorded(_)) { 0..=0 } else { args.seeds.clone() };
-    let seconds = seconds(args.hours, &source)?;
+    let seeds = match (&source, &args.seeds) {
+        (Source::Recorded(_), None) => 0..=0,
+        (Source::Recorded(_), Some(_)) => {
+            return Err(Failure::usage("a file is the same for every seed: leave --seeds out"));
+        }
+        (Source::Generated(_), seeds) => seeds.clone().unwrap_or(101..=108),
+    };
+    let seconds = seconds(wanted, &source)?;
+    let most = vms.last().copied().unwrap_or(0);
+    if seconds.saturating_mul(most as u64) > MOST_SAMPLES {
+        return Err(Failure::usage(format!(
+            "{most} VMs over {} hours are too much to hold in memory: have fewer --vms, or fewer --hours",
+            args.hours
+        )));
+    }
     Ok(Sweep { laws, vms, seeds, seconds, source, setup })
 }
 
 /// How long each run is; no longer than what was recorded.
-fn seconds(hours: f64, source: &Source) -> Result<u64, Failure> {
-    let wanted = (hours * 3600.0).ceil() as u64;
+fn seconds(wanted: u64, source: &Source) -> Result<u64, Failure> {
     let there = match source {
         Source::Generated(_) => wanted,
         Source::Recorded(trace) => trace.seconds,

@@ -73,7 +73,7 @@ fn what_was_recorded_is_played_by_the_simulator() {
     assert_eq!(code, Some(0), "{error}");
     assert!(error.contains("samples of 2 VMs are in") && error.contains("not to be had"), "{error}");
 
-    let trace = recorded::read(&file).unwrap();
+    let trace = recorded::read(&file, recorded::Part::WHOLE).unwrap();
     let names: Vec<&str> = trace.vms.iter().map(|vm| vm.name.as_str()).collect();
     assert_eq!(names, ["db", "web"]);
     assert_eq!(trace.vms[1].demand[0], Bytes::mib(100));
@@ -144,4 +144,22 @@ fn nothing_to_record_leaves_no_file() {
         said(&ballast(directory.path(), &["record", "-o", "/nonexistent/x.csv"]).output().unwrap());
     assert_eq!(code, Some(1));
     assert!(error.contains("/nonexistent/x.csv"), "{error}");
+}
+
+#[test]
+fn what_makes_no_sense_together_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../balancer/samples/lab.csv");
+    let sample = sample.to_str().unwrap();
+    for (arguments, part) in [
+        (&["--trace", sample, "--vms", "2", "--seeds", "1..2"][..], "leave --seeds out"),
+        (&["--vms", "2", "--faults", "stuck,lying"], "leave none of 2 VMs"),
+        (&["--vms", "10000", "--hours", "600"], "too much to hold"),
+        (&["--trace", sample, "--vms", "5"], "1 to 4"),
+        (&["--hours", "745"], "at most 744"),
+    ] {
+        let sim = ballast(directory.path(), &[&["sim"], arguments].concat()).output().unwrap();
+        let error = String::from_utf8_lossy(&sim.stderr).into_owned();
+        assert!(sim.status.code() == Some(2) && error.contains(part), "{arguments:?}: {error}");
+    }
 }

@@ -49,13 +49,18 @@ fn runs(series: &Series, now: Duration) -> bool {
 /// What the guest must have to wait for nothing.
 fn need(series: &Series, now: Duration) -> Bytes {
     let mut demand = series.at(now);
+    let mut min = series.limits.min();
     if series.starts > 0 {
-        let since = now.saturating_sub(Duration::from_secs(series.starts) + LONGEST_WAIT + BOOT).as_secs();
-        demand = demand.min(Bytes(LOADING.0.saturating_mul(since)));
+        let since = now.saturating_sub(Duration::from_secs(series.starts) + LONGEST_WAIT + BOOT);
+        demand = demand.min(Bytes(LOADING.0.saturating_mul(since.as_secs())));
+        // One that waits or boots holds no more than it has touched.
+        if since.is_zero() {
+            min = Bytes::ZERO;
+        }
     }
     // A 128th of what it has is kept free, so that much more than of its demand.
     let need = demand.saturating_add(watermark(demand)).min(series.limits.max());
-    need.max(series.limits.min())
+    need.max(min)
 }
 
 /// The least number of guests that can do without `missing` together.

@@ -24,6 +24,7 @@ use balloon::units::Bytes;
 use serde::Serialize;
 
 use super::guest::Report;
+use crate::policy::guards;
 
 /// What a law sees of one VM.
 #[derive(Clone, Debug)]
@@ -48,6 +49,15 @@ pub struct Seen {
     pub report: Option<Report>,
 }
 
+impl Seen {
+    /// What it may hold: one that starts has not touched what its balloon is to take.
+    pub fn held(&self) -> Bytes {
+        let starts = !self.driver && self.uptime < guards::BOOT;
+        let may = if starts { self.target } else { self.actual };
+        may.max(self.resident).min(self.limits.max())
+    }
+}
+
 /// What a law sees of the host.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
@@ -64,7 +74,7 @@ pub struct View<'a> {
 impl View<'_> {
     /// What the VMs hold now.
     pub fn held(&self) -> Bytes {
-        self.vms.iter().map(|vm| vm.actual.max(vm.resident).min(vm.limits.max())).sum()
+        self.vms.iter().map(Seen::held).sum()
     }
 }
 
@@ -150,7 +160,7 @@ impl Name {
         match self {
             Self::Ballast => Box::new(ballast::Ballast::default()),
             Self::Static => Box::new(fixed::Static::default()),
-            Self::HyperV => Box::new(hyperv::HyperV),
+            Self::HyperV => Box::new(hyperv::HyperV::default()),
             Self::Esxi => Box::new(esxi::Esxi::default()),
             Self::Selfballoon => Box::new(selfballoon::Selfballoon),
             Self::Mom => Box::new(mom::Mom::default()),

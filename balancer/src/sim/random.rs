@@ -1,4 +1,5 @@
-//! Numbers that look random and are the same on every machine, in every version.
+//! Numbers that look random and are the same on every machine of one kind, in every version. (Logarithms and
+//! cosines come from the system's library, whose last bit may differ on another.)
 
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
 ///

@@ -33,8 +33,8 @@ pub const LARGEST_FILE: Bytes = Bytes::gib(1);
 /// The most VMs in a trace.
 pub const MOST_VMS: usize = 10_000;
 
-/// The longest trace, in seconds: four weeks.
-pub const LONGEST: u64 = 28 * 86_400;
+/// The longest trace that is played, in seconds: a month.
+pub const LONGEST: u64 = 31 * 86_400;
 
 /// The most samples of all VMs together.
 const MOST_SAMPLES: u64 = 200_000_000;
@@ -47,6 +47,23 @@ const GOOGLE_MACHINE: Bytes = Bytes::gib(256);
 
 /// Committed memory in percent of use, where a trace does not tell.
 const COMMIT_PERCENT: u64 = 125;
+
+/// The most that this may be.
+const MOST_COMMITTED: u64 = 1000;
+
+/// How much of a trace is wanted: published ones hold a month of thousands of VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The first so many VMs, by name.
+    pub vms: usize,
+    /// The first so many seconds.
+    pub seconds: u64,
+}
+
+impl Part {
+    /// As much as can be played.
+    pub const WHOLE: Self = Self { vms: MOST_VMS, seconds: LONGEST };
+}
 
 /// Why a trace can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -93,28 +110,39 @@ struct Seen {
     samples: Vec<(u64, Bytes, Bytes, Bytes)>,
 }
 
+impl Seen {
+    /// Forgets what came later; one sample behind it is left, as demand goes towards it. False where the
+    /// VM was not there yet.
+    fn keep_until(&mut self, last: u64) -> bool {
+        self.samples.sort_unstable();
+        let before = self.samples.partition_point(|sample| sample.0 <= last);
+        self.samples.truncate(before + 1);
+        before > 0
+    }
+}
+
 type Found = BTreeMap<String, Seen>;
 
-/// Reads a trace; the format is told by the name and the first line.
+/// Reads a part of a trace; the format is told by the name and the first line.
 ///
 /// # Errors
 /// [`TraceError`] names the file, the line and what is wrong with it.
-pub fn read(path: &Path) -> Result<Trace, TraceError> {
+pub fn read(path: &Path, part: Part) -> Result<Trace, TraceError> {
     let mut found = Found::new();
     if path.is_dir() {
         let entries = fs::read_dir(path).map_err(|source| TraceError::Read { path: path.into(), source })?;
         let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
         files.retain(|file| file.extension().is_some_and(|extension| extension == "csv"));
         files.sort();
-        for file in files.iter().take(MOST_VMS) {
+        for file in files.iter().take(part.vms) {
             bitbrains(file, &text(file)?, &mut found)?;
         }
-        return finish(path, found);
+        return finish(path, found, part);
     }
     let content = text(path)?;
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     match extension {
-        "json" => return own_json(path, &content),
+        "json" => return own_json(path, &content, part),
         "jsonl" => google(path, &content, &mut found)?,
         _ if content.starts_with(OWN_HEADER) => own_csv(path, &content, &mut found)?,
         _ if content.lines().next().is_some_and(|line| line.contains(';')) => {
@@ -128,7 +156,7 @@ pub fn read(path: &Path) -> Result<Trace, TraceError> {
             return Err(TraceError::Content { path: path.into(), what });
         }
     }
-    finish(path, found)
+    finish(path, found, part)
 }
 
 fn text(path: &Path) -> Result<String, TraceError> {
@@ -139,8 +167,8 @@ fn text(path: &Path) -> Result<String, TraceError> {
     fs::read_to_string(path).map_err(read)
 }
 
-fn own_json(path: &Path, content: &str) -> Result<Trace, TraceError> {
-    let trace: Trace = serde_json::from_str(content).map_err(|error| TraceError::Content {
+fn own_json(path: &Path, content: &str, part: Part) -> Result<Trace, TraceError> {
+    let mut trace: Trace = serde_json::from_str(content).map_err(|error| TraceError::Content {
         path: path.into(),
         what: format!("not a recording: {error}"),
     })?;
@@ -150,12 +178,19 @@ fn own_json(path: &Path, content: &str) -> Result<Trace, TraceError> {
         let what = format!("{} VMs over {} s are none or too many", trace.vms.len(), trace.seconds);
         return Err(TraceError::Content { path: path.into(), what });
     }
-    if let Some(vm) = trace.vms.iter().find(|vm| vm.demand.iter().any(|demand| demand.0 as f64 > MOST)) {
+    let is_too_much = |bytes: &Bytes| bytes.0 as f64 > MOST;
+    if let Some(vm) = trace.vms.iter().find(|vm| vm.demand.iter().chain([&vm.cache]).any(is_too_much)) {
         return Err(TraceError::Content {
             path: path.into(),
             what: format!("{} uses more than any memory", vm.name),
         });
     }
+    if let Some(vm) = trace.vms.iter().find(|vm| vm.commit_percent > MOST_COMMITTED) {
+        let what = format!("commit_percent of {} is out of range: 0 to {MOST_COMMITTED}", vm.name);
+        return Err(TraceError::Content { path: path.into(), what });
+    }
+    trace.vms.truncate(part.vms);
+    trace.seconds = trace.seconds.min(part.seconds);
     Ok(trace)
 }
 
@@ -213,8 +248,17 @@ fn bitbrains(path: &Path, content: &str, found: &mut Found) -> Result<(), TraceE
         let time = field(time, "Timestamp")?;
         // Seconds since 1970 lie below 1e11, milliseconds above.
         let second = if time > 1e11 { time / 1000.0 } else { time } as u64;
-        seen.max = seen.max.max(Bytes((field(size, "Memory capacity provisioned")? * 1024.0) as u64));
-        let used = Bytes((field(usage, "Memory usage")? * 1024.0) as u64);
+        let amount = |at, name| {
+            let kib = field(at, name)?;
+            let bytes = Some(kib * 1024.0).filter(|bytes| *bytes <= MOST);
+            bytes.map(|bytes| Bytes(bytes as u64)).ok_or_else(|| TraceError::Line {
+                path: path.into(),
+                line: index + 1,
+                what: format!("`{kib}` KB are too many for {name}"),
+            })
+        };
+        seen.max = seen.max.max(amount(size, "Memory capacity provisioned")?);
+        let used = amount(usage, "Memory usage")?;
         seen.samples.push((second, used, Bytes::ZERO, Bytes::ZERO));
     }
     Ok(())
@@ -285,20 +329,21 @@ fn google(path: &Path, content: &str, found: &mut Found) -> Result<(), TraceErro
     Ok(())
 }
 
-fn finish(path: &Path, found: Found) -> Result<Trace, TraceError> {
+fn finish(path: &Path, mut found: Found, part: Part) -> Result<Trace, TraceError> {
     let content = |what: String| TraceError::Content { path: path.into(), what };
+    found.retain(|_, seen| !seen.samples.is_empty());
     let times = || found.values().flat_map(|seen| seen.samples.iter().map(|sample| sample.0));
     let (Some(first), Some(last)) = (times().min(), times().max()) else {
         return Err(content("no samples in it".into()));
     };
-    let seconds = last - first;
-    if found.len() > MOST_VMS
-        || seconds > LONGEST
-        || seconds.saturating_mul(found.len() as u64) > MOST_SAMPLES
-    {
-        return Err(content(format!("{} VMs over {seconds} s are too many: cut it into parts", found.len())));
+    let seconds = (last - first).min(part.seconds).min(LONGEST);
+    let last = first + seconds;
+    found.retain(|_, seen| seen.keep_until(last));
+    let vms = found.len().min(part.vms);
+    if vms > MOST_VMS || seconds.saturating_mul(vms as u64) > MOST_SAMPLES {
+        return Err(content(format!("{vms} VMs over {seconds} s are too many: play fewer, or less of it")));
     }
-    let vms = found.into_iter().filter(|(_, seen)| !seen.samples.is_empty());
+    let vms = found.into_iter().take(part.vms);
     let vms: Result<Vec<Series>, TraceError> = vms
         .map(|(name, seen)| {
             series(&name, seen, first, last).map_err(|what| content(format!("{name}: {what}")))
@@ -307,8 +352,7 @@ fn finish(path: &Path, found: Found) -> Result<Trace, TraceError> {
     Ok(Trace { seconds, vms: vms? })
 }
 
-fn series(name: &str, mut seen: Seen, first: u64, last: u64) -> Result<Series, String> {
-    seen.samples.sort_unstable();
+fn series(name: &str, seen: Seen, first: u64, last: u64) -> Result<Series, String> {
     let whole = |bytes: Bytes| Bytes(bytes.0.div_ceil(PAGE_SIZE) * PAGE_SIZE);
     let most_used = seen.samples.iter().map(|sample| sample.1).max().unwrap_or_default();
     let max = whole(seen.max.max(most_used).max(Bytes::mib(256)));
@@ -316,11 +360,13 @@ fn series(name: &str, mut seen: Seen, first: u64, last: u64) -> Result<Series, S
     let startup = whole(Bytes(max.0 / 2)).max(min);
     let limits = Limits::new(startup, min, max, 20, 100).map_err(|error| error.to_string())?;
     let (begins, ends) = (seen.samples[0].0, seen.samples[seen.samples.len() - 1].0);
-    let used: u128 = seen.samples.iter().map(|sample| u128::from(sample.1.0)).sum();
-    let committed: u128 = seen.samples.iter().map(|sample| u128::from(sample.3.0)).sum();
+    // Where a guest's agent came later, what it committed before is not known.
+    let told = || seen.samples.iter().filter(|sample| sample.3 > Bytes::ZERO);
+    let used: u128 = told().map(|sample| u128::from(sample.1.0)).sum();
+    let committed: u128 = told().map(|sample| u128::from(sample.3.0)).sum();
     let commit_percent = match committed {
         0 => COMMIT_PERCENT,
-        committed => (committed * 100 / used.max(1)).clamp(50, 1000) as u64,
+        committed => (committed * 100 / used.max(1)).clamp(50, u128::from(MOST_COMMITTED)) as u64,
     };
     let cache = seen.samples.iter().map(|sample| sample.2).max().filter(|cache| *cache > Bytes::ZERO);
     let mut demand = Vec::with_capacity((last - first + 1) as usize);
@@ -367,7 +413,7 @@ mod tests {
     #[test]
     fn bitbrains_files_are_one_vm_each_in_kilobytes() {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/bitbrains");
-        let trace = read(&directory).unwrap();
+        let trace = read(&directory, Part::WHOLE).unwrap();
         assert_eq!(trace.vms.len(), 2);
         assert_eq!(trace.seconds, 900);
         let vm = &trace.vms[0];
@@ -379,7 +425,7 @@ mod tests {
     #[test]
     fn google_usage_is_a_part_of_the_largest_machine_in_microseconds() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/google-2019.jsonl");
-        let trace = read(&path).unwrap();
+        let trace = read(&path, Part::WHOLE).unwrap();
         assert_eq!(trace.vms.len(), 2);
         let vm = trace.vms.iter().find(|vm| vm.name == "330587238433-0").unwrap();
         assert_eq!(vm.limits.max(), Bytes::gib(8));
@@ -390,7 +436,7 @@ mod tests {
     #[test]
     fn what_real_guests_did_is_played_under_every_law() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/lab.csv");
-        let trace = read(&path).unwrap();
+        let trace = read(&path, Part::WHOLE).unwrap();
         let names: Vec<&str> = trace.vms.iter().map(|vm| vm.name.as_str()).collect();
         assert_eq!(names, ["build", "db", "leak", "web"]);
         assert!(trace.seconds >= 120, "{} s", trace.seconds);
@@ -413,7 +459,7 @@ mod tests {
         let rows = "0,web,134217728,1073741824,268435456,67108864,402653184\n\
                     2,web,134217728,1073741824,536870912,67108864,805306368\n";
         let (_keep, path) = file("web.csv", &format!("{OWN_HEADER}\n{rows}"));
-        let trace = read(&path).unwrap();
+        let trace = read(&path, Part::WHOLE).unwrap();
         let vm = &trace.vms[0];
         assert_eq!(
             (vm.demand[0], vm.demand[1], vm.demand[2]),
@@ -422,7 +468,52 @@ mod tests {
         assert_eq!((vm.limits.min(), vm.limits.max()), (Bytes::mib(128), Bytes::gib(1)));
         assert_eq!((vm.commit_percent, vm.cache), (150, Bytes::mib(64)));
         let (_keep, path) = file("web.json", &serde_json::to_string(&trace).unwrap());
-        assert_eq!(read(&path).unwrap(), trace);
+        assert_eq!(read(&path, Part::WHOLE).unwrap(), trace);
+    }
+
+    #[test]
+    fn a_month_of_many_vms_is_cut_to_what_is_played() {
+        let directory = tempfile::tempdir().unwrap();
+        let month = || (0..8640).map(|row| 1_376_314_846 + row * 300);
+        for vm in 1..=30 {
+            let rows: String = month().map(|second| format!("{second};\t8388608;\t{vm}E5\n")).collect();
+            let header = "Timestamp [ms];\tMemory capacity provisioned [KB];\tMemory usage [KB]\n";
+            fs::write(directory.path().join(format!("{vm}.csv")), header.to_owned() + &rows).unwrap();
+        }
+        let trace = read(directory.path(), Part { vms: 14, seconds: 3600 }).unwrap();
+        assert_eq!((trace.vms.len(), trace.seconds), (14, 3600));
+        assert!(trace.vms.iter().all(|vm| vm.demand.len() == 3601 && vm.ends.is_none()));
+        let one = read(&directory.path().join("7.csv"), Part::WHOLE).unwrap();
+        assert_eq!((one.vms.len(), one.seconds), (1, 8639 * 300));
+        // All of it would be more than fits into memory.
+        assert!(read(directory.path(), Part { vms: 30, seconds: LONGEST }).is_ok());
+        let error = finish(
+            Path::new("a"),
+            (0..200)
+                .map(|vm| {
+                    (
+                        vm.to_string(),
+                        Seen {
+                            samples: vec![
+                                (0, Bytes(1), Bytes(0), Bytes(0)),
+                                (LONGEST, Bytes(1), Bytes(0), Bytes(0)),
+                            ],
+                            ..Seen::default()
+                        },
+                    )
+                })
+                .collect(),
+            Part::WHOLE,
+        );
+        assert!(error.unwrap_err().to_string().contains("too many"));
+    }
+
+    #[test]
+    fn what_was_committed_before_the_agent_came_is_not_nothing() {
+        let rows = "0,web,134217728,1073741824,268435456,0,0\n\
+                    2,web,134217728,1073741824,268435456,0,402653184\n";
+        let (_keep, path) = file("web.csv", &format!("{OWN_HEADER}\n{rows}"));
+        assert_eq!(read(&path, Part::WHOLE).unwrap().vms[0].commit_percent, 150);
     }
 
     #[test]
@@ -441,14 +532,14 @@ mod tests {
             ("g.json", "{}", "not a recording"),
             (
                 "h.csv",
-                "second,vm,min,max,used,cache,committed\n0,a,1,2,3,4,5\n1e12,a,1,2,3,4,5\n",
-                "too many",
+                "Timestamp [ms];Memory capacity provisioned [KB];Memory usage [KB]\n1;2e13;3\n",
+                "too many for Memory capacity",
             ),
         ] {
             let (_keep, path) = file(name, content);
-            let error = read(&path).unwrap_err().to_string();
+            let error = read(&path, Part::WHOLE).unwrap_err().to_string();
             assert!(error.contains(part) && error.contains(name), "{error}");
         }
-        assert!(read(Path::new("/nowhere.csv")).unwrap_err().to_string().contains("can't read"));
+        assert!(read(Path::new("/nowhere.csv"), Part::WHOLE).unwrap_err().to_string().contains("can't read"));
     }
 }

@@ -57,10 +57,10 @@ pub struct Report {
     pub budget: Bytes,
     /// Where demand comes from.
     pub trace: String,
-    /// The first seed.
-    pub first_seed: u64,
+    /// The first seed; none where a file was played.
+    pub first_seed: Option<u64>,
     /// The last seed.
-    pub last_seed: u64,
+    pub last_seed: Option<u64>,
     /// The length of each run.
     pub seconds: u64,
     /// How many VMs each law serves.
@@ -82,6 +82,7 @@ impl Report {
             Source::Generated(kind) => kind.name().to_owned(),
             Source::Recorded(trace) => format!("recorded, {} VMs", trace.vms.len()),
         };
+        let is_generated = matches!(sweep.source, Source::Generated(_));
         let rows = outcome.cells.iter().map(|((law, vms), cell)| Row {
             law: *law,
             vms: *vms,
@@ -99,8 +100,8 @@ impl Report {
             host: sweep.setup.host,
             budget: sweep.setup.host.budget(),
             trace,
-            first_seed: *sweep.seeds.start(),
-            last_seed: *sweep.seeds.end(),
+            first_seed: is_generated.then_some(*sweep.seeds.start()),
+            last_seed: is_generated.then_some(*sweep.seeds.end()),
             seconds: sweep.seconds,
             served: served.collect(),
             bound: outcome.bound(),
@@ -112,11 +113,13 @@ impl Report {
 
     /// What was run, in one line.
     pub fn about(&self) -> String {
+        let seeds = match (self.first_seed, self.last_seed) {
+            (Some(first), Some(last)) => format!("seeds {first} to {last}, "),
+            _ => String::new(),
+        };
         format!(
-            "{} trace, seeds {} to {}, {} h each, host of {} with {} for VMs",
+            "{} trace, {seeds}{} h each, host of {} with {} for VMs",
             self.trace,
-            self.first_seed,
-            self.last_seed,
             self.seconds as f64 / 3600.0,
             self.host.total,
             self.budget

@@ -218,12 +218,14 @@ impl<'a> World<'a> {
             if target == guest.target {
                 continue;
             }
-            // A guest is told to keep what it was asked for and has not given: nothing moves back.
-            let called_back = target > guest.target && target <= guest.actual;
+            // A guest is told to keep what it was asked for and has not given, or not to take what it was
+            // granted and never had: nothing moves back.
+            let called_back = (target > guest.target && target <= guest.actual)
+                || (target < guest.target && target >= guest.actual);
             let wants = guest.wants(now, place.series.at(now));
             let turned = !called_back && place.turns.moved(now, guest.target, target, wants);
             guest.target = target;
-            if now >= WARM_UP {
+            if now >= WARM_UP && place.fault.is_none() {
                 self.score.decisions += 1;
                 self.score.reversals += u64::from(turned);
             }

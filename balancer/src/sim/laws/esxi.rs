@@ -75,8 +75,7 @@ impl Law for Esxi {
                 let active = self.sample(vm.id, used);
                 let max = vm.limits.max().0 as f64;
                 let least = (vm.limits.min().0 as f64).max(max * 0.35);
-                let held =
-                    if vm.driver && vm.answers { None } else { Some(vm.actual.max(vm.resident).0 as f64) };
+                let held = if vm.driver && vm.answers { None } else { Some(vm.held().0 as f64) };
                 (active, least, max, held)
             })
             .collect();

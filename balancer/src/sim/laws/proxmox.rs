@@ -7,7 +7,9 @@
 //! its minimum free is served first, who has more pays first.
 //!
 //! The part of the host is 80 % by default and can be set. Here it is 97 % of the budget,
-//! so that Proxmox has as much to give as the others.
+//! so that Proxmox has as much to give as the others. And where the comfortable can't pay
+//! all, the pressed pay the rest in the same round; the source has them pay only where
+//! nobody else could pay anything. Both are kinder than the source.
 
 use std::time::Duration;
 

@@ -56,12 +56,37 @@ fn static_divides_by_size_and_then_rests() {
 #[test]
 fn hyperv_gives_what_is_committed_and_a_buffer_and_less_to_all_when_short() {
     let vms = [vm(0, 2048, 1000), vm(1, 2048, 3000)];
-    let mut law = hyperv::HyperV;
-    assert_eq!(target(&mut law, &view(0, 65536, &vms), 0), Some(1200));
+    let mut law = hyperv::HyperV::default();
     assert_eq!(target(&mut law, &view(0, 65536, &vms), 1), Some(3600));
+    assert_eq!(target(&mut law, &view(0, 4500, &vms), 0), Some(1200));
     let short = target(&mut law, &view(0, 4096, &vms), 1).unwrap();
     assert!((2800..3000).contains(&short), "{short}");
     assert_eq!(hyperv::floor(Bytes::gib(4)), Bytes::mib(488));
+}
+
+#[test]
+fn hyperv_takes_what_is_needed_at_once_and_else_after_five_minutes() {
+    let mut law = hyperv::HyperV::default();
+    let idle = [vm(0, 4096, 1000)];
+    assert_eq!(target(&mut law, &view(0, 65536, &idle), 0), None);
+    assert_eq!(target(&mut law, &view(299, 65536, &idle), 0), None);
+    assert_eq!(target(&mut law, &view(300, 65536, &idle), 0), Some(1200));
+    let both = [vm(0, 4096, 1000), vm(1, 2048, 3000)];
+    assert_eq!(target(&mut law, &view(301, 65536, &both), 0), None);
+    assert_eq!(target(&mut law, &view(302, 5000, &both), 0), Some(1200));
+    // Some guests commit little and use much.
+    let mut frugal = vm(0, 1024, 1000);
+    frugal.report.as_mut().unwrap().committed = Bytes::mib(7);
+    assert_eq!(target(&mut law, &view(303, 65536, &[frugal]), 0), Some(1200));
+}
+
+#[test]
+fn who_starts_holds_no_more_than_it_was_given() {
+    let mut starting = vm(0, 8192, 0);
+    (starting.driver, starting.target, starting.uptime) = (false, Bytes::gib(2), Duration::from_secs(5));
+    assert_eq!(starting.held(), Bytes::gib(2));
+    starting.uptime = Duration::from_secs(500);
+    assert_eq!(starting.held(), Bytes::gib(8));
 }
 
 #[test]
