@@ -82,6 +82,18 @@ fn verdict(unit: &Path, program: &str) -> Option<(bool, String)> {
 }
 
 #[test]
+fn a_balancer_that_fails_for_a_while_is_started_again_for_ever() {
+    let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
+    for unit in ["systemd/ballast-balancer.service", "systemd/user/ballast-balancer.service"] {
+        let text = fs::read_to_string(resources.join(unit)).unwrap();
+        let (of_unit, of_service) = text.split_once("[Service]").unwrap();
+        assert!(of_service.lines().any(|line| line == "Restart=always"), "{unit}");
+        // Else five starts within 10 s are all there are: systemd.unit(5).
+        assert!(of_unit.lines().any(|line| line == "StartLimitIntervalSec=0"), "{unit}");
+    }
+}
+
+#[test]
 fn systemd_takes_the_units_as_they_are() {
     let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
     for (unit, program) in [
