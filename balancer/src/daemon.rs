@@ -60,8 +60,9 @@ use crate::host::{HostError, HostReader};
 /// The daemon's own place in the runtime directory, which no VM's socket can be.
 const OWN_DIRECTORY: &str = "balancer";
 
-/// How many commands may wait for the end of a round; more clients than that wait longer.
-const COMMANDS: usize = 64;
+/// How many commands may wait for the end of a round, which then are begun at once; more clients than
+/// that wait longer.
+const COMMANDS: usize = 1024;
 
 /// Why the daemon can't start.
 #[derive(Debug, thiserror::Error)]

@@ -303,6 +303,44 @@ async fn whoever_waits_for_room_asks_the_next_daemon() {
     assert_eq!(view.granted, view.size);
 }
 
+/// As when a host with many VMs has booted.
+#[tokio::test]
+async fn however_many_wait_for_room_others_are_answered() {
+    const WAITING: usize = 200;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let old: Vec<_> = (0..32)
+        .map(|n| FakeVm::start(path, &format!("old-{n}"), "1G,min=128M,max=1G", Bytes::mib(100)))
+        .collect();
+    old.iter().for_each(|vm| vm.state().follows = false);
+    // Its rounds are a minute apart, but for those that somebody asks for.
+    let config = Config {
+        directory: Some(path.to_owned()),
+        budget: Some(Bytes::gib(32)),
+        interval: Duration::from_secs(60),
+        ..Config::default()
+    };
+    let _daemon = tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
+    until("they are known", || async {
+        client(path).state().await.is_ok_and(|state| state.vms.len() == old.len())
+    })
+    .await;
+    let waiting: Vec<_> = (0..WAITING)
+        .map(|n| {
+            let path = path.to_owned();
+            let wanted = Wanted { wait_ms: Some(300_000), ..wanted(&format!("new-{n}"), "64M") };
+            tokio::spawn(async move { client(&path).reserve(&wanted).await.map(drop) })
+        })
+        .collect();
+    until("all wait", || async { client(path).state().await.unwrap().reservations.len() == WAITING }).await;
+    waiting.iter().for_each(tokio::task::JoinHandle::abort);
+
+    // Nor does anybody wait for the next round to hear that there is no room.
+    let brief = Wanted { wait_ms: Some(200), ..wanted("brief", "64M") };
+    let error = tokio::time::timeout(PATIENCE / 2, client(path).reserve(&brief)).await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("not room enough"), "{error}");
+}
+
 #[tokio::test]
 async fn two_that_want_room_under_one_name_do_not_undo_each_other() {
     let directory = tempfile::tempdir().unwrap();

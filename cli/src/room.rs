@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use balancer::daemon::client::{Client, Error};
-use balancer::daemon::{Process, Wanted};
+use balancer::daemon::{Process, ReservationView, Wanted};
 use balloon::limits::Limits;
 use balloon::runtime;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::client;
 use crate::failure::Failure;
@@ -22,28 +22,31 @@ pub struct Room {
     vm: String,
 }
 
-/// Room for `vm`, which this process will be; `None` where nobody could be asked, which is said once.
+/// Room for `vm`, which this process will be; `None` where no balancer runs, which is said.
 ///
 /// # Errors
-/// There is no room, or there was not enough in time.
+/// There is no room, there was not enough in time, or a balancer is there and gives no answer: to start
+/// then would be to take memory that is promised to others.
 pub fn reserve(vm: &str, limits: Limits) -> Result<Option<Room>, Failure> {
     let wait_ms = u64::try_from(WAIT.as_millis()).ok();
     let wanted = Wanted { name: vm.to_owned(), limits, wait_ms, process: Process::own() };
     let directory = runtime::directory()?;
     let answer =
         client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&wanted).await) })?;
+    judge(wanted.name, answer).map_err(Failure::new)
+}
+
+/// What an answer to a request for room for `vm` means, or why it must not start.
+fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Room>, String> {
     match answer {
-        Ok(_) => Ok(Some(Room { vm: wanted.name })),
+        Ok(_) => Ok(Some(Room { vm })),
         Err(Error::NotRunning { .. }) => {
             info!("no balancer runs: starting without asking for room");
             Ok(None)
         }
-        Err(Error::Refused(sentence)) => {
-            Err(Failure::new(format!("{sentence} (--no-balancer starts without asking it)")))
-        }
+        Err(Error::Refused(sentence)) => Err(format!("{sentence} (--no-balancer starts without asking it)")),
         Err(error @ (Error::NotAnswering | Error::HungUp(_) | Error::Failed(_))) => {
-            warn!("starting without room: {error}");
-            Ok(None)
+            Err(format!("{error}; there may be no room for `{vm}` (--no-balancer starts without asking it)"))
         }
     }
 }
@@ -56,6 +59,27 @@ impl Room {
             client::block_on(async { Ok(Client::new(&directory, PATIENCE).release(&self.vm).await) });
         if let Ok(Err(error)) = released {
             info!("the room that was reserved is not given back yet: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_where_no_balancer_runs_a_vm_starts_without_room() {
+        let judged = |error| judge("web".to_owned(), Err(error));
+        assert!(judged(Error::NotRunning { socket: "/x".into() }).is_ok_and(|room| room.is_none()));
+        for error in [
+            Error::Refused("no".to_owned()),
+            Error::NotAnswering,
+            Error::HungUp("closed".to_owned()),
+            Error::Failed("nonsense".to_owned()),
+        ] {
+            let said = error.to_string();
+            let refusal = judged(error).err().expect(&said);
+            assert!(refusal.starts_with(&said) && refusal.contains("--no-balancer"), "{refusal}");
         }
     }
 }

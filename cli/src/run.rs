@@ -95,6 +95,9 @@ pub struct Args {
     #[arg(long)]
     no_agent: bool,
     /// Start without asking the balancer for room
+    ///
+    /// The VM may then be more than the host has memory for. It is the way out where a balancer is
+    /// there and does not answer.
     #[arg(long)]
     no_balancer: bool,
     /// Don't listen on a socket: nobody can look at this VM or steer it

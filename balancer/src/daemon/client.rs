@@ -129,7 +129,7 @@ impl Client {
 
     /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is. Asks
     /// again where the daemon ends before it has answered and a new one is there within [`RESTART`],
-    /// for as long as it is to wait for room.
+    /// and where more clients come at once than its socket has room for, for as long as it is to wait.
     ///
     /// # Errors
     /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
@@ -139,10 +139,13 @@ impl Client {
         loop {
             let error = match self.http.ask("/reservations", wanted).await {
                 Ok(view) => return Ok(view),
-                Err(error) => Error::from(error),
+                Err(error) => error,
             };
             let now = Instant::now();
+            let crowded = error.is_crowded();
+            let error = Error::from(error);
             let again = match error {
+                Error::NotAnswering if crowded => last,
                 Error::HungUp(_) => *again_until.insert(last.min(now + RESTART)),
                 Error::NotRunning { .. } => again_until.unwrap_or(now),
                 _ => now,

@@ -1,16 +1,19 @@
 //! Serving clients of whom some are slow, too many, or never done: none of them may cost the others
 //! their answers, or the daemon its descriptors, which it needs for its VMs.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
 use axum::serve::Listener;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
@@ -22,6 +25,8 @@ use super::reservation::LONGEST_WAIT;
 pub struct Limits {
     /// Clients at a time. More wait in the kernel's queue until a place is free.
     pub clients: usize,
+    /// Beside them, clients that wait for something long: see [`Place::wait`].
+    pub waiting: usize,
     /// From the end of one request, or the beginning, to the whole head of the next. So an idle
     /// client is one as well, and connects anew where it has more to ask.
     pub head: Duration,
@@ -35,6 +40,7 @@ impl Limits {
     /// For the daemon's own socket, where whoever waits for room may wait long.
     pub const PRIVATE: Self = Self {
         clients: 128,
+        waiting: 1024,
         head: Duration::from_secs(30),
         life: Duration::from_secs(600),
         grace: LONGEST_WAIT.saturating_add(Duration::from_secs(10)),
@@ -43,37 +49,62 @@ impl Limits {
     /// For the metrics over TCP: a scrape takes moments, and comes from a few.
     pub const PUBLIC: Self = Self {
         clients: 16,
+        waiting: 0,
         head: Duration::from_secs(10),
         life: Duration::from_secs(120),
         grace: Duration::from_secs(10),
     };
 }
 
+/// A client's place among those that are served. Each request finds it among its extensions.
+#[derive(Clone, Debug)]
+pub struct Place(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    place: Mutex<OwnedSemaphorePermit>,
+    waiting: Arc<Semaphore>,
+}
+
+impl Place {
+    /// Leaves it to others for as long as this client is there, as what it asked for takes long. False
+    /// where too many do so already.
+    #[must_use]
+    pub fn wait(&self) -> bool {
+        let Ok(place) = Arc::clone(&self.0.waiting).try_acquire_owned() else { return false };
+        *self.0.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        true
+    }
+}
+
 /// Serves whoever comes, for ever.
 pub async fn serve<L: Listener>(mut listener: L, router: Router, limits: Limits) {
     let places = Arc::new(Semaphore::new(limits.clients));
+    let waiting = Arc::new(Semaphore::new(limits.waiting));
     let mut clients = JoinSet::new();
     loop {
         // It is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let (stream, _) = listener.accept().await;
         while clients.try_join_next().is_some() {}
-        let router = router.clone();
-        clients.spawn(async move {
-            serve_one(stream, router, limits).await;
-            drop(place);
-        });
+        let place = Place(Arc::new(Held { place: Mutex::new(place), waiting: Arc::clone(&waiting) }));
+        clients.spawn(serve_one(stream, router.clone(), place, limits));
     }
 }
 
-async fn serve_one<S>(stream: S, router: Router, limits: Limits)
+async fn serve_one<S>(stream: S, router: Router, place: Place, limits: Limits)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|mut request: Request<Incoming>| {
+        request.extensions_mut().insert(place.clone());
+        router.call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let ended = match timeout(limits.life, connection.as_mut()).await {
         Ok(ended) => ended,
@@ -89,6 +120,7 @@ where
 
 #[cfg(test)]
 mod tests {
+    use axum::Extension;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{UnixListener, UnixStream};
@@ -96,7 +128,6 @@ mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(60);
-    const QUESTION: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
     struct Server {
         directory: tempfile::TempDir,
@@ -110,7 +141,9 @@ mod tests {
             // What no server holds back for ever: a body larger than any buffer of a socket.
             let router = Router::new()
                 .route("/", get(|| async { "hello" }))
-                .route("/large", get(|| async { vec![b'x'; 8 << 20] }));
+                .route("/large", get(|| async { vec![b'x'; 8 << 20] }))
+                .route("/turn", get(turn))
+                .route("/wait", get(wait));
             let mut task = JoinSet::new();
             task.spawn(serve(listener, router, limits));
             Self { directory, _task: task }
@@ -121,11 +154,21 @@ mod tests {
         }
 
         /// Asks, and waits until the server hangs up.
-        async fn ask(&self) -> String {
+        async fn ask(&self, path: &str) -> String {
             let mut stream = self.connect().await;
-            stream.write_all(QUESTION).await.unwrap();
+            let question = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            stream.write_all(question.as_bytes()).await.unwrap();
             read(&mut stream).await
         }
+    }
+
+    async fn turn(Extension(place): Extension<Place>) -> &'static str {
+        if place.wait() { "waits" } else { "too many" }
+    }
+
+    async fn wait(place: Extension<Place>) -> &'static str {
+        turn(place).await;
+        std::future::pending().await
     }
 
     async fn read(stream: &mut UnixStream) -> String {
@@ -136,14 +179,14 @@ mod tests {
     }
 
     const SHORT: Duration = Duration::from_millis(100);
-    const LIMITS: Limits = Limits { clients: 1, head: PATIENCE, life: PATIENCE, grace: PATIENCE };
+    const LIMITS: Limits = Limits { clients: 1, waiting: 2, head: PATIENCE, life: PATIENCE, grace: PATIENCE };
 
     #[tokio::test]
     async fn whoever_never_asks_loses_its_place_to_who_does() {
         let server = Server::start(Limits { head: SHORT, ..LIMITS });
         let (mut silent, mut slow) = (server.connect().await, server.connect().await);
         slow.write_all(b"GET / HTT").await.unwrap();
-        assert!(server.ask().await.ends_with("hello"));
+        assert!(server.ask("/").await.ends_with("hello"));
         assert!(!read(&mut silent).await.contains("hello"));
         assert!(!read(&mut slow).await.contains("hello"));
     }
@@ -153,7 +196,23 @@ mod tests {
         let server = Server::start(Limits { life: SHORT, grace: SHORT, ..LIMITS });
         let mut deaf = server.connect().await;
         deaf.write_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-        assert!(server.ask().await.ends_with("hello"));
+        assert!(server.ask("/").await.ends_with("hello"));
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_long_takes_no_place_from_who_asks() {
+        let server = Server::start(LIMITS);
+        let mut waiters = Vec::new();
+        for _ in 0..LIMITS.waiting {
+            let mut waiter = server.connect().await;
+            waiter.write_all(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+            assert!(server.ask("/").await.ends_with("hello"));
+            waiters.push(waiter);
+        }
+        assert!(server.ask("/turn").await.ends_with("too many"));
+        waiters.pop();
+        // Its end is noticed some time.
+        while !server.ask("/turn").await.ends_with("waits") {}
     }
 
     #[tokio::test]

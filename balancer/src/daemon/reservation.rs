@@ -270,6 +270,12 @@ impl Ledger {
         }
     }
 
+    /// When the first of those that wait for room has waited long enough.
+    pub fn next_to_give_up(&self) -> Option<Duration> {
+        let waiting = self.of.values().filter(|reservation| reservation.answer.is_some());
+        waiting.map(|reservation| reservation.until).min()
+    }
+
     /// Looks at what VMs have touched of what was granted to them; to be done before the host's free
     /// memory is read, so that nothing is counted twice that is touched in between.
     pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> Held) {

@@ -175,6 +175,7 @@ impl Daemon {
                 self.rescan(revive);
                 revive = false;
             }
+            let gives_up = self.next_to_give_up();
             tokio::select! {
                 // In this order: however many guests call, rounds come first, and what clients ask for.
                 biased;
@@ -200,12 +201,13 @@ impl Daemon {
                 }
                 // Before the first decision nobody knows what there is.
                 Some(command) = self.commands.recv(), if self.decided => {
-                    if self.obey(command) {
+                    if self.obey_all(command) {
                         ticks.reset_immediately();
                     }
                 }
                 callers = self.switchboard.next() => self.answer(&callers).await,
-                () = due(self.chase) => self.answer(&BTreeSet::new()).await,
+                () = due(gives_up) => self.give_up(),
+                () = due(self.chase.map(|chase| chase.next)) => self.answer(&BTreeSet::new()).await,
                 Some(done) = self.requests.join_next() => self.take(done),
             }
         }
@@ -473,10 +475,10 @@ struct Chase {
     until: Instant,
 }
 
-/// Waits for the next of them; never, where there is none.
-async fn due(chase: Option<Chase>) {
-    match chase {
-        Some(chase) => tokio::time::sleep_until(chase.next).await,
+/// Waits until then; for ever, where there is no such time.
+async fn due(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
         None => std::future::pending().await,
     }
 }

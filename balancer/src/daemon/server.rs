@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::Json;
 use axum::Router;
 use axum::body::Bytes;
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::command::Command;
+use super::listen::Place;
 use super::metrics;
 use super::refusal::Refusal;
 use super::reservation::Wanted;
@@ -149,11 +151,19 @@ async fn set_limits(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn reserve(Given(api): Given<Api>, body: Body) -> Result<Response, Refusal> {
+async fn reserve(
+    Given(api): Given<Api>,
+    Extension(place): Extension<Place>,
+    body: Body,
+) -> Result<Response, Refusal> {
     let wanted: Wanted = read(body)?;
     // The path of its socket is made of it.
     runtime::socket_in(Path::new(""), &wanted.name)
         .map_err(|error| Refusal::Body { status: 400, error: error.to_string() })?;
+    // However many VMs start at once, others are told how things stand.
+    if !place.wait() {
+        return Err(Refusal::TooManyReservations);
+    }
     let view = ask(&api, |answer| Command::Reserve { wanted, answer }).await?;
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }

@@ -100,6 +100,11 @@ impl Error {
         }
     }
 
+    /// Whether it could not even be asked, as too many others wait to be connected.
+    pub(crate) fn is_crowded(&self) -> bool {
+        matches!(self, Self::NotAnswering { within: Duration::ZERO, .. })
+    }
+
     /// One word for a log line and for telling one trouble from another.
     pub fn word(&self) -> &'static str {
         match self {

@@ -1,16 +1,41 @@
 //! What clients of the daemon's socket ask for, begun between two rounds.
 
+use tokio::time::Instant;
 use tracing::info;
 
-use super::Daemon;
+use super::{Daemon, EPOCH};
+use crate::daemon::COMMANDS;
 use crate::daemon::command::Command;
 use crate::daemon::refusal::Refusal;
 use crate::daemon::reservation::Taken;
 use crate::daemon::slot::{Outcome, Slot};
 
 impl Daemon {
+    /// Begins what clients asked for by now. True where a round should follow at once: one for all of them.
+    pub(super) fn obey_all(&mut self, first: Command) -> bool {
+        let mut due = self.obey(first);
+        // However fast they ask, there is an end.
+        for _ in 1..COMMANDS {
+            let Ok(command) = self.commands.try_recv() else { break };
+            due |= self.obey(command);
+        }
+        due
+    }
+
+    /// When the patience of the next that waits for room ends, which may be long before the next round.
+    pub(super) fn next_to_give_up(&self) -> Option<Instant> {
+        let until = self.reservations.next_to_give_up()?;
+        Some(self.began + until.saturating_sub(EPOCH))
+    }
+
+    /// Tells those who have waited long enough that there is no room yet.
+    pub(super) fn give_up(&mut self) {
+        self.reservations.expire(self.now(), |_| false);
+        self.publish();
+    }
+
     /// Begins what a client asked for. True where a round should follow at once.
-    pub(super) fn obey(&mut self, command: Command) -> bool {
+    fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Reserve { wanted, answer } => {
                 if self.slots.values().any(|slot| slot.name == wanted.name && slot.vm.is_some()) {
