@@ -15,6 +15,7 @@ mod history;
 mod listen;
 mod metrics;
 mod notify;
+mod pace;
 mod refusal;
 mod reload;
 mod reservation;

@@ -128,6 +128,42 @@ async fn rounds_go_on_whoever_calls_however_often() {
 }
 
 #[tokio::test]
+async fn whoever_calls_is_looked_at_while_a_vm_that_is_always_slow_owes_its_answer() {
+    let directory = tempfile::tempdir().unwrap();
+    let caller = FakeVm::start(directory.path(), "caller", LIMITS, Bytes::mib(100));
+    let slow = FakeVm::start(directory.path(), "slow", LIMITS, Bytes::mib(200));
+    // Within what a round would wait for it.
+    slow.state().manner = Manner::Slow(400);
+    let (_daemon, start) =
+        daemon_every(Duration::from_secs(1), &directory, Bytes::gib(2), &[&caller, &slow]).await;
+    until(start, "the daemon to listen", || caller.state().call() && slow.state().call()).await;
+    let answers = || slow.state().patience.len();
+    let looks = || caller.state().patience.iter().filter(|patience| **patience == Some(0)).count();
+    // It is known to be slow after some rounds. One of its answers may come before the caller's look is
+    // seen here, where this machine is busy: then the next counts.
+    let (mut owed, mut before) = (None, 0);
+    until(start, "a look at the caller before the slow one's answer", || {
+        if owed == Some(answers()) && looks() > before {
+            return true;
+        }
+        let owes = {
+            let slow = slow.state();
+            // One question was who it is, and some may have been a target.
+            slow.requests > (1 + slow.patience.len() + slow.targets.len()) as u64
+        };
+        if owed.is_none_or(|owed| owed != answers()) && owes {
+            (owed, before) = (Some(answers()), looks());
+            caller.state().call();
+        }
+        false
+    })
+    .await;
+    // Nor is it forgotten: its targets follow what it says.
+    slow.state().used = Bytes::mib(400);
+    until(start, "a grant to the slow one", || slow.state().memory.target > Bytes::mib(420)).await;
+}
+
+#[tokio::test]
 async fn a_vm_that_tells_nonsense_or_nothing_is_balanced_by_polling() {
     let directory = tempfile::tempdir().unwrap();
     let mute = FakeVm::start(directory.path(), "mute", LIMITS, Bytes::mib(100));

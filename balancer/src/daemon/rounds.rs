@@ -231,10 +231,11 @@ impl Daemon {
         self.notify.reloaded();
     }
 
-    /// Asks, decides, tells. No VM can make it longer than the tick.
+    /// Asks, decides, tells. No VM can make it longer than the tick, and none that is often slow holds it
+    /// up: those are asked when it is over, so that what they say is there for the next.
     async fn round(&mut self) {
         let began = Instant::now();
-        let asked = self.ask(PATIENCE, |_, _| true);
+        let asked = self.ask(PATIENCE, |_, slot| !slot.pace.is_slow());
         self.gather(asked, self.tick / 2).await;
         self.read_host();
         if self.knows_enough() {
@@ -244,6 +245,7 @@ impl Daemon {
             let told = self.tell();
             self.gather(told, self.tick / 4).await;
         }
+        self.ask(PATIENCE, |_, slot| slot.pace.is_slow());
         self.rounds += 1;
         self.shared.timings().round.observe(began.elapsed().as_secs_f64());
         self.publish();
@@ -260,12 +262,14 @@ impl Daemon {
     /// Asks them how they stand; gives those that were asked.
     fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &Slot) -> bool) -> BTreeSet<u64> {
         let mut asked = BTreeSet::new();
+        let now = self.now();
         for (&id, slot) in &mut self.slots {
             if slot.gone || !whom(id, slot) {
                 continue;
             }
             // Without a driver its last request is still under way.
             let Some(mut driver) = slot.take_driver() else { continue };
+            slot.pace.asked(now);
             self.requests.spawn(async move {
                 let outcome = Outcome::Polled(driver.report(patience).await);
                 (id, driver, outcome)
@@ -281,7 +285,8 @@ impl Daemon {
     /// holds nobody up: what it says then is there at the next look.
     async fn answer(&mut self, callers: &BTreeSet<u64>) {
         let eager: BTreeSet<u64> = callers.iter().copied().chain(self.wait_longest()).collect();
-        let asked = self.ask(Duration::ZERO, |id, slot| eager.contains(&id) || slot.moves());
+        let asked = self
+            .ask(Duration::ZERO, |id, slot| !slot.pace.is_slow() && (eager.contains(&id) || slot.moves()));
         self.gather(asked, HURRY).await;
         self.read_host();
         if self.knows_enough() {
@@ -289,6 +294,7 @@ impl Daemon {
             let told = self.tell();
             self.gather(told, HURRY).await;
         }
+        self.ask(Duration::ZERO, |id, slot| slot.pace.is_slow() && callers.contains(&id));
         self.publish();
         let now = Instant::now();
         let until = match self.chase {
@@ -308,9 +314,10 @@ impl Daemon {
     }
 
     /// Takes in answers until those that are `awaited` have come or `patience` is over. Who still owes an
-    /// answer of before keeps nobody.
+    /// answer of before keeps nobody, nor does who is often slow.
     async fn gather(&mut self, mut awaited: BTreeSet<u64>, patience: Duration) {
         let deadline = Instant::now() + patience;
+        awaited.retain(|id| self.slots.get(id).is_some_and(|slot| !slot.pace.is_slow()));
         while !awaited.is_empty()
             && let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await
         {
@@ -328,6 +335,9 @@ impl Daemon {
         let now = self.now();
         let Some(slot) = self.slots.get_mut(&id) else { return };
         slot.put_back(driver, |pid| self.reader.holding(pid));
+        slot.pace.answered(now);
+        // It was told when its turn to be asked came.
+        let owes = slot.pace.is_slow() && !matches!(outcome, Outcome::Polled(_));
         if let Outcome::Steered(reason, result) = &outcome {
             remember(&self.shared, &slot.name, *reason, result);
         }
@@ -339,6 +349,9 @@ impl Daemon {
             }
         }
         slot.take(now, self.host.total, outcome);
+        if owes {
+            self.ask(PATIENCE, |asked, _| asked == id);
+        }
     }
 
     fn read_host(&mut self) {

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use super::account::Account;
 use super::complaint::Complaint;
+use super::pace::Pace;
 use super::resort::Resort;
 use super::roster::{Found, Incarnation};
 use super::state::{MemoryView, VmView};
@@ -66,6 +67,8 @@ pub struct Slot {
     answered: Option<Duration>,
     errs: bool,
     heard: Option<(Duration, Bytes)>,
+    /// How soon it answers.
+    pub pace: Pace,
     trouble: Complaint,
     silence: Complaint,
     doubt: Complaint,
@@ -101,6 +104,7 @@ impl Slot {
             answered: None,
             errs: false,
             heard: None,
+            pace: Pace::default(),
             trouble: Complaint::default(),
             silence: Complaint::default(),
             doubt: Complaint::default(),

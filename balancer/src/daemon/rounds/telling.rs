@@ -30,6 +30,7 @@ impl Daemon {
                 continue;
             };
             told.insert(vm);
+            slot.pace.asked(now);
             if reason.rule.keeps_target() {
                 warn!(vm = slot.name, rule = ?reason.rule, "{}: {reason}", slot.name);
                 if let (Rule::Resume, Some(vm)) = (reason.rule, &mut slot.vm) {
