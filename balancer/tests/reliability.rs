@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, LastResort, Wanted};
+use balancer::daemon::{self, Config, LastResort, VmView, Wanted};
 use balancer::policy::guards::Standing;
 use balloon::limits::Limits;
 use balloon::status::Pauser;
@@ -280,6 +280,36 @@ async fn each_that_misbehaves_is_named_in_the_log_and_costs_the_others_nothing()
     .await;
     let state = client(path).state().await.unwrap();
     assert_eq!(state.host.over, Bytes::ZERO, "{:?}", state.host);
+}
+
+#[tokio::test]
+async fn whoever_misbehaves_and_behaves_in_turn_does_not_fill_the_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let vm = FakeVm::start(path, "fickle", LIMITS, Bytes::mib(100));
+    let daemon = Daemon::start(path, Bytes::gib(2), Duration::from_millis(50));
+    let until_seen = async |what: &str, seen: fn(&VmView) -> bool| {
+        until(what, || async {
+            client(path).state().await.is_ok_and(|state| state.vms.first().is_some_and(seen))
+        })
+        .await;
+    };
+    for _ in 0..15 {
+        vm.state().manner = Manner::Garbage;
+        until_seen("it does not answer", |vm| vm.standing == Standing::NotAnswering).await;
+        vm.state().manner = Manner::Sound;
+        until_seen("it answers", |vm| vm.standing == Standing::Following).await;
+        vm.state().report_age = Some(Duration::from_secs(100));
+        until_seen("it is silent", |vm| vm.standing == Standing::Stale).await;
+        vm.state().report_age = Some(Duration::from_millis(100));
+        until_seen("it reports", |vm| vm.standing == Standing::Following).await;
+    }
+    let log = daemon.log();
+    for line in ["nonsense", "answers again", "no reports", "reports and follows again"] {
+        let count = log.lines().filter(|text| text.contains(line)).count();
+        // At once, after a minute and after three, should this take so long.
+        assert!((1..=3).contains(&count), "{count} lines with {line} in {log}");
+    }
 }
 
 #[tokio::test]

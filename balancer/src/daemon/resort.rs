@@ -57,9 +57,9 @@ impl Resort {
         }
     }
 
-    /// The emergency is over.
+    /// The emergency is over: advice in another, which comes after a minute of it at the soonest, is news.
     pub fn calm(&mut self) {
-        self.advised.end();
+        self.advised = Complaint::default();
     }
 
     /// Says that it lies paused, for as long as it does, and what it waits for.

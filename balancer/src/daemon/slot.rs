@@ -67,6 +67,7 @@ pub struct Slot {
     answered: Option<Duration>,
     errs: bool,
     heard: Option<(Duration, Bytes)>,
+    born: Complaint,
     /// How soon it answers.
     pub pace: Pace,
     trouble: Complaint,
@@ -104,6 +105,7 @@ impl Slot {
             answered: None,
             errs: false,
             heard: None,
+            born: Complaint::default(),
             pace: Pace::default(),
             trouble: Complaint::default(),
             silence: Complaint::default(),
@@ -206,7 +208,9 @@ impl Slot {
         let Status { pid, uptime, overhead, memory } = status;
         if pid.is_some() {
             if self.pid.is_some() && self.pid != *pid {
-                info!(vm = name, "{name} was started anew");
+                if self.born.is_due(now, "anew") {
+                    info!(vm = name, "{name} was started anew");
+                }
                 self.vm = None;
             }
             self.pid = *pid;
@@ -217,7 +221,8 @@ impl Slot {
         self.overhead = *overhead;
         self.limits = Some(memory.limits);
         self.huge_percent = memory.huge_percent();
-        if std::mem::take(&mut self.gone) | self.trouble.end() {
+        self.gone = false;
+        if self.trouble.end() {
             info!(vm = name, "{name} answers again");
         }
         let said = self.account.believe(now, name, Said::from(memory), total);
@@ -228,7 +233,9 @@ impl Slot {
         match &mut self.vm {
             Some(vm) => vm.said = said,
             None => {
-                info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
+                if self.born.is_due(now, "found") {
+                    info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
+                }
                 self.vm = Some(Vm::new(self.id, uptime, said));
             }
         }
@@ -240,14 +247,13 @@ impl Slot {
         if matches!(error, Error::NoSuchVm { .. }) {
             self.gone = true;
             // A socket that is left behind is tried again and again.
-            if self.answered.take().is_some() {
+            if self.answered.take().is_some() && self.trouble.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
             }
             self.vm = None;
             self.pid = None;
             self.overhead = Bytes::ZERO;
             self.account = Account::default();
-            self.trouble.end();
             return;
         }
         self.errors += 1;
