@@ -4,6 +4,7 @@ mod fakes;
 
 use std::time::{Duration, Instant};
 
+use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config};
 use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
@@ -105,6 +106,29 @@ async fn who_waits_for_memory_is_looked_at_when_another_calls() {
     assert_eq!(poor.state().targets, []);
 }
 
+#[tokio::test]
+async fn whoever_was_killed_while_it_waited_takes_no_place_from_others() {
+    let directory = tempfile::tempdir().unwrap();
+    // As many as are looked at between two rounds, and one behind them.
+    let first: Vec<_> = (0..32)
+        .map(|n| FakeVm::start(directory.path(), &format!("a-{n}"), LIMITS, Bytes::mib(250)))
+        .collect();
+    let last = FakeVm::start(directory.path(), "b", LIMITS, Bytes::mib(250));
+    let other = FakeVm::start(directory.path(), "other", "256M,min=256M,max=1G", Bytes::mib(100));
+    // Without a connection there is nobody but the socket's owner to say that they have ended.
+    first.iter().for_each(|vm| vm.state().manner = Manner::OneAnswerAConnection);
+    let all: Vec<&FakeVm> = first.iter().chain([&last, &other]).collect();
+    let (_daemon, start) = daemon(&directory, Bytes::mib(34 * 256), &all).await;
+    until(start, "the daemon to listen", || other.state().call()).await;
+    first.into_iter().for_each(FakeVm::kill);
+    let looks = || last.state().patience.iter().filter(|patience| **patience == Some(0)).count();
+    until(start, "a look at the last", || {
+        other.state().call();
+        looks() > 0
+    })
+    .await;
+}
+
 /// As when a guest calls without a pause, or some call in turn, and a VM that moves is slow to say so.
 #[tokio::test]
 async fn rounds_go_on_whoever_calls_however_often() {
@@ -161,6 +185,22 @@ async fn whoever_calls_is_looked_at_while_a_vm_that_is_always_slow_owes_its_answ
     // Nor is it forgotten: its targets follow what it says.
     slow.state().used = Bytes::mib(400);
     until(start, "a grant to the slow one", || slow.state().memory.target > Bytes::mib(420)).await;
+}
+
+#[tokio::test]
+async fn what_is_looked_at_between_the_rounds_is_no_round() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "a", "1G,min=1G,max=2G", Bytes::mib(100));
+    let (_daemon, start) = daemon(&directory, Bytes::mib(512), &[&vm]).await;
+    let looks = || vm.state().patience.iter().filter(|patience| **patience == Some(0)).count();
+    until(start, "some looks", || {
+        vm.state().call();
+        looks() >= 5
+    })
+    .await;
+    let state = Client::new(directory.path(), SOON).state().await.unwrap();
+    assert!(state.host.over > Bytes::ZERO);
+    assert_eq!((state.rounds, state.host.rounds_over_budget), (1, 1));
 }
 
 #[tokio::test]

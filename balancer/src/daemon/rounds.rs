@@ -242,6 +242,8 @@ impl Daemon {
             let deciding = Instant::now();
             self.decide();
             self.shared.timings().policy.observe(deciding.elapsed().as_secs_f64());
+            // Only here: its share of the rounds is what people look at, and looks between them are none.
+            self.rounds_over_budget += u64::from(self.balance.over > Bytes::ZERO);
             let told = self.tell();
             self.gather(told, self.tick / 4).await;
         }
@@ -349,6 +351,9 @@ impl Daemon {
             }
         }
         slot.take(now, self.host.total, outcome);
+        if slot.gone {
+            self.waiting.remove(&id);
+        }
         if owes {
             self.ask(PATIENCE, |asked, _| asked == id);
         }
@@ -424,7 +429,6 @@ impl Daemon {
             }
         }
         if over > Bytes::ZERO {
-            self.rounds_over_budget += 1;
             if self.over.is_due(now, "over") {
                 warn!(
                     "OVER BUDGET: VMs may hold {charged}, {over} more than the {} there is; \
