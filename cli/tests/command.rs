@@ -193,13 +193,18 @@ fn a_balancer_starts_once_says_what_it_does_and_stops_when_asked() {
     }
 
     let file = place.path().join("balancer.toml");
-    fs::write(&file, "budget = \"1G\"\ninterval = \"5s\"\n").unwrap();
+    let settings =
+        "budget = \"1G\"\ninterval = \"5s\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"/nowhere/*.qmp\"\n";
+    fs::write(&file, settings).unwrap();
     let arguments = ["balancer", "--config", file.to_str().unwrap(), "--interval", "100ms"];
     let mut first = place.command(&arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(first.stderr.take().unwrap());
     let mut line = String::new();
     log.read_line(&mut line).unwrap();
     assert!(line.contains("budget 1 GiB") && line.contains("every 100 ms"), "{line}");
+    line.clear();
+    log.read_line(&mut line).unwrap();
+    assert!(line.contains("no VM of QEMU") && line.contains("/nowhere/*.qmp"), "{line}");
 
     let second = place.ballast(&arguments);
     assert_eq!(second.code, Some(1));

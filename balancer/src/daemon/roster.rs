@@ -13,7 +13,7 @@ use balloon::runtime;
 use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::complaint::Complaint;
 use super::config::Foreign;
@@ -83,12 +83,14 @@ pub struct Roster {
     directory: PathBuf,
     foreign: Vec<Foreign>,
     clashes: BTreeMap<PathBuf, Complaint>,
+    /// Nobody has looked yet.
+    new: bool,
 }
 
 impl Roster {
     /// Looks in ballast's own directory, and where other VMMs' sockets are.
     pub fn new(directory: PathBuf, foreign: Vec<Foreign>) -> Self {
-        Self { directory, foreign, clashes: BTreeMap::new() }
+        Self { directory, foreign, clashes: BTreeMap::new(), new: true }
     }
 
     /// ballast's own directory.
@@ -96,7 +98,8 @@ impl Roster {
         &self.directory
     }
 
-    /// Every socket there is. Of two VMs of one name the second is left out, which is said.
+    /// Every socket there is. Of two VMs of one name the second is left out, which is said; and so is, the
+    /// first time, for which entry of the configuration there is none.
     ///
     /// # Errors
     /// Where ballast's own directory can't be read.
@@ -109,14 +112,21 @@ impl Roster {
         for index in 0..self.foreign.len() {
             let Some(Foreign { driver, sockets, memory }) = self.foreign.get(index) else { continue };
             let (driver, memory) = (*driver, *memory);
+            let pattern = sockets.as_str().to_owned();
+            let mut any = false;
             for (name, socket) in sockets.find() {
-                self.add(&mut found, now, name, socket, driver, memory);
+                any |= self.add(&mut found, now, name, socket, driver, memory);
+            }
+            if self.new && !any {
+                info!("no VM of {driver} has a socket at {pattern} yet; looking for one from now on");
             }
         }
+        self.new = false;
         self.clashes.retain(|socket, _| socket.exists());
         Ok(found.into_values().collect())
     }
 
+    /// False where there is no socket.
     fn add(
         &mut self,
         found: &mut BTreeMap<String, Found>,
@@ -125,9 +135,9 @@ impl Roster {
         socket: PathBuf,
         kind: Kind,
         memory: Option<Wanted>,
-    ) {
+    ) -> bool {
         // It may be no socket, or have gone since.
-        let Some(incarnation) = Incarnation::of(&socket) else { return };
+        let Some(incarnation) = Incarnation::of(&socket) else { return false };
         match found.entry(name) {
             Entry::Vacant(place) => {
                 let name = place.key().clone();
@@ -148,6 +158,7 @@ impl Roster {
                 }
             }
         }
+        true
     }
 
     /// Watches all of it.

@@ -82,6 +82,7 @@ pub struct Daemon {
     balance: Balance,
     over: Complaint,
     blind: Complaint,
+    deaf: Complaint,
     /// Whether anything was ever decided.
     decided: bool,
     rounds: u64,
@@ -137,6 +138,7 @@ impl Daemon {
             balance: Balance::default(),
             over: Complaint::default(),
             blind: Complaint::default(),
+            deaf: Complaint::default(),
             decided: false,
             rounds: 0,
             rounds_over_budget: 0,
@@ -167,13 +169,12 @@ impl Daemon {
         let mut rescans = rhythm(RESCAN);
         // The first scan is made below, before anything else.
         rescans.reset();
-        let (mut watch, mut revive) = (None, true);
+        let (mut watch, mut anew, mut revive) = (None, true, true);
         loop {
-            if watch.is_none() {
+            if std::mem::take(&mut anew) {
                 // In this order: nothing comes or goes unseen between the two.
-                watch = self.roster.watch().ok();
-                self.rescan(revive);
-                revive = false;
+                watch = self.watch();
+                self.rescan(std::mem::take(&mut revive));
             }
             let gives_up = self.next_to_give_up();
             tokio::select! {
@@ -187,17 +188,17 @@ impl Daemon {
                 }
                 change = changed(&mut watch) => {
                     if change.is_err() {
-                        watch = None;
+                        (watch, anew) = (None, true);
                         tokio::time::sleep(self.tick).await;
                     } else {
                         self.rescan(false);
                     }
                 }
                 // A watch on a directory that was removed and made again hears nothing.
-                _ = rescans.tick() => (watch, revive) = (None, true),
+                _ = rescans.tick() => (anew, revive) = (true, true),
                 () = heard(&mut hangup) => {
                     self.reload();
-                    (ticks, watch) = (rhythm(self.tick), None);
+                    (ticks, anew) = (rhythm(self.tick), true);
                 }
                 // Before the first decision nobody knows what there is.
                 Some(command) = self.commands.recv(), if self.decided => {

@@ -2,10 +2,31 @@
 
 use tracing::{debug, info, warn};
 
-use super::Daemon;
+use super::{Daemon, RESCAN};
+use crate::daemon::roster::Watch;
 use crate::daemon::slot::Slot;
 
 impl Daemon {
+    /// Word of VMs that come and go; `None` where the kernel gives none, which is said.
+    pub(super) fn watch(&mut self) -> Option<Watch> {
+        match self.roster.watch() {
+            Ok(watch) => {
+                self.deaf.end();
+                Some(watch)
+            }
+            Err(error) => {
+                if self.deaf.is_due(self.now(), "watch") {
+                    warn!(
+                        "VMs that come or go are seen only every {} s, as the kernel tells of no changes: {error} \
+                         (where that is too many: fs.inotify.max_user_instances is the limit)",
+                        RESCAN.as_secs()
+                    );
+                }
+                None
+            }
+        }
+    }
+
     /// Finds out who came and who went; with `revive`, tries those again that had ended.
     pub(super) fn rescan(&mut self, revive: bool) {
         let found = match self.roster.scan(self.now()) {
