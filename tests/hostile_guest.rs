@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use balloon::status::DriverState;
 use balloon::units::Bytes;
-use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
+use lab::{BOOT, Host, Kernel, Of, Vm, VmSettings, sum, wait_for};
 
 /// How long a balloon moves, and a step takes, beside an attack.
 const MOVING: Duration = Duration::from_secs(20);
@@ -21,8 +21,6 @@ const PIECE: usize = 8;
 /// CPU was seen to do (179, 3.4 MiB). What it reports lay between 2.8 KiB and 100 MiB.
 const LEAST_MALFORMED: u64 = 40;
 const LEAST_INFLATED: Bytes = Bytes::kib(512);
-/// A mapping of at least this size is guest memory.
-const GUEST_MEMORY: Bytes = Bytes::mib(48);
 /// By how much the memory of a process may grow during an attack: the host backs heaps with
 /// huge pages, so it moves in steps of 2 MiB.
 const GROWTH: Bytes = Bytes::mib(4);
@@ -30,20 +28,7 @@ const GROWTH: Bytes = Bytes::mib(4);
 /// Private memory of the VM's process beside guest memory.
 fn overhead(vm: &Vm) -> Bytes {
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("the VM runs");
-    let (mut sum, mut beside) = (Bytes::ZERO, false);
-    for line in smaps.lines() {
-        let Some((field, value)) = line.split_once(':') else { continue };
-        let Some(size) = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok()).map(Bytes::kib)
-        else {
-            continue;
-        };
-        match field {
-            "Size" => beside = size < GUEST_MEMORY,
-            "Private_Clean" | "Private_Dirty" if beside => sum += size,
-            _ => {}
-        }
-    }
-    sum
+    sum(&smaps, Of::Rest, &["Private_Clean", "Private_Dirty"])
 }
 
 /// Threads and open files: what a process leaks if not memory.

@@ -36,4 +36,4 @@ pub use emulator::{Emulator, Outcome, Results};
 pub use host::{Host, inside, kvm_boots_stock_kernels};
 pub use kernels::{GuestImages, Kernel};
 pub use qemu::{Qemu, QemuSettings, qemu_with_libraries};
-pub use vm::{BOOT, Vm, VmSettings, wait_for, wait_looking_every};
+pub use vm::{BOOT, Of, Vm, VmSettings, sum, wait_for, wait_looking_every};

@@ -22,8 +22,6 @@ const PATIENCE: u32 = 10;
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long one answer of the API may take on an emulated host.
 const ANSWER: Duration = Duration::from_secs(20);
-/// A mapping of at least this size is guest memory: nothing else in the process comes near.
-const GUEST_MEMORY: Bytes = Bytes::mib(48);
 
 /// How long a guest usually takes to boot in an emulated host.
 pub const BOOT: Duration = Duration::from_secs(15);
@@ -330,20 +328,35 @@ impl Vm {
     /// Where the VM has ended.
     pub fn rss_by_kernel(&self) -> Bytes {
         let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).expect("the VM runs");
-        resident(&smaps, GUEST_MEMORY)
+        sum(&smaps, Of::Guest, &["Rss", "Private_Hugetlb", "Shared_Hugetlb"])
     }
 }
 
-/// Resident bytes of all mappings of at least `size`.
-fn resident(smaps: &str, size: Bytes) -> Bytes {
-    let (mut sum, mut large) = (Bytes::ZERO, false);
+/// Whether a sum is of guest memory or of all else that a VM's process has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// Guest memory.
+    Guest,
+    /// The rest.
+    Rest,
+}
+
+/// The sum of `fields` in an smaps file. Guest memory is told by what a VM keeps out of core dumps
+/// (`dd`, proc(5)): it may be many mappings, of any size.
+pub fn sum(smaps: &str, of: Of, fields: &[&str]) -> Bytes {
+    let (mut sum, mut own) = (Bytes::ZERO, Bytes::ZERO);
     for line in smaps.lines() {
         let Some((field, value)) = line.split_once(':') else { continue };
-        let kib = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok()).map(Bytes::kib);
-        match (field, kib) {
-            ("Size", Some(length)) => large = length >= size,
-            ("Rss" | "Private_Hugetlb" | "Shared_Hugetlb", Some(part)) if large => sum += part,
-            _ => {}
+        if field == "VmFlags" {
+            let is_guest = value.split_ascii_whitespace().any(|flag| flag == "dd");
+            if is_guest == (of == Of::Guest) {
+                sum += own;
+            }
+            own = Bytes::ZERO;
+        } else if fields.contains(&field)
+            && let Some(kib) = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok())
+        {
+            own += Bytes::kib(kib);
         }
     }
     sum
@@ -354,10 +367,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_large_mappings_are_guest_memory() {
+    fn guest_memory_is_told_from_the_rest() {
         let smaps = "\
-7f00-7f10 rw-p 00000000 00:00 0 \nSize: 262144 kB\nRss:  1024 kB\nPrivate_Hugetlb: 2048 kB\n\
-7f20-7f21 rw-p 00000000 00:00 0 \nSize: 132 kB\nRss:  64 kB\n";
-        assert_eq!(resident(smaps, Bytes::mib(48)), Bytes::kib(3072));
+7f00-7f10 rw-p 00000000 00:00 0 \nSize: 262144 kB\nRss:  1024 kB\nPrivate_Hugetlb: 2048 kB\nVmFlags: rd wr dd hg \n\
+7f10-7f11 rw-p 00000000 00:00 0 \nSize: 2048 kB\nRss:  512 kB\nVmFlags: rd wr dd nh \n\
+7f20-7f21 rw-p 00000000 00:00 0 \nSize: 132 kB\nRss:  64 kB\nVmFlags: rd wr mr \n";
+        let fields = ["Rss", "Private_Hugetlb"];
+        assert_eq!(sum(smaps, Of::Guest, &fields), Bytes::kib(3584));
+        assert_eq!(sum(smaps, Of::Rest, &fields), Bytes::kib(64));
     }
 }
