@@ -42,7 +42,7 @@ pub const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 /// More reservations than this are not held at a time.
 const MOST: usize = 1024;
 
-/// What a VMM holds beside guest memory, at most: `make bench` counts 3.7 MiB.
+/// What a VMM holds beside guest memory, at most: `make bench` counts 5.5 MiB.
 const OF_A_VMM: Bytes = Bytes::mib(8);
 
 /// Guest memory for each byte of second-level page tables: 8 bytes map 4 KiB.
