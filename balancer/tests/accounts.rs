@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, State, VmView};
+use balancer::daemon::{self, Config, State, VmView, Wanted};
+use balancer::policy::guards::Standing;
 use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use tempfile::TempDir;
@@ -54,7 +55,12 @@ impl Host {
     }
 
     fn holds_for_a_vm(&self, held: Bytes) {
-        self.write(&format!("{}/status", std::process::id()), &format!("VmRSS:\t{} kB\n", held.0 >> 10));
+        self.holds_in_huge_pages_too(held, Bytes::ZERO);
+    }
+
+    fn holds_in_huge_pages_too(&self, ordinary: Bytes, reserved: Bytes) {
+        let text = format!("VmRSS:\t{} kB\nHugetlbPages:\t{} kB\n", ordinary.0 >> 10, reserved.0 >> 10);
+        self.write(&format!("{}/status", std::process::id()), &text);
     }
 
     /// Starts a daemon; without a `budget`, for all of the host but 512 MiB.
@@ -172,4 +178,39 @@ async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
     // Once it answers it is charged as any other.
     hangs.state().manner = Manner::Sound;
     host.until("it is heard", |state| charge(state, "hangs") > Bytes::ZERO).await;
+}
+
+#[tokio::test]
+async fn reserved_huge_pages_are_no_part_of_the_budget() {
+    let host = Host::new();
+    let huge = host.vm("huge", "4G,min=1G,max=4G", Bytes::gib(1));
+    huge.state().memory.host_rss = Bytes::gib(3);
+    host.holds_in_huge_pages_too(Bytes::mib(20), Bytes::gib(3));
+    host.has_left(Bytes::gib(1));
+    host.balance(None);
+    let memory = |state: &State| view(state, "huge").and_then(|vm| vm.memory.clone());
+    let state = host.until("it is known", |state| memory(state).is_some()).await;
+    let known = memory(&state).unwrap();
+    assert!(known.reserved_huge_pages, "{known:?}");
+    assert_eq!((known.charge, known.overhead), (Bytes::ZERO, Bytes::mib(20)));
+    assert_eq!(view(&state, "huge").unwrap().standing, Standing::Static);
+    assert_eq!(state.host.charged, Bytes::ZERO);
+    // It moves in steps, and may stand as before the VM was known.
+    let budget = state.host.budget;
+    assert!(budget == Bytes::mib(512) || budget == Bytes::mib(512 - 20), "{budget}");
+
+    let path = host.path();
+    let ask = |name: &str, limits: &str, reserved_huge_pages| {
+        let (name, limits) = (name.to_owned(), limits.parse().unwrap());
+        let wanted = Wanted { name, limits, wait_ms: Some(30_000), process: None, reserved_huge_pages };
+        async move { Client::new(path, PATIENCE).reserve(&wanted).await }
+    };
+    assert!(ask("ordinary", "1G", false).await.is_err(), "of ordinary memory there is not so much");
+    ask("ordinary", "400M", false).await.unwrap();
+    // It needs room for its VMM alone.
+    let view = ask("another", "48G", true).await.unwrap();
+    assert_eq!((view.granted, view.size), (Bytes::mib(64), Bytes::mib(64)));
+    let refusal = ask("third", "48G", true).await.unwrap_err();
+    assert!(refusal.to_string().contains("beside its huge pages"), "{refusal}");
+    assert!(huge.state().targets.is_empty(), "nobody moved it");
 }

@@ -192,7 +192,13 @@ async fn killed_at_random_the_budget_holds_and_no_target_is_lost() {
                 // One that starts asks for room first, as `ballast run` does.
                 (None, _) => {
                     let limits: Limits = LIMITS.parse().unwrap();
-                    let wanted = Wanted { name: name.clone(), limits, wait_ms: Some(100), process: None };
+                    let wanted = Wanted {
+                        name: name.clone(),
+                        limits,
+                        wait_ms: Some(100),
+                        process: None,
+                        reserved_huge_pages: false,
+                    };
                     if client(path).reserve(&wanted).await.is_ok() {
                         let _ = fs::remove_file(path.join(format!("{name}.sock")));
                         vms.insert(name.clone(), start_vm(&name));

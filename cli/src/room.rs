@@ -7,6 +7,7 @@ use balancer::daemon::{Process, ReservationView, Wanted};
 use balloon::limits::Limits;
 use balloon::runtime;
 use tracing::info;
+use vmm::config::Backing;
 
 use crate::client;
 use crate::failure::Failure;
@@ -22,14 +23,21 @@ pub struct Room {
     vm: String,
 }
 
-/// Room for `vm`, which this process will be; `None` where no balancer runs, which is said.
+/// Room for `vm`, which this process will be, and whose guest's memory lies in `backing`; `None` where no
+/// balancer runs, which is said.
 ///
 /// # Errors
 /// There is no room, there was not enough in time, or a balancer is there and gives no answer: to start
 /// then would be to take memory that is promised to others.
-pub fn reserve(vm: &str, limits: Limits) -> Result<Option<Room>, Failure> {
+pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Room>, Failure> {
     let wait_ms = u64::try_from(WAIT.as_millis()).ok();
-    let wanted = Wanted { name: vm.to_owned(), limits, wait_ms, process: Process::own() };
+    let wanted = Wanted {
+        name: vm.to_owned(),
+        limits,
+        wait_ms,
+        process: Process::own(),
+        reserved_huge_pages: backing == Backing::HugePages2M,
+    };
     let directory = runtime::directory()?;
     let answer =
         client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&wanted).await) })?;

@@ -165,7 +165,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
-    let room = if asks { room::reserve(config.name.as_str(), at_the_start(&config))? } else { None };
+    let room = if asks {
+        room::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
+    } else {
+        None
+    };
     let machine = Machine::new(config).inspect_err(|_| {
         if let Some(room) = room {
             room.give_back();

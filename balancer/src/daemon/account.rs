@@ -12,6 +12,10 @@
 //! left as it is and charged what the kernel says that its process holds, or what it was granted here
 //! where that is more. That holds for limits of the configuration too: they say what a VM should have,
 //! and not what its process has.
+//!
+//! Reserved huge pages (hugetlb) are a pool of their own: the kernel counts none of it as available, and
+//! nobody else can have what a VM gives up of it. A VM whose process holds any is no part of the budget, but
+//! for what its process holds beside them.
 
 use std::time::Duration;
 
@@ -36,6 +40,8 @@ pub struct Account {
     beside: Bytes,
     /// What the balancer last granted it.
     granted: Bytes,
+    /// Its memory lies in the host's reserved huge pages. Once seen this stays.
+    reserved: bool,
     /// It is not believed what it says it may have.
     doubted: bool,
     boast: Complaint,
@@ -47,12 +53,28 @@ impl Account {
         if self.process != process {
             *self = Self { process, ..Self::default() };
         }
-        self.holding = process.and_then(holding);
+        self.look_again(holding);
     }
 
     /// Looks again at the same process.
     pub fn look_again(&mut self, holding: impl FnOnce(u32) -> Option<Holding>) {
         self.holding = self.process.and_then(holding);
+        self.reserved |= self.holding.is_some_and(|holding| holding.reserved > Bytes::ZERO);
+    }
+
+    /// Notes that its memory lies in reserved huge pages, though it may not have touched any yet.
+    pub fn reserves(&mut self) {
+        self.reserved = true;
+    }
+
+    /// Whether its memory lies in the host's reserved huge pages.
+    pub fn is_reserved(&self) -> bool {
+        self.reserved
+    }
+
+    /// What of the host's ordinary memory its process holds, where the kernel says so.
+    pub fn ordinary(&self) -> Bytes {
+        self.holding.map_or(Bytes::ZERO, |holding| holding.ordinary)
     }
 
     /// Notes that it took a target.
@@ -115,14 +137,12 @@ impl Account {
         }
     }
 
-    /// What of the host's memory is known to be held for a guest that `said` this.
+    /// What of the host's ordinary memory is known to be held for a guest that `said` this.
     pub fn resident(&self, vmm: Kind, said: &Said) -> Bytes {
+        if self.reserved {
+            return Bytes::ZERO;
+        }
         if self.holding.is_some() || vmm == Kind::Ballast { said.host_rss } else { Bytes::ZERO }
-    }
-
-    /// What of the host's memory is known to be held for a VM that never gave an answer.
-    pub fn of_unheard(&self) -> Bytes {
-        self.holding.map_or(Bytes::ZERO, Holding::all)
     }
 }
 
@@ -197,6 +217,24 @@ mod tests {
         account.look(Some(2), |_| None);
         let believed = account.believe(NOW, "web", said("1024G", Bytes::gib(1024)), TOTAL);
         assert_eq!((believed.limits.max(), believed.host_rss), (SMALLEST, Bytes::ZERO));
+    }
+
+    #[test]
+    fn reserved_huge_pages_are_no_ordinary_memory() {
+        let holding = |reserved| Some(Holding { ordinary: Bytes::mib(10), reserved: Bytes::mib(reserved) });
+        let mut account = Account::default();
+        account.look(Some(1), |_| holding(0));
+        assert!(!account.is_reserved());
+        account.look(Some(1), |_| holding(512));
+        assert!(account.is_reserved());
+        let believed = account.believe(NOW, "web", said("1G", Bytes::mib(512)), TOTAL);
+        assert_eq!(believed.host_rss, Bytes::mib(512));
+        assert_eq!(account.resident(Kind::Ballast, &believed), Bytes::ZERO);
+        assert_eq!(account.ordinary(), Bytes::mib(10));
+        account.look_again(|_| holding(0));
+        assert!(account.is_reserved(), "also after it gave all of them back");
+        account.look(Some(2), |_| holding(0));
+        assert!(!account.is_reserved(), "another process");
     }
 
     #[test]

@@ -225,8 +225,22 @@ fn milliseconds(since: Instant) -> u64 {
 /// Why a VM has what it has at this moment.
 fn explain(vm: &VmView) -> String {
     let Some(memory) = &vm.memory else {
-        return "It has not answered yet: what it holds is unknown, and it is left out.".to_owned();
+        return match vm.held {
+            Some(held) => {
+                format!(
+                    "It has not answered yet: it is charged the {held} that the host holds for its process."
+                )
+            }
+            None => "It has not answered yet: what it holds is unknown, and it is left out.".to_owned(),
+        };
     };
+    if memory.reserved_huge_pages {
+        return format!(
+            "Its memory lies in the host's reserved huge pages, which are no part of the budget: it is not \
+             moved, and only the {} that its process holds beside them are taken from what others may have.",
+            memory.overhead
+        );
+    }
     let MemoryView { limits, used, demand, entitlement, target, actual, host_rss, charge, .. } = memory;
     match vm.standing {
         Standing::Static => format!("Its limits leave nothing to move: it has {target}, always."),
@@ -397,8 +411,13 @@ mod tests {
             huge_percent: None,
             overhead: Bytes::ZERO,
             charge: Bytes::mib(200),
+            reserved_huge_pages: false,
         };
         assert!(explain(&view("web")).contains("not answered yet"));
+        let unheard = VmView { held: Some(Bytes::mib(77)), ..view("web") };
+        assert!(explain(&unheard).contains("77 MiB"));
+        let apart = Some(MemoryView { reserved_huge_pages: true, ..memory.clone() });
+        assert!(explain(&VmView { memory: apart, ..view("web") }).contains("reserved huge pages"));
         for (standing, word) in [
             (Standing::Following, "memory is short"),
             (Standing::Static, "nothing to move"),

@@ -52,6 +52,22 @@ pub enum Refusal {
         /// What its guest could start with.
         left: Bytes,
     },
+    /// There is no room even for what a VM on reserved huge pages needs beside them.
+    #[error(
+        "there is no room for `{name}`: beside its huge pages it needs {size} for its VMM and page tables, and \
+         {kept} of the budget of {budget} can't be taken from others (the min of each, and all of those \
+         that can't be shrunk). Stop a VM, or lower a min"
+    )]
+    NoRoomForVmm {
+        /// Which VM.
+        name: String,
+        /// What it needs.
+        size: Bytes,
+        /// What others keep.
+        kept: Bytes,
+        /// What there is.
+        budget: Bytes,
+    },
     /// Others were too slow to make room, or nobody waits any more.
     #[error(
         "there is not room enough for `{name}` yet: {granted} of {size}. Others give way slowly; try again"

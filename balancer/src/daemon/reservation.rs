@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::limits::Limits;
+use balloon::limits::{Limits, SMALLEST};
 use balloon::status::DriverState;
 use balloon::units::{Bytes, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,10 @@ pub struct Wanted {
     /// is taken for the VM's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<Process>,
+    /// Its guest's memory lies in the host's reserved huge pages (hugetlb), which are no part of the budget:
+    /// room is needed for its VMM alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reserved_huge_pages: bool,
 }
 
 impl Wanted {
@@ -72,9 +76,15 @@ impl Wanted {
         self.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(LONGEST_WAIT)
     }
 
-    /// What it needs: what the guest starts with, the VMM, and page tables for all it may get.
+    /// What it needs: what the guest starts with, the VMM, and page tables for all it may get. On reserved
+    /// huge pages only the last two, and no less than any VM has.
     pub fn size(&self) -> Bytes {
         let tables = Bytes(self.limits.max().0 / BYTES_MAPPED_BY_A_BYTE);
+        if self.reserved_huge_pages {
+            // A table of the last level maps one huge page, and is not there.
+            let tables = Bytes(tables.0 / BYTES_MAPPED_BY_A_BYTE);
+            return OF_A_VMM.saturating_add(tables).max(SMALLEST).page_floor();
+        }
         let size = self.limits.startup().saturating_add(OF_A_VMM).saturating_add(tables);
         Bytes(size.0.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE))
     }
@@ -101,6 +111,8 @@ struct Reservation {
     /// When it is dropped: the end of the client's patience, or of [`LIFE`].
     until: Duration,
     holder: Option<Holder>,
+    /// The rest of the VM's memory lies in reserved huge pages.
+    reserved_huge_pages: bool,
     /// Whoever waits for it; nobody once it is there.
     answer: Option<oneshot::Sender<Result<ReservationView, Refusal>>>,
 }
@@ -149,7 +161,16 @@ impl Ledger {
             let vm = Vm::new(next_id(), LONGEST_WAIT, said);
             let until = now + kept.left();
             let Kept { size, holder, .. } = kept;
-            let reservation = Reservation { vm, size, granted: size, until, holder, answer: None };
+            // Whether it lies in huge pages its process will tell.
+            let reservation = Reservation {
+                vm,
+                size,
+                granted: size,
+                until,
+                holder,
+                reserved_huge_pages: false,
+                answer: None,
+            };
             of.insert(kept.name, reservation);
         }
         Self { of, book: Some(book) }
@@ -188,6 +209,9 @@ impl Ledger {
         let refusal = match said {
             Some(_) if count >= MOST => Some(Refusal::TooManyReservations),
             Some(_) if kept.saturating_add(size) <= taken.budget => None,
+            _ if wanted.reserved_huge_pages => {
+                Some(Refusal::NoRoomForVmm { name: wanted.name.clone(), size, kept, budget: taken.budget })
+            }
             _ => Some(Refusal::NoRoom {
                 name: wanted.name.clone(),
                 size,
@@ -206,7 +230,10 @@ impl Ledger {
                 let vm = Vm::new(id, LONGEST_WAIT, said);
                 let until = now + wanted.wait();
                 let (granted, holder) = (Bytes::ZERO, wanted.process.map(Holder::new));
-                let reservation = Reservation { vm, size, granted, until, holder, answer: Some(answer) };
+                let Wanted { reserved_huge_pages, .. } = *wanted;
+                let answer = Some(answer);
+                let reservation =
+                    Reservation { vm, size, granted, until, holder, reserved_huge_pages, answer };
                 if let Some(earlier) = self.of.insert(wanted.name.clone(), reservation) {
                     self.keep(now);
                     info!(
@@ -307,6 +334,11 @@ impl Ledger {
     /// Whether one stands for a VM of this name.
     pub fn is_for(&self, name: &str) -> bool {
         self.of.contains_key(name)
+    }
+
+    /// Whether one stands for a VM of this name that will lie in reserved huge pages.
+    pub fn is_for_huge_pages(&self, name: &str) -> bool {
+        self.of.get(name).is_some_and(|reservation| reservation.reserved_huge_pages)
     }
 
     /// Hands them to the policy as VMs.

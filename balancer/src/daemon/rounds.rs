@@ -380,9 +380,16 @@ impl Daemon {
         self.decided = true;
         let now = self.now();
         let patience = self.tick * STALE_TICKS;
+        for slot in self.slots.values_mut().filter(|slot| slot.vm.is_some()) {
+            if self.reservations.is_for_huge_pages(&slot.name) {
+                slot.reserves();
+            }
+        }
         let slots = &self.slots;
         let has_come = |name: &str| slots.values().any(|slot| slot.name == name && slot.vm.is_some());
         self.reservations.expire(now, has_come);
+        // What VMMs hold beside guest memory can be given to no guest.
+        let overhead: Bytes = self.slots.values().map(Slot::overhead).sum();
         let resident: Bytes = self.slots.values().map(Slot::resident).sum();
         // What is reserved for one that starts is its charge until it answers.
         let unheard = self.slots.values().filter(|slot| !self.reservations.is_for(&slot.name));
@@ -390,8 +397,6 @@ impl Daemon {
         self.vms.clear();
         let pauses = self.config.last_resort == LastResort::Pause;
         self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience, pauses)));
-        // What VMMs hold beside guest memory can be given to no guest.
-        let overhead: Bytes = self.slots.values().map(|slot| slot.overhead).sum();
         let touched = self.reservations.touched();
         let budget = self.budget.now(self.host, [resident, overhead, touched, unheard].into_iter().sum());
         self.budget_now = budget.saturating_sub(overhead);

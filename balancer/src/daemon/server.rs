@@ -109,6 +109,7 @@ impl IntoResponse for Refusal {
             Self::OfVm { .. }
             | Self::Busy(_)
             | Self::NoRoom { .. }
+            | Self::NoRoomForVmm { .. }
             | Self::RunsAlready(_)
             | Self::Replaced(_) => StatusCode::CONFLICT,
             Self::Body { status, .. } => StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_REQUEST),

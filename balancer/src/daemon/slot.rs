@@ -56,9 +56,11 @@ pub struct Slot {
     /// Nobody listens: its process has ended.
     pub gone: bool,
     /// What the host holds for its VMM beside guest memory.
-    pub overhead: Bytes,
+    overhead: Bytes,
     /// What is known of its memory without its word.
     account: Account,
+    /// That it lies in reserved huge pages was said.
+    told_apart: bool,
     /// The share of what the host holds for its guest that lies in huge pages.
     huge_percent: Option<u8>,
     id: u64,
@@ -99,6 +101,7 @@ impl Slot {
             gone: false,
             overhead: Bytes::ZERO,
             account: Account::default(),
+            told_apart: false,
             huge_percent: None,
             pid: None,
             started: Duration::ZERO,
@@ -166,9 +169,26 @@ impl Slot {
     }
 
     /// What the host holds for a VM that is there and never gave an answer that could be used: that is
-    /// its charge until it does.
+    /// its charge until it does. Of reserved huge pages none.
     pub fn unheard(&self) -> Bytes {
-        if self.gone || self.vm.is_some() { Bytes::ZERO } else { self.account.of_unheard() }
+        if self.gone || self.vm.is_some() { Bytes::ZERO } else { self.account.ordinary() }
+    }
+
+    /// What the host holds for its VMM beside guest memory; of a VM on reserved huge pages, all of its
+    /// process's ordinary memory.
+    pub fn overhead(&self) -> Bytes {
+        if self.is_reserved() { self.account.ordinary() } else { self.overhead }
+    }
+
+    /// Whether it was heard, and its memory lies in the host's reserved huge pages. It is no part of the
+    /// budget, and nobody moves it.
+    pub fn is_reserved(&self) -> bool {
+        self.vm.is_some() && self.account.is_reserved()
+    }
+
+    /// Notes that it asked for room as a VM on reserved huge pages.
+    pub fn reserves(&mut self) {
+        self.account.reserves();
     }
 
     /// Takes in what came back, on a host with `total` memory.
@@ -226,6 +246,12 @@ impl Slot {
             info!(vm = name, "{name} answers again");
         }
         let said = self.account.believe(now, name, Said::from(memory), total);
+        if !std::mem::replace(&mut self.told_apart, self.account.is_reserved()) && self.told_apart {
+            info!(
+                vm = name,
+                "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
+            );
+        }
         self.heard = said.spare;
         self.answered = Some(now);
         self.errs = false;
@@ -264,7 +290,7 @@ impl Slot {
                     let charge = vm.said.target.max(vm.said.actual);
                     warn!(vm = name, kind, "{name} is left as it is, charged {charge}: {error}");
                 }
-                None => match self.account.of_unheard() {
+                None => match self.account.ordinary() {
                     Bytes::ZERO => {
                         warn!(vm = name, kind, "{name} is left out, and what it holds is unknown: {error}");
                     }
@@ -300,7 +326,12 @@ impl Slot {
 
     /// Hands the VM over for a round's decision, with its news as old as it is by now.
     /// With `pauses`, the balancer may pause it if its VMM lets it.
+    ///
+    /// `None` where there is nothing to decide: it was never heard, or lies in reserved huge pages.
     pub fn lend(&mut self, now: Duration, patience: Duration, pauses: bool) -> Option<Vm> {
+        if self.is_reserved() {
+            return None;
+        }
         let mut vm = self.vm.take()?;
         let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
         vm.uptime = now.saturating_sub(self.started);
@@ -385,6 +416,9 @@ impl Slot {
 
     /// What it keeps whatever others need, as things stand.
     pub fn floor(&self) -> Bytes {
+        if self.is_reserved() {
+            return Bytes::ZERO;
+        }
         self.vm.as_ref().map_or(self.unheard(), |vm| match vm.standing() {
             Standing::Following | Standing::Booting => vm.said.limits.min(),
             Standing::Static
@@ -401,6 +435,7 @@ impl Slot {
 
     /// How it is shown.
     pub fn view(&self) -> VmView {
+        let reserved = self.is_reserved();
         let memory = self.vm.as_ref().zip(self.limits).map(|(vm, limits)| MemoryView {
             limits,
             used: vm.used(),
@@ -410,13 +445,20 @@ impl Slot {
             actual: vm.said.actual,
             host_rss: vm.said.host_rss,
             huge_percent: self.huge_percent,
-            overhead: self.overhead,
-            charge: vm.charge(),
+            overhead: self.overhead(),
+            charge: if reserved { Bytes::ZERO } else { vm.charge() },
+            reserved_huge_pages: reserved,
+        });
+        let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.said.vcpus {
+            _ if !reserved => vm.standing(),
+            _ if self.errs => Standing::NotAnswering,
+            Vcpus::Paused(_) => Standing::Paused,
+            Vcpus::Run | Vcpus::NotYet => Standing::Static,
         });
         VmView {
             name: self.name.clone(),
             vmm: self.vmm,
-            standing: self.vm.as_ref().map_or(Standing::NotAnswering, Vm::standing),
+            standing,
             paused_by: self.vm.as_ref().and_then(|vm| vm.said.vcpus.paused_by()),
             held: self.vm.is_none().then(|| self.unheard()).filter(|held| *held > Bytes::ZERO),
             memory,

@@ -108,4 +108,8 @@ pub struct MemoryView {
     pub overhead: Bytes,
     /// What it is charged.
     pub charge: Bytes,
+    /// Its memory lies in the host's reserved huge pages (hugetlb): it is no part of the budget, is not moved
+    /// and charged nothing; what its process holds of ordinary memory is its `overhead`.
+    #[serde(default)]
+    pub reserved_huge_pages: bool,
 }

@@ -6,7 +6,13 @@ use crate::policy::host_state::HostState;
 use crate::policy::{Host, Policy, Settings};
 
 fn wanted(name: &str, limits: &str) -> Wanted {
-    Wanted { name: name.to_owned(), limits: limits.parse().unwrap(), wait_ms: Some(5000), process: None }
+    Wanted {
+        name: name.to_owned(),
+        limits: limits.parse().unwrap(),
+        wait_ms: Some(5000),
+        process: None,
+        reserved_huge_pages: false,
+    }
 }
 
 fn taken(budget: u64, by_vms: u64) -> Taken {
@@ -218,7 +224,8 @@ fn promised() -> Ledger {
     let holder = Some(Holder::new(Process { pid: 7, started_ticks: 7 }));
     let vm = Vm::new(7, LONGEST_WAIT, said);
     let until = second * 160;
-    let reservation = Reservation { vm, size, granted: size, until, holder, answer: None };
+    let reservation =
+        Reservation { vm, size, granted: size, until, holder, reserved_huge_pages: false, answer: None };
     ledger.of.insert("web".to_owned(), reservation);
     ledger
 }
