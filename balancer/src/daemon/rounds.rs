@@ -1,5 +1,6 @@
 //! Round after round: ask every VM, decide, tell those whose target changes.
 
+mod between;
 mod introduction;
 mod orders;
 mod presence;
@@ -17,6 +18,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
 use tracing::{info, warn};
 
+use self::between::Chase;
 use super::calls::Switchboard;
 use super::command::Command;
 use super::complaint::Complaint;
@@ -46,20 +48,8 @@ const FIRST_ANSWERS: Duration = Duration::from_secs(3);
 /// Where the daemon's clock starts, so that a report of before its time has a moment too.
 const EPOCH: Duration = Duration::from_secs(24 * 3600);
 
-/// How long answers are waited for where a guest can't wait.
-const HURRY: Duration = Duration::from_millis(100);
-
 /// How long a VM may wait for its guest's report in a round. Linux answers well within a millisecond.
 const PATIENCE: Duration = Duration::from_millis(100);
-
-/// So many of the VMs that wait for memory are looked at in a round between the rounds.
-const MOST_LOOKED_AT: usize = 32;
-
-/// While others still pay for what a calling guest is to get, they are looked at this often,
-const CHASE_EVERY: Duration = Duration::from_millis(50);
-
-/// and for this long; after that, the rounds have it.
-const CHASE_FOR: Duration = Duration::from_secs(2);
 
 /// The daemon at work.
 pub struct Daemon {
@@ -208,7 +198,7 @@ impl Daemon {
                 }
                 callers = self.switchboard.next() => self.answer(&callers).await,
                 () = due(gives_up) => self.give_up(),
-                () = due(self.chase.map(|chase| chase.next)) => self.answer(&BTreeSet::new()).await,
+                () = due(self.chase.map(Chase::next)) => self.answer(&BTreeSet::new()).await,
                 Some(done) = self.requests.join_next() => self.take(done),
             }
         }
@@ -280,40 +270,6 @@ impl Daemon {
             asked.insert(id);
         }
         asked
-    }
-
-    /// A round between the rounds: for guests that call, and then until others have paid what these are
-    /// to get. Only VMs that have something new to say are asked: those that call, that move, and that
-    /// wait for memory, so that they get what they want by now. A guest in distress may answer late, and
-    /// holds nobody up: what it says then is there at the next look.
-    async fn answer(&mut self, callers: &BTreeSet<u64>) {
-        let eager: BTreeSet<u64> = callers.iter().copied().chain(self.wait_longest()).collect();
-        let asked = self
-            .ask(Duration::ZERO, |id, slot| !slot.pace.is_slow() && (eager.contains(&id) || slot.moves()));
-        self.gather(asked, HURRY).await;
-        self.read_host();
-        if self.knows_enough() {
-            self.decide();
-            let told = self.tell();
-            self.gather(told, HURRY).await;
-        }
-        self.ask(Duration::ZERO, |id, slot| slot.pace.is_slow() && callers.contains(&id));
-        self.publish();
-        let now = Instant::now();
-        let until = match self.chase {
-            Some(chase) if callers.is_empty() => chase.until,
-            _ => now + CHASE_FOR,
-        };
-        let goes_on = self.balance.unserved > Bytes::ZERO && now < until;
-        self.chase = goes_on.then_some(Chase { next: now + CHASE_EVERY, until });
-    }
-
-    /// Some of those that wait for memory, from the longest on: on a host that is short of much, to look at
-    /// all of them so often would take its processors too.
-    fn wait_longest(&self) -> impl Iterator<Item = u64> {
-        let waiting: BTreeSet<(Duration, u64)> =
-            self.waiting.iter().map(|(id, since)| (*since, *id)).collect();
-        waiting.into_iter().map(|(_, id)| id).take(MOST_LOOKED_AT)
     }
 
     /// Takes in answers until those that are `awaited` have come or `patience` is over. Who still owes an
@@ -489,13 +445,6 @@ fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error
         Err(error) => (Fate::Unanswered, Some(error.to_string())),
     };
     shared.history().decided(vm, reason, fate, complaint);
-}
-
-/// Short rounds that follow a call.
-#[derive(Clone, Copy)]
-struct Chase {
-    next: Instant,
-    until: Instant,
 }
 
 /// Waits until then; for ever, where there is no such time.
