@@ -85,25 +85,11 @@ fn a_month_of_many_vms_is_cut_to_what_is_played() {
     let one = read(&directory.path().join("7.csv"), Part::WHOLE).unwrap();
     assert_eq!((one.vms.len(), one.seconds), (1, 8639 * 300));
     // Two hundred for a month would be more than fits into memory.
-    let error = finish(
-        Path::new("a"),
-        (0..200)
-            .map(|vm| {
-                (
-                    vm.to_string(),
-                    Seen {
-                        samples: vec![
-                            (0, Bytes(1), Bytes(0), Bytes(0)),
-                            (LONGEST, Bytes(1), Bytes(0), Bytes(0)),
-                        ],
-                        ..Seen::default()
-                    },
-                )
-            })
-            .collect(),
-        Part::WHOLE,
-    );
-    assert!(error.unwrap_err().to_string().contains("too many"));
+    let at = |second| (second, Bytes::mib(1), Bytes::ZERO, Bytes::ZERO);
+    let seen = || Seen { samples: vec![at(0), at(LONGEST)], ..Seen::default() };
+    let found = (0..200).map(|vm| (vm.to_string(), seen())).collect();
+    let error = finish(Path::new("a"), found, Part::WHOLE).unwrap_err();
+    assert!(error.to_string().contains("too many"));
 }
 
 #[test]
