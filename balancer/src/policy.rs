@@ -124,8 +124,7 @@ impl Policy {
         }
         let Granted { left, unserved, mut postponed } = self.grow(now, to_give, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
-        let owed = |time| vms.iter().map(|vm| vm.owes(now, time, &self.settings.guards)).sum::<Bytes>();
-        let (owed, in_time) = (owed(guards::COUNTED_ON), owed(self.settings.emergency_dwell));
+        let owed = self.owed(now, guards::COUNTED_ON, vms);
         // Buffers that wait are paid for by who has more than it may, once nothing presses.
         if self.state > HostState::Normal {
             postponed = Bytes::ZERO;
@@ -135,7 +134,8 @@ impl Policy {
         let short = unserved.saturating_add(refill).saturating_sub(owed);
         let waiting = unserved.saturating_add(postponed).saturating_add(returning);
         self.shrink(now, Shortage { short, waiting, lasts }, vms, decisions);
-        let helpless = lasts && over > in_time && decisions.is_empty();
+        let helpless =
+            lasts && decisions.is_empty() && over > self.owed(now, self.settings.emergency_dwell, vms);
         let left = left.saturating_sub(Bytes(pool.0 / 2));
         self.last_resort(
             now,
@@ -145,6 +145,11 @@ impl Policy {
             decisions,
         );
         Balance { charged, free, over, unserved, state: self.state }
+    }
+
+    /// What all VMs together will have given up within `time` of what they were asked for.
+    fn owed(&self, now: Duration, time: Duration, vms: &[Vm]) -> Bytes {
+        vms.iter().map(|vm| vm.owes(now, time, &self.settings.guards)).sum()
     }
 
     /// Whether an emergency has lasted. It is not over in the moment in which someone has

@@ -68,6 +68,12 @@ impl Bytes {
     pub const fn page_floor(self) -> Self {
         Self(self.0 & !(PAGE_SIZE - 1))
     }
+
+    /// The smallest whole number of virtio-balloon pages not below this amount, or the largest amount
+    /// there is where that would be more.
+    pub const fn page_ceil(self) -> Self {
+        Self(self.0.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE))
+    }
 }
 
 /// An amount of memory in virtio-balloon's pages of 4 KiB.

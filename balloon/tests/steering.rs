@@ -33,6 +33,15 @@ impl Bench {
         Self { balloon, yard, steering }
     }
 
+    /// One whose guest has plugged all that there is.
+    fn plugged() -> Self {
+        let mut bench = Self::new();
+        bench.set_target(MAP);
+        assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
+        bench.run();
+        bench
+    }
+
     fn set_target(&mut self, target: Bytes) {
         self.steering.set_target(target).unwrap();
         self.run();
@@ -50,6 +59,12 @@ impl Bench {
         }
         self.yard.guest.run();
         self.balloon.run();
+    }
+
+    /// Lets a little time pass, and then what it brings.
+    fn wait(&mut self) {
+        std::thread::sleep(Duration::from_millis(20));
+        self.run();
     }
 
     /// What the balloon is asked to hold.
@@ -83,17 +98,13 @@ fn a_guest_grows_by_plugging_and_shrinks_by_unplugging_first() {
 
 #[test]
 fn the_balloon_takes_what_is_not_unplugged_in_time() {
-    let mut bench = Bench::new();
-    bench.set_target(MAP);
-    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
-    bench.run();
+    let mut bench = Bench::plugged();
     bench.set_target(BOOT);
     assert_eq!(bench.held(), Bytes::ZERO);
     let start = Instant::now();
     while bench.held() != Bytes(16 * BLOCK) {
         assert!(start.elapsed() < 20 * PATIENCE, "the balloon never came to help");
-        std::thread::sleep(Duration::from_millis(20));
-        bench.run();
+        bench.wait();
     }
     assert!(start.elapsed() >= PATIENCE - Duration::from_millis(100), "{:?}", start.elapsed());
     // It unplugs after all: the balloon lets go.
@@ -104,16 +115,12 @@ fn the_balloon_takes_what_is_not_unplugged_in_time() {
 
 #[test]
 fn a_paused_guest_has_the_whole_of_its_time_to_unplug() {
-    let mut bench = Bench::new();
-    bench.set_target(MAP);
-    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
-    bench.run();
+    let mut bench = Bench::plugged();
     bench.set_target(BOOT);
     bench.steering.rest(true);
     let begun = Instant::now();
     while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
-        std::thread::sleep(Duration::from_millis(20));
-        bench.run();
+        bench.wait();
         assert_eq!(bench.held(), Bytes::ZERO, "it can't unplug while it stands still");
     }
     bench.steering.rest(false);
@@ -122,8 +129,7 @@ fn a_paused_guest_has_the_whole_of_its_time_to_unplug() {
     let begun = Instant::now();
     while bench.held() == Bytes::ZERO {
         assert!(begun.elapsed() < PATIENCE * 10, "the balloon never helps");
-        std::thread::sleep(Duration::from_millis(20));
-        bench.run();
+        bench.wait();
     }
 }
 
@@ -185,16 +191,12 @@ fn the_balloons_part_follows_the_target_while_its_driver_is_away() {
 
 #[test]
 fn the_balloon_helps_where_its_driver_came_late() {
-    let mut bench = Bench::new();
-    bench.set_target(MAP);
-    assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
-    bench.run();
+    let mut bench = Bench::plugged();
     bench.balloon.reset();
     bench.set_target(BOOT);
     let begun = Instant::now();
     while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
-        std::thread::sleep(Duration::from_millis(20));
-        bench.run();
+        bench.wait();
     }
     bench.balloon.start(0);
     bench.run();

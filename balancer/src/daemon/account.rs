@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use balloon::limits::{Limits, SMALLEST};
 use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
+use balloon::units::Bytes;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;
@@ -121,7 +121,7 @@ impl Account {
     /// What is known of a VM that is believed nothing: what its process holds, and what it was granted.
     fn known(&self, said: Said, total: Bytes) -> Said {
         let held = self.holding.map_or(Bytes::ZERO, Holding::all);
-        let size = Bytes(held.max(self.granted).0.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE));
+        let size = held.max(self.granted).page_ceil();
         let Ok(limits) = Limits::fixed(size.min(total.page_floor()).max(SMALLEST)) else { return said };
         let Said { since, vcpus, pausable, .. } = said;
         Said { host_rss: held, since, vcpus, pausable, ..Said::of(limits) }

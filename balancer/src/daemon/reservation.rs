@@ -85,8 +85,7 @@ impl Wanted {
             let tables = Bytes(tables.0 / BYTES_MAPPED_BY_A_BYTE);
             return OF_A_VMM.saturating_add(tables).max(SMALLEST).page_floor();
         }
-        let size = self.limits.startup().saturating_add(OF_A_VMM).saturating_add(tables);
-        Bytes(size.0.div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE))
+        self.limits.startup().saturating_add(OF_A_VMM).saturating_add(tables).page_ceil()
     }
 }
 

@@ -112,12 +112,12 @@ impl Roster {
         for index in 0..self.foreign.len() {
             let Some(Foreign { driver, sockets, memory }) = self.foreign.get(index) else { continue };
             let (driver, memory) = (*driver, *memory);
-            let pattern = sockets.as_str().to_owned();
+            let pattern = self.new.then(|| sockets.as_str().to_owned());
             let mut any = false;
             for (name, socket) in sockets.find() {
                 any |= self.add(&mut found, now, name, socket, driver, memory);
             }
-            if self.new && !any {
+            if let Some(pattern) = pattern.filter(|_| !any) {
                 info!("no VM of {driver} has a socket at {pattern} yet; looking for one from now on");
             }
         }

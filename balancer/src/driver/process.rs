@@ -122,16 +122,20 @@ pub fn started(pid: u32) -> io::Result<Option<u64>> {
     }
 }
 
-/// Field 3 of proc_pid_stat(5): it has ended, and its parent has not asked yet how.
-fn is_zombie(stat: &str) -> bool {
-    stat.rsplit_once(')').is_some_and(|(_, behind_name)| behind_name.trim_start().starts_with(['Z', 'X']))
+/// The fields of proc_pid_stat(5) from the third on: the name in the second may hold anything, so they
+/// are counted behind its closing bracket.
+fn fields(stat: &str) -> impl Iterator<Item = &str> {
+    stat.rsplit_once(')').map_or("", |(_, behind_name)| behind_name).split_whitespace()
 }
 
-/// Field 22 is the start in clock ticks since boot (proc_pid_stat(5)); the name in
-/// field 2 may hold anything, so fields are counted behind its closing bracket.
+/// Field 3: it has ended, and its parent has not asked yet how.
+fn is_zombie(stat: &str) -> bool {
+    fields(stat).next().is_some_and(|state| state.starts_with(['Z', 'X']))
+}
+
+/// Field 22 is the start in clock ticks since boot.
 fn started_in(stat: &str) -> Option<u64> {
-    let (_, behind_name) = stat.rsplit_once(')')?;
-    behind_name.split_whitespace().nth(19)?.parse().ok()
+    fields(stat).nth(19)?.parse().ok()
 }
 
 fn age_in(stat: &str, uptime: &str, ticks_per_second: u64) -> Option<Duration> {

@@ -17,7 +17,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use balloon::limits::Limits;
-use balloon::units::{Bytes, PAGE_SIZE};
+use balloon::units::Bytes;
 use serde::Deserialize;
 
 use super::trace::{Series, Trace};
@@ -353,11 +353,10 @@ fn finish(path: &Path, mut found: Found, part: Part) -> Result<Trace, TraceError
 }
 
 fn series(name: &str, seen: Seen, first: u64, last: u64) -> Result<Series, String> {
-    let whole = |bytes: Bytes| Bytes(bytes.0.div_ceil(PAGE_SIZE) * PAGE_SIZE);
     let most_used = seen.samples.iter().map(|sample| sample.1).max().unwrap_or_default();
-    let max = whole(seen.max.max(most_used).max(Bytes::mib(256)));
-    let min = whole(seen.min.unwrap_or(Bytes(max.0 / 16))).clamp(balloon::limits::SMALLEST, max);
-    let startup = whole(Bytes(max.0 / 2)).max(min);
+    let max = seen.max.max(most_used).max(Bytes::mib(256)).page_ceil();
+    let min = seen.min.unwrap_or(Bytes(max.0 / 16)).page_ceil().clamp(balloon::limits::SMALLEST, max);
+    let startup = Bytes(max.0 / 2).page_ceil().max(min);
     let limits = Limits::new(startup, min, max, 20, 100).map_err(|error| error.to_string())?;
     let (begins, ends) = (seen.samples[0].0, seen.samples[seen.samples.len() - 1].0);
     // Where a guest's agent came later, what it committed before is not known.
