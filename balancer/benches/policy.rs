@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::policy::{Host, Policy, Said, Settings, Vm};
-use balloon::limits::Limits;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A host on which every other VM wants more than it has, and memory is short.

@@ -24,9 +24,9 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
-use balloon::status::MemoryStatus;
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::status::MemoryStatus;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use self::calls::Calls;

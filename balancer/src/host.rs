@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use self::cgroup::{Groups, Room};
 use crate::driver::process::{self, Holding, PROCESSES};

@@ -26,7 +26,7 @@ pub mod vm;
 
 use std::time::Duration;
 
-use balloon::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 use self::entitlement::{Claim, divide};
 use self::host_state::HostState;

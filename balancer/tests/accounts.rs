@@ -7,10 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, State, VmView, Wanted};
 use balancer::policy::guards::Standing;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use tempfile::TempDir;
 

@@ -5,10 +5,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::policy::{Host, Policy, Said, Settings, Stalls, Vm};
-use balloon::limits::Limits;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 
 thread_local! {
     /// Allocations of this thread: the harness allocates in others.

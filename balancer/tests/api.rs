@@ -5,11 +5,11 @@ mod fakes;
 use std::path::Path;
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::status::{DriverState, PlugCounters, PlugStatus};
+use api::units::Bytes;
 use balancer::daemon::client::{self, Error};
 use balancer::daemon::{self, Config, Fate, Process, Wanted};
-use balloon::limits::Limits;
-use balloon::status::{DriverState, PlugCounters, PlugStatus};
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

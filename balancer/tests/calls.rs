@@ -4,9 +4,9 @@ mod fakes;
 
 use std::time::{Duration, Instant};
 
+use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config};
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;

@@ -6,13 +6,13 @@ mod recorded;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use api::limits::Wanted;
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::driver::cloud_hypervisor::CloudHypervisor;
 use balancer::driver::firecracker::Firecracker;
 use balancer::driver::qemu::Qemu;
 use balancer::driver::{Driver, Error, Status};
-use balloon::limits::Wanted;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use recorded::Recorded;
 use serde_json::{Value, json};
 use tempfile::TempDir;

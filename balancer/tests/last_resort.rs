@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use api::status::Pauser;
+use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, DaemonError, Fate, Foreign, LastResort, Sockets};
 use balancer::driver::Kind;
@@ -15,8 +17,6 @@ use balancer::host::Sources;
 use balancer::policy::Settings;
 use balancer::policy::guards::Standing;
 use balancer::policy::reason::Rule;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use recorded::Recorded;
 use rustix::process::{Signal, getpid, kill_process};

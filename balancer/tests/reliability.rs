@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use api::limits::Limits;
+use api::status::Pauser;
+use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, LastResort, VmView, Wanted};
 use balancer::policy::guards::Standing;
-use balloon::limits::Limits;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Journal, Manner};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

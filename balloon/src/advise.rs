@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::units::Bytes;
+use api::units::Bytes;
 
 /// Ranges that wait for one call; the most that it takes (`UIO_MAXIOV`).
 const MOST: usize = 1024;

@@ -9,7 +9,7 @@ use crate::blocks::{BLOCK, Blocks};
 use crate::collapse::{Change, Closed};
 use crate::pending::Pending;
 use crate::ranges::{self, PartlyGiven, Range};
-use crate::units::{Bytes, PAGE_SIZE};
+use api::units::{Bytes, PAGE_SIZE};
 
 /// What lies behind a region of guest memory, which decides what call gives it back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use vm_memory::GuestAddress;
 
 use crate::ranges::{self, Range};
-use crate::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
+use api::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
 
 /// Whole blocks that wait at most. A balloon's page numbers come in pieces of 1 MiB (Linux); this
 /// is enough to make the system calls few.
@@ -194,7 +194,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::units::PAGE_SIZE;
+    use api::units::PAGE_SIZE;
 
     const BLOCK: Bytes = Bytes(8 * PAGE_SIZE);
 

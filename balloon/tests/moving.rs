@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use api::units::{Bytes, PAGE_SIZE};
 use balloon::device::{Config, Handle, MUST_TELL_HOST, PAGE_POISON};
-use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::{BUFFERS, Guest, HIGH, RUNNING};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_INDIRECT, VRING_DESC_F_WRITE};

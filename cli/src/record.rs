@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::balancer::daemon;
-use balancer::sim::recorded::{LONGEST, OWN_HEADER};
-use balloon::runtime;
-use balloon::status::MemoryStatus;
-use balloon::units::Bytes;
+use api::runtime;
+use api::status::MemoryStatus;
+use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use sim::recorded::{LONGEST, OWN_HEADER};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::failure::Failure;

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::runtime;
 use balancer::daemon::client::{Client, Error};
 use balancer::daemon::{Process, ReservationView, Wanted};
-use balloon::limits::Limits;
-use balloon::runtime;
 use tracing::info;
 use vmm::config::Backing;
 

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::runtime;
+use api::limits::Limits;
+use api::runtime;
 use vmm::config::{
     Backing, BalloonOptions, Config, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Grow, MemoryOptions, Name,
 };

@@ -8,16 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use balancer::sim::faults::Fault;
-use balancer::sim::laws::Name;
-use balancer::sim::recorded::Part;
-use balancer::sim::report::Report;
-use balancer::sim::sweep::{Source, Sweep, watch};
-use balancer::sim::trace::Kind;
-use balancer::sim::world::WARM_UP;
-use balancer::sim::{Grow, Host, Reports, Setup, Speeds, plot, recorded};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use sim::faults::Fault;
+use sim::laws::Name;
+use sim::recorded::Part;
+use sim::report::Report;
+use sim::sweep::{Source, Sweep, watch};
+use sim::trace::Kind;
+use sim::world::WARM_UP;
+use sim::{Grow, Host, Reports, Setup, Speeds, plot, recorded};
 
 use crate::failure::Failure;
 use crate::output;
@@ -287,7 +287,7 @@ fn draw(
     directory: &Path,
     sweep: &Sweep,
     report: &Report,
-    outcome: &balancer::sim::sweep::Outcome,
+    outcome: &sim::sweep::Outcome,
 ) -> Result<(), Failure> {
     std::fs::create_dir_all(directory)
         .map_err(|error| Failure::new(format!("can't create {}: {error}", directory.display())))?;

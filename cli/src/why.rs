@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use api::runtime;
 use balancer::daemon::client::{Client, Error};
 use balancer::daemon::{DecisionView, Fate, MemoryView, Why};
-use balloon::runtime;
 
 use crate::failure::Failure;
 use crate::{client, output};

@@ -6,8 +6,8 @@ mod bucket;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use balloon::agent::wire::{Decoder, Frame, Kind};
-use balloon::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
+use api::agent::wire::{Decoder, Frame, Kind};
+use api::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
 use devices::virtio::port::{Port, PortEvent};
 
 use self::bucket::Bucket;
@@ -156,7 +156,7 @@ fn milliseconds(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon::units::Bytes;
+    use api::units::Bytes;
 
     fn word(kind: Kind, available: Bytes) -> Vec<u8> {
         let figures = AgentFigures { available: Some(available), ..AgentFigures::default() };

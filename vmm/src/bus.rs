@@ -10,7 +10,7 @@ use vm_device::{
     bus::{PioAddressOffset, PioRange},
 };
 
-use crate::boot::{acpi, layout};
+use crate::arch::x86_64::{acpi, layout};
 use crate::crew::Crew;
 use crate::exit::Exit;
 

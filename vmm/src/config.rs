@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 
 /// The most vCPUs a VM may have: well below the 255 that xAPIC identifiers can name.
 pub const MOST_CPUS: u8 = 64;
@@ -78,7 +78,7 @@ pub enum ConfigError {
     HugePages(String),
 }
 
-/// A VM's name, by the rule of [`balloon::runtime::check_name`].
+/// A VM's name, by the rule of [`api::runtime::check_name`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(String);
 
@@ -98,7 +98,7 @@ impl fmt::Display for Name {
 impl FromStr for Name {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        balloon::runtime::check_name(text).map_err(|_| ConfigError::Name(text.to_owned()))?;
+        api::runtime::check_name(text).map_err(|_| ConfigError::Name(text.to_owned()))?;
         Ok(Self(text.to_owned()))
     }
 }

@@ -12,7 +12,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::{SocketFile, bind_privately};
+use crate::api_server::{SocketFile, bind_privately};
 use crate::config;
 use crate::crew::Crew;
 use crate::exit::Exit;

@@ -4,11 +4,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use balloon::agent::AgentStatus;
-use balloon::limits::Limits;
-use balloon::means::steering::{Steering, SteeringError};
-use balloon::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
-use balloon::units::Bytes;
+use api::agent::AgentStatus;
+use api::limits::Limits;
+use api::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::units::Bytes;
+use balloon::mechanism::steering::{Steering, SteeringError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;

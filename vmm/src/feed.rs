@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use balloon::agent::{AgentStatus, EventKind, MemoryEvent};
+use api::agent::{AgentStatus, EventKind, MemoryEvent};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Events that are kept for readers.

@@ -1,13 +1,14 @@
 //! One virtual machine in one process.
 
 pub mod agent;
-pub mod api;
+pub mod api_server;
+pub mod arch;
 pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod console;
 pub mod control;
-pub mod cpuid;
+
 pub mod crew;
 mod events;
 pub mod exit;

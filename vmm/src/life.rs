@@ -10,7 +10,7 @@
 //! balancer asks for a state: one whose answer was lost may ask again, and a refusal means that
 //! the VM is not its to steer.
 
-use balloon::status::{Pauser, VmState};
+use api::status::{Pauser, VmState};
 
 /// What is to be done to a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,23 +6,23 @@ use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
+use api::units::Bytes;
 use balloon::device::{Balloon, Handle};
 use balloon::discard::{self, Discard};
-use balloon::means::steering::Steering;
+use balloon::mechanism::steering::Steering;
 use balloon::plug::{self, Plug};
-use balloon::units::Bytes;
 use devices::virtio::rng::Rng;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use crate::api;
+use crate::api_server;
+use crate::arch::x86_64::cpuid;
+use crate::arch::x86_64::{acpi, layout, registers, reset};
 use crate::boot::kernel::{self, Entry, Files, KernelError};
-use crate::boot::{acpi, layout, registers, reset};
 use crate::bus::{Buses, EndPorts};
 use crate::config::{Backing, Config, Grow, plug_cmdline};
 use crate::console::{Console, ConsoleError};
 use crate::control::{Control, Parts};
-use crate::cpuid;
 use crate::crew::Crew;
 use crate::events::{EventLoop, STACK, Subscriber};
 use crate::exit::{self, Exit};
@@ -56,7 +56,7 @@ pub enum MachineError {
     Console(#[from] ConsoleError),
     /// The API's socket.
     #[error(transparent)]
-    Api(#[from] api::BindError),
+    Api(#[from] api_server::BindError),
     /// The walls around the process.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -109,7 +109,7 @@ pub struct Machine {
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
     _console: Console,
-    api: Option<api::Server>,
+    api: Option<api_server::Server>,
     devices: Vec<Subscriber>,
     /// What moves memory, on an event loop of its own.
     memory: Vec<Subscriber>,
@@ -144,7 +144,7 @@ impl Machine {
         };
         let files = Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline };
         let entry = kernel::load(files, ram.guest(), ram.boot())?;
-        let api = config.socket.as_deref().map(api::Server::bind).transpose()?;
+        let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
         let vm = create_vm(&kvm_fd, &ram)?;
         let crew = Crew::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
@@ -271,7 +271,7 @@ impl ApiThread {
     }
 }
 
-fn serve(server: api::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
     let stop = server.stopper().map_err(refused("an event for the API"))?;
     let control = Arc::clone(control);
     let thread = Builder::new()

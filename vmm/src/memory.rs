@@ -13,11 +13,11 @@ use self::accounts::Accounts;
 pub use self::accounts::Held;
 use self::mapping::{ALIGNMENT, Use, advise, map, memfd};
 pub use self::mapping::{MemoryError, Region};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
-use crate::boot::layout;
+use crate::arch::x86_64::layout;
 use crate::config::{Backing, MemoryOptions};
 use crate::host::HugePages;
 use crate::pluggable::Pluggable;

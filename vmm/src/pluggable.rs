@@ -12,9 +12,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
+use api::units::Bytes;
 use balloon::plug::{self, Access, SetAccess};
 use balloon::ranges::Range;
-use balloon::units::Bytes;
 
 use crate::config::Backing;
 use crate::memory::mapping::{MemoryError, Region, Use, map};

@@ -133,7 +133,7 @@ unsafe fn hand_on(
 
 #[cfg(test)]
 mod tests {
-    use balloon::units::Bytes;
+    use api::units::Bytes;
     use vm_memory::{Bytes as _, GuestAddress};
 
     use super::*;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::boot::layout;
+use crate::arch::x86_64::layout;
 use crate::bus::Buses;
 use crate::crew::{Admission, Crew, Kick};
 use crate::exit::Exit;
@@ -163,7 +163,7 @@ mod tests {
     use vm_device::device_manager::PioManager;
 
     use super::*;
-    use crate::boot::layout::COM1;
+    use crate::arch::x86_64::layout::COM1;
     use crate::memory::Ram;
 
     /// A console that tells that it is written to, and then waits to be read.
@@ -186,7 +186,7 @@ mod tests {
         // In real mode, without end: al += 1, and out to the console.
         let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
         let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: this host has no KVM") };
-        let ram = Ram::new(balloon::units::Bytes::mib(2), crate::config::MemoryOptions::default()).unwrap();
+        let ram = Ram::new(api::units::Bytes::mib(2), crate::config::MemoryOptions::default()).unwrap();
         vm_memory::Bytes::write_slice(&**ram.guest(), &code, vm_memory::GuestAddress(0x1000)).unwrap();
         let vm = kvm.create_vm().unwrap();
         let region = ram.regions()[0];

@@ -12,8 +12,8 @@ use vm_device::device_manager::{MmioManager, PioManager};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::acpi::VirtioSlot;
-use crate::boot::layout;
+use crate::arch::x86_64::acpi::VirtioSlot;
+use crate::arch::x86_64::layout;
 use crate::bus::Buses;
 
 /// Why a device could not be wired up.

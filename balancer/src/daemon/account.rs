@@ -19,9 +19,9 @@
 
 use std::time::Duration;
 
-use balloon::limits::{Limits, SMALLEST};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::limits::{Limits, SMALLEST};
+use api::status::DriverState;
+use api::units::Bytes;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;

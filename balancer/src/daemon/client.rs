@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 use hyper::Method;
 use serde::Deserialize;
 use tokio::time::{Instant, sleep};

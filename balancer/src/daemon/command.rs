@@ -1,6 +1,6 @@
 //! What clients of the daemon's socket ask the rounds to do.
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 use tokio::sync::oneshot;
 
 use super::refusal::Refusal;

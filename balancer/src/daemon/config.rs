@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Deserializer, de};
 
 pub use self::foreign::{Foreign, Sockets};
@@ -87,7 +87,7 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where the VMs' sockets are; `None` is [`balloon::runtime::directory`].
+    /// Where the VMs' sockets are; `None` is [`api::runtime::directory`].
     pub directory: Option<PathBuf>,
     /// What all VMs together may hold; `None` is all of the host but [`Config::host_reserve`].
     #[serde(deserialize_with = "budget")]

@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use balloon::limits::Limits;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::Pauser;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 

@@ -1,6 +1,6 @@
 //! What clients of the daemon's socket are told when they don't get what they asked for.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::driver::Error;
 

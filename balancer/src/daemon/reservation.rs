@@ -14,9 +14,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::limits::{Limits, SMALLEST};
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
+use api::limits::{Limits, SMALLEST};
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -396,7 +396,7 @@ impl Ledger {
 fn said(size: Bytes, granted: Bytes) -> Option<Said> {
     // One page of range, as a VM that nobody may move is given nothing either.
     let limits =
-        Limits::new(size, size, Bytes(size.0.checked_add(PAGE_SIZE)?), 0, balloon::limits::DEFAULT_WEIGHT);
+        Limits::new(size, size, Bytes(size.0.checked_add(PAGE_SIZE)?), 0, api::limits::DEFAULT_WEIGHT);
     Some(Said {
         target: granted,
         actual: granted,

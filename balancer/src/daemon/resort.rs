@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::status::Pauser;
+use api::status::Pauser;
 use tracing::{info, warn};
 
 use super::complaint::Complaint;

@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use balloon::limits::Wanted;
-use balloon::runtime;
+use api::limits::Wanted;
+use api::runtime;
 use inotify::{Inotify, WatchMask};
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::runtime;
 use axum::Extension;
 use axum::Json;
 use axum::Router;
@@ -12,8 +14,6 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
-use balloon::limits::Limits;
-use balloon::runtime;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};

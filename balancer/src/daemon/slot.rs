@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::status::Pauser;
+use api::units::Bytes;
 use tracing::{info, warn};
 
 use super::account::Account;

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
+use api::units::Bytes;
 use hyper::Method;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Wanted;
-use balloon::status::{AgedReport, DriverState};
-use balloon::units::Bytes;
+use api::limits::Wanted;
+use api::status::{AgedReport, DriverState};
+use api::units::Bytes;
 use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -9,9 +9,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use balloon::limits::Wanted;
-use balloon::status::{AgedReport, DriverState};
-use balloon::units::Bytes;
+use api::limits::Wanted;
+use api::status::{AgedReport, DriverState};
+use api::units::Bytes;
 use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -141,7 +141,7 @@ impl Firecracker {
     fn report(&mut self, answer: &Statistics) -> Result<Option<AgedReport>, Error> {
         let report = statistics::read(&NAMES, &answer.guest)
             .map_err(|what| self.http.nonsense("GET /balloon/statistics".to_owned(), &what))?;
-        if report == balloon::report::Report::default() {
+        if report == api::report::Report::default() {
             return Ok(None);
         }
         let mut digest = DefaultHasher::new();
@@ -176,7 +176,7 @@ impl Foreign for Firecracker {
         let (mut actual, mut report) = (has, None);
         if let Some(Balloon { stats_polling_interval_s: 1.., .. }) = balloon {
             let answer: Statistics = self.http.get("/balloon/statistics").await?;
-            let given_up = Bytes(answer.actual_pages.saturating_mul(balloon::units::PAGE_SIZE));
+            let given_up = Bytes(answer.actual_pages.saturating_mul(api::units::PAGE_SIZE));
             actual = has.saturating_sub(given_up);
             report = self.report(&answer)?;
         }

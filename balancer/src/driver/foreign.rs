@@ -4,8 +4,8 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::units::Bytes;
 
 use super::error::Error;
 use super::kept::{Kept, KeptLimits, Told};

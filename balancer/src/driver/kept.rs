@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use balloon::limits::{Limits, Wanted};
-use balloon::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
+use api::units::Bytes;
 use tokio::task::spawn_blocking;
 
 use super::statistics::Age;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use rustix::io::Errno;
 use rustix::param::clock_ticks_per_second;
 use tokio::net::UnixStream;

@@ -10,7 +10,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 /// A part of a limit that is left for page tables and the VMMs themselves, in percent.
 const MARGIN_PERCENT: u64 = 3;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::units::Bytes;
 
 use super::said::{Said, Stalls};
 use super::stall::{APART, Distress};

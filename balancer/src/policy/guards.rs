@@ -3,15 +3,15 @@
 use std::fmt;
 use std::time::Duration;
 
-use balloon::means;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::status::DriverState;
+use api::status::UNPLUG_PATIENCE;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{Said, host_state::HostState};
 
 /// A guest that gave up less than [`PROGRESS`] in this time is stuck (Xen's squeezed: 5 s). One that
-/// is asked to unplug first has [`means::PATIENCE`] for that, and then this time for its balloon.
+/// is asked to unplug first has [`UNPLUG_PATIENCE`] for that, and then this time for its balloon.
 pub const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// Less than this in [`STUCK_AFTER`] is no progress. Far below what the slowest
@@ -187,7 +187,7 @@ impl Watch {
             self.since = Some((now, said.actual));
             return false;
         }
-        let patience = if said.plugs { means::PATIENCE + STUCK_AFTER } else { STUCK_AFTER };
+        let patience = if said.plugs { UNPLUG_PATIENCE + STUCK_AFTER } else { STUCK_AFTER };
         if now.saturating_sub(since) < patience {
             return false;
         }

@@ -19,7 +19,7 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::host_state::HostState;
 use super::reason::{Decision, Rule};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::reason::{Decision, Rule};
 use super::vm::{PIECE, Round, Vm};

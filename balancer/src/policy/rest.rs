@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::Said;
 use super::demand::{AHEAD, Demand, RISE_PERCENT};

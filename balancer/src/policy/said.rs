@@ -5,11 +5,11 @@
 
 use std::time::Duration;
 
-use balloon::agent::AgentFigures;
-use balloon::limits::Limits;
-use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus, Pauser};
-use balloon::units::Bytes;
+use api::agent::AgentFigures;
+use api::limits::Limits;
+use api::report::Report;
+use api::status::{DriverState, MemoryStatus, Pauser};
+use api::units::Bytes;
 
 /// The host as the policy sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use balloon::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 use super::demand::News;
 use super::said::Stalls;

@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 
-use balloon::status::{DriverState, Pauser};
+use api::status::{DriverState, Pauser};
 
 use super::guards::{self, Standing};
 use super::*;

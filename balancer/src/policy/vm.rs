@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balloon::status::{DriverState, Pauser};
-use balloon::units::{Bytes, Pages};
+use api::status::{DriverState, Pauser};
+use api::units::{Bytes, Pages};
 
 use super::demand::{Demand, Follow, News};
 use super::entitlement::Claim;

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use balloon::agent::{EventKind, MemoryEvent};
-use balloon::limits::Limits;
-use balloon::report::Report;
-use balloon::status::{
+use api::agent::{EventKind, MemoryEvent};
+use api::limits::Limits;
+use api::report::Report;
+use api::status::{
     AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, TargetRequest, VmState,
     VmStatus,
 };
-use balloon::units::Bytes;
+use api::units::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::report::Report;
-use crate::status::{AgedReport, BalloonCounters, DriverState};
-use crate::units::{Bytes, Pages};
+use api::report::Report;
+use api::status::{AgedReport, BalloonCounters, DriverState};
+use api::units::{Bytes, Pages};
 
 /// How long a request for statistics may go unanswered until the driver counts as silent.
 pub const SILENT_AFTER: Duration = Duration::from_secs(5);

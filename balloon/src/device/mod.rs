@@ -39,7 +39,7 @@ use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
 use crate::timer::Timer;
-use crate::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 use pace::Pace;
 
 /// Feature bits (virtio 1.2, section 5.5.3). This one: the driver says that it

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::status::{DriverState, PlugCounters};
-use crate::units::Bytes;
+use api::status::{DriverState, PlugCounters};
+use api::units::Bytes;
 
 /// What the device and its handles share; held for moments only.
 pub(super) struct State {

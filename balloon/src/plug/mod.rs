@@ -30,8 +30,8 @@ use request::{Asked, Request, Response};
 
 use crate::discard::Discard;
 use crate::ranges::Range;
-use crate::status::DriverState;
-use crate::units::Bytes;
+use api::status::DriverState;
+use api::units::Bytes;
 
 /// `node_id` names a proximity domain of the ACPI tables (section 5.15.3).
 pub const ACPI_PXM: u32 = 0;

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::runtime;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
 use balancer::driver::ballast::{Client, Error};
 use balancer::host::{HostMemory, MEMINFO};
-use balloon::limits::Limits;
-use balloon::runtime;
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
 use crate::roster::{Answer, Roster};

@@ -19,7 +19,7 @@ mod view;
 use std::io::{IsTerminal, stdout};
 use std::time::Duration;
 
-use balloon::runtime;
+use api::runtime;
 use ratatui::buffer::Buffer;
 use ratatui::crossterm::terminal::size;
 use ratatui::layout::Rect;

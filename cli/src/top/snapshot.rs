@@ -2,13 +2,13 @@
 
 use std::fmt;
 
+use api::limits::Limits;
+use api::status::{DriverState, MemoryStatus, Pauser};
+use api::units::Bytes;
 use balancer::daemon::{State, VmView};
 use balancer::policy::guards::Standing;
 use balancer::policy::host_state::HostState;
 use balancer::policy::reason::Reason;
-use balloon::limits::Limits;
-use balloon::status::{DriverState, MemoryStatus, Pauser};
-use balloon::units::Bytes;
 use serde::{Serialize, Serializer};
 
 /// What there is to show.

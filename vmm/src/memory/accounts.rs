@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use balloon::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 /// From one count to the next there are so many times what it took, so that asking costs at most a
 /// tenth of a processor, however often anyone asks.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use tokio::time::Instant;
 
 use super::Daemon;

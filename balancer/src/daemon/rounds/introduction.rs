@@ -1,6 +1,6 @@
 //! What the daemon says of itself when it starts, and when it goes on with other settings.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use tracing::{info, warn};
 
 use super::Daemon;

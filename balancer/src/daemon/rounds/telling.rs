@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use balloon::status::Pauser;
+use api::status::Pauser;
 use tracing::warn;
 
 use super::Daemon;

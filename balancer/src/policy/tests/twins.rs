@@ -48,7 +48,7 @@ fn a_guest_that_unplugs_first_has_time_for_its_balloon_too() {
         })
     };
     let (inflates, unplugs) = (found(false).unwrap(), found(true).unwrap());
-    assert_eq!(unplugs - inflates, balloon::means::PATIENCE.as_secs());
+    assert_eq!(unplugs - inflates, api::status::UNPLUG_PATIENCE.as_secs());
 }
 
 #[test]
