@@ -2,7 +2,7 @@
 
 use std::io;
 
-use devices::serial::{BACKLOG, PortState, Serial};
+use devices::platform::serial::{BACKLOG, PortState, Serial};
 use devices::state::{StateError, Version};
 use devices::testing::{BUFFERS, Guest, RUNNING};
 use devices::virtio::mmio::saved::{LineState, MmioState, QueueState, Stage};

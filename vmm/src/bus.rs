@@ -11,8 +11,8 @@ use vm_device::{
 };
 
 use crate::arch::x86_64::{acpi, layout};
-use crate::crew::Crew;
 use crate::exit::Exit;
+use crate::vcpu_set::VcpuSet;
 
 /// What a read returns where nothing answers: no device pulls the lines down.
 const NOTHING: u8 = 0xff;
@@ -116,7 +116,7 @@ impl Buses {
 
 /// The ports through which a guest ends its own life.
 pub struct EndPorts {
-    crew: Arc<Crew>,
+    vcpu_set: Arc<VcpuSet>,
 }
 
 // pvpanic (QEMU docs/specs/pvpanic): reading tells which events are understood.
@@ -132,8 +132,8 @@ impl EndPorts {
     ///
     /// # Errors
     /// When something else is at their addresses.
-    pub fn register(buses: &mut Buses, crew: &Arc<Crew>) -> Result<(), vm_device::bus::Error> {
-        let ports = Arc::new(Self { crew: Arc::clone(crew) });
+    pub fn register(buses: &mut Buses, vcpu_set: &Arc<VcpuSet>) -> Result<(), vm_device::bus::Error> {
+        let ports = Arc::new(Self { vcpu_set: Arc::clone(vcpu_set) });
         for (first, count) in
             [(layout::PVPANIC, 1), (layout::SLEEP_CONTROL, 3), (layout::KEYBOARD_COMMAND, 1)]
         {
@@ -156,12 +156,12 @@ impl DevicePio for EndPorts {
     fn pio_write(&self, base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
         let Some(&value) = data.first() else { return };
         match (base.0.wrapping_add(offset), value) {
-            (layout::PVPANIC, events) if events & PANICKED != 0 => self.crew.end(Exit::Panicked),
+            (layout::PVPANIC, events) if events & PANICKED != 0 => self.vcpu_set.end(Exit::Panicked),
             (layout::SLEEP_CONTROL, value) if value == SLEEP_ENABLE | acpi::S5 << SLEEP_TYPE_SHIFT => {
-                self.crew.end(Exit::PoweredOff);
+                self.vcpu_set.end(Exit::PoweredOff);
             }
             (layout::RESET, layout::RESET_VALUE) | (layout::KEYBOARD_COMMAND, PULSE_RESET) => {
-                self.crew.end(Exit::Reboot);
+                self.vcpu_set.end(Exit::Reboot);
             }
             _ => {}
         }
@@ -173,11 +173,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn buses() -> (Buses, Arc<Crew>) {
-        let crew = Crew::new(1).expect("a crew");
+    fn buses() -> (Buses, Arc<VcpuSet>) {
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let mut buses = Buses::default();
-        EndPorts::register(&mut buses, &crew).expect("free addresses");
-        (buses, crew)
+        EndPorts::register(&mut buses, &vcpu_set).expect("free addresses");
+        (buses, vcpu_set)
     }
 
     #[test]
@@ -188,11 +188,11 @@ mod tests {
             (0x602, 1, Exit::Reboot),
             (0x64, 0xfe, Exit::Reboot),
         ] {
-            let (buses, crew) = buses();
+            let (buses, vcpu_set) = buses();
             buses.write_port(port, &[0]);
-            assert!(!crew.has_ended());
+            assert!(!vcpu_set.has_ended());
             buses.write_port(port, &[value]);
-            assert_eq!(crew.wait_for_end(), exit);
+            assert_eq!(vcpu_set.wait_for_end(), exit);
         }
     }
 

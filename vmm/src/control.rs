@@ -13,12 +13,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
 use crate::config::{Cpus, Name};
-use crate::crew::{Crew, VisitError};
+use crate::event_stream::{EventStream, Subscription};
 use crate::exit::Exit;
-use crate::feed::{Feed, Subscription};
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
-use crate::life::{self, Change};
 use crate::memory::Ram;
+use crate::state::{self, Change};
+use crate::vcpu_set::{VcpuSet, VisitError};
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -84,7 +84,7 @@ const fn word(state: VmState) -> &'static str {
 /// What a control needs of a VM that has been set up.
 pub struct Parts {
     /// Its vCPUs.
-    pub crew: Arc<Crew>,
+    pub vcpu_set: Arc<VcpuSet>,
     /// Its memory.
     pub ram: Arc<Ram>,
     /// What moves its memory.
@@ -101,7 +101,7 @@ pub struct Control {
     started: Instant,
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
-    feed: Arc<Feed>,
+    events: Arc<EventStream>,
     agent: Agent,
     parts: OnceLock<Parts>,
 }
@@ -109,7 +109,7 @@ pub struct Control {
 impl Control {
     /// The control of a VM that has not been set up yet.
     pub fn new(name: Name, cpus: Cpus, limits: Limits) -> Self {
-        let feed = Arc::new(Feed::default());
+        let events = Arc::new(EventStream::default());
         Self {
             name,
             cpus,
@@ -117,8 +117,8 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
-            agent: Agent::new(Arc::clone(&feed)),
-            feed,
+            agent: Agent::new(Arc::clone(&events)),
+            events,
             parts: OnceLock::new(),
         }
     }
@@ -134,13 +134,13 @@ impl Control {
     }
 
     /// What happens to the guest's memory, for those who wait for it.
-    pub fn feed(&self) -> &Arc<Feed> {
-        &self.feed
+    pub fn events(&self) -> &Arc<EventStream> {
+        &self.events
     }
 
-    /// A place among the readers of the feed; `None` where all are taken.
+    /// A place among the readers of the events; `None` where all are taken.
     pub fn subscribe(&self) -> Option<Subscription> {
-        self.feed.subscribe(self.agent_status())
+        self.events.subscribe(self.agent_status())
     }
 
     fn agent_status(&self) -> Option<AgentStatus> {
@@ -159,7 +159,7 @@ impl Control {
     pub fn start(&self) {
         let mut state = lock(&self.state);
         if let (VmState::Created, Some(parts)) = (*state, self.parts.get()) {
-            parts.crew.run();
+            parts.vcpu_set.run();
             *state = VmState::Running;
         }
     }
@@ -225,7 +225,7 @@ impl Control {
     }
 
     /// Has the guest asked for a report where its newest is older than `max_age`. Returns whether one can
-    /// be expected: then whoever listens to the [`Feed`] is woken when it is there.
+    /// be expected: then whoever listens to the [`EventStream`] is woken when it is there.
     pub fn expects_report(&self, max_age: Duration) -> bool {
         // A guest that stands still answers nobody, and would pass for silent.
         let (Some(parts), VmState::Running) = (self.parts.get(), *lock(&self.state)) else { return false };
@@ -234,7 +234,7 @@ impl Control {
             return false;
         }
         // First: the report may be there before the question is out.
-        self.feed.expect_report();
+        self.events.expect_report();
         balloon.ask_for_report()
     }
 
@@ -255,7 +255,7 @@ impl Control {
         if state == VmState::Created {
             return Err(ControlError::State { state, action: ACTION });
         }
-        let seen = parts.crew.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
+        let seen = parts.vcpu_set.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
         match seen {
             Ok(seen) => seen
                 .map_err(|error| ControlError::Host(format!("KVM refused to translate an address: {error}"))),
@@ -306,13 +306,13 @@ impl Control {
     }
 
     /// Stops the vCPUs; returns when all of them stand still. An operator may also take over a pause
-    /// of the balancer's, which then no longer ends it; see [`life`].
+    /// of the balancer's, which then no longer ends it; see [`state`].
     ///
     /// # Errors
     /// [`ControlError::State`] unless the VM runs, or `by` may take its pause over, or has made it;
     /// [`ControlError::Host`] when a vCPU hangs, and the VM runs on.
     pub fn pause(&self, by: Pauser) -> Result<(), ControlError> {
-        self.change(|state| life::pause(state, by))
+        self.change(|state| state::pause(state, by))
     }
 
     /// Lets paused vCPUs run on.
@@ -320,7 +320,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM is paused and `by` may end that.
     pub fn resume(&self, by: Pauser) -> Result<(), ControlError> {
-        self.change(|state| life::resume(state, by))
+        self.change(|state| state::resume(state, by))
     }
 
     /// Presses the power button: a guest that listens shuts down in its own time.
@@ -346,10 +346,10 @@ impl Control {
     /// [`ControlError::State`] when it has ended already, or was never set up.
     pub fn shutdown(&self) -> Result<(), ControlError> {
         let parts = self.parts("be shut down")?;
-        if parts.crew.has_ended() {
+        if parts.vcpu_set.has_ended() {
             return Err(ControlError::State { state: VmState::Stopped, action: "be shut down" });
         }
-        parts.crew.end(Exit::Stopped);
+        parts.vcpu_set.end(Exit::Stopped);
         Ok(())
     }
 
@@ -364,12 +364,12 @@ impl Control {
         let parts = self.parts.get().ok_or_else(|| refused("be steered"))?;
         match change {
             Change::Hold { .. } => {
-                parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
+                parts.vcpu_set.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
                 parts.steering.rest(true);
             }
             Change::Run => {
                 parts.steering.rest(false);
-                parts.crew.run();
+                parts.vcpu_set.run();
             }
             Change::TakeOver { .. } | Change::Nothing => {}
         }

@@ -23,17 +23,17 @@ use crate::bus::{Buses, EndPorts};
 use crate::config::{Backing, Config, Grow, plug_cmdline};
 use crate::console::{Console, ConsoleError};
 use crate::control::{Control, Parts};
-use crate::crew::Crew;
 use crate::events::{EventLoop, STACK, Subscriber};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
+use crate::memory::fault_guard::FaultGuard;
+use crate::memory::pluggable::Pluggable;
 use crate::memory::{self, MemoryError, Ram};
-use crate::pluggable::Pluggable;
 use crate::sandbox::{self, SandboxError};
 use crate::signals::Signals;
 use crate::steering::Steered;
-use crate::trespass::Trespass;
 use crate::vcpu::Vcpu;
+use crate::vcpu_set::VcpuSet;
 use crate::wiring::{Wiring, WiringError};
 
 /// Why a VM could not be made or started.
@@ -104,7 +104,7 @@ fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// A VM that is set up whole and has not run yet.
 pub struct Machine {
     control: Arc<Control>,
-    crew: Arc<Crew>,
+    vcpu_set: Arc<VcpuSet>,
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
@@ -147,19 +147,19 @@ impl Machine {
         let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
         let vm = create_vm(&kvm_fd, &ram)?;
-        let crew = Crew::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
+        let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let mut wiring = Wiring::new(&vm, ram.guest());
         let power = wiring.interrupt(layout::GED_IRQ)?;
-        let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &crew)?;
+        let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &vcpu_set)?;
         wiring.serial(Arc::clone(&console.port))?;
-        EndPorts::register(wiring.buses(), &crew).map_err(WiringError::from)?;
+        EndPorts::register(wiring.buses(), &vcpu_set).map_err(WiringError::from)?;
         add(wiring.buses())?;
         let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
         let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
         let rng = wiring.virtio(Box::new(Rng::new()))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
-        let (feed, agent) = (Arc::clone(control.feed()), control.agent().clone());
-        let reports = Arc::clone(&feed);
+        let (events, agent) = (Arc::clone(control.events()), control.agent().clone());
+        let reports = Arc::clone(&events);
         handle.when_reported(move || reports.report_came());
         handle.when_stalled(move || agent.stalls(Instant::now()));
         let mut devices: Vec<Subscriber> = vec![rng];
@@ -171,9 +171,10 @@ impl Machine {
             Some(pluggable) => {
                 let (device, plug) = plug(&ram, pluggable).map_err(refused("memory to plug"))?;
                 memory.push(wiring.virtio(Box::new(device))?);
-                let trespass = Trespass::watch(pluggable.region(), Arc::clone(&crew));
-                devices
-                    .push(Arc::new(Mutex::new(trespass.map_err(refused("a handler of memory accesses"))?)));
+                let fault_guard = FaultGuard::watch(pluggable.region(), Arc::clone(&vcpu_set));
+                devices.push(Arc::new(Mutex::new(
+                    fault_guard.map_err(refused("a handler of memory accesses"))?,
+                )));
                 Steering::by_plug(handle, plug, ram.boot()).map_err(refused("a timer"))?
             }
         };
@@ -186,14 +187,25 @@ impl Machine {
         let vcpus = create_vcpus(&kvm_fd, &vm, &config, &ram, entry)?;
         let vcpus = (0..)
             .zip(vcpus)
-            .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), crew: Arc::clone(&crew) })
+            .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
             .collect();
-        control.attach(Parts { crew: Arc::clone(&crew), ram, steering, power });
+        control.attach(Parts { vcpu_set: Arc::clone(&vcpu_set), ram, steering, power });
         if let Some(input) = &console.input {
             devices.push(input.clone());
         }
         let sandbox = config.sandbox.then(|| config.socket_directories());
-        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, sandbox, _vm: vm })
+        Ok(Self {
+            control,
+            vcpu_set,
+            vcpus,
+            buses,
+            _console: console,
+            api,
+            devices,
+            memory,
+            sandbox,
+            _vm: vm,
+        })
     }
 
     /// What can be asked of this VM while it runs.
@@ -234,7 +246,7 @@ impl Machine {
             return Err(error.into());
         }
         self.control.start();
-        let exit = self.crew.wait_for_end();
+        let exit = self.vcpu_set.wait_for_end();
         self.control.ended();
         if let Some(api) = api {
             api.stop();

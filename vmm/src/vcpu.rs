@@ -8,8 +8,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
-use crate::crew::{Admission, Crew, Kick};
 use crate::exit::Exit;
+use crate::vcpu_set::{Admission, Kick, VcpuSet};
 
 /// One vCPU, on its thread.
 pub struct Vcpu {
@@ -20,14 +20,14 @@ pub struct Vcpu {
     /// What its port and memory accesses reach.
     pub buses: Arc<Buses>,
     /// Who stops it.
-    pub crew: Arc<Crew>,
+    pub vcpu_set: Arc<VcpuSet>,
 }
 
 /// Why a vCPU is out of the guest.
 enum Called {
     /// Somebody called it out.
     Out,
-    /// It was at the console, and had left the crew's count of those inside before that.
+    /// It was at the console, and had left the vcpu_set's count of those inside before that.
     BackFromConsole,
     /// It can't go on.
     ToEnd(Exit),
@@ -35,18 +35,18 @@ enum Called {
 
 /// Whether a port is the console's.
 fn is_console(port: u16) -> bool {
-    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::serial::PORTS)
+    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::platform::serial::PORTS)
 }
 
 impl Vcpu {
     /// Runs until the VM ends.
     pub fn run(mut self) {
         let flag = ptr::NonNull::from(&mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
-        self.crew.set_kick(self.index, Some(Kick::this_thread(flag)));
-        let crew = Arc::clone(&self.crew);
+        self.vcpu_set.set_kick(self.index, Some(Kick::this_thread(flag)));
+        let vcpu_set = Arc::clone(&self.vcpu_set);
         let mut last = 0;
         loop {
-            let resumes = match crew.admit(self.index) {
+            let resumes = match vcpu_set.admit(self.index) {
                 Admission::Enter { resumes } => resumes,
                 Admission::Receive(visit) => {
                     visit(&self.fd);
@@ -61,15 +61,15 @@ impl Vcpu {
             }
             last = resumes;
             match self.run_until_called(flag) {
-                Called::Out => crew.left(),
+                Called::Out => vcpu_set.left(),
                 Called::BackFromConsole => {}
                 Called::ToEnd(exit) => {
-                    crew.left();
-                    crew.end(exit);
+                    vcpu_set.left();
+                    vcpu_set.end(exit);
                 }
             }
         }
-        crew.set_kick(self.index, None);
+        vcpu_set.set_kick(self.index, None);
     }
 
     /// From exit to entry, until someone calls this vCPU out, it can't go on, or it has been at the console.
@@ -80,12 +80,12 @@ impl Vcpu {
                 // Whoever reads the console's output may not read now, or ever. A vCPU that waits
                 // for that is out of the guest: it touches nothing of it until it is let in again.
                 Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
-                    self.crew.left();
+                    self.vcpu_set.left();
                     self.buses.read_port(port, data);
                     return Called::BackFromConsole;
                 }
                 Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
-                    self.crew.left();
+                    self.vcpu_set.left();
                     self.buses.write_port(port, data);
                     return Called::BackFromConsole;
                 }
@@ -209,22 +209,22 @@ mod tests {
 
         let ((written, output), (reader, read)) = (channel(), channel());
         let mut buses = Buses::default();
-        let range = PioRange::new(PioAddress(COM1), devices::serial::PORTS).unwrap();
+        let range = PioRange::new(PioAddress(COM1), devices::platform::serial::PORTS).unwrap();
         buses.devices.register_pio(range, Arc::new(Mutex::new(Unread { written, read }))).unwrap();
-        let crew = Crew::new(1).unwrap();
-        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), crew: Arc::clone(&crew) };
+        let vcpu_set = VcpuSet::new(1).unwrap();
+        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), vcpu_set: Arc::clone(&vcpu_set) };
         let thread = std::thread::spawn(move || vcpu.run());
-        crew.run();
+        vcpu_set.run();
         let long = std::time::Duration::from_secs(60);
         assert_eq!(output.recv_timeout(long), Ok(1));
-        assert_eq!(crew.hold(), Ok(()), "the write goes on");
+        assert_eq!(vcpu_set.hold(), Ok(()), "the write goes on");
         // What it had begun ends; more does not come while the VM is paused.
         reader.send(()).unwrap();
         reader.send(()).unwrap();
         assert!(output.recv_timeout(std::time::Duration::from_millis(200)).is_err());
-        crew.run();
+        vcpu_set.run();
         assert_eq!(output.recv_timeout(long), Ok(2), "the guest goes on where it was");
-        crew.end(Exit::Stopped);
+        vcpu_set.end(Exit::Stopped);
         drop(reader);
         thread.join().unwrap();
     }

@@ -45,13 +45,13 @@ pub struct Wiring<'a> {
     buses: Buses,
     slots: Vec<VirtioSlot>,
     /// Takes acknowledgements that say nothing: KVM has done with them then.
-    nobody: Option<EventFd>,
+    sink_event: Option<EventFd>,
 }
 
 impl<'a> Wiring<'a> {
     /// A bus without devices.
     pub fn new(vm: &'a VmFd, memory: &'a Arc<GuestMemoryMmap>) -> Self {
-        Self { vm, memory, buses: Buses::default(), slots: Vec::new(), nobody: None }
+        Self { vm, memory, buses: Buses::default(), slots: Vec::new(), sink_event: None }
     }
 
     /// The bus so far, for devices on ports.
@@ -75,8 +75,8 @@ impl<'a> Wiring<'a> {
     ///
     /// # Errors
     /// [`WiringError`] says what is in the way.
-    pub fn serial(&mut self, port: Arc<devices::serial::Port>) -> Result<(), WiringError> {
-        let range = PioRange::new(PioAddress(layout::COM1), devices::serial::PORTS)?;
+    pub fn serial(&mut self, port: Arc<devices::platform::serial::Port>) -> Result<(), WiringError> {
+        let range = PioRange::new(PioAddress(layout::COM1), devices::platform::serial::PORTS)?;
         self.buses.devices.register_pio(range, port)?;
         Ok(())
     }
@@ -110,7 +110,7 @@ impl<'a> Wiring<'a> {
     /// Has KVM take the acknowledgement that follows each interrupt for used buffers, rather than
     /// leave the guest for it.
     fn acknowledge_in_kvm(&mut self, slot: &VirtioSlot) -> Result<(), WiringError> {
-        let nobody = match self.nobody.take() {
+        let nobody = match self.sink_event.take() {
             Some(nobody) => nobody,
             None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         };
@@ -118,7 +118,7 @@ impl<'a> Wiring<'a> {
         self.vm
             .register_ioevent(&nobody, &register, ACK_USED)
             .map_err(|source| WiringError::Kvm { what: "acknowledgement", source })?;
-        self.nobody = Some(nobody);
+        self.sink_event = Some(nobody);
         Ok(())
     }
 

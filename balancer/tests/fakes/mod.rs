@@ -382,7 +382,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
     http(404, r#"{"error":"no such thing"}"#)
 }
 
-/// As a VM does in simple cases; what a real one does is tested in `vmm::life`.
+/// As a VM does in simple cases; what a real one does is tested in `vmm::state`.
 fn steer(state: &mut State, manner: Manner, pauses: bool, by: Pauser) -> Vec<u8> {
     state.steered += 1;
     if manner == Manner::RefusesPauses {

@@ -61,7 +61,7 @@ impl Server {
     /// When the kernel refuses the event loop itself. What clients do is no error.
     pub fn run(self, control: &Control) -> io::Result<()> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        control.feed().wake_with(wake.try_clone()?);
+        control.events().wake_with(wake.try_clone()?);
         self.serve(&wake, &|request, waited| route(request, waited, control))
     }
 

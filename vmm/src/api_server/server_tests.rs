@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::super::connection::TRANSFER_LIMIT;
 use super::super::http::{Answer, LONGEST_BODY, Response};
 use super::*;
-use crate::feed::MOST_READERS;
+use crate::event_stream::MOST_READERS;
 
 struct Running {
     path: PathBuf,
@@ -294,7 +294,7 @@ fn events_reach_everyone_who_listens_as_they_happen() {
     let server = Running::start();
     let mut clients = [listen(&server), listen(&server)];
     for kind in [EventKind::Distress, EventKind::Figures] {
-        server.control.feed().push(kind, None);
+        server.control.events().push(kind, None);
         for client in &mut clients {
             assert_eq!(event(client).unwrap().event, kind);
         }
@@ -322,7 +322,7 @@ fn who_does_not_keep_up_is_sent_away_and_costs_the_others_nothing() {
     let (mut slow, mut quick) = (listen(&server), listen(&server));
     // More than the kernel buffers for one socket.
     for sequence in 1..=20_000 {
-        server.control.feed().push(EventKind::Figures, None);
+        server.control.events().push(EventKind::Figures, None);
         assert_eq!(event(&mut quick).unwrap().sequence, sequence);
     }
     let mut last = 0;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::feed::{FellBehind, Subscription};
+use crate::event_stream::{FellBehind, Subscription};
 
 /// The lines that are still to come on one connection.
 #[derive(Clone, Debug)]

@@ -151,7 +151,7 @@ fn protect(at: *mut u8, len: usize, access: Access) -> io::Result<()> {
         Access::Revoked => libc::PROT_NONE,
     };
     // SAFETY: inside the region's own mapping, of which no reference exists: guest memory is
-    // reached through raw accesses alone, and one that comes too late is caught (`trespass`).
+    // reached through raw accesses alone, and one that comes too late is caught (`fault_guard`).
     let done = unsafe { libc::mprotect(at.cast(), len, protection) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

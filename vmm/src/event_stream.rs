@@ -38,9 +38,9 @@ impl State {
 
 /// The events of one VM.
 #[derive(Debug, Default)]
-pub struct Feed(Mutex<State>);
+pub struct EventStream(Mutex<State>);
 
-impl Feed {
+impl EventStream {
     fn state(&self) -> MutexGuard<'_, State> {
         // Events are pushed whole or not at all: nothing to distrust after a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -87,14 +87,14 @@ impl Feed {
         }
         state.readers += 1;
         let first = MemoryEvent { sequence: state.newest, event: EventKind::Subscribed, agent };
-        Some(Subscription { feed: Arc::clone(self), first: Some(first), seen: state.newest })
+        Some(Subscription { events: Arc::clone(self), first: Some(first), seen: state.newest })
     }
 }
 
 /// One reader's place among the events. Its end makes room for another.
 #[derive(Debug)]
 pub struct Subscription {
-    feed: Arc<Feed>,
+    events: Arc<EventStream>,
     first: Option<MemoryEvent>,
     seen: u64,
 }
@@ -109,7 +109,7 @@ impl Subscription {
     /// # Errors
     /// [`FellBehind`], again and again.
     pub fn read(&mut self) -> Result<Vec<MemoryEvent>, FellBehind> {
-        let state = self.feed.state();
+        let state = self.events.state();
         let oldest = state.events.front().map_or(state.newest, |event| event.sequence);
         if self.seen.saturating_add(1) < oldest {
             return Err(FellBehind);
@@ -123,7 +123,7 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let mut state = self.feed.state();
+        let mut state = self.events.state();
         state.readers = state.readers.saturating_sub(1);
     }
 }
@@ -139,12 +139,12 @@ mod tests {
 
     #[test]
     fn a_reader_sees_what_happens_after_it_came() {
-        let feed = Arc::new(Feed::default());
-        feed.push(EventKind::Figures, None);
-        let mut reader = feed.subscribe(None).unwrap();
+        let events = Arc::new(EventStream::default());
+        events.push(EventKind::Figures, None);
+        let mut reader = events.subscribe(None).unwrap();
         assert_eq!(kinds(&reader.read().unwrap()), [EventKind::Subscribed]);
-        feed.push(EventKind::Distress, None);
-        feed.push(EventKind::Stalls, None);
+        events.push(EventKind::Distress, None);
+        events.push(EventKind::Stalls, None);
         let events = reader.read().unwrap();
         assert_eq!(kinds(&events), [EventKind::Distress, EventKind::Stalls]);
         assert_eq!(events.iter().map(|event| event.sequence).collect::<Vec<_>>(), [2, 3]);
@@ -153,13 +153,13 @@ mod tests {
 
     #[test]
     fn who_falls_behind_is_told_so() {
-        let feed = Arc::new(Feed::default());
-        let (mut slow, mut quick) = (feed.subscribe(None).unwrap(), feed.subscribe(None).unwrap());
+        let events = Arc::new(EventStream::default());
+        let (mut slow, mut quick) = (events.subscribe(None).unwrap(), events.subscribe(None).unwrap());
         for _ in 0..MOST_EVENTS {
-            feed.push(EventKind::Figures, None);
+            events.push(EventKind::Figures, None);
         }
         assert_eq!(quick.read().unwrap().len(), MOST_EVENTS + 1);
-        feed.push(EventKind::Figures, None);
+        events.push(EventKind::Figures, None);
         assert_eq!(slow.read(), Err(FellBehind));
         assert_eq!(slow.read(), Err(FellBehind));
         assert_eq!(quick.read().unwrap().len(), 1);
@@ -167,29 +167,29 @@ mod tests {
 
     #[test]
     fn readers_are_few_and_only_they_cause_wake_ups() {
-        let feed = Arc::new(Feed::default());
+        let events = Arc::new(EventStream::default());
         let wake = EventFd::new(EFD_NONBLOCK).unwrap();
-        feed.wake_with(wake.try_clone().unwrap());
-        feed.push(EventKind::Figures, None);
+        events.wake_with(wake.try_clone().unwrap());
+        events.push(EventKind::Figures, None);
         assert!(wake.read().is_err(), "nobody reads");
-        let mut readers: Vec<_> = (0..MOST_READERS).map(|_| feed.subscribe(None).unwrap()).collect();
-        assert!(feed.subscribe(None).is_none());
-        feed.push(EventKind::Figures, None);
+        let mut readers: Vec<_> = (0..MOST_READERS).map(|_| events.subscribe(None).unwrap()).collect();
+        assert!(events.subscribe(None).is_none());
+        events.push(EventKind::Figures, None);
         assert_eq!(wake.read().unwrap(), 1);
         readers.pop();
-        assert!(feed.subscribe(None).is_some());
+        assert!(events.subscribe(None).is_some());
     }
 
     #[test]
     fn a_report_wakes_whoever_expects_it_once() {
-        let feed = Feed::default();
+        let events = EventStream::default();
         let wake = EventFd::new(EFD_NONBLOCK).unwrap();
-        feed.wake_with(wake.try_clone().unwrap());
-        feed.report_came();
+        events.wake_with(wake.try_clone().unwrap());
+        events.report_came();
         assert!(wake.read().is_err(), "nobody waits");
-        feed.expect_report();
-        feed.report_came();
-        feed.report_came();
+        events.expect_report();
+        events.report_came();
+        events.report_came();
         assert_eq!(wake.read().unwrap(), 1);
     }
 }

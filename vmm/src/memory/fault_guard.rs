@@ -1,6 +1,6 @@
 //! What happens where a guest sends a device to memory that it has not plugged.
 //!
-//! Such memory is closed to this process ([`pluggable`](crate::pluggable)), so
+//! Such memory is closed to this process ([`pluggable`](crate::memory::pluggable)), so
 //! the access faults; and as another vCPU can unplug it at any moment, no check
 //! beforehand could exclude that. A vCPU that goes there itself ends the VM, as
 //! KVM can't run it on. A device's access shall end it as calmly: the handler
@@ -16,9 +16,9 @@ use std::sync::{Arc, OnceLock};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::crew::Crew;
 use crate::exit::Exit;
 use crate::memory::Region;
+use crate::vcpu_set::VcpuSet;
 
 /// What can be opened at a time whatever the backing: a huge page.
 const OPENED: usize = 2 << 20;
@@ -34,22 +34,22 @@ struct Guard {
 static GUARD: OnceLock<Guard> = OnceLock::new();
 
 /// Ends a VM whose guest has sent a device where nothing is plugged.
-pub struct Trespass {
+pub struct FaultGuard {
     told: EventFd,
-    crew: Arc<Crew>,
+    vcpu_set: Arc<VcpuSet>,
 }
 
-impl Trespass {
+impl FaultGuard {
     /// Watches the region from now on.
     ///
     /// # Errors
     /// The host refuses an event or the handler, or another region is watched already.
-    pub fn watch(region: Region, crew: Arc<Crew>) -> io::Result<Self> {
-        Ok(Self { told: catch(region)?, crew })
+    pub fn watch(region: Region, vcpu_set: Arc<VcpuSet>) -> io::Result<Self> {
+        Ok(Self { told: catch(region)?, vcpu_set })
     }
 }
 
-impl MutEventSubscriber for Trespass {
+impl MutEventSubscriber for FaultGuard {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.told, EventSet::IN)) {
             tracing::error!("accesses to memory that is not plugged can't be watched: {error}");
@@ -58,7 +58,8 @@ impl MutEventSubscriber for Trespass {
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
         let _ = self.told.read();
-        self.crew.end(Exit::VcpuFailed("its guest sent a device to memory that it has not plugged".into()));
+        self.vcpu_set
+            .end(Exit::VcpuFailed("its guest sent a device to memory that it has not plugged".into()));
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) struct Kick {
 }
 
 // SAFETY: the flag is an atomic inside the vCPU's mapping, which stays until the entry has been
-// taken out of the crew's list, under its lock; the thread outlives the entry for the same reason.
+// taken out of the vcpu_set's list, under its lock; the thread outlives the entry for the same reason.
 unsafe impl Send for Kick {}
 
 /// Something to be done with a vCPU, on its own thread, while it is out of the guest.
@@ -49,7 +49,7 @@ struct State {
 
 /// All vCPUs of one VM, as those see them who stop and start them. A VM ends here, once:
 /// the first reason given is the one that counts.
-pub struct Crew {
+pub struct VcpuSet {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -88,8 +88,8 @@ pub(crate) enum Admission {
     Leave,
 }
 
-impl Crew {
-    /// A crew of `cpus` vCPUs that hold until told to run.
+impl VcpuSet {
+    /// A vcpu_set of `cpus` vCPUs that hold until told to run.
     ///
     /// # Errors
     /// When the signal that calls vCPUs out of the guest can't be set up.
@@ -273,48 +273,48 @@ mod tests {
 
     #[test]
     fn the_first_end_counts() {
-        let crew = Crew::new(1).expect("a crew");
-        crew.run();
-        assert!(matches!(crew.admit(0), Admission::Enter { resumes: 1 }));
-        crew.end(Exit::Panicked);
-        crew.end(Exit::Stopped);
-        crew.run();
-        assert_eq!(crew.wait_for_end(), Exit::Panicked);
-        assert!(matches!(crew.admit(0), Admission::Leave));
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
+        vcpu_set.run();
+        assert!(matches!(vcpu_set.admit(0), Admission::Enter { resumes: 1 }));
+        vcpu_set.end(Exit::Panicked);
+        vcpu_set.end(Exit::Stopped);
+        vcpu_set.run();
+        assert_eq!(vcpu_set.wait_for_end(), Exit::Panicked);
+        assert!(matches!(vcpu_set.admit(0), Admission::Leave));
     }
 
     #[test]
     fn hold_waits_for_those_inside() {
-        let crew = Crew::new(1).expect("a crew");
-        crew.run();
-        assert!(matches!(crew.admit(0), Admission::Enter { .. }));
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
+        vcpu_set.run();
+        assert!(matches!(vcpu_set.admit(0), Admission::Enter { .. }));
         let holder = std::thread::spawn({
-            let crew = Arc::clone(&crew);
-            move || crew.hold()
+            let vcpu_set = Arc::clone(&vcpu_set);
+            move || vcpu_set.hold()
         });
-        while crew.lock().order != Order::Hold {
+        while vcpu_set.lock().order != Order::Hold {
             std::thread::yield_now();
         }
         assert!(!holder.is_finished());
-        crew.left();
+        vcpu_set.left();
         assert_eq!(holder.join().expect("held"), Ok(()));
-        crew.run();
-        assert!(matches!(crew.admit(0), Admission::Enter { resumes: 2 }));
+        vcpu_set.run();
+        assert!(matches!(vcpu_set.admit(0), Admission::Enter { resumes: 2 }));
     }
 
     #[test]
     fn visits_end_with_the_vm_and_none_is_made_to_strangers() {
-        let crew = Crew::new(1).expect("a crew");
-        assert_eq!(crew.visit(1, |_| ()), Err(VisitError::NoSuchVcpu(1)));
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
+        assert_eq!(vcpu_set.visit(1, |_| ()), Err(VisitError::NoSuchVcpu(1)));
         let visitor = std::thread::spawn({
-            let crew = Arc::clone(&crew);
-            move || crew.visit(0, |_| ())
+            let vcpu_set = Arc::clone(&vcpu_set);
+            move || vcpu_set.visit(0, |_| ())
         });
-        while crew.lock().places[0].visit.is_none() {
+        while vcpu_set.lock().places[0].visit.is_none() {
             std::thread::yield_now();
         }
-        crew.end(Exit::Stopped);
+        vcpu_set.end(Exit::Stopped);
         assert_eq!(visitor.join().expect("answered"), Err(VisitError::Ended));
-        assert_eq!(crew.visit(0, |_| ()), Err(VisitError::Ended));
+        assert_eq!(vcpu_set.visit(0, |_| ()), Err(VisitError::Ended));
     }
 }
