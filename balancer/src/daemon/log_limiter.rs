@@ -11,7 +11,7 @@ const LONGEST: Duration = Duration::from_secs(3600);
 
 /// One thing that may be wrong, and when it was said last.
 #[derive(Debug, Default)]
-pub struct Complaint {
+pub struct LogLimiter {
     /// All that was said to be wrong with it since it was well for long.
     kinds: Vec<&'static str>,
     /// How long it is silent after the next word.
@@ -21,10 +21,10 @@ pub struct Complaint {
     /// When it was wrong last.
     wrong: Duration,
     /// Somebody who read the log believes that it is wrong.
-    said: bool,
+    observed: bool,
 }
 
-impl Complaint {
+impl LogLimiter {
     /// It is wrong: whether to say it now. `kind` tells one trouble from another: one that was not said
     /// yet is said at once.
     pub fn is_due(&mut self, now: Duration, kind: &'static str) -> bool {
@@ -41,13 +41,13 @@ impl Complaint {
         }
         self.pause = (self.pause * 2).clamp(FIRST, LONGEST);
         self.next = now + self.pause;
-        self.said = true;
+        self.observed = true;
         true
     }
 
     /// It is over. True where that is to be said, as the trouble was.
     pub fn end(&mut self) -> bool {
-        std::mem::take(&mut self.said)
+        std::mem::take(&mut self.observed)
     }
 }
 
@@ -56,35 +56,38 @@ mod tests {
     use super::*;
 
     /// When something is said of a thing that is wrong, in the way that is named, at these seconds.
-    fn said(complaint: &mut Complaint, wrong: impl IntoIterator<Item = (u64, &'static str)>) -> Vec<u64> {
+    fn observed(
+        log_limiter: &mut LogLimiter,
+        wrong: impl IntoIterator<Item = (u64, &'static str)>,
+    ) -> Vec<u64> {
         let wrong = wrong.into_iter();
         wrong
-            .filter(|(at, kind)| complaint.is_due(Duration::from_secs(*at), kind))
+            .filter(|(at, kind)| log_limiter.is_due(Duration::from_secs(*at), kind))
             .map(|(at, _)| at)
             .collect()
     }
 
     #[test]
     fn a_lasting_trouble_is_said_ever_more_seldom_and_a_new_one_at_once() {
-        let mut complaint = Complaint::default();
-        let at = said(&mut complaint, (0..4000).map(|second| (second, "silent")));
+        let mut log_limiter = LogLimiter::default();
+        let at = observed(&mut log_limiter, (0..4000).map(|second| (second, "silent")));
         assert_eq!(at, [0, 60, 180, 420, 900, 1860, 3780]);
-        assert!(complaint.is_due(Duration::from_secs(4000), "nonsense"));
-        assert!(complaint.end());
-        assert!(!complaint.end());
+        assert!(log_limiter.is_due(Duration::from_secs(4000), "nonsense"));
+        assert!(log_limiter.end());
+        assert!(!log_limiter.end());
     }
 
     #[test]
     fn what_comes_and_goes_is_said_as_seldom_as_what_lasts() {
-        let mut complaint = Complaint::default();
+        let mut log_limiter = LogLimiter::default();
         let (mut troubles, mut ends) = (0, 0);
         for second in 0..4000 {
-            troubles += usize::from(complaint.is_due(Duration::from_secs(second), "silent"));
-            ends += usize::from(complaint.end());
+            troubles += usize::from(log_limiter.is_due(Duration::from_secs(second), "silent"));
+            ends += usize::from(log_limiter.end());
         }
         assert_eq!((troubles, ends), (7, 7));
-        let another = said(
-            &mut complaint,
+        let another = observed(
+            &mut log_limiter,
             (4000..8000).map(|second| (second, ["stuck", "silent"][second as usize % 2])),
         );
         assert_eq!(another.len(), 2, "each trouble by its name once, but no more for that: {another:?}");
@@ -92,13 +95,13 @@ mod tests {
 
     #[test]
     fn one_that_was_well_for_an_hour_is_news_again() {
-        let mut complaint = Complaint::default();
-        assert_eq!(said(&mut complaint, (0..100).map(|second| (second, "silent"))), [0, 60]);
-        assert!(complaint.end());
-        assert_eq!(said(&mut complaint, [(3698, "silent")]), [3698], "its pause is long over");
-        assert_eq!(said(&mut complaint, [(3700, "silent"), (3938, "silent")]), [3938]);
+        let mut log_limiter = LogLimiter::default();
+        assert_eq!(observed(&mut log_limiter, (0..100).map(|second| (second, "silent"))), [0, 60]);
+        assert!(log_limiter.end());
+        assert_eq!(observed(&mut log_limiter, [(3698, "silent")]), [3698], "its pause is long over");
+        assert_eq!(observed(&mut log_limiter, [(3700, "silent"), (3938, "silent")]), [3938]);
         assert_eq!(
-            said(&mut complaint, [(7538, "silent"), (7539, "silent"), (7598, "silent")]),
+            observed(&mut log_limiter, [(7538, "silent"), (7539, "silent"), (7598, "silent")]),
             [7538, 7598]
         );
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use api::limits::Limits;
 use api::runtime;
 use balancer::daemon::client::{Client, Error};
-use balancer::daemon::{Process, ReservationView, Wanted};
+use balancer::daemon::{Process, ReservationRequest, ReservationView};
 use tracing::info;
 use vmm::config::Backing;
 
@@ -19,7 +19,7 @@ const WAIT: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Room that a balancer keeps for a VM until its socket answers.
-pub struct Room {
+pub struct Reservation {
     vm: String,
 }
 
@@ -29,9 +29,9 @@ pub struct Room {
 /// # Errors
 /// There is no room, there was not enough in time, or a balancer is there and gives no answer: to start
 /// then would be to take memory that is promised to others.
-pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Room>, Failure> {
+pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Reservation>, Failure> {
     let wait_ms = u64::try_from(WAIT.as_millis()).ok();
-    let wanted = Wanted {
+    let request = ReservationRequest {
         name: vm.to_owned(),
         limits,
         wait_ms,
@@ -40,14 +40,14 @@ pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Room
     };
     let directory = runtime::directory()?;
     let answer =
-        client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&wanted).await) })?;
-    judge(wanted.name, answer).map_err(Failure::new)
+        client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&request).await) })?;
+    judge(request.name, answer).map_err(Failure::new)
 }
 
 /// What an answer to a request for room for `vm` means, or why it must not start.
-fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Room>, String> {
+fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Reservation>, String> {
     match answer {
-        Ok(_) => Ok(Some(Room { vm })),
+        Ok(_) => Ok(Some(Reservation { vm })),
         Err(Error::NotRunning { .. }) => {
             info!("no balancer runs: starting without asking for room");
             Ok(None)
@@ -59,7 +59,7 @@ fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Ro
     }
 }
 
-impl Room {
+impl Reservation {
     /// The VM does not start after all. What gets lost of this is dropped by the balancer itself.
     pub fn give_back(self) {
         let Ok(directory) = runtime::directory() else { return };
@@ -78,7 +78,9 @@ mod tests {
     #[test]
     fn only_where_no_balancer_runs_a_vm_starts_without_room() {
         let judged = |error| judge("web".to_owned(), Err(error));
-        assert!(judged(Error::NotRunning { socket: "/x".into() }).is_ok_and(|room| room.is_none()));
+        assert!(
+            judged(Error::NotRunning { socket: "/x".into() }).is_ok_and(|reservation| reservation.is_none())
+        );
         for error in [
             Error::Refused("no".to_owned()),
             Error::NotAnswering,

@@ -12,16 +12,16 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, View};
+use super::{MemoryPolicy, PolicyInput};
 
 /// The part of the way up and down that is gone at once.
 const DOWN: u64 = 8;
 
-/// The law; it lives in each guest.
+/// The policy; it lives in each guest.
 #[derive(Debug, Default)]
 pub struct Selfballoon;
 
-impl Law for Selfballoon {
+impl MemoryPolicy for Selfballoon {
     fn cadence(&self) -> Duration {
         Duration::from_secs(5)
     }
@@ -30,7 +30,7 @@ impl Law for Selfballoon {
         true
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         for vm in view.vms.iter().filter(|vm| vm.driver) {
             let Some(report) = vm.report else { continue };
             let goal = vm.limits.clamp(report.committed + Bytes(vm.limits.max().0 / 16));

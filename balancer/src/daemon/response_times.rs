@@ -16,12 +16,12 @@ const MOST: u8 = 15;
 
 /// How a VM's last answers came.
 #[derive(Debug, Default)]
-pub struct Pace {
+pub struct ResponseTimes {
     asked: Option<Duration>,
     penalty: u8,
 }
 
-impl Pace {
+impl ResponseTimes {
     /// It is asked for something.
     pub fn asked(&mut self, now: Duration) {
         self.asked = Some(now);
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     fn after(answers: &[u64]) -> bool {
-        let mut pace = Pace::default();
+        let mut pace = ResponseTimes::default();
         for (number, milliseconds) in answers.iter().enumerate() {
             let asked = Duration::from_secs(number as u64);
             pace.asked(asked);

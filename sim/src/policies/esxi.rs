@@ -1,4 +1,4 @@
-//! A law like ESXi's.
+//! A policy like ESXi's.
 //!
 //! Source: Waldspurger, "Memory Resource Management in VMware ESX Server" (OSDI 2002):
 //! shares for each page with an idle tax of 75 %, active memory by sampling with a slow
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, View};
+use super::{MemoryPolicy, PolicyInput};
 
 /// The part of the budget that is kept free, in percent.
 const MIN_FREE_PERCENT: u64 = 3;
@@ -55,7 +55,7 @@ fn worth(price: f64, shares: f64, active: f64) -> f64 {
     if bought <= active { bought } else { active + (bought - active) / IDLE_COST }
 }
 
-impl Law for Esxi {
+impl MemoryPolicy for Esxi {
     fn cadence(&self) -> Duration {
         Duration::from_secs_f64(CADENCE)
     }
@@ -64,7 +64,7 @@ impl Law for Esxi {
         true
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let min_free = view.budget.percent(MIN_FREE_PERCENT);
         let vms: Vec<_> = view
             .vms

@@ -15,8 +15,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use super::complaint::Complaint;
-use super::config::Foreign;
+use super::config::ForeignVms;
+use super::log_limiter::LogLimiter;
 use crate::driver::cloud_hypervisor::CloudHypervisor;
 use crate::driver::firecracker::Firecracker;
 use crate::driver::qemu::Qemu;
@@ -79,18 +79,18 @@ impl Found {
 }
 
 /// Where VMs are looked for.
-pub struct Roster {
+pub struct Discovery {
     directory: PathBuf,
-    foreign: Vec<Foreign>,
-    clashes: BTreeMap<PathBuf, Complaint>,
+    foreign: Vec<ForeignVms>,
+    clash_logs: BTreeMap<PathBuf, LogLimiter>,
     /// Nobody has looked yet.
     new: bool,
 }
 
-impl Roster {
+impl Discovery {
     /// Looks in ballast's own directory, and where other VMMs' sockets are.
-    pub fn new(directory: PathBuf, foreign: Vec<Foreign>) -> Self {
-        Self { directory, foreign, clashes: BTreeMap::new(), new: true }
+    pub fn new(directory: PathBuf, foreign: Vec<ForeignVms>) -> Self {
+        Self { directory, foreign, clash_logs: BTreeMap::new(), new: true }
     }
 
     /// ballast's own directory.
@@ -110,7 +110,7 @@ impl Roster {
             self.add(&mut found, now, name, socket, Kind::Ballast, None);
         }
         for index in 0..self.foreign.len() {
-            let Some(Foreign { driver, sockets, memory }) = self.foreign.get(index) else { continue };
+            let Some(ForeignVms { driver, sockets, memory }) = self.foreign.get(index) else { continue };
             let (driver, memory) = (*driver, *memory);
             let pattern = self.new.then(|| sockets.as_str().to_owned());
             let mut any = false;
@@ -122,7 +122,7 @@ impl Roster {
             }
         }
         self.new = false;
-        self.clashes.retain(|socket, _| socket.exists());
+        self.clash_logs.retain(|socket, _| socket.exists());
         Ok(found.into_values().collect())
     }
 
@@ -141,14 +141,14 @@ impl Roster {
         match found.entry(name) {
             Entry::Vacant(place) => {
                 let name = place.key().clone();
-                self.clashes.remove(&socket);
+                self.clash_logs.remove(&socket);
                 place.insert(Found { name, socket, incarnation, kind, memory });
             }
             // Two entries of the configuration may well name one socket: the first counts.
             Entry::Occupied(first) if first.get().socket == socket => {}
             Entry::Occupied(first) => {
                 let (name, other) = (first.key(), &first.get().socket);
-                if self.clashes.entry(socket.clone()).or_default().is_due(now, "clash") {
+                if self.clash_logs.entry(socket.clone()).or_default().is_due(now, "clash") {
                     warn!(
                         "the VM at {} is LEFT OUT, and its memory not counted: it would be called {name}, \
                          as the one at {} is; give its socket another name",
@@ -164,19 +164,19 @@ impl Roster {
     /// Watches all of it.
     ///
     /// # Errors
-    /// As [`Watch::new`].
-    pub fn watch(&self) -> io::Result<Watch> {
-        Watch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
+    /// As [`DirectoryWatch::new`].
+    pub fn watch(&self) -> io::Result<DirectoryWatch> {
+        DirectoryWatch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
     }
 }
 
 /// Word of changes in directories.
-pub struct Watch {
+pub struct DirectoryWatch {
     inotify: AsyncFd<Inotify>,
     quiet: Instant,
 }
 
-impl Watch {
+impl DirectoryWatch {
     /// Watches `directory`, and of the others those that exist.
     ///
     /// # Errors
@@ -194,7 +194,7 @@ impl Watch {
         Ok(Self { inotify, quiet: Instant::now() })
     }
 
-    /// Waits for a change. What changed is left to [`Roster::scan`].
+    /// Waits for a change. What changed is left to [`Discovery::scan`].
     ///
     /// # Errors
     /// Where the watch is lost; make a new one.
@@ -222,8 +222,8 @@ mod tests {
     use super::*;
     use crate::daemon::config::Sockets;
 
-    fn foreign(pattern: String) -> Foreign {
-        Foreign { driver: Kind::Qemu, sockets: Sockets::new(&pattern).unwrap(), memory: None }
+    fn foreign(pattern: String) -> ForeignVms {
+        ForeignVms { driver: Kind::Qemu, sockets: Sockets::new(&pattern).unwrap(), memory: None }
     }
 
     #[test]
@@ -239,17 +239,17 @@ mod tests {
         let pattern = format!("{}/*.qmp", other.path().display());
         // The same sockets twice: that is no clash.
         let entries = vec![foreign(pattern.clone()), foreign(pattern)];
-        let mut roster = Roster::new(own.path().to_owned(), entries);
-        let found = roster.scan(Duration::ZERO).unwrap();
+        let mut discovery = Discovery::new(own.path().to_owned(), entries);
+        let found = discovery.scan(Duration::ZERO).unwrap();
         let names: Vec<_> = found.iter().map(|found| (found.name.as_str(), found.kind)).collect();
         assert_eq!(names, [("db", Kind::Qemu), ("web", Kind::Ballast)]);
-        assert_eq!(roster.clashes.keys().collect::<Vec<_>>(), [&other.path().join("web.qmp")]);
+        assert_eq!(discovery.clash_logs.keys().collect::<Vec<_>>(), [&other.path().join("web.qmp")]);
 
         // Its name is free again.
         fs::remove_file(own.path().join("web.sock")).unwrap();
-        let found = roster.scan(Duration::ZERO).unwrap();
+        let found = discovery.scan(Duration::ZERO).unwrap();
         assert!(found.iter().any(|found| found.name == "web" && found.kind == Kind::Qemu));
-        assert!(roster.clashes.is_empty());
+        assert!(discovery.clash_logs.is_empty());
     }
 
     #[test]
@@ -279,7 +279,7 @@ mod tests {
     async fn changes_in_every_directory_are_told() {
         let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let missing = other.path().join("missing");
-        let mut watch = Watch::new(own.path(), [missing, other.path().to_owned()]).unwrap();
+        let mut watch = DirectoryWatch::new(own.path(), [missing, other.path().to_owned()]).unwrap();
         for directory in [&own, &other] {
             fs::write(directory.path().join("file"), "").unwrap();
             tokio::time::timeout(Duration::from_secs(60), watch.changed()).await.unwrap().unwrap();

@@ -10,7 +10,7 @@ use super::ROUTES;
 #[test]
 fn what_is_described_is_served_and_the_other_way_round() {
     let document: Value =
-        serde_saphyr::from_str(include_str!("../../../resources/balancer-openapi.yaml")).unwrap();
+        serde_saphyr::from_str(include_str!("../../../../resources/balancer-openapi.yaml")).unwrap();
     let methods = ["get", "put", "post", "delete", "patch", "head", "options", "trace"];
     let mut described = BTreeSet::new();
     for (path, item) in document["paths"].as_object().unwrap() {

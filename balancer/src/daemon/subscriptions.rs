@@ -8,11 +8,11 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 use tracing::debug;
 
-use crate::driver::{Calls, Error};
+use crate::driver::{Error, EventSource};
 
 /// Calls that wait to be answered. One that finds no place is made again: a guest that goes on
 /// waiting for memory says so twice a second.
-const WAITING: usize = 256;
+const QUEUE_LENGTH: usize = 256;
 
 /// How soon after one call a VM is heard again.
 const REST: Duration = Duration::from_millis(100);
@@ -21,55 +21,57 @@ const REST: Duration = Duration::from_millis(100);
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// Everybody who may call.
-pub struct Switchboard {
+pub struct EventSubscriptions {
     sender: Sender<u64>,
-    calls: Receiver<u64>,
-    lines: BTreeMap<u64, Line>,
+    urgent: Receiver<u64>,
+    subscriptions: BTreeMap<u64, Subscription>,
 }
 
 /// One VM's line; it is cut when this goes.
-struct Line {
+struct Subscription {
     task: AbortHandle,
     answered: Option<Instant>,
 }
 
-impl Drop for Line {
+impl Drop for Subscription {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Default for Switchboard {
+impl Default for EventSubscriptions {
     fn default() -> Self {
-        let (sender, calls) = mpsc::channel(WAITING);
-        Self { sender, calls, lines: BTreeMap::new() }
+        let (sender, urgent) = mpsc::channel(QUEUE_LENGTH);
+        Self { sender, urgent, subscriptions: BTreeMap::new() }
     }
 }
 
-impl Switchboard {
+impl EventSubscriptions {
     /// Hears `id` from now on.
-    pub fn connect(&mut self, id: u64, calls: Calls) {
+    pub fn subscribe(&mut self, id: u64, urgent: EventSource) {
         let sender = self.sender.clone();
-        let task = tokio::spawn(listen(id, calls, sender)).abort_handle();
-        self.lines.insert(id, Line { task, answered: None });
+        let task = tokio::spawn(listen(id, urgent, sender)).abort_handle();
+        self.subscriptions.insert(id, Subscription { task, answered: None });
     }
 
     /// Hears only those from now on whom `stays` names.
     pub fn retain(&mut self, stays: impl Fn(u64) -> bool) {
-        self.lines.retain(|id, _| stays(*id));
+        self.subscriptions.retain(|id, _| stays(*id));
     }
 
     /// Waits until somebody calls; gives all who do.
     pub async fn next(&mut self) -> BTreeSet<u64> {
         loop {
             // It never ends, as this holds a sender.
-            let first = self.calls.recv().await;
+            let first = self.urgent.recv().await;
             let mut callers = BTreeSet::from_iter(first);
-            while let Ok(id) = self.calls.try_recv() {
+            while let Ok(id) = self.urgent.try_recv() {
                 callers.insert(id);
             }
             let now = Instant::now();
-            callers.retain(|id| self.lines.get_mut(id).is_some_and(|line| line.answer(now)));
+            callers.retain(|id| {
+                self.subscriptions.get_mut(id).is_some_and(|subscription| subscription.answer(now))
+            });
             if !callers.is_empty() {
                 return callers;
             }
@@ -77,7 +79,7 @@ impl Switchboard {
     }
 }
 
-impl Line {
+impl Subscription {
     /// Whether this call is to be answered: not so soon after the last.
     fn answer(&mut self, now: Instant) -> bool {
         let rested = self.answered.is_none_or(|then| now.saturating_duration_since(then) >= REST);
@@ -89,11 +91,11 @@ impl Line {
 }
 
 /// Listens to one VM for as long as there is anybody to tell.
-async fn listen(id: u64, calls: Calls, sender: Sender<u64>) {
+async fn listen(id: u64, urgent: EventSource, sender: Sender<u64>) {
     let mut wait = RETRY.0;
     loop {
         let mut heard = false;
-        let error = calls
+        let error = urgent
             .listen(|event| {
                 heard = true;
                 if event.event.is_urgent() {

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, Seen, View, fill};
+use super::{MemoryPolicy, PolicyInput, VmInput, fill};
 
 /// The part of the budget that it aims to use, in percent.
 const TARGET_PERCENT: u64 = 97;
@@ -26,12 +26,12 @@ const MOST: Bytes = Bytes::mib(100);
 /// A goal nearer than this is there.
 const NEAR: Bytes = Bytes::mib(10);
 
-/// The law; it remembers nothing.
+/// The policy; it remembers nothing.
 #[derive(Debug, Default)]
 pub struct Proxmox;
 
 /// Moves `vms` so that together they change by `goal` (up or down); returns what is left of it.
-fn change(vms: &[&Seen], goal: Bytes, up: bool, targets: &mut Vec<(usize, Bytes)>) -> Bytes {
+fn change(vms: &[&VmInput], goal: Bytes, up: bool, targets: &mut Vec<(usize, Bytes)>) -> Bytes {
     let above: Bytes = vms.iter().map(|vm| vm.actual.saturating_sub(vm.limits.min())).sum();
     let floors: Bytes = vms.iter().map(|vm| vm.limits.min()).sum();
     let above = if up { above + goal } else { above.saturating_sub(goal) };
@@ -52,16 +52,16 @@ fn change(vms: &[&Seen], goal: Bytes, up: bool, targets: &mut Vec<(usize, Bytes)
     rest
 }
 
-impl Law for Proxmox {
+impl MemoryPolicy for Proxmox {
     fn cadence(&self) -> Duration {
         Duration::from_secs(10)
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let used: Bytes = view.vms.iter().map(|vm| vm.resident).sum();
         let used = used + view.reserved;
         let aim = view.budget.percent(TARGET_PERCENT);
-        let (comfortable, pressed): (Vec<&Seen>, Vec<&Seen>) =
+        let (comfortable, pressed): (Vec<&VmInput>, Vec<&VmInput>) =
             view.vms.iter().filter(|vm| vm.driver && vm.answers && vm.report.is_some()).partition(|vm| {
                 let free = vm.report.map_or(Bytes::ZERO, |report| report.free);
                 free > Bytes(vm.limits.min().0 / 4) && vm.actual >= vm.limits.min()

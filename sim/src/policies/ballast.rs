@@ -6,9 +6,9 @@ use std::time::Duration;
 use api::status::DriverState;
 use api::units::Bytes;
 
-use super::{Law, Seen, View};
+use super::{MemoryPolicy, PolicyInput, VmInput};
 use balancer::policy::reason::Decision;
-use balancer::policy::{Host, Policy, Said, Settings, Stalls, Vm};
+use balancer::policy::{HostObservation, Observation, Policy, Settings, Stalls, Vm};
 
 /// The policy and what it remembers of the VMs.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ impl Ballast {
     }
 }
 
-fn said(vm: &Seen, now: Duration) -> Said {
+fn observed(vm: &VmInput, now: Duration) -> Observation {
     let spare = vm.report.map(|report| (now.saturating_sub(report.taken), report.available));
     let silent = spare.is_some_and(|(age, _)| age > Duration::from_secs(5));
     let driver = match (vm.driver, silent) {
@@ -41,36 +41,36 @@ fn said(vm: &Seen, now: Duration) -> Said {
         (true, false) => DriverState::Active,
     };
     let stalls = Stalls { allocation_stalls: vm.report.map(|report| report.stalls), ..Stalls::default() };
-    Said {
+    Observation {
         target: vm.target,
         actual: vm.actual,
         host_rss: vm.resident,
         driver,
         spare,
         stalls,
-        ..Said::of(vm.limits)
+        ..Observation::of(vm.limits)
     }
 }
 
-impl Law for Ballast {
+impl MemoryPolicy for Ballast {
     fn cadence(&self) -> Duration {
         self.tick
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let mut known: HashMap<u64, Vm> = self.vms.drain(..).map(|vm| (vm.id, vm)).collect();
         for seen in view.vms {
             let id = seen.id as u64;
-            let said = said(seen, view.now);
-            let mut vm = known.remove(&id).unwrap_or_else(|| Vm::new(id, seen.uptime, said));
+            let observed = observed(seen, view.now);
+            let mut vm = known.remove(&id).unwrap_or_else(|| Vm::new(id, seen.uptime, observed));
             vm.uptime = seen.uptime;
             vm.answers = seen.answers;
             if seen.answers {
-                vm.said = said;
+                vm.observed = observed;
             }
             self.vms.push(vm);
         }
-        let host = Host::of(view.budget.saturating_sub(view.reserved));
+        let host = HostObservation::of(view.budget.saturating_sub(view.reserved));
         self.policy.decide(view.now, host, &mut self.vms, &mut self.decisions);
         targets.extend(self.decisions.iter().map(|decision| (decision.vm as usize, decision.reason.new)));
     }

@@ -19,7 +19,7 @@ pub struct Answer {
 }
 
 /// The VMs of one directory.
-pub struct Roster {
+pub struct Discovery {
     directory: PathBuf,
     patience: Duration,
     /// How long a VM may wait for its guest to report anew.
@@ -27,7 +27,7 @@ pub struct Roster {
     clients: HashMap<String, Client>,
 }
 
-impl Roster {
+impl Discovery {
     /// The VMs in `directory`. All together may take `patience` to answer.
     pub fn new(directory: PathBuf, patience: Duration) -> Self {
         Self { directory, patience, wait: None, clients: HashMap::new() }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, View};
+use super::{MemoryPolicy, PolicyInput};
 
 /// Below this part of free host memory guests shrink.
 const PRESSURE: f64 = 0.20;
@@ -44,13 +44,13 @@ fn push<T>(samples: &mut VecDeque<T>, sample: T) {
     }
 }
 
-impl Law for Mom {
+impl MemoryPolicy for Mom {
     /// It samples once a second and decides on each tenth sample.
     fn cadence(&self) -> Duration {
         Duration::from_secs(1)
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let touched: Bytes = view.vms.iter().map(|vm| vm.resident).sum();
         let free = view.budget.saturating_sub(view.reserved).saturating_sub(touched);
         push(&mut self.host, free.0 as f64 / view.budget.0.max(1) as f64);

@@ -8,11 +8,11 @@ use crate::daemon::config::LastResort;
 
 impl Daemon {
     /// Says what it is about to do, and what is odd about it.
-    pub fn introduce(&mut self) {
+    pub fn log_settings(&mut self) {
         let budget = self.budget.now(self.host, Bytes::ZERO);
         info!(
             "looking after the VMs in {}: budget {budget} of the host's {}, every {} ms",
-            self.roster.directory().display(),
+            self.discovery.directory().display(),
             self.host.total,
             self.tick.as_millis()
         );
@@ -25,10 +25,10 @@ impl Daemon {
         if budget == Bytes::ZERO {
             warn!("the host's reserve leaves nothing to VMs: every VM will be shrunk as far as it goes");
         }
-        if let Some(room) = self.host.room
-            && budget > room.limit
+        if let Some(group) = self.host.group
+            && budget > group.limit
         {
-            warn!("the budget of {budget} is more than the {} that the control group allows", room.limit);
+            warn!("the budget of {budget} is more than the {} that the control group allows", group.limit);
         }
         if let Some(watchdog) = self.notify.watchdog()
             && watchdog < self.tick * 3

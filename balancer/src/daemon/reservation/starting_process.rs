@@ -28,20 +28,20 @@ impl Process {
     }
 
     /// What the kernel says of it.
-    pub fn held(self) -> Held {
+    pub fn held(self) -> ProcessMemory {
         let held = process::own(self.pid);
         match (process::started(self.pid), held) {
-            (Ok(Some(started)), Some(held)) if started == self.started_ticks => Held::Holds(held),
-            (Ok(Some(started)), None) if started == self.started_ticks => Held::Unknown,
-            (Ok(_), _) => Held::Gone,
-            (Err(_), _) => Held::Unknown,
+            (Ok(Some(started)), Some(held)) if started == self.started_ticks => ProcessMemory::Holds(held),
+            (Ok(Some(started)), None) if started == self.started_ticks => ProcessMemory::Unknown,
+            (Ok(_), _) => ProcessMemory::Gone,
+            (Err(_), _) => ProcessMemory::Unknown,
         }
     }
 }
 
 /// What is known of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum ProcessMemory {
     /// So much of the host's memory is its own.
     Holds(Bytes),
     /// There is none of that number and that start here: it has ended, or lives in another PID namespace.
@@ -52,7 +52,7 @@ pub enum Held {
 
 /// What came of a look at a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum Growth {
     /// It holds no more than before, as far as is known.
     Same,
     /// It has come to hold more.
@@ -63,7 +63,7 @@ pub enum Look {
 
 /// What a process has come to hold since it asked for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
+pub struct StartingProcess {
     process: Process,
     /// What it held then; `None` until it was first looked at.
     before: Option<Bytes>,
@@ -71,23 +71,23 @@ pub struct Holder {
     touched: Bytes,
 }
 
-impl Holder {
+impl StartingProcess {
     /// One that nobody has looked at yet. The first look is to come before it is granted anything.
     pub fn new(process: Process) -> Self {
         Self { process, before: None, touched: Bytes::ZERO }
     }
 
     /// Looks at it; at most `granted` of what it holds is the VM's.
-    pub fn look(&mut self, granted: Bytes, held: impl Fn(Process) -> Held) -> Look {
+    pub fn look(&mut self, granted: Bytes, held: impl Fn(Process) -> ProcessMemory) -> Growth {
         let touched = match held(self.process) {
-            Held::Holds(held) => {
+            ProcessMemory::Holds(held) => {
                 let before = *self.before.get_or_insert(held);
                 held.saturating_sub(before).min(granted)
             }
-            Held::Gone if self.before.is_some() => return Look::Ended,
-            Held::Gone | Held::Unknown => Bytes::ZERO,
+            ProcessMemory::Gone if self.before.is_some() => return Growth::Ended,
+            ProcessMemory::Gone | ProcessMemory::Unknown => Bytes::ZERO,
         };
-        if std::mem::replace(&mut self.touched, touched) < touched { Look::More } else { Look::Same }
+        if std::mem::replace(&mut self.touched, touched) < touched { Growth::More } else { Growth::Same }
     }
 
     /// What of the VM's memory the host holds already.
@@ -113,7 +113,7 @@ mod tests {
     fn only_what_this_very_process_holds_counts() {
         let own = Process::own().unwrap();
         let held = || match own.held() {
-            Held::Holds(held) => held,
+            ProcessMemory::Holds(held) => held,
             other => panic!("{other:?}"),
         };
         let before = held();
@@ -121,7 +121,7 @@ mod tests {
         assert!(held() >= before + Bytes::mib(32), "{before}");
         drop(touched);
         let another = Process { started_ticks: own.started_ticks + 1, ..own };
-        assert_eq!(another.held(), Held::Gone);
+        assert_eq!(another.held(), ProcessMemory::Gone);
     }
 
     #[test]
@@ -129,33 +129,33 @@ mod tests {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         let pid = child.id();
         let process = Process { pid, started_ticks: process::started(pid).unwrap().unwrap() };
-        let mut holder = Holder::new(process);
-        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Same);
+        let mut starting = StartingProcess::new(process);
+        assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Same);
         child.kill().unwrap();
         // A zombie until it is waited for.
-        while process.held() != Held::Gone {
+        while process.held() != ProcessMemory::Gone {
             thread::yield_now();
         }
-        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Ended);
+        assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Ended);
         child.wait().unwrap();
-        assert_eq!(holder.look(Bytes::mib(1), Process::held), Look::Ended);
+        assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Ended);
         assert_eq!(
-            Holder::new(process).look(Bytes::mib(1), Process::held),
-            Look::Same,
+            StartingProcess::new(process).look(Bytes::mib(1), Process::held),
+            Growth::Same,
             "who was never seen may live in another PID namespace"
         );
     }
 
     #[test]
     fn what_it_held_before_is_not_the_vms_nor_what_is_beyond_the_grant() {
-        let mut holder = Holder::new(Process { pid: 1, started_ticks: 1 });
-        let looks = [10, 10, 60, 50, 500].map(|mib| Held::Holds(Bytes::mib(mib)));
-        let seen = looks.into_iter().chain([Held::Unknown, Held::Gone]).map(|held| {
-            let look = holder.look(Bytes::mib(100), |_| held);
-            (look, holder.touched().0 >> 20)
+        let mut starting = StartingProcess::new(Process { pid: 1, started_ticks: 1 });
+        let looks = [10, 10, 60, 50, 500].map(|mib| ProcessMemory::Holds(Bytes::mib(mib)));
+        let seen = looks.into_iter().chain([ProcessMemory::Unknown, ProcessMemory::Gone]).map(|held| {
+            let look = starting.look(Bytes::mib(100), |_| held);
+            (look, starting.touched().0 >> 20)
         });
         let seen: Vec<_> = seen.collect();
-        use Look::{Ended, More, Same};
+        use Growth::{Ended, More, Same};
         let expected = [(Same, 0), (Same, 0), (More, 50), (Same, 40), (More, 100), (Same, 0), (Ended, 0)];
         assert_eq!(seen, expected);
     }

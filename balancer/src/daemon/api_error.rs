@@ -6,7 +6,7 @@ use crate::driver::Error;
 
 /// Why something that was asked for was not done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum ApiError {
     /// No VM of that name.
     #[error("there is no VM `{0}` here: GET /state lists those that there are")]
     NoSuchVm(String),
@@ -100,7 +100,7 @@ pub enum Refusal {
     Stopping,
 }
 
-impl From<Error> for Refusal {
+impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         match error {
             Error::Refused { status, error, .. } => Self::OfVm { status, error },

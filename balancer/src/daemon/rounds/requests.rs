@@ -8,7 +8,7 @@ use tracing::warn;
 use super::Daemon;
 use crate::daemon::config::LastResort;
 use crate::daemon::history::Fate;
-use crate::daemon::slot::{Outcome, Slot};
+use crate::daemon::managed_vm::{ManagedVm, RequestOutcome};
 use crate::policy::reason::{Decision, Reason, Rule};
 use crate::policy::{Vcpus, Vm};
 
@@ -18,42 +18,43 @@ impl Daemon {
         let mut told = BTreeSet::new();
         let now = self.now();
         for Decision { vm, reason } in self.decisions.drain(..) {
-            let Some(slot) = self.slots.get_mut(&vm) else { continue };
-            if reason.rule.keeps_target() && !is_carried_out(&reason, slot, self.config.last_resort) {
-                slot.resort.advise(now, &slot.name, slot.vmm, &reason);
-                self.shared.history().decided(&slot.name, reason, Fate::Advised, None);
+            let Some(managed) = self.managed_vms.get_mut(&vm) else { continue };
+            if reason.rule.keeps_target() && !is_carried_out(&reason, managed, self.config.last_resort) {
+                managed.last_resort.advise(now, &managed.name, managed.vmm, &reason);
+                self.shared.history().decided(&managed.name, reason, Fate::Advised, None);
                 continue;
             }
             // While an earlier request is under way, the decision is made anew next time.
-            let Some(mut driver) = slot.take_driver() else {
-                self.shared.history().decided(&slot.name, reason, Fate::Postponed, None);
+            let Some(mut driver) = managed.take_driver() else {
+                self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
                 continue;
             };
             told.insert(vm);
-            slot.pace.asked(now);
+            managed.response_times.asked(now);
             if reason.rule.keeps_target() {
-                warn!(vm = slot.name, rule = ?reason.rule, "{}: {reason}", slot.name);
-                if let (Rule::Resume, Some(vm)) = (reason.rule, &mut slot.vm) {
+                warn!(vm = managed.name, rule = ?reason.rule, "{}: {reason}", managed.name);
+                if let (Rule::Resume, Some(vm)) = (reason.rule, &mut managed.vm) {
                     // Until it is known that it does not run, it is charged as if it did.
-                    vm.said.vcpus = Vcpus::Run;
+                    vm.observed.vcpus = Vcpus::Run;
                 }
                 self.requests.spawn(async move {
-                    let steered = match driver.set_paused(reason.rule == Rule::Pause) {
-                        Some(steered) => Some(steered.await),
+                    let result = match driver.set_paused(reason.rule == Rule::Pause) {
+                        Some(result) => Some(result.await),
                         None => None,
                     };
-                    let outcome = steered.map_or(Outcome::Asked, |result| Outcome::Steered(reason, result));
+                    let outcome = result
+                        .map_or(RequestOutcome::LimitsSet, |result| RequestOutcome::PauseSet(reason, result));
                     (vm, driver, outcome)
                 });
                 continue;
             }
-            if let Some(vm) = &mut slot.vm {
+            if let Some(vm) = &mut managed.vm {
                 // Until it is known to be done, the larger of both is what it may hold.
-                vm.said.target = reason.old.max(reason.new);
+                vm.observed.target = reason.old.max(reason.new);
             }
             self.requests.spawn(async move {
                 let result = driver.set_target(reason.new).await;
-                (vm, driver, Outcome::Told(reason, result))
+                (vm, driver, RequestOutcome::TargetSet(reason, result))
             });
         }
         told
@@ -61,9 +62,13 @@ impl Daemon {
 
     /// Names those that the balancer paused and that nobody resumes from now on. They are left so:
     /// there was no room for them a moment ago, and the next daemon goes on from there.
-    pub fn say_who_stays_paused(&self) {
-        for slot in self.slots.values().filter(|slot| paused_by(slot.vm.as_ref()) == Some(Pauser::Balancer)) {
-            let name = &slot.name;
+    pub fn log_who_stays_paused(&self) {
+        for managed in self
+            .managed_vms
+            .values()
+            .filter(|managed| paused_by(managed.vm.as_ref()) == Some(Pauser::Balancer))
+        {
+            let name = &managed.name;
             warn!(
                 vm = name,
                 "{name} stays PAUSED, as there is no room for it: the next balancer resumes it when there is, \
@@ -74,15 +79,15 @@ impl Daemon {
 }
 
 fn paused_by(vm: Option<&Vm>) -> Option<Pauser> {
-    vm.and_then(|vm| vm.said.vcpus.paused_by())
+    vm.and_then(|vm| vm.observed.vcpus.paused_by())
 }
 
 /// Whether a last resort is the balancer's to carry out: a pause where it was told to and the VM lets
 /// it, and the end of its own pause always.
-fn is_carried_out(reason: &Reason, slot: &Slot, set: LastResort) -> bool {
+fn is_carried_out(reason: &Reason, managed: &ManagedVm, set: LastResort) -> bool {
     match reason.rule {
-        Rule::Pause => set == LastResort::Pause && slot.vm.as_ref().is_some_and(|vm| vm.said.pausable),
-        Rule::Resume => paused_by(slot.vm.as_ref()) == Some(Pauser::Balancer),
+        Rule::Pause => set == LastResort::Pause && managed.vm.as_ref().is_some_and(|vm| vm.observed.pausable),
+        Rule::Resume => paused_by(managed.vm.as_ref()) == Some(Pauser::Balancer),
         _ => false,
     }
 }

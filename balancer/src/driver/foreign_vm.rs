@@ -19,9 +19,9 @@ const GUEST_MEMORY: Bytes = Bytes::mib(64);
 
 /// The limits that the configuration, or somebody at run time, set for a VM.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct KeptLimits(Option<Wanted>);
+pub struct ConfiguredLimits(Option<Wanted>);
 
-impl KeptLimits {
+impl ConfiguredLimits {
     /// As the configuration says; without anything said, the VM's memory stays as it is.
     pub fn new(wanted: Option<Wanted>) -> Self {
         Self(wanted)
@@ -40,25 +40,25 @@ impl KeptLimits {
 
 /// What the host holds for a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct VmmMemory {
     /// Of its guest's memory.
     pub guest: Bytes,
     /// Beside that.
-    pub beside: Bytes,
+    pub vmm_own: Bytes,
 }
 
 /// The process of a VMM.
 #[derive(Clone, Copy, Debug)]
-pub struct Process {
+pub struct VmmProcess {
     pid: u32,
-    beside: Bytes,
+    vmm_own: Bytes,
     looked: Option<Instant>,
 }
 
-impl Process {
+impl VmmProcess {
     /// A process that nobody has looked at yet.
     pub fn new(pid: u32) -> Self {
-        Self { pid, beside: Bytes::ZERO, looked: None }
+        Self { pid, vmm_own: Bytes::ZERO, looked: None }
     }
 
     /// Which one.
@@ -73,22 +73,22 @@ impl Process {
 
     /// What the host holds for it, when its guest `has` this much memory at most.
     /// `None` where the kernel does not say.
-    pub async fn held(&mut self, has: Bytes) -> Option<Held> {
+    pub async fn held(&mut self, has: Bytes) -> Option<VmmMemory> {
         if self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_AGAIN) {
             let pid = self.pid;
-            let look = spawn_blocking(move || process::beside(pid, has.min(GUEST_MEMORY)));
+            let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
             // Another user's mappings can't be read; then all of it counts as the guest's.
-            self.beside = look.await.ok().flatten().unwrap_or_default();
+            self.vmm_own = look.await.ok().flatten().unwrap_or_default();
             self.looked = Some(Instant::now());
         }
         let all = process::resident(self.pid)?;
-        Some(Held { guest: all.saturating_sub(self.beside), beside: self.beside.min(all) })
+        Some(VmmMemory { guest: all.saturating_sub(self.vmm_own), vmm_own: self.vmm_own.min(all) })
     }
 }
 
 /// What a VMM told in its own words.
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct ForeignStatus {
     /// What the guest can have at most.
     pub has: Bytes,
     /// What it was last asked to have.
@@ -102,18 +102,18 @@ pub struct Told {
 }
 
 /// What is kept for a VM from one request to the next.
-pub struct Kept {
+pub struct ForeignVm {
     /// Its limits.
-    pub limits: KeptLimits,
+    pub limits: ConfiguredLimits,
     /// How old its reports are.
     pub age: Age,
-    process: Option<Process>,
+    process: Option<VmmProcess>,
 }
 
-impl Kept {
+impl ForeignVm {
     /// For a VM with these limits, whose process nobody has seen yet.
     pub fn new(limits: Option<Wanted>) -> Self {
-        Self { limits: KeptLimits::new(limits), age: Age::default(), process: None }
+        Self { limits: ConfiguredLimits::new(limits), age: Age::default(), process: None }
     }
 
     /// The process at the other end, where that is known.
@@ -127,7 +127,7 @@ impl Kept {
         if self.pid() == pid {
             return false;
         }
-        self.process = pid.map(Process::new);
+        self.process = pid.map(VmmProcess::new);
         self.age.forget();
         true
     }
@@ -135,13 +135,13 @@ impl Kept {
     /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
     /// says of its process. Where the kernel does not say, the host may hold all of it: so it is charged,
     /// but nobody counts on it as memory that is known to be held.
-    pub async fn status(&mut self, told: Told) -> Box<Status> {
-        let Told { has, target, actual, driver, report } = told;
+    pub async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
+        let ForeignStatus { has, target, actual, driver, report } = status;
         let held = match &mut self.process {
             Some(process) => process.held(has).await,
             None => None,
         };
-        let Held { guest, beside } = held.unwrap_or(Held { guest: has, beside: Bytes::ZERO });
+        let VmmMemory { guest, vmm_own } = held.unwrap_or(VmmMemory { guest: has, vmm_own: Bytes::ZERO });
         let memory = MemoryStatus {
             limits: self.limits.of_vm(has),
             target,
@@ -159,6 +159,6 @@ impl Kept {
         };
         let pid = self.pid();
         let uptime = self.process.and_then(|process| process.age());
-        Box::new(Status { pid, uptime, overhead: beside, memory })
+        Box::new(Status { pid, uptime, overhead: vmm_own, memory })
     }
 }

@@ -1,4 +1,4 @@
-//! A law like Hyper-V's Dynamic Memory.
+//! A policy like Hyper-V's Dynamic Memory.
 //!
 //! Source: Microsoft, "Hyper-V Dynamic Memory Overview" and "Hyper-V Dynamic Memory
 //! Configuration Guide"; Linux, `drivers/hv/hv_balloon.c` (the guest reports what it
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, View, fill};
+use super::{MemoryPolicy, PolicyInput, fill};
 
 /// Changes below this are not made.
 const LEAST_CHANGE: Bytes = Bytes::mib(16);
@@ -45,7 +45,7 @@ pub fn floor(size: Bytes) -> Bytes {
     })
 }
 
-impl Law for HyperV {
+impl MemoryPolicy for HyperV {
     fn cadence(&self) -> Duration {
         Duration::from_secs(1)
     }
@@ -54,7 +54,7 @@ impl Law for HyperV {
         true
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let claims: Vec<_> = view
             .vms
             .iter()

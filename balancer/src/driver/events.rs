@@ -30,11 +30,11 @@ const BREATH: Duration = Duration::from_millis(20);
 
 /// A way to hear one VM.
 #[derive(Clone, Debug)]
-pub struct Calls {
+pub struct EventSource {
     socket: PathBuf,
 }
 
-impl Calls {
+impl EventSource {
     /// The VM whose API listens at `socket`.
     pub fn new(socket: PathBuf) -> Self {
         Self { socket }

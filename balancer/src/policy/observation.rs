@@ -1,7 +1,7 @@
 //! What the policy is told: about the host, and by each VM.
 //!
 //! All of it is measured or said elsewhere and may be missing. What nobody knows
-//! is `None` and never guessed: the law then does without it.
+//! is `None` and never guessed: the policy then does without it.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use api::units::Bytes;
 
 /// The host as the policy sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Host {
+pub struct HostObservation {
     /// What all VMs together may hold.
     pub budget: Bytes,
     /// How much of its recent time the host itself waited for memory, where that is known.
@@ -24,7 +24,7 @@ pub struct Host {
     pub available: Option<Bytes>,
 }
 
-impl Host {
+impl HostObservation {
     /// A host of which only the budget is known.
     pub const fn of(budget: Bytes) -> Self {
         Self { budget, pressure: None, swap: None, available: None }
@@ -104,7 +104,7 @@ impl From<&Report> for Stalls {
 
 /// What a VM last said about its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Said {
+pub struct Observation {
     /// What the administrator set.
     pub limits: Limits,
     /// How long ago it said so, before the round that looks at it: the figures below were so then.
@@ -161,7 +161,7 @@ impl From<Option<Pauser>> for Vcpus {
     }
 }
 
-impl Said {
+impl Observation {
     /// A VM with these limits that has just started and whose guest has said nothing.
     pub fn of(limits: Limits) -> Self {
         let startup = limits.startup();
@@ -183,7 +183,7 @@ impl Said {
     }
 }
 
-impl From<&MemoryStatus> for Said {
+impl From<&MemoryStatus> for Observation {
     fn from(status: &MemoryStatus) -> Self {
         let statistics = status.report.as_ref().map(|aged| &aged.statistics);
         let mut stalls = statistics.map(Stalls::from).unwrap_or_default();

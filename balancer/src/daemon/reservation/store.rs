@@ -14,27 +14,32 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::LIFE;
-use super::holder::Holder;
+use super::starting_process::StartingProcess;
 
 /// One line of the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct StoredReservation {
     /// The VM that is about to start.
     pub name: String,
     /// What it was granted.
     pub size: Bytes,
     /// Who touches it meanwhile, where that is known.
     #[serde(default)]
-    pub holder: Option<Holder>,
+    pub starting: Option<StartingProcess>,
     /// When it is dropped, in milliseconds since the host's boot.
     until_boot_ms: u64,
 }
 
-impl Kept {
+impl StoredReservation {
     /// A reservation that stands for `left` from now on.
-    pub fn new(name: &str, size: Bytes, holder: Option<Holder>, left: Duration) -> Self {
+    pub fn new(name: &str, size: Bytes, starting: Option<StartingProcess>, left: Duration) -> Self {
         let until = since_boot().saturating_add(left).as_millis();
-        Self { name: name.to_owned(), size, holder, until_boot_ms: u64::try_from(until).unwrap_or(u64::MAX) }
+        Self {
+            name: name.to_owned(),
+            size,
+            starting,
+            until_boot_ms: u64::try_from(until).unwrap_or(u64::MAX),
+        }
     }
 
     /// For how long it stands yet: never longer than any does. Zero where its time is over.
@@ -45,11 +50,11 @@ impl Kept {
 
 /// The file.
 #[derive(Debug)]
-pub struct Book {
+pub struct ReservationStore {
     path: PathBuf,
 }
 
-impl Book {
+impl ReservationStore {
     /// The one in the daemon's own directory.
     pub fn in_directory(own: &Path) -> Self {
         Self { path: own.join("reservations.json") }
@@ -59,7 +64,7 @@ impl Book {
     ///
     /// # Errors
     /// It can't be read, or makes no sense.
-    pub fn read(&self) -> io::Result<Vec<Kept>> {
+    pub fn read(&self) -> io::Result<Vec<StoredReservation>> {
         match fs::read(&self.path) {
             Ok(text) => Ok(serde_json::from_slice(&text)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -71,7 +76,7 @@ impl Book {
     ///
     /// # Errors
     /// As the system says.
-    pub fn write(&self, kept: &[Kept]) -> io::Result<()> {
+    pub fn write(&self, kept: &[StoredReservation]) -> io::Result<()> {
         if kept.is_empty() {
             return match fs::remove_file(&self.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -102,22 +107,22 @@ mod tests {
     #[test]
     fn what_was_written_is_read_and_nothing_leaves_no_file() {
         let directory = tempfile::tempdir().unwrap();
-        let book = Book::in_directory(directory.path());
-        assert_eq!(book.read().unwrap(), []);
-        let holder = Process::own().map(Holder::new);
-        let kept = [Kept::new("web", Bytes::mib(266), holder, Duration::from_secs(30))];
-        book.write(&kept).unwrap();
-        assert_eq!(book.read().unwrap(), kept);
+        let store = ReservationStore::in_directory(directory.path());
+        assert_eq!(store.read().unwrap(), []);
+        let starting = Process::own().map(StartingProcess::new);
+        let kept = [StoredReservation::new("web", Bytes::mib(266), starting, Duration::from_secs(30))];
+        store.write(&kept).unwrap();
+        assert_eq!(store.read().unwrap(), kept);
         assert!(kept[0].left() > Duration::from_secs(20) && kept[0].left() <= Duration::from_secs(30));
-        book.write(&[]).unwrap();
-        assert!(!book.path().exists());
-        fs::write(book.path(), "[{").unwrap();
-        assert!(book.read().is_err());
+        store.write(&[]).unwrap();
+        assert!(!store.path().exists());
+        fs::write(store.path(), "[{").unwrap();
+        assert!(store.read().is_err());
     }
 
     #[test]
     fn no_promise_outlives_its_time() {
-        assert_eq!(Kept::new("web", Bytes::mib(1), None, Duration::MAX).left(), LIFE);
-        assert_eq!(Kept::new("web", Bytes::mib(1), None, Duration::ZERO).left(), Duration::ZERO);
+        assert_eq!(StoredReservation::new("web", Bytes::mib(1), None, Duration::MAX).left(), LIFE);
+        assert_eq!(StoredReservation::new("web", Bytes::mib(1), None, Duration::ZERO).left(), Duration::ZERO);
     }
 }

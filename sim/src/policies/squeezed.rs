@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, Seen, View};
+use super::{MemoryPolicy, PolicyInput, VmInput};
 
 /// Without progress for this long a VM is inactive.
 const INACTIVE: Duration = Duration::from_secs(5);
@@ -24,7 +24,7 @@ pub struct Squeezed {
 }
 
 impl Squeezed {
-    fn is_active(&mut self, now: Duration, vm: &Seen) -> bool {
+    fn is_active(&mut self, now: Duration, vm: &VmInput) -> bool {
         if !vm.driver || !vm.answers {
             return false;
         }
@@ -36,7 +36,7 @@ impl Squeezed {
     }
 }
 
-impl Law for Squeezed {
+impl MemoryPolicy for Squeezed {
     fn cadence(&self) -> Duration {
         Duration::from_secs(1)
     }
@@ -45,8 +45,8 @@ impl Law for Squeezed {
         true
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
-        let active: Vec<&Seen> = view.vms.iter().filter(|vm| self.is_active(view.now, vm)).collect();
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
+        let active: Vec<&VmInput> = view.vms.iter().filter(|vm| self.is_active(view.now, vm)).collect();
         if view.now < self.next && view.reserved == Bytes::ZERO {
             return;
         }

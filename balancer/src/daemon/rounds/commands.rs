@@ -5,19 +5,19 @@ use tracing::info;
 
 use super::{Daemon, EPOCH};
 use crate::daemon::COMMANDS;
+use crate::daemon::api_error::ApiError;
 use crate::daemon::command::Command;
-use crate::daemon::refusal::Refusal;
+use crate::daemon::managed_vm::{ManagedVm, RequestOutcome};
 use crate::daemon::reservation::Taken;
-use crate::daemon::slot::{Outcome, Slot};
 
 impl Daemon {
     /// Begins what clients asked for by now. True where a round should follow at once: one for all of them.
-    pub(super) fn obey_all(&mut self, first: Command) -> bool {
-        let mut due = self.obey(first);
+    pub(super) fn start_commands(&mut self, first: Command) -> bool {
+        let mut due = self.start_command(first);
         // However fast they ask, there is an end.
         for _ in 1..COMMANDS {
             let Ok(command) = self.commands.try_recv() else { break };
-            due |= self.obey(command);
+            due |= self.start_command(command);
         }
         due
     }
@@ -35,34 +35,39 @@ impl Daemon {
     }
 
     /// Begins what a client asked for. True where a round should follow at once.
-    fn obey(&mut self, command: Command) -> bool {
+    fn start_command(&mut self, command: Command) -> bool {
         match command {
-            Command::Reserve { wanted, answer } => {
-                if self.slots.values().any(|slot| slot.name == wanted.name && slot.vm.is_some()) {
+            Command::Reserve { request, answer } => {
+                if self
+                    .managed_vms
+                    .values()
+                    .any(|managed| managed.name == request.name && managed.vm.is_some())
+                {
                     // Whoever asked may have hung up, here and below.
-                    let _ = answer.send(Err(Refusal::RunsAlready(wanted.name)));
+                    let _ = answer.send(Err(ApiError::RunsAlready(request.name)));
                     return false;
                 }
-                let by_vms = self.slots.values().map(Slot::floor).sum();
+                let by_vms = self.managed_vms.values().map(ManagedVm::floor).sum();
                 let taken = Taken { budget: self.budget_now, by_vms };
                 let id = self.next_id;
                 self.next_id += 1;
-                self.reservations.admit(id, self.now(), &wanted, taken, answer);
+                self.reservations.admit(id, self.now(), &request, taken, answer);
                 return true;
             }
             Command::Release { name, answer } => {
                 let released = self.reservations.release(self.now(), &name);
-                let _ = answer.send(if released { Ok(()) } else { Err(Refusal::NoReservation(name)) });
+                let _ = answer.send(if released { Ok(()) } else { Err(ApiError::NoReservation(name)) });
                 return released;
             }
             Command::SetLimits { vm, limits, answer } => {
-                let found = self.slots.iter_mut().find(|(_, slot)| slot.name == vm && !slot.gone);
-                let Some((&id, slot)) = found else {
-                    let _ = answer.send(Err(Refusal::NoSuchVm(vm)));
+                let found =
+                    self.managed_vms.iter_mut().find(|(_, managed)| managed.name == vm && !managed.gone);
+                let Some((&id, managed)) = found else {
+                    let _ = answer.send(Err(ApiError::NoSuchVm(vm)));
                     return false;
                 };
-                let Some(mut driver) = slot.take_driver() else {
-                    let _ = answer.send(Err(Refusal::Busy(vm)));
+                let Some(mut driver) = managed.take_driver() else {
+                    let _ = answer.send(Err(ApiError::Busy(vm)));
                     return false;
                 };
                 self.requests.spawn(async move {
@@ -70,8 +75,8 @@ impl Daemon {
                     if result.is_ok() {
                         info!(vm, "{vm} has new limits: {limits}");
                     }
-                    let _ = answer.send(result.map_err(Refusal::from));
-                    (id, driver, Outcome::Asked)
+                    let _ = answer.send(result.map_err(ApiError::from));
+                    (id, driver, RequestOutcome::LimitsSet)
                 });
             }
         }

@@ -8,35 +8,35 @@ use api::units::Bytes;
 use tracing::{info, warn};
 
 use super::account::Account;
-use super::complaint::Complaint;
-use super::pace::Pace;
-use super::resort::Resort;
-use super::roster::{Found, Incarnation};
+use super::discovery::{Found, Incarnation};
+use super::last_resort::LastResortState;
+use super::log_limiter::LogLimiter;
+use super::response_times::ResponseTimes;
 use super::state::{MemoryView, VmView};
-use crate::driver::process::Holding;
+use crate::driver::process::ResidentMemory;
 use crate::driver::{Driver, Error, Kind, Status};
 use crate::policy::guards::Standing;
 use crate::policy::reason::{Reason, Rule};
-use crate::policy::{Said, Vcpus, Vm};
+use crate::policy::{Observation, Vcpus, Vm};
 
 /// A guest may say that it uses twice what the host holds for it and this much more before it
 /// is doubted: the two are not counted at the same moment, nor in the same way.
-const DOUBT: Bytes = Bytes::mib(256);
+const USE_TOLERANCE: Bytes = Bytes::mib(256);
 
 /// What a VM was asked, and what came back.
-pub enum Outcome {
+pub enum RequestOutcome {
     /// How it stands.
-    Polled(Result<Box<Status>, Error>),
+    Reported(Result<Box<Status>, Error>),
     /// Whether it took a new target.
-    Told(Reason, Result<(), Error>),
+    TargetSet(Reason, Result<(), Error>),
     /// Whether it is paused, or runs on.
-    Steered(Reason, Result<(), Error>),
+    PauseSet(Reason, Result<(), Error>),
     /// Somebody else asked for something, and was told.
-    Asked,
+    LimitsSet,
 }
 
 /// One VM.
-pub struct Slot {
+pub struct ManagedVm {
     /// Its name.
     pub name: String,
     /// Which VMM it runs in.
@@ -69,21 +69,21 @@ pub struct Slot {
     answered: Option<Duration>,
     errs: bool,
     heard: Option<(Duration, Bytes)>,
-    born: Complaint,
+    start_log: LogLimiter,
     /// How soon it answers.
-    pub pace: Pace,
-    trouble: Complaint,
-    silence: Complaint,
-    doubt: Complaint,
+    pub response_times: ResponseTimes,
+    error_log: LogLimiter,
+    standing_log: LogLimiter,
+    use_log: LogLimiter,
     /// What the balancer does or advises as a last resort.
-    pub resort: Resort,
+    pub last_resort: LastResortState,
     last_reason: Option<Reason>,
     grows: u64,
     shrinks: u64,
     errors: u64,
 }
 
-impl Slot {
+impl ManagedVm {
     /// A socket that was just found.
     pub fn new(id: u64, found: Found) -> Self {
         let driver = found.driver();
@@ -108,12 +108,12 @@ impl Slot {
             answered: None,
             errs: false,
             heard: None,
-            born: Complaint::default(),
-            pace: Pace::default(),
-            trouble: Complaint::default(),
-            silence: Complaint::default(),
-            doubt: Complaint::default(),
-            resort: Resort::default(),
+            start_log: LogLimiter::default(),
+            response_times: ResponseTimes::default(),
+            error_log: LogLimiter::default(),
+            standing_log: LogLimiter::default(),
+            use_log: LogLimiter::default(),
+            last_resort: LastResortState::default(),
             last_reason: None,
             grows: 0,
             shrinks: 0,
@@ -144,28 +144,36 @@ impl Slot {
         Some(driver)
     }
 
-    /// Puts the driver back after a request, and looks at the process that it found, as `holding` tells
+    /// Puts the driver back after a request, and looks at the process that it found, as `resident_memory` tells
     /// what the host holds for one.
-    pub fn put_back(&mut self, driver: Box<dyn Driver>, holding: impl FnOnce(u32) -> Option<Holding>) {
-        self.account.look(driver.process(), holding);
+    pub fn put_back(
+        &mut self,
+        driver: Box<dyn Driver>,
+        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
+    ) {
+        self.account.look(driver.process(), resident_memory);
         self.driver = Some(driver);
     }
 
     /// Looks anew at what the host holds for it if it did not answer when it was asked last: what it said
     /// before is old by now, and its guest may go on without its API.
-    pub fn look_if_silent(&mut self, total: Bytes, holding: impl FnOnce(u32) -> Option<Holding>) {
+    pub fn look_if_silent(
+        &mut self,
+        total: Bytes,
+        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
+    ) {
         if self.gone || !(self.errs || self.driver.is_none()) {
             return;
         }
-        self.account.look_again(holding);
+        self.account.look_again(resident_memory);
         if let Some(vm) = &mut self.vm {
-            self.account.renew(&mut vm.said, total);
+            self.account.renew(&mut vm.observed, total);
         }
     }
 
     /// What of the host's memory is known to be held for its guest.
     pub fn resident(&self) -> Bytes {
-        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(self.vmm, &vm.said))
+        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(self.vmm, &vm.observed))
     }
 
     /// What the host holds for a VM that is there and never gave an answer that could be used: that is
@@ -192,31 +200,31 @@ impl Slot {
     }
 
     /// Takes in what came back, on a host with `total` memory.
-    pub fn take(&mut self, now: Duration, total: Bytes, outcome: Outcome) {
+    pub fn take(&mut self, now: Duration, total: Bytes, outcome: RequestOutcome) {
         match outcome {
-            Outcome::Polled(Ok(status)) => self.answered(now, total, &status),
-            Outcome::Polled(Err(error)) => self.failed(now, &error),
-            Outcome::Asked => {}
-            Outcome::Steered(reason, Ok(())) => {
+            RequestOutcome::Reported(Ok(status)) => self.answered(now, total, &status),
+            RequestOutcome::Reported(Err(error)) => self.failed(now, &error),
+            RequestOutcome::LimitsSet => {}
+            RequestOutcome::PauseSet(reason, Ok(())) => {
                 let vcpus =
                     if reason.rule == Rule::Pause { Vcpus::Paused(Pauser::Balancer) } else { Vcpus::Run };
                 self.last_reason = Some(reason);
                 if let Some(vm) = &mut self.vm {
-                    vm.said.vcpus = vcpus;
+                    vm.observed.vcpus = vcpus;
                 }
             }
-            Outcome::Steered(reason, Err(error)) => {
+            RequestOutcome::PauseSet(reason, Err(error)) => {
                 if reason.rule == Rule::Pause && matches!(error, Error::Refused { .. }) {
-                    self.resort.refused(now);
+                    self.last_resort.refused(now);
                 }
                 self.failed(now, &error);
             }
-            Outcome::Told(reason, Ok(())) => self.took(&reason),
-            Outcome::Told(reason, Err(error)) => {
+            RequestOutcome::TargetSet(reason, Ok(())) => self.took(&reason),
+            RequestOutcome::TargetSet(reason, Err(error)) => {
                 // A refusal changed nothing; after any other error either target may hold,
                 // and the larger stays charged until the VM says which.
                 if let (Error::Refused { .. }, Some(vm)) = (&error, &mut self.vm) {
-                    vm.said.target = reason.old;
+                    vm.observed.target = reason.old;
                 }
                 self.failed(now, &error);
             }
@@ -228,7 +236,7 @@ impl Slot {
         let Status { pid, uptime, overhead, memory } = status;
         if pid.is_some() {
             if self.pid.is_some() && self.pid != *pid {
-                if self.born.is_due(now, "anew") {
+                if self.start_log.is_due(now, "anew") {
                     info!(vm = name, "{name} was started anew");
                 }
                 self.vm = None;
@@ -242,27 +250,27 @@ impl Slot {
         self.limits = Some(memory.limits);
         self.huge_percent = memory.huge_percent();
         self.gone = false;
-        if self.trouble.end() {
+        if self.error_log.end() {
             info!(vm = name, "{name} answers again");
         }
-        let said = self.account.believe(now, name, Said::from(memory), total);
+        let observed = self.account.believe(now, name, Observation::from(memory), total);
         if !std::mem::replace(&mut self.told_apart, self.account.is_reserved()) && self.told_apart {
             info!(
                 vm = name,
                 "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
             );
         }
-        self.heard = said.spare;
+        self.heard = observed.spare;
         self.answered = Some(now);
         self.errs = false;
         let uptime = now.saturating_sub(self.started);
         match &mut self.vm {
-            Some(vm) => vm.said = said,
+            Some(vm) => vm.observed = observed,
             None => {
-                if self.born.is_due(now, "found") {
+                if self.start_log.is_due(now, "found") {
                     info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
                 }
-                self.vm = Some(Vm::new(self.id, uptime, said));
+                self.vm = Some(Vm::new(self.id, uptime, observed));
             }
         }
     }
@@ -273,7 +281,7 @@ impl Slot {
         if matches!(error, Error::NoSuchVm { .. }) {
             self.gone = true;
             // A socket that is left behind is tried again and again.
-            if self.answered.take().is_some() && self.trouble.is_due(now, error.word()) {
+            if self.answered.take().is_some() && self.error_log.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
             }
             self.vm = None;
@@ -284,10 +292,10 @@ impl Slot {
         }
         self.errors += 1;
         let kind = error.word();
-        if self.trouble.is_due(now, kind) {
+        if self.error_log.is_due(now, kind) {
             match &self.vm {
                 Some(vm) => {
-                    let charge = vm.said.target.max(vm.said.actual);
+                    let charge = vm.observed.target.max(vm.observed.actual);
                     warn!(vm = name, kind, "{name} is left as it is, charged {charge}: {error}");
                 }
                 None => match self.account.ordinary() {
@@ -308,7 +316,7 @@ impl Slot {
         let name = &self.name;
         info!(vm = name, rule = ?reason.rule, "{name}: {reason}");
         if let Some(vm) = &mut self.vm {
-            vm.said.target = reason.new;
+            vm.observed.target = reason.new;
         }
         self.account.granted(reason.new);
         self.last_reason = Some(*reason);
@@ -321,7 +329,7 @@ impl Slot {
 
     /// Whether its guest is on the way to its target.
     pub fn moves(&self) -> bool {
-        self.vm.as_ref().is_some_and(|vm| vm.said.actual != vm.said.target)
+        self.vm.as_ref().is_some_and(|vm| vm.observed.actual != vm.observed.target)
     }
 
     /// Hands the VM over for a round's decision, with its news as old as it is by now.
@@ -336,9 +344,9 @@ impl Slot {
         let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
         vm.uptime = now.saturating_sub(self.started);
         vm.answers = !self.errs && silent <= patience;
-        vm.said.since = silent;
-        vm.said.pausable = pauses && self.vmm.knows_who_paused() && self.resort.may_pause(now);
-        vm.said.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
+        vm.observed.since = silent;
+        vm.observed.pausable = pauses && self.vmm.knows_who_paused() && self.last_resort.may_pause(now);
+        vm.observed.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
         Some(vm)
     }
 
@@ -359,11 +367,11 @@ impl Slot {
         };
         match trouble {
             None => {
-                if vm.standing() == Standing::Following && self.silence.end() {
+                if vm.standing() == Standing::Following && self.standing_log.end() {
                     info!(vm = name, "{name} reports and follows again");
                 }
             }
-            Some(kind) if self.silence.is_due(now, kind) => match (vm.standing(), vm.said.spare) {
+            Some(kind) if self.standing_log.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
                 (Standing::NoDriver, _) => warn!(
                     vm = name,
                     "no balloon driver runs in {name}: it is charged its full {}",
@@ -372,7 +380,7 @@ impl Slot {
                 (Standing::Stuck, _) => warn!(
                     vm = name,
                     "{name} does not give up what it was asked for: it keeps {} and is left alone for a while",
-                    vm.said.actual
+                    vm.observed.actual
                 ),
                 (_, Some((age, _))) => warn!(
                     vm = name,
@@ -385,19 +393,19 @@ impl Slot {
             },
             Some(_) => {}
         }
-        self.doubt_use(now, &vm);
-        self.resort.remind(now, &self.name, &vm);
+        self.check_use(now, &vm);
+        self.last_resort.remind(now, &self.name, &vm);
         self.vm = Some(vm);
     }
 
     /// A guest has touched what it uses, so that the host holds it. One that says far more lies,
     /// which costs others no more than its limits and its weight allow, and is said.
-    fn doubt_use(&mut self, now: Duration, vm: &Vm) {
-        let (name, held) = (&self.name, vm.said.host_rss);
-        let most = held.saturating_add(held).saturating_add(DOUBT);
+    fn check_use(&mut self, now: Duration, vm: &Vm) {
+        let (name, held) = (&self.name, vm.observed.host_rss);
+        let most = held.saturating_add(held).saturating_add(USE_TOLERANCE);
         match vm.used() {
             Some(used) if held > Bytes::ZERO && used > most => {
-                if self.doubt.is_due(now, "use") {
+                if self.use_log.is_due(now, "use") {
                     warn!(
                         vm = name,
                         "{name} says that it uses {used}, but the host holds {held} for it: \
@@ -405,7 +413,7 @@ impl Slot {
                     );
                 }
             }
-            _ => drop(self.doubt.end()),
+            _ => drop(self.use_log.end()),
         }
     }
 
@@ -420,7 +428,7 @@ impl Slot {
             return Bytes::ZERO;
         }
         self.vm.as_ref().map_or(self.unheard(), |vm| match vm.standing() {
-            Standing::Following | Standing::Booting => vm.said.limits.min(),
+            Standing::Following | Standing::Booting => vm.observed.limits.min(),
             Standing::Static
             | Standing::Leaving
             | Standing::NoDriver
@@ -428,7 +436,7 @@ impl Slot {
             | Standing::Stale
             | Standing::Stuck => vm.charge(),
             // Whoever starts takes no room from one that waits to be resumed.
-            Standing::Paused if vm.is_laid_down() => vm.charge().saturating_add(vm.untouched()),
+            Standing::Paused if vm.is_paused_by_balancer() => vm.charge().saturating_add(vm.untouched()),
             Standing::Paused => vm.charge(),
         })
     }
@@ -441,15 +449,15 @@ impl Slot {
             used: vm.used(),
             demand: vm.demand(),
             entitlement: vm.entitlement(),
-            target: vm.said.target,
-            actual: vm.said.actual,
-            host_rss: vm.said.host_rss,
+            target: vm.observed.target,
+            actual: vm.observed.actual,
+            host_rss: vm.observed.host_rss,
             huge_percent: self.huge_percent,
             overhead: self.overhead(),
             charge: if reserved { Bytes::ZERO } else { vm.charge() },
             reserved_huge_pages: reserved,
         });
-        let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.said.vcpus {
+        let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.observed.vcpus {
             _ if !reserved => vm.standing(),
             _ if self.errs => Standing::NotAnswering,
             Vcpus::Paused(_) => Standing::Paused,
@@ -459,13 +467,13 @@ impl Slot {
             name: self.name.clone(),
             vmm: self.vmm,
             standing,
-            paused_by: self.vm.as_ref().and_then(|vm| vm.said.vcpus.paused_by()),
+            paused_by: self.vm.as_ref().and_then(|vm| vm.observed.vcpus.paused_by()),
             held: self.vm.is_none().then(|| self.unheard()).filter(|held| *held > Bytes::ZERO),
             memory,
             report_age_ms: self
                 .vm
                 .as_ref()
-                .and_then(|vm| vm.said.spare)
+                .and_then(|vm| vm.observed.spare)
                 .map(|(age, _)| age.as_millis() as u64),
             last_reason: self.last_reason,
             grows: self.grows,

@@ -22,12 +22,12 @@ const CHASE_FOR: Duration = Duration::from_secs(2);
 
 /// Short rounds that follow a call.
 #[derive(Clone, Copy)]
-pub struct Chase {
+pub struct FollowUp {
     next: Instant,
     until: Instant,
 }
 
-impl Chase {
+impl FollowUp {
     /// When the next of them is due.
     pub fn next(self) -> Instant {
         self.next
@@ -39,10 +39,11 @@ impl Daemon {
     /// to get. Only VMs that have something new to say are asked: those that call, that move, and that
     /// wait for memory, so that they get what they want by now. A guest in distress may answer late, and
     /// holds nobody up: what it says then is there at the next look.
-    pub(super) async fn answer(&mut self, callers: &BTreeSet<u64>) {
-        let eager: BTreeSet<u64> = callers.iter().copied().chain(self.wait_longest()).collect();
-        let asked = self
-            .ask(Duration::ZERO, |id, slot| !slot.pace.is_slow() && (eager.contains(&id) || slot.moves()));
+    pub(super) async fn answer(&mut self, urgent: &BTreeSet<u64>) {
+        let eager: BTreeSet<u64> = urgent.iter().copied().chain(self.wait_longest()).collect();
+        let asked = self.ask(Duration::ZERO, |id, managed| {
+            !managed.response_times.is_slow() && (eager.contains(&id) || managed.moves())
+        });
         self.gather(asked, HURRY).await;
         self.read_host();
         if self.knows_enough() {
@@ -50,15 +51,15 @@ impl Daemon {
             let told = self.tell();
             self.gather(told, HURRY).await;
         }
-        self.ask(Duration::ZERO, |id, slot| slot.pace.is_slow() && callers.contains(&id));
+        self.ask(Duration::ZERO, |id, managed| managed.response_times.is_slow() && urgent.contains(&id));
         self.publish();
         let now = Instant::now();
-        let until = match self.chase {
-            Some(chase) if callers.is_empty() => chase.until,
+        let until = match self.follow_up {
+            Some(follow_up) if urgent.is_empty() => follow_up.until,
             _ => now + CHASE_FOR,
         };
         let goes_on = self.balance.unserved > Bytes::ZERO && now < until;
-        self.chase = goes_on.then_some(Chase { next: now + CHASE_EVERY, until });
+        self.follow_up = goes_on.then_some(FollowUp { next: now + CHASE_EVERY, until });
     }
 
     /// Some of those that wait for memory, from the longest on: on a host that is short of much, to look at

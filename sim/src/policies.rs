@@ -26,9 +26,9 @@ use serde::Serialize;
 use super::guest::Report;
 use balancer::policy::guards;
 
-/// What a law sees of one VM.
+/// What a policy sees of one VM.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct VmInput {
     /// Which VM.
     pub id: usize,
     /// Its limits.
@@ -49,7 +49,7 @@ pub struct Seen {
     pub report: Option<Report>,
 }
 
-impl Seen {
+impl VmInput {
     /// What it may hold: one that starts has not touched what its balloon is to take.
     pub fn held(&self) -> Bytes {
         let starts = !self.driver && self.uptime < guards::BOOT;
@@ -58,9 +58,9 @@ impl Seen {
     }
 }
 
-/// What a law sees of the host.
+/// What a policy sees of the host.
 #[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
+pub struct PolicyInput<'a> {
     /// Time since the run began.
     pub now: Duration,
     /// What all VMs together may hold.
@@ -68,18 +68,18 @@ pub struct View<'a> {
     /// What VMs that wait for their start need.
     pub reserved: Bytes,
     /// The running VMs.
-    pub vms: &'a [Seen],
+    pub vms: &'a [VmInput],
 }
 
-impl View<'_> {
+impl PolicyInput<'_> {
     /// What the VMs hold now.
     pub fn held(&self) -> Bytes {
-        self.vms.iter().map(Seen::held).sum()
+        self.vms.iter().map(VmInput::held).sum()
     }
 }
 
-/// A memory law.
-pub trait Law {
+/// A memory policy.
+pub trait MemoryPolicy {
     /// The time between two decisions.
     fn cadence(&self) -> Duration;
 
@@ -89,13 +89,13 @@ pub trait Law {
     }
 
     /// Pushes new targets. They are clamped to the VM's limits.
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>);
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>);
 }
 
-/// The laws there are.
+/// The policies there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Name {
+pub enum PolicyName {
     /// [`balancer::policy`].
     Ballast,
     /// [`fixed`].
@@ -114,7 +114,7 @@ pub enum Name {
     Squeezed,
 }
 
-impl Name {
+impl PolicyName {
     /// All of them, ours first.
     pub const ALL: [Self; 8] = [
         Self::Ballast,
@@ -155,8 +155,8 @@ impl Name {
         }
     }
 
-    /// The law itself, at its start.
-    pub fn make(self) -> Box<dyn Law> {
+    /// The policy itself, at its start.
+    pub fn make(self) -> Box<dyn MemoryPolicy> {
         match self {
             Self::Ballast => Box::new(ballast::Ballast::default()),
             Self::Static => Box::new(fixed::Static::default()),
@@ -170,22 +170,22 @@ impl Name {
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for PolicyName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.word())
     }
 }
 
-/// A word that names no law.
+/// A word that names no policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no law: use ballast, hyper-v, esxi, selfballoon, mom, proxmox, squeezed or static")]
-pub struct UnknownLaw(String);
+#[error("`{0}` is no policy: use ballast, hyper-v, esxi, selfballoon, mom, proxmox, squeezed or static")]
+pub struct UnknownPolicy(String);
 
-impl FromStr for Name {
-    type Err = UnknownLaw;
+impl FromStr for PolicyName {
+    type Err = UnknownPolicy;
 
-    fn from_str(text: &str) -> Result<Self, UnknownLaw> {
-        Self::ALL.into_iter().find(|name| name.word() == text).ok_or_else(|| UnknownLaw(text.to_owned()))
+    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
+        Self::ALL.into_iter().find(|name| name.word() == text).ok_or_else(|| UnknownPolicy(text.to_owned()))
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api::units::Bytes;
 
-use super::{Law, View, fill};
+use super::{MemoryPolicy, PolicyInput, fill};
 
 /// Divides once for each set of VMs.
 #[derive(Debug, Default)]
@@ -13,12 +13,12 @@ pub struct Static {
     vms: Vec<usize>,
 }
 
-impl Law for Static {
+impl MemoryPolicy for Static {
     fn cadence(&self) -> Duration {
         Duration::from_secs(1)
     }
 
-    fn decide(&mut self, view: &View, targets: &mut Vec<(usize, Bytes)>) {
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>) {
         let vms: Vec<usize> = view.vms.iter().map(|vm| vm.id).collect();
         if vms == self.vms && view.reserved == Bytes::ZERO {
             return;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use api::status::Pauser;
 use tracing::{info, warn};
 
-use super::complaint::Complaint;
+use super::log_limiter::LogLimiter;
 use crate::driver::Kind;
 use crate::policy::Vm;
 use crate::policy::reason::{Reason, Rule};
@@ -15,15 +15,15 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(60);
 
 /// The last resort as far as one VM is concerned.
 #[derive(Debug, Default)]
-pub struct Resort {
-    advised: Complaint,
-    lies: Complaint,
+pub struct LastResortState {
+    advice_log: LogLimiter,
+    paused_log: LogLimiter,
     /// Since when it is seen to be paused by the balancer.
     since: Option<Duration>,
     refused: Option<Duration>,
 }
 
-impl Resort {
+impl LastResortState {
     /// It refused to be paused.
     pub fn refused(&mut self, now: Duration) {
         self.refused = Some(now);
@@ -44,7 +44,7 @@ impl Resort {
         }) else {
             return;
         };
-        if self.advised.is_due(now, kind) {
+        if self.advice_log.is_due(now, kind) {
             let why_not = match reason.rule {
                 Rule::Pause if !vmm.knows_who_paused() => {
                     "; its VMM can't tell the balancer's pauses from yours"
@@ -59,15 +59,15 @@ impl Resort {
 
     /// The emergency is over: advice in another, which comes after a minute of it at the soonest, is news.
     pub fn calm(&mut self) {
-        self.advised = Complaint::default();
+        self.advice_log = LogLimiter::default();
     }
 
     /// Says that it lies paused, for as long as it does, and what it waits for.
     pub fn remind(&mut self, now: Duration, name: &str, vm: &Vm) {
-        if vm.said.vcpus.paused_by() != Some(Pauser::Balancer) {
+        if vm.observed.vcpus.paused_by() != Some(Pauser::Balancer) {
             // One that does not answer may still be paused.
             if vm.answers
-                && let (Some(since), true) = (self.since.take(), self.lies.end())
+                && let (Some(since), true) = (self.since.take(), self.paused_log.end())
             {
                 let lay = now.saturating_sub(since).as_secs();
                 info!(vm = name, "{name} is no longer paused by the balancer, after {lay} s");
@@ -75,15 +75,15 @@ impl Resort {
             return;
         }
         let since = *self.since.get_or_insert(now);
-        if self.lies.is_due(now, "paused") {
+        if self.paused_log.is_due(now, "paused") {
             let needs = vm.untouched();
-            let lies = match now.saturating_sub(since).as_secs() {
+            let paused_log = match now.saturating_sub(since).as_secs() {
                 0 => String::new(),
                 seconds => format!(" for {seconds} s by now"),
             };
             warn!(
                 vm = name,
-                "{name} is PAUSED by the balancer{lies}, as memory has run out: it runs on when the \
+                "{name} is PAUSED by the balancer{paused_log}, as memory has run out: it runs on when the \
                  others can spare {needs}, or at once by `ballast resume {name}`"
             );
         }
