@@ -13,6 +13,7 @@ mod events;
 pub mod exit;
 pub mod host;
 pub mod inspect;
+pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod sandbox;

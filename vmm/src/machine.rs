@@ -11,21 +11,22 @@ use balloon::device::{Balloon, Handle};
 use balloon::discard::{self, Discard};
 use balloon::mechanism::steering::Steering;
 use balloon::plug::{self, Plug};
+use devices::platform::{GuestEnd, OnEnd, serial};
 use devices::virtio::rng::Rng;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::VmFd;
 
 use crate::api_server;
-use crate::arch::x86_64::cpuid;
-use crate::arch::x86_64::{acpi, layout, registers, reset};
-use crate::boot::kernel::{self, Entry, Files, KernelError};
-use crate::bus::{Buses, EndPorts};
+use crate::arch::x86_64::vcpu::{self, VcpuError};
+use crate::arch::x86_64::{acpi, layout, reset};
+use crate::boot::kernel::{self, Files, KernelError};
+use crate::bus::Buses;
 use crate::config::{Backing, Config, Grow, plug_cmdline};
 use crate::console::{Console, ConsoleError};
 use crate::control::{Control, Parts};
 use crate::events::{EventLoop, STACK, Subscriber};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
+use crate::kvm::{self, KvmError};
 use crate::memory::fault_guard::FaultGuard;
 use crate::memory::pluggable::Pluggable;
 use crate::memory::{self, MemoryError, Ram};
@@ -61,13 +62,11 @@ pub enum MachineError {
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// KVM refused.
-    #[error("KVM refused to {what}: {source}")]
-    Kvm {
-        /// What was asked of it.
-        what: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There are no vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// Guest memory has no place for a table.
     #[error("boot data could not be written to guest memory: {0}")]
     BootData(#[from] vm_memory::GuestMemoryError),
@@ -91,11 +90,6 @@ impl MachineError {
     }
 }
 
-/// `map_err` with what was asked of KVM.
-fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
-    move |source| MachineError::Kvm { what, source }
-}
-
 /// `map_err` with what was asked of the host.
 fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Host { what, source }
@@ -116,7 +110,7 @@ pub struct Machine {
     /// The directories that stay reachable; `None` is no sandbox.
     sandbox: Option<Vec<PathBuf>>,
     // Closed last: the vCPUs and the memory slots hang on it.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 impl Machine {
@@ -146,13 +140,14 @@ impl Machine {
         let entry = kernel::load(files, ram.guest(), ram.boot())?;
         let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
-        let vm = create_vm(&kvm_fd, &ram)?;
+        let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let mut wiring = Wiring::new(&vm, ram.guest());
         let power = wiring.interrupt(layout::GED_IRQ)?;
         let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &vcpu_set)?;
-        wiring.serial(Arc::clone(&console.port))?;
-        EndPorts::register(wiring.buses(), &vcpu_set).map_err(WiringError::from)?;
+        wiring.ports(layout::COM1, serial::PORTS, console.port.clone())?;
+        let ended = Arc::clone(&vcpu_set);
+        wiring.power_devices(&(Arc::new(move |end: GuestEnd| ended.end(end.into())) as OnEnd))?;
         add(wiring.buses())?;
         let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
         let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
@@ -184,7 +179,7 @@ impl Machine {
         reset::write(ram.guest())?;
 
         let buses = Arc::new(buses);
-        let vcpus = create_vcpus(&kvm_fd, &vm, &config, &ram, entry)?;
+        let vcpus = vcpu::create_all(&kvm_fd, &vm, config.cpus, ram.guest(), entry)?;
         let vcpus = (0..)
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
@@ -294,28 +289,6 @@ fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread
     Ok(ApiThread { stop, thread })
 }
 
-/// A VM with its memory and interrupt controllers.
-fn create_vm(kvm_fd: &Kvm, ram: &Ram) -> Result<VmFd, MachineError> {
-    let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
-    // Both are for Intel without unrestricted guests; elsewhere they do nothing.
-    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(kvm("set the identity map"))?;
-    vm.set_tss_address(layout::TSS as usize).map_err(kvm("set the TSS"))?;
-    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-    for (slot, region) in (0..).zip(ram.regions()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.guest.0,
-            memory_size: region.size.0,
-            userspace_addr: region.host as u64,
-        };
-        // SAFETY: the range is guest RAM, which stays mapped for the life of the process, and
-        // no two regions overlap.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("take the guest's memory"))?;
-    }
-    Ok(vm)
-}
-
 /// What the guest boots with, and room for what it may plug.
 fn ram(config: &Config) -> Result<Ram, MemoryError> {
     let (startup, max) = (config.limits.startup(), config.limits.max());
@@ -389,51 +362,4 @@ fn plug(ram: &Ram, pluggable: &Pluggable) -> io::Result<(Plug, plug::Handle)> {
         block: plug::block_size(region.size),
     };
     Plug::new(config, discard, pluggable.set_access()?)
-}
-
-// SDM volume 4, table 2-2.
-const IA32_MISC_ENABLE: u32 = 0x1a0;
-const FAST_STRINGS: u64 = 1 << 0;
-const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// MTRRs are on, and all memory is write-back where none says otherwise.
-const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
-
-fn create_vcpus(
-    kvm_fd: &Kvm,
-    vm: &VmFd,
-    config: &Config,
-    ram: &Ram,
-    entry: Entry,
-) -> Result<Vec<VcpuFd>, MachineError> {
-    let supported =
-        kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell what CPUID it supports"))?;
-    let emulated = cpuid::host_is_emulated();
-    let mut vcpus = Vec::new();
-    for index in 0..config.cpus.get() {
-        let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
-        let cpuid = cpuid::of_vcpu(&supported, index, config.cpus, emulated);
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
-        set_msrs(&vcpu)?;
-        vcpu.set_fpu(&registers::floating_point()).map_err(kvm("set a vCPU's FPU"))?;
-        // The others wait in their local APICs until the first one starts them.
-        if index == 0 {
-            let sregs = vcpu.get_sregs().map_err(kvm("read a vCPU's registers"))?;
-            let sregs = registers::special(entry, sregs, ram.guest())?;
-            vcpu.set_sregs(&sregs).map_err(kvm("set a vCPU's segments"))?;
-            vcpu.set_regs(&registers::general(entry)).map_err(kvm("set a vCPU's registers"))?;
-        }
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
-}
-
-fn set_msrs(vcpu: &VcpuFd) -> Result<(), MachineError> {
-    for (index, data) in [(IA32_MISC_ENABLE, FAST_STRINGS), (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
-        // One entry always fits; a processor that lacks the register goes without.
-        if let Ok(msrs) = Msrs::from_entries(&[entry]) {
-            vcpu.set_msrs(&msrs).map_err(kvm("set a vCPU's model-specific registers"))?;
-        }
-    }
-    Ok(())
 }

@@ -3,10 +3,15 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use devices::platform::OnEnd;
+use devices::platform::acpi_power::{self, AcpiPower};
+use devices::platform::i8042::{self, ResetLine};
+use devices::platform::pvpanic::{self, PvPanic};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_device::DevicePio;
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_device::device_manager::{MmioManager, PioManager};
 use vm_memory::GuestMemoryMmap;
@@ -15,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::acpi::VirtioSlot;
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
+use crate::kvm::{KvmError, refused};
 
 /// Why a device could not be wired up.
 #[derive(Debug, thiserror::Error)]
@@ -26,13 +32,8 @@ pub enum WiringError {
     #[error("a device's addresses are taken: {0}")]
     Bus(#[from] vm_device::bus::Error),
     /// KVM refused.
-    #[error("KVM refused to connect a device's {what}: {source}")]
-    Kvm {
-        /// What was to be connected.
-        what: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     /// No eventfd.
     #[error("a device's events can't be set up: {0}")]
     Event(#[from] io::Error),
@@ -65,20 +66,32 @@ impl<'a> Wiring<'a> {
     /// [`WiringError`] says what could not be had.
     pub fn interrupt(&self, number: u32) -> Result<EventFd, WiringError> {
         let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        self.vm
-            .register_irqfd(&line, number)
-            .map_err(|source| WiringError::Kvm { what: "interrupt", source })?;
+        self.vm.register_irqfd(&line, number).map_err(refused("connect a device's interrupt"))?;
         Ok(line)
     }
 
-    /// The first serial port.
+    /// A device that takes `count` ports, from `first` on.
     ///
     /// # Errors
-    /// [`WiringError`] says what is in the way.
-    pub fn serial(&mut self, port: Arc<devices::platform::serial::Port>) -> Result<(), WiringError> {
-        let range = PioRange::new(PioAddress(layout::COM1), devices::platform::serial::PORTS)?;
-        self.buses.devices.register_pio(range, port)?;
+    /// [`WiringError::Bus`] where another device has one of them.
+    pub fn ports(
+        &mut self,
+        first: u16,
+        count: u16,
+        device: Arc<dyn DevicePio + Send + Sync>,
+    ) -> Result<(), WiringError> {
+        self.buses.devices.register_pio(PioRange::new(PioAddress(first), count)?, device)?;
         Ok(())
+    }
+
+    /// What every machine has by which its guest can end itself.
+    ///
+    /// # Errors
+    /// As [`ports`](Self::ports).
+    pub fn power_devices(&mut self, on_end: &OnEnd) -> Result<(), WiringError> {
+        self.ports(layout::PVPANIC, pvpanic::PORTS, Arc::new(PvPanic::new(on_end.clone())))?;
+        self.ports(layout::ACPI_POWER, acpi_power::PORTS, Arc::new(AcpiPower::new(on_end.clone())))?;
+        self.ports(layout::KEYBOARD_COMMAND, i8042::PORTS, Arc::new(ResetLine::new(on_end.clone())))
     }
 
     /// A virtio device in the next free slot. A notification by its driver goes from KVM
@@ -97,7 +110,7 @@ impl<'a> Wiring<'a> {
             }
             self.vm
                 .register_ioevent(notifier, &notify, u32::try_from(queue).unwrap_or(u32::MAX))
-                .map_err(|source| WiringError::Kvm { what: "queue", source })?;
+                .map_err(refused("connect a device's queue"))?;
         }
         self.acknowledge_in_kvm(&slot)?;
         let device = Arc::new(Mutex::new(device));
@@ -117,7 +130,7 @@ impl<'a> Wiring<'a> {
         let register = IoEventAddress::Mmio(slot.window.0 + INTERRUPT_ACK);
         self.vm
             .register_ioevent(&nobody, &register, ACK_USED)
-            .map_err(|source| WiringError::Kvm { what: "acknowledgement", source })?;
+            .map_err(refused("connect a device's acknowledgement"))?;
         self.sink_event = Some(nobody);
         Ok(())
     }

@@ -15,6 +15,7 @@ use acpi_tables::srat::{MemoryAffinity, SRAT};
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use api::units::Bytes;
+use devices::platform::acpi_power;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout;
@@ -30,9 +31,6 @@ const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 const NO_ASPM: u16 = 1 << 4;
 const NO_CMOS_RTC: u16 = 1 << 5;
-
-/// The sleep type of `_S5`; only this one exists.
-pub const S5: u8 = 5;
 
 /// One virtio-mmio device's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +105,10 @@ fn bytes(object: &dyn Aml) -> Vec<u8> {
 }
 
 fn fadt(dsdt: u64) -> Vec<u8> {
-    let port = |address: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into());
+    let port = |register: u16| {
+        let address = layout::ACPI_POWER + register;
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into())
+    };
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -117,10 +118,10 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_MSI | NO_ASPM | NO_CMOS_RTC).into();
-    fadt.reset_reg = port(layout::RESET);
-    fadt.reset_value = layout::RESET_VALUE;
-    fadt.sleep_control_reg = port(layout::SLEEP_CONTROL);
-    fadt.sleep_status_reg = port(layout::SLEEP_STATUS);
+    fadt.reset_reg = port(acpi_power::RESET);
+    fadt.reset_value = acpi_power::RESET_VALUE;
+    fadt.sleep_control_reg = port(acpi_power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(acpi_power::SLEEP_STATUS);
     bytes(&fadt.finalize())
 }
 
@@ -154,7 +155,7 @@ fn dsdt(virtio: &[VirtioSlot]) -> Vec<u8> {
     panic_device(&mut body);
     power_button(&mut body);
     dsdt.append_slice(&Scope::raw(aml::Path::new("\\_SB_"), body));
-    let sleep: aml::Byte = S5;
+    let sleep: aml::Byte = acpi_power::SOFT_OFF;
     dsdt.append_slice(&bytes(&Name::new("\\_S5_".into(), &Package::new(vec![&sleep]))));
     dsdt.as_slice().to_vec()
 }

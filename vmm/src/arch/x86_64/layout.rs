@@ -56,14 +56,8 @@ pub const VIRTIO_DEVICES: usize = 7;
 
 /// pvpanic's port, as QEMU places it (docs/specs/pvpanic).
 pub const PVPANIC: u16 = 0x505;
-/// ACPI sleep control register (ACPI 6.5, section 4.8.3.7).
-pub const SLEEP_CONTROL: u16 = 0x600;
-/// ACPI sleep status register.
-pub const SLEEP_STATUS: u16 = 0x601;
-/// ACPI reset register (section 4.8.3.6).
-pub const RESET: u16 = 0x602;
-/// What the reset register takes.
-pub const RESET_VALUE: u8 = 1;
+/// The ACPI power registers ([`devices::platform::acpi_power`]).
+pub const ACPI_POWER: u16 = 0x600;
 /// The keyboard controller's command port: nothing is there but its reset line.
 pub const KEYBOARD_COMMAND: u16 = 0x64;
 

@@ -5,3 +5,4 @@ pub mod cpuid;
 pub mod layout;
 pub mod registers;
 pub mod reset;
+pub mod vcpu;

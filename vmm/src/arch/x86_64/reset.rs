@@ -5,6 +5,7 @@
 //! real mode and a jump to ffff:0000. There, this machine has a few instructions that
 //! write to the reset register.
 
+use devices::platform::acpi_power;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::x86_64::layout;
@@ -17,16 +18,16 @@ const VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// # Errors
 /// When guest memory refuses the write.
 pub fn write(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
-    let [low, high] = layout::RESET.to_le_bytes();
+    let [low, high] = (layout::ACPI_POWER + acpi_power::RESET).to_le_bytes();
     let code = [
         0xba,
         low,
         high, // mov dx, RESET
         0xb0,
-        layout::RESET_VALUE, // mov al, RESET_VALUE
-        0xee,                // out dx, al
-        0xfa,                // cli
-        0xf4,                // hlt
+        acpi_power::RESET_VALUE, // mov al, RESET_VALUE
+        0xee,                    // out dx, al
+        0xfa,                    // cli
+        0xf4,                    // hlt
         0xeb,
         0xfc, // jmp to cli
     ];
