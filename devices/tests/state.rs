@@ -5,7 +5,8 @@ use std::io;
 use devices::serial::{BACKLOG, PortState, Serial};
 use devices::state::{StateError, Version};
 use devices::testing::{BUFFERS, Guest, RUNNING};
-use devices::virtio::mmio::saved::{LineState, MmioState, QueueState, Stage};
+use devices::virtio::core::saved::{DriverState, QueueState, Stage};
+use devices::virtio::mmio::saved::MmioState;
 use devices::virtio::rng::Rng;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -109,17 +110,17 @@ fn what_no_device_can_have_come_to_is_refused_by_name() {
     type Spoil = fn(&mut MmioState);
     let cases: [(Spoil, &str); 12] = [
         (|s| s.device_id = 5, "type 5"),
-        (|s| s.queues.clear(), "0 queues"),
-        (|s| s.queues[0].size = 3, "queue 0"),
-        (|s| s.queues[0].size = 1 << 20, "queue 0"),
-        (|s| s.queues[0].descriptors = 8, "queue 0"),
-        (|s| s.queues[0].used = 1 << 40, "queue 0"),
-        (|s| s.queues[0].used = s.queues[0].descriptors, "queue 0"),
-        (|s| s.queues[0].next_available = s.queues[0].next_used.wrapping_sub(1), "queue 0"),
-        (|s| s.driver_features |= 1, "features"),
-        (|s| s.driver_features = 0, "features"),
-        (|s| s.line.reasons = 4, "InterruptStatus"),
-        (|s| s.stage = Stage::Failed(16), "Status"),
+        (|s| s.driver.queues.clear(), "0 queues"),
+        (|s| s.driver.queues[0].size = 3, "queue 0"),
+        (|s| s.driver.queues[0].size = 1 << 20, "queue 0"),
+        (|s| s.driver.queues[0].descriptors = 8, "queue 0"),
+        (|s| s.driver.queues[0].used = 1 << 40, "queue 0"),
+        (|s| s.driver.queues[0].used = s.driver.queues[0].descriptors, "queue 0"),
+        (|s| s.driver.queues[0].next_available = s.driver.queues[0].next_used.wrapping_sub(1), "queue 0"),
+        (|s| s.driver.driver_features |= 1, "features"),
+        (|s| s.driver.driver_features = 0, "features"),
+        (|s| s.interrupt_status = 4, "InterruptStatus"),
+        (|s| s.driver.stage = Stage::Failed(16), "Status"),
     ];
     for (spoil, word) in cases {
         let sentence = spoilt(spoil).to_string();
@@ -191,17 +192,22 @@ fn state() -> impl Strategy<Value = MmioState> {
             line,
             faults,
         )| {
-            let (reasons, generation, broken) = line;
-            MmioState {
-                version: Version,
-                device_id: 4,
+            let (interrupt_status, generation, broken) = line;
+            let driver = DriverState {
                 stage,
+                broken,
+                generation,
                 queue_select,
                 device_features_select,
                 driver_features_select,
                 driver_features,
                 queues: vec![queue],
-                line: LineState { reasons, generation, broken },
+            };
+            MmioState {
+                version: Version,
+                device_id: 4,
+                driver,
+                interrupt_status,
                 device: json!({"version": 1, "faults": {"total": faults.0, "since_reset": faults.1}}),
             }
         },
