@@ -15,7 +15,7 @@ const SIZE: usize = 256;
 // Registers of the header (section 6.1, figure 6-1).
 const VENDOR_ID: usize = 0x00;
 const DEVICE_ID: usize = 0x02;
-pub(crate) const COMMAND: usize = 0x04;
+const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const REVISION_ID: usize = 0x08;
 const CLASS_CODE: usize = 0x09;
@@ -30,7 +30,7 @@ const HEADER: usize = 0x40;
 
 // Command (section 6.2.2).
 const MEMORY_SPACE: u16 = 1 << 1;
-pub(crate) const BUS_MASTER: u16 = 1 << 2;
+const BUS_MASTER: u16 = 1 << 2;
 const PARITY_ERROR_RESPONSE: u16 = 1 << 6;
 const SERR: u16 = 1 << 8;
 const INTERRUPT_DISABLE: u16 = 1 << 10;
@@ -143,6 +143,15 @@ impl ConfigSpace {
         }
     }
 
+    /// The same, where an interrupt is pending that no pin tells of (Interrupt Status).
+    pub(crate) fn read_with_interrupt(&self, offset: u16, data: &mut [u8]) {
+        self.read(offset, data);
+        let status = STATUS.checked_sub(usize::from(offset)).and_then(|at| data.get_mut(at));
+        if let Some(status) = status {
+            *status |= INTERRUPT_STATUS;
+        }
+    }
+
     /// Writes the bits that a guest can write.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         let registers = self.bytes.iter_mut().zip(&self.writable).skip(usize::from(offset));
@@ -151,19 +160,15 @@ impl ConfigSpace {
         }
     }
 
-    fn word(&self, at: u16) -> u16 {
+    /// 16 bits.
+    pub(crate) fn word(&self, at: u16) -> u16 {
         let mut word = [0; 2];
         self.read(at, &mut word);
         u16::from_le_bytes(word)
     }
 
-    /// 16 bits of a capability.
-    pub(crate) fn capability_word(&self, at: u16) -> u16 {
-        self.word(at)
-    }
-
-    /// 32 bits of a capability.
-    pub(crate) fn capability_dword(&self, at: u16) -> u32 {
+    /// 32 bits.
+    pub(crate) fn dword(&self, at: u16) -> u32 {
         let mut dword = [0; 4];
         self.read(at, &mut dword);
         u32::from_le_bytes(dword)
@@ -172,13 +177,6 @@ impl ConfigSpace {
     /// Whether the guest lets the function reach memory by itself (bus master enable).
     pub fn is_bus_master(&self) -> bool {
         self.word(COMMAND as u16) & BUS_MASTER != 0
-    }
-
-    /// Shows that an interrupt is pending that no pin tells of (Interrupt Status).
-    pub fn show_interrupt(&mut self, pending: bool) {
-        if let Some(status) = self.bytes.get_mut(STATUS) {
-            *status = *status & !INTERRUPT_STATUS | if pending { INTERRUPT_STATUS } else { 0 };
-        }
     }
 
     /// What BAR `bar` decodes now.

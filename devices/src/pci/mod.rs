@@ -8,7 +8,7 @@ pub mod access;
 mod bridge;
 mod bus;
 mod config;
-mod msix;
+pub(crate) mod msix;
 
 use std::io;
 

@@ -9,19 +9,22 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{MsiMessage, MsiVectors};
+use super::{ConfigSpace, MsiMessage, MsiVectors};
 use crate::state::StateError;
 
 /// The capability's ID.
-pub(crate) const CAPABILITY: u8 = 0x11;
-/// Message control: which bits a guest can write, and what they mean.
-pub(crate) const ENABLE: u16 = 1 << 15;
-pub(crate) const FUNCTION_MASK: u16 = 1 << 14;
+const CAPABILITY: u8 = 0x11;
+// Message control.
+const ENABLE: u16 = 1 << 15;
+const FUNCTION_MASK: u16 = 1 << 14;
 /// Vector control: the one bit that is not reserved.
 const VECTOR_MASK: u32 = 1;
 
 /// Bytes of a table entry.
 pub(crate) const ENTRY: u64 = 16;
+
+/// Where message control is in the capability.
+pub(crate) const CONTROL: u16 = 2;
 
 /// One entry of the table, as data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +67,26 @@ impl Msix {
         let vector = Vector { message: MsiMessage::default(), masked: true, delivers: None };
         let table = vec![vector; usize::from(vectors.count())];
         Self { vectors, enabled: false, function_masked: false, table, refused: false }
+    }
+
+    /// Adds the capability of a table and of pending bits that are at these offsets in BAR `bar`, both
+    /// multiples of 8. Returns where it stands.
+    pub fn add_capability(&self, config: &mut ConfigSpace, bar: u8, table: u32, pending: u32) -> u16 {
+        let mut body = [0; 10];
+        let mut writable = [0; 10];
+        let size = self.count().saturating_sub(1);
+        let parts = [
+            &size.to_le_bytes()[..],
+            &(table | u32::from(bar)).to_le_bytes(),
+            &(pending | u32::from(bar)).to_le_bytes(),
+        ];
+        for (byte, value) in body.iter_mut().zip(parts.concat()) {
+            *byte = value;
+        }
+        for (byte, value) in writable.iter_mut().zip((ENABLE | FUNCTION_MASK).to_le_bytes()) {
+            *byte = value;
+        }
+        config.add_capability(CAPABILITY, &body, &writable)
     }
 
     /// Vectors in the table.
@@ -163,6 +186,11 @@ impl Msix {
         }
     }
 
+    /// Whether a raised `vector` is delivered at once.
+    pub fn delivers(&self, vector: u16) -> bool {
+        self.table.get(usize::from(vector)).is_some_and(|vector| vector.delivers.is_some())
+    }
+
     fn is_pending(&self, index: usize) -> bool {
         let held = self.table.get(index).is_some_and(|vector| vector.delivers.is_none());
         held && u16::try_from(index).is_ok_and(|vector| self.vectors.event(vector).is_some_and(is_raised))
@@ -189,11 +217,12 @@ impl Msix {
             .collect()
     }
 
-    /// Takes in what [`save`](Self::save) gave, and message control from configuration space.
+    /// Takes in what [`save`](Self::save) gave. Message control comes after it
+    /// ([`set_control`](Self::set_control)).
     ///
     /// # Errors
     /// The table has another size.
-    pub fn restore(&mut self, state: &[VectorState], control: u16) -> Result<(), StateError> {
+    pub fn restore(&mut self, state: &[VectorState]) -> Result<(), StateError> {
         if state.len() != self.table.len() {
             return Err(StateError::Register {
                 register: "the size of the MSI-X table",
@@ -208,7 +237,6 @@ impl Msix {
                 let _ = event.write(1);
             }
         }
-        self.set_control(control);
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! virtio 1.2: what a device is ([`device`]), how it works on its queues ([`queue`]), what its driver
-//! makes of it (`core`), and how a guest reaches it ([`mmio`]).
+//! makes of it (`core`), and how a guest reaches it ([`mmio`], [`pci`]).
 
 pub mod core;
 pub mod device;
 pub mod interrupt;
 pub mod mmio;
+pub mod pci;
 pub mod port;
 #[cfg(any(test, kani))]
 mod proofs;

@@ -74,7 +74,7 @@ pub(super) struct Core {
     transport: Arc<dyn Deliver>,
     notifiers: Vec<EventFd>,
     own_events: Vec<OwnEvent>,
-    /// Written when the device goes on after a hold.
+    /// Written when the device hears of its own events again.
     released: EventFd,
     /// Bits of [`Hold`].
     holds: u8,
@@ -318,6 +318,8 @@ impl Core {
             self.device.drain(active);
         }
         self.device.reset();
+        // Without a driver its events are served, held or not.
+        let _ = self.released.write(1);
     }
 
     fn reset(&mut self) {
@@ -365,7 +367,7 @@ impl Core {
     }
 
     /// Has the device stand still: when this returns it takes no chain, has none in flight, and hears
-    /// of no event of its own.
+    /// of no event of its own while its driver has it running.
     pub(super) fn hold(&mut self, hold: Hold) {
         self.holds |= hold as u8;
         if let State::Running(active) = &mut self.state {
@@ -406,13 +408,13 @@ impl Core {
     }
 
     fn own_event(&mut self, index: usize, ops: &mut EventOps) {
-        if self.holds != 0 {
-            if let Some(event) = self.own_events.get_mut(index).filter(|event| !event.waits) {
-                event.waits = ops.remove(Events::empty_raw(event.descriptor)).is_ok();
-            }
-            return;
-        }
         let active = match &mut self.state {
+            State::Running(_) if self.holds != 0 => {
+                if let Some(event) = self.own_events.get_mut(index).filter(|event| !event.waits) {
+                    event.waits = ops.remove(Events::empty_raw(event.descriptor)).is_ok();
+                }
+                return;
+            }
             State::Running(active) if !self.broken => Some(active),
             _ => None,
         };
