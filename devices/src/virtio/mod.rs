@@ -1,7 +1,7 @@
 //! virtio 1.2: what a device is ([`device`]), how it works on its queues ([`queue`]), what its driver
 //! makes of it (`core`), and how a guest reaches it ([`mmio`], [`pci`]).
 
-pub mod core;
+mod core;
 pub mod device;
 pub mod interrupt;
 pub mod mmio;
@@ -11,8 +11,12 @@ pub mod port;
 mod proofs;
 pub mod queue;
 pub mod rng;
+pub mod saved;
 
 use event_manager::MutEventSubscriber;
+
+use crate::state::StateError;
+use saved::VirtioState;
 
 /// A virtio device behind registers, as its owner sees it whatever transport carries it.
 pub trait Transport: MutEventSubscriber + Send {
@@ -22,4 +26,11 @@ pub trait Transport: MutEventSubscriber + Send {
 
     /// Lets the device go on, and has it look at every queue once.
     fn resume(&mut self);
+
+    /// The state of the device and its transport. The guest's vCPUs must stand still and the device be
+    /// drained until the guest's memory is saved too.
+    ///
+    /// # Errors
+    /// [`StateError::NotSaved`] where the device has not learnt it.
+    fn save(&self) -> Result<VirtioState, StateError>;
 }

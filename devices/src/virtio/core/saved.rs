@@ -10,7 +10,8 @@ use virtio_bindings::virtio_config::{
 };
 
 use super::{Core, State};
-use crate::state::StateError;
+use crate::state::{StateError, Version};
+use crate::virtio::saved::{TransportState, VirtioState};
 
 /// How far the driver has come (virtio 1.2, section 3.1.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,9 +75,8 @@ pub struct DriverState {
 }
 
 impl Core {
-    /// The state of the device. The guest's vCPUs must stand still and the device be held until the
-    /// guest's memory is saved too.
-    pub(in crate::virtio) fn save(&self) -> Result<(DriverState, Value), StateError> {
+    /// The state of the device, with what its transport knows.
+    pub(in crate::virtio) fn save(&self, transport: TransportState) -> Result<VirtioState, StateError> {
         let running = match &self.state {
             State::Running(active) => Some(active),
             _ => None,
@@ -102,7 +102,8 @@ impl Core {
                 .map(|(index, queue)| queue.save(running.and_then(|active| active.queues.get(index))))
                 .collect(),
         };
-        Ok((driver, self.device.save()?))
+        let (device_id, device) = (self.device_id(), self.device.save()?);
+        Ok(VirtioState { version: Version, device_id, driver, transport, device })
     }
 
     /// Takes in what [`save`](Self::save) gave, into a device that is new. Each queue gets an event.

@@ -4,7 +4,7 @@
 //! odd width or place reads zero and writes nothing.
 
 mod line;
-pub mod saved;
+mod saved;
 
 use std::io;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Transport;
 use super::core::{Core, Half, Hold, QueueSetup};
 use super::device::VirtioDevice;
+use super::saved::VirtioState;
+use crate::state::StateError;
 use line::Line;
 
 /// Bytes of guest address space that one device takes.
@@ -165,5 +167,9 @@ impl Transport for Mmio {
 
     fn resume(&mut self) {
         self.core.release(Hold::Owner);
+    }
+
+    fn save(&self) -> Result<VirtioState, StateError> {
+        self.core.save(self.state())
     }
 }

@@ -5,7 +5,7 @@
 //! writes nothing. There is no interrupt pin, only MSI-X.
 
 mod common;
-pub mod saved;
+pub(super) mod saved;
 mod vectors;
 
 use std::io;
@@ -21,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Transport;
 use super::core::{Core, Hold};
 use super::device::VirtioDevice;
+use super::saved::VirtioState;
 use crate::pci::msix::{CONTROL, ENTRY};
 use crate::pci::{BarRange, ConfigSpace, Function, Identity, MsiVectors, Msix};
+use crate::state::StateError;
 use vectors::Vectors;
 
 /// Bytes of guest address space that one device takes, in BAR 0 and aligned to as much.
@@ -279,6 +281,10 @@ impl Transport for VirtioPci {
 
     fn resume(&mut self) {
         self.core.release(Hold::Owner);
+    }
+
+    fn save(&self) -> Result<VirtioState, StateError> {
+        self.core.save(self.state())
     }
 }
 
