@@ -1,6 +1,7 @@
 //! What a guest sees beside memory and CPUs. Nothing here knows KVM.
 
 pub mod platform;
+pub mod sandbox;
 pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;

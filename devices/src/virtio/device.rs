@@ -7,6 +7,7 @@ use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
+use crate::sandbox::SandboxNeeds;
 use crate::state::StateError;
 
 /// How a device asks for the guest's attention; the transport implements it.
@@ -89,6 +90,11 @@ pub trait VirtioDevice: Send {
     /// `active` is `None` while no driver has set the device up, or once
     /// it has broken the protocol. The device reads the descriptor empty.
     fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
+
+    /// What it needs of the sandbox while the guest runs; asked once, before that.
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        SandboxNeeds::default()
+    }
 
     /// What the device itself knows, beside the transport's registers and queues. It begins
     /// with its [`Version`](crate::state::Version).
