@@ -14,7 +14,7 @@ use vmm::machine::Machine;
 
 use crate::duration;
 use crate::failure::Failure;
-use crate::room;
+use crate::reservation;
 use crate::sentence;
 
 /// Run one VM until its guest switches off
@@ -178,14 +178,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
-    let room = if asks {
-        room::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
+    let reserved = if asks {
+        reservation::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
     } else {
         None
     };
     let machine = Machine::new(config).inspect_err(|_| {
-        if let Some(room) = room {
-            room.give_back();
+        if let Some(reservation) = reserved {
+            reservation.give_back();
         }
     })?;
     give_back_heap();

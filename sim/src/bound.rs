@@ -1,8 +1,8 @@
-//! What no law can do better than.
+//! What no policy can do better than.
 //!
 //! Each guest that is to wait for nothing needs its demand and what its kernel keeps free. When
 //! that is more than the budget, somebody waits, whoever decides: at least as many guests as
-//! it takes to do without what is missing, each down to its least. A law that moved memory at
+//! it takes to do without what is missing, each down to its least. A policy that moved memory at
 //! once and knew the future would still have these stalls. One that overruns the budget
 //! is not bound by it.
 
@@ -17,7 +17,7 @@ use super::world::{LONGEST_WAIT, WARM_UP};
 use super::{STEP, Setup};
 
 /// The least that VMs must wait for memory in this trace, all of which is counted as the
-/// scores of laws are. What faulty VMs need, and what starting VMs need early, is left out.
+/// scores of policies are. What faulty VMs need, and what starting VMs need early, is left out.
 pub fn bound(trace: &Trace, setup: &Setup) -> Score {
     let budget = setup.host.budget();
     let steps = Duration::from_secs(trace.seconds).as_millis() / STEP.as_millis();
@@ -81,7 +81,7 @@ fn least_stalled(spared: &mut [Bytes], missing: Bytes) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::laws::Name;
+    use crate::policies::PolicyName;
     use crate::trace::Kind;
     use crate::world;
 
@@ -100,7 +100,7 @@ mod tests {
             let trace = Trace::generate(kind, 3, vms, 900);
             let setup = Setup::default();
             let bound = bound(&trace, &setup);
-            for name in Name::ALL {
+            for name in PolicyName::ALL {
                 let score = world::run(&trace, &setup, &mut *name.make(), &mut |_| ());
                 if score.over_budget == 0 {
                     assert!(score.stalled >= bound.stalled, "{name}, {kind}: {score:?} below {bound:?}");

@@ -77,7 +77,7 @@ pub struct Guest {
 
 /// What happened to a guest in one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Happened {
+pub struct StepOutcome {
     /// It waited for memory.
     pub stalled: bool,
     /// A program was killed for lack of memory.
@@ -166,7 +166,7 @@ impl Guest {
         cache: Bytes,
         speeds: &Speeds,
         room: Option<&mut Bytes>,
-    ) -> Happened {
+    ) -> StepOutcome {
         if !self.driver && self.fault != Some(Fault::Driverless) && now >= self.started + BOOT {
             self.driver = true;
         }
@@ -178,7 +178,7 @@ impl Guest {
         let demand = self.wants(now, demand);
         let (stalled, killed) = self.live(demand, cache, speeds);
         let moved = if self.settled { Bytes(before.0.abs_diff(self.actual.0)) } else { Bytes::ZERO };
-        Happened { stalled, killed, moved }
+        StepOutcome { stalled, killed, moved }
     }
 
     /// What of `demand` it wants so soon after its start.

@@ -1,11 +1,11 @@
-//! What would happen: memory laws under the same guests, demand and faults.
+//! What would happen: memory policies under the same guests, demand and faults.
 //!
-//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a law: no
+//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a policy: no
 //! clock, no I/O, no randomness of its own. So two runs of the same seed are
-//! equal to the bit, and the difference between two laws is the laws'.
+//! equal to the bit, and the difference between two policies is the policies'.
 //!
 //! [`trace`] makes demand, [`recorded`] reads it from files, [`guest`] is how a
-//! VM lives with what it has, [`faults`] what goes wrong, [`laws`] who decides,
+//! VM lives with what it has, [`faults`] what goes wrong, [`policies`] who decides,
 //! [`world`] brings them together, [`score`] judges, [`bound`] tells what nobody can do
 //! better than, [`sweep`] runs many, and [`plot`] draws.
 //!
@@ -14,8 +14,8 @@
 pub mod bound;
 pub mod faults;
 pub mod guest;
-pub mod laws;
 pub mod plot;
+pub mod policies;
 pub mod random;
 pub mod recorded;
 pub mod report;
@@ -38,20 +38,20 @@ pub const STEP: Duration = Duration::from_millis(250);
 /// The simulated host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Host {
+pub struct SimulatedHost {
     /// All its memory.
     pub total: Bytes,
     /// What it keeps for itself; the rest is the budget of all VMs.
     pub reserve: Bytes,
 }
 
-impl Default for Host {
+impl Default for SimulatedHost {
     fn default() -> Self {
         Self { total: Bytes::gib(64), reserve: Bytes::gib(2) }
     }
 }
 
-impl Host {
+impl SimulatedHost {
     /// What all VMs together may hold.
     pub fn budget(&self) -> Bytes {
         self.total.saturating_sub(self.reserve)
@@ -123,7 +123,7 @@ impl Grow {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reports {
-    /// When a law is about to look, as a VM of ballast's asks its guest (`GET /memory?max_age_ms=20`), and
+    /// When a policy is about to look, as a VM of ballast's asks its guest (`GET /memory?max_age_ms=20`), and
     /// by their own clock. One that waits for memory answers late.
     #[default]
     Asked,
@@ -131,16 +131,16 @@ pub enum Reports {
     Timed,
 }
 
-/// Everything about a run but the demand and the law.
+/// Everything about a run but the demand and the policy.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
     /// The host.
-    pub host: Host,
+    pub host: SimulatedHost,
     /// How fast memory moves.
     pub speeds: Speeds,
     /// By what guests grow.
     pub grow: Grow,
-    /// When guests tell of themselves, to all laws alike.
+    /// When guests tell of themselves, to all policies alike.
     pub reports: Reports,
     /// What is wrong with the first VMs, one each.
     pub faults: Vec<Fault>,

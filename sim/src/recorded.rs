@@ -104,13 +104,13 @@ pub enum TraceError {
 
 /// What was seen of one VM: size, least size, and (second, used, cache, committed).
 #[derive(Default)]
-struct Seen {
+struct Recording {
     max: Bytes,
     min: Option<Bytes>,
     samples: Vec<(u64, Bytes, Bytes, Bytes)>,
 }
 
-impl Seen {
+impl Recording {
     /// Forgets what came later; one sample behind it is left, as demand goes towards it. False where the
     /// VM was not there yet.
     fn keep_until(&mut self, last: u64) -> bool {
@@ -121,7 +121,7 @@ impl Seen {
     }
 }
 
-type Found = BTreeMap<String, Seen>;
+type Found = BTreeMap<String, Recording>;
 
 /// Reads a part of a trace; the format is told by the name and the first line.
 ///
@@ -352,7 +352,7 @@ fn finish(path: &Path, mut found: Found, part: Part) -> Result<Trace, TraceError
     Ok(Trace { seconds, vms: vms? })
 }
 
-fn series(name: &str, seen: Seen, first: u64, last: u64) -> Result<Series, String> {
+fn series(name: &str, seen: Recording, first: u64, last: u64) -> Result<Series, String> {
     let most_used = seen.samples.iter().map(|sample| sample.1).max().unwrap_or_default();
     let max = seen.max.max(most_used).max(Bytes::mib(256)).page_ceil();
     let min = seen.min.unwrap_or(Bytes(max.0 / 16)).page_ceil().clamp(api::limits::SMALLEST, max);

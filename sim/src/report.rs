@@ -5,37 +5,39 @@ use std::fmt::Write;
 use api::units::Bytes;
 use serde::Serialize;
 
-use super::Host;
+use super::SimulatedHost;
 use super::faults::Fault;
-use super::laws::Name;
-use super::score::Told;
+use super::policies::PolicyName;
+use super::score::ScoreReport;
 use super::sweep::{Capacity, Outcome, Source, Sweep};
 
-/// One row: a law with a number of VMs over all seeds.
+/// One row: a policy with a number of VMs over all seeds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// The law.
-    pub law: Name,
+    /// The policy.
+    #[serde(rename = "law")]
+    pub policy: PolicyName,
     /// How many VMs.
     pub vms: usize,
     /// How many runs (seeds).
     pub runs: usize,
     /// What they came to together.
     #[serde(flatten)]
-    pub score: Told,
+    pub score: ScoreReport,
 }
 
-/// How many VMs a law serves.
+/// How many VMs a policy serves.
 #[derive(Clone, Debug, Serialize)]
 pub struct Served {
-    /// The law.
-    pub law: Name,
+    /// The policy.
+    #[serde(rename = "law")]
+    pub policy: PolicyName,
     /// How many.
     #[serde(flatten)]
     pub capacity: Capacity,
 }
 
-/// With so many VMs no law does better that keeps the budget.
+/// With so many VMs no policy does better that keeps the budget.
 #[derive(Clone, Debug, Serialize)]
 pub struct BoundRow {
     /// How many VMs.
@@ -52,7 +54,7 @@ pub struct Report {
     /// False if it was ended early: then figures are of fewer runs.
     pub complete: bool,
     /// The host.
-    pub host: Host,
+    pub host: SimulatedHost,
     /// Its budget.
     pub budget: Bytes,
     /// Where demand comes from.
@@ -63,15 +65,15 @@ pub struct Report {
     pub last_seed: Option<u64>,
     /// The length of each run.
     pub seconds: u64,
-    /// How many VMs each law serves.
+    /// How many VMs each policy serves.
     pub served: Vec<Served>,
-    /// How many VMs a law could serve at most that knew the future.
+    /// How many VMs a policy could serve at most that knew the future.
     pub bound: Capacity,
     /// The bound with every number of VMs.
     pub bounds: Vec<BoundRow>,
     /// What is wrong with the first VMs, one each.
     pub faults: Vec<Fault>,
-    /// Every law with every number of VMs.
+    /// Every policy with every number of VMs.
     pub rows: Vec<Row>,
 }
 
@@ -83,13 +85,14 @@ impl Report {
             Source::Recorded(trace) => format!("recorded, {} VMs", trace.vms.len()),
         };
         let is_generated = matches!(sweep.source, Source::Generated(_));
-        let rows = outcome.cells.iter().map(|((law, vms), cell)| Row {
-            law: *law,
+        let rows = outcome.cells.iter().map(|((policy, vms), cell)| Row {
+            policy: *policy,
             vms: *vms,
             runs: cell.runs,
-            score: Told::from(&cell.score),
+            score: ScoreReport::from(&cell.score),
         });
-        let served = sweep.laws.iter().map(|&law| Served { law, capacity: outcome.capacity(law) });
+        let served =
+            sweep.policies.iter().map(|&policy| Served { policy, capacity: outcome.capacity(policy) });
         let bounds = outcome.bounds.iter().map(|(vms, cell)| BoundRow {
             vms: *vms,
             stalled_percent: cell.score.stalled_percent(),
@@ -145,23 +148,23 @@ impl Report {
             let _ = writeln!(
                 text,
                 "  {:16} {:>9} {:>13} {:>12}",
-                "law", "all runs", "interpolated", "mean of runs"
+                "policy", "all runs", "interpolated", "mean of runs"
             );
             let largest = self.rows.iter().map(|row| row.vms).max();
             let mut served = self.served.clone();
             served.sort_by_key(|served| std::cmp::Reverse(served.capacity.most_vms));
             text.push_str(&capacity("bound", &self.bound, largest));
-            for Served { law, capacity: own } in served {
-                text.push_str(&capacity(law.title(), &own, largest));
+            for Served { policy, capacity: own } in served {
+                text.push_str(&capacity(policy.title(), &own, largest));
             }
             text.push_str(
-                "Bound: no law that keeps the budget can serve more, even if it knew the future; +: or more than was tried.\n",
+                "Bound: no policy that keeps the budget can serve more, even if it knew the future; +: or more than was tried.\n",
             );
         }
         let _ = writeln!(
             text,
             "\n{:16} {:>4}  {:4} {:>9} {:>9} {:>12} {:>9} {:>12}",
-            "law", "VMs", "SLO", "stalled", "killed", "churn", "reversals", "over budget"
+            "policy", "VMs", "SLO", "stalled", "killed", "churn", "reversals", "over budget"
         );
         let _ = writeln!(
             text,
@@ -172,12 +175,12 @@ impl Report {
             let slo = if *meets_slo { "ok" } else { "-" };
             let _ = writeln!(text, "{:16} {vms:>4}  {slo:4} {stalled_percent:>9.4}", "bound");
         }
-        for Row { law, vms, score, .. } in &self.rows {
+        for Row { policy, vms, score, .. } in &self.rows {
             let slo = if score.meets_slo { "ok" } else { "-" };
             let _ = writeln!(
                 text,
                 "{:16} {vms:>4}  {slo:4} {:>9.4} {:>9.1} {:>12.2} {:>9} {:>12.1}",
-                law.title(),
+                policy.title(),
                 score.stalled_percent,
                 score.killed_seconds,
                 score.churn_gib_per_vm_hour,

@@ -96,7 +96,7 @@ impl Score {
 
 /// A score as it is told in JSON.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Told {
+pub struct ScoreReport {
     /// See [`Score::meets_slo`].
     pub meets_slo: bool,
     /// See [`Score::stalled_percent`].
@@ -123,7 +123,7 @@ pub struct Told {
     pub faulty_stalled_seconds: f64,
 }
 
-impl From<&Score> for Told {
+impl From<&Score> for ScoreReport {
     fn from(score: &Score) -> Self {
         Self {
             meets_slo: score.meets_slo(),
@@ -144,13 +144,13 @@ impl From<&Score> for Told {
 
 /// Watches one VM's targets for moves back and forth.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Turns {
+pub struct ReversalDetector {
     last: Option<(Duration, bool)>,
     least: Bytes,
     most: Bytes,
 }
 
-impl Turns {
+impl ReversalDetector {
     /// Takes in the demand at this moment.
     pub fn demand(&mut self, demand: Bytes) {
         self.least = self.least.min(demand);
@@ -181,15 +181,15 @@ mod tests {
     fn a_turn_without_a_reason_is_a_reversal_and_one_with_a_reason_is_none() {
         let at = Duration::from_secs;
         let used = Bytes::gib(1);
-        let mut turns = Turns::default();
-        assert!(!turns.moved(at(1), Bytes::gib(2), Bytes::gib(1), used));
-        turns.demand(used + Bytes::mib(1));
-        assert!(turns.moved(at(20), Bytes::gib(1), Bytes::gib(2), used), "down and up for nothing");
-        turns.demand(used);
-        assert!(!turns.moved(at(90), Bytes::gib(2), Bytes::gib(1), used), "much later is no reversal");
-        turns.demand(used + Bytes::mib(300));
-        assert!(!turns.moved(at(95), Bytes::gib(1), Bytes::gib(2), used), "demand asked for it");
-        assert!(!turns.moved(at(96), Bytes::gib(2), Bytes::gib(2) - Bytes::mib(3), used), "too small");
+        let mut reversals = ReversalDetector::default();
+        assert!(!reversals.moved(at(1), Bytes::gib(2), Bytes::gib(1), used));
+        reversals.demand(used + Bytes::mib(1));
+        assert!(reversals.moved(at(20), Bytes::gib(1), Bytes::gib(2), used), "down and up for nothing");
+        reversals.demand(used);
+        assert!(!reversals.moved(at(90), Bytes::gib(2), Bytes::gib(1), used), "much later is no reversal");
+        reversals.demand(used + Bytes::mib(300));
+        assert!(!reversals.moved(at(95), Bytes::gib(1), Bytes::gib(2), used), "demand asked for it");
+        assert!(!reversals.moved(at(96), Bytes::gib(2), Bytes::gib(2) - Bytes::mib(3), used), "too small");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Many runs: every law with every number of VMs over every seed, on all cores.
+//! Many runs: every policy with every number of VMs over every seed, on all cores.
 //!
 //! Each run is a pure function, and results are added up in a fixed order: how
 //! many cores there are changes the time it takes and nothing else.
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use serde::Serialize;
 
 use super::Setup;
-use super::laws::Name;
+use super::policies::PolicyName;
 use super::score::{SLO_STALLED_PERMILLE, Score};
 use super::trace::{Kind, Trace};
 use super::{bound, world};
@@ -28,8 +28,8 @@ pub enum Source {
 /// What is to be run.
 #[derive(Clone, Debug)]
 pub struct Sweep {
-    /// The laws.
-    pub laws: Vec<Name>,
+    /// The policies.
+    pub policies: Vec<PolicyName>,
     /// The numbers of VMs.
     pub vms: Vec<usize>,
     /// The seeds.
@@ -42,7 +42,7 @@ pub struct Sweep {
     pub setup: Setup,
 }
 
-/// The runs of one law with one number of VMs, over all seeds.
+/// The runs of one policy with one number of VMs, over all seeds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cell {
     /// All runs together.
@@ -61,12 +61,12 @@ impl Cell {
 /// What came out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// By law and number of VMs.
-    pub cells: BTreeMap<(Name, usize), Cell>,
-    /// What no law can do better than, by number of VMs.
+    /// By policy and number of VMs.
+    pub cells: BTreeMap<(PolicyName, usize), Cell>,
+    /// What no policy can do better than, by number of VMs.
     pub bounds: BTreeMap<usize, Cell>,
-    /// How many VMs were served well in each single run, by law and seed.
-    pub served: BTreeMap<(Name, u64), Option<usize>>,
+    /// How many VMs were served well in each single run, by policy and seed.
+    pub served: BTreeMap<(PolicyName, u64), Option<usize>>,
     /// The same of the bound, by seed.
     pub bound_served: BTreeMap<u64, Option<usize>>,
     /// Whether all runs were done; if not, cells have fewer runs, or are missing.
@@ -74,16 +74,16 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The largest number of VMs up to which `law` met the SLO with every number that was
+    /// The largest number of VMs up to which `policy` met the SLO with every number that was
     /// run; `None` if not even with the smallest.
-    pub fn most_vms(&self, law: Name) -> Option<usize> {
-        self.capacity(law).most_vms
+    pub fn most_vms(&self, policy: PolicyName) -> Option<usize> {
+        self.capacity(policy).most_vms
     }
 
-    /// How many VMs `law` serves.
-    pub fn capacity(&self, law: Name) -> Capacity {
-        let own = self.cells.iter().filter(|((name, _), _)| *name == law);
-        let runs = self.served.iter().filter(|((name, _), _)| *name == law).map(|(_, most)| *most);
+    /// How many VMs `policy` serves.
+    pub fn capacity(&self, policy: PolicyName) -> Capacity {
+        let own = self.cells.iter().filter(|((name, _), _)| *name == policy);
+        let runs = self.served.iter().filter(|((name, _), _)| *name == policy).map(|(_, most)| *most);
         Capacity::of(own.map(|((_, vms), cell)| (*vms, cell.score)), runs)
     }
 
@@ -141,7 +141,7 @@ fn crossing((vms, score): (usize, Score), next: Option<(usize, Score)>) -> f64 {
 impl Sweep {
     /// How many runs this is.
     pub fn runs(&self) -> usize {
-        self.laws.len() * self.vms.len() * self.seeds.clone().count()
+        self.policies.len() * self.vms.len() * self.seeds.clone().count()
     }
 
     fn trace(&self, seed: u64, vms: usize) -> Trace {
@@ -157,11 +157,11 @@ impl Sweep {
     /// Runs all of it. `done` is called after each run from any thread with how many are
     /// done; `stop` ends it early with what there is.
     pub fn run(&self, stop: &AtomicBool, done: &(dyn Fn(usize) + Sync)) -> Outcome {
-        // A job is a seed and a number of VMs: its trace is made once for all laws.
+        // A job is a seed and a number of VMs: its trace is made once for all policies.
         let jobs: Vec<(u64, usize)> =
             self.vms.iter().rev().flat_map(|&vms| self.seeds.clone().map(move |seed| (seed, vms))).collect();
         let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let scores: Mutex<BTreeMap<(Name, usize, u64), Score>> = Mutex::default();
+        let scores: Mutex<BTreeMap<(PolicyName, usize, u64), Score>> = Mutex::default();
         let bounds: Mutex<BTreeMap<(usize, u64), Score>> = Mutex::default();
         let work = || {
             while let Some(&(seed, vms)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -170,13 +170,13 @@ impl Sweep {
                 if let Ok(mut bounds) = bounds.lock() {
                     bounds.insert((vms, seed), bound);
                 }
-                for &law in &self.laws {
+                for &policy in &self.policies {
                     if stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    let score = world::run(&trace, &self.setup, &mut *law.make(), &mut |_| ());
+                    let score = world::run(&trace, &self.setup, &mut *policy.make(), &mut |_| ());
                     if let Ok(mut scores) = scores.lock() {
-                        scores.insert((law, vms, seed), score);
+                        scores.insert((policy, vms, seed), score);
                     }
                     done(finished.fetch_add(1, Ordering::Relaxed) + 1);
                 }
@@ -192,9 +192,9 @@ impl Sweep {
         let complete = scores.len() == self.runs();
         let bounds = bounds.into_inner().unwrap_or_default();
         let mut outcome = Outcome { complete, ..Outcome::default() };
-        for (&(law, vms, seed), score) in &scores {
-            outcome.cells.entry((law, vms)).or_default().add(score);
-            serve(outcome.served.entry((law, seed)).or_default(), vms, score, &self.vms);
+        for (&(policy, vms, seed), score) in &scores {
+            outcome.cells.entry((policy, vms)).or_default().add(score);
+            serve(outcome.served.entry((policy, seed)).or_default(), vms, score, &self.vms);
         }
         for (&(vms, seed), score) in &bounds {
             outcome.bounds.entry(vms).or_default().add(score);
@@ -214,9 +214,9 @@ fn serve(most: &mut Option<usize>, vms: usize, score: &Score, all: &[usize]) {
 }
 
 /// One run with what it looked like, for a plot.
-pub fn watch(sweep: &Sweep, law: Name, vms: usize, seed: u64) -> (Trace, Vec<world::Moment>) {
+pub fn watch(sweep: &Sweep, policy: PolicyName, vms: usize, seed: u64) -> (Trace, Vec<world::Snapshot>) {
     let trace = sweep.trace(seed, vms);
-    let mut moments = Vec::new();
-    world::run(&trace, &sweep.setup, &mut *law.make(), &mut |moment| moments.push(moment.clone()));
-    (trace, moments)
+    let mut snapshots = Vec::new();
+    world::run(&trace, &sweep.setup, &mut *policy.make(), &mut |snapshot| snapshots.push(snapshot.clone()));
+    (trace, snapshots)
 }

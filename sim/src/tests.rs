@@ -4,18 +4,18 @@ use std::time::Duration;
 use api::units::Bytes;
 
 use super::faults::Fault;
-use super::laws::ballast::Ballast;
-use super::laws::{Law, Name};
+use super::policies::ballast::Ballast;
+use super::policies::{MemoryPolicy, PolicyName};
 use super::report::Report;
 use super::score::Score;
 use super::sweep::{Source, Sweep};
 use super::trace::{Kind, Trace};
-use super::{Grow, Host, Reports, Setup, Speeds, plot, sweep, world};
+use super::{Grow, Reports, Setup, SimulatedHost, Speeds, plot, sweep, world};
 use balancer::policy::{Guards, Settings};
 
-fn sweep(laws: &[Name], vms: &[usize], kind: Kind) -> Sweep {
+fn sweep(policies: &[PolicyName], vms: &[usize], kind: Kind) -> Sweep {
     Sweep {
-        laws: laws.to_vec(),
+        policies: policies.to_vec(),
         vms: vms.to_vec(),
         seeds: 1..=2,
         seconds: 900,
@@ -28,10 +28,10 @@ fn go(sweep: &Sweep) -> sweep::Outcome {
     sweep.run(&AtomicBool::new(false), &|_| ())
 }
 
-fn score(law: &mut dyn Law, kind: Kind, vms: usize, faults: &[Fault]) -> Score {
+fn score(policy: &mut dyn MemoryPolicy, kind: Kind, vms: usize, faults: &[Fault]) -> Score {
     let trace = Trace::generate(kind, 5, vms, 1800);
     let setup = Setup { faults: faults.to_vec(), ..Setup::default() };
-    world::run(&trace, &setup, law, &mut |_| ())
+    world::run(&trace, &setup, policy, &mut |_| ())
 }
 
 fn without(switch: impl Fn(&mut Guards)) -> Ballast {
@@ -42,16 +42,16 @@ fn without(switch: impl Fn(&mut Guards)) -> Ballast {
 
 #[test]
 fn the_same_seeds_give_the_same_figures_to_the_bit() {
-    let sweep = sweep(&Name::ALL, &[8, 14], Kind::Mixed);
+    let sweep = sweep(&PolicyName::ALL, &[8, 14], Kind::Mixed);
     assert_eq!(go(&sweep), go(&sweep));
 }
 
 #[test]
 fn memory_is_neither_made_nor_lost() {
     let trace = Trace::generate(Kind::Storm, 3, 16, 1200);
-    for name in Name::ALL {
-        world::run(&trace, &Setup::default(), &mut *name.make(), &mut |moment| {
-            for &(index, _, actual) in &moment.vms {
+    for name in PolicyName::ALL {
+        world::run(&trace, &Setup::default(), &mut *name.make(), &mut |snapshot| {
+            for &(index, _, actual) in &snapshot.vms {
                 let limits = trace.vms[index].limits;
                 assert!(actual <= limits.max(), "{name}: more than its map");
                 assert!(actual >= Bytes(limits.min().0 / 2), "{name}: far below its least");
@@ -106,8 +106,8 @@ fn who_dies_and_starts_anew_waits_for_room_and_gets_it() {
     let trace = Trace::generate(Kind::Steady, 5, 10, 900);
     let setup = Setup { faults: vec![Fault::Dying], ..Setup::default() };
     let (mut deaths, mut starts, mut there) = (0, 0, true);
-    let score = world::run(&trace, &setup, &mut Ballast::default(), &mut |moment| {
-        let is = moment.vms.iter().any(|(index, ..)| *index == 0);
+    let score = world::run(&trace, &setup, &mut Ballast::default(), &mut |snapshot| {
+        let is = snapshot.vms.iter().any(|(index, ..)| *index == 0);
         deaths += u32::from(there && !is);
         starts += u32::from(!there && is);
         there = is;
@@ -138,7 +138,7 @@ fn slow_balloons_do_not_take_ours_over_budget() {
 
 #[test]
 fn stalls_come_with_demand_that_does_not_fit_under_any_law() {
-    for name in Name::ALL {
+    for name in PolicyName::ALL {
         let few = score(&mut *name.make(), Kind::Steady, 6, &[]);
         let many = score(&mut *name.make(), Kind::Steady, 60, &[]);
         assert_eq!(few.stalled, 0, "{name}");
@@ -168,8 +168,8 @@ fn without_rest_after_a_move_memory_goes_to_and_fro() {
 #[test]
 fn no_overload_moves_memory_to_and_fro() {
     for (kind, vms) in [(Kind::Mixed, 20), (Kind::Burst, 20), (Kind::Peaks, 14), (Kind::Storm, 20)] {
-        let overload = Sweep { seeds: 11..=14, seconds: 1800, ..sweep(&[Name::Ballast], &[vms], kind) };
-        let score = go(&overload).cells[&(Name::Ballast, vms)].score;
+        let overload = Sweep { seeds: 11..=14, seconds: 1800, ..sweep(&[PolicyName::Ballast], &[vms], kind) };
+        let score = go(&overload).cells[&(PolicyName::Ballast, vms)].score;
         assert!(!score.meets_slo(), "{kind:?}: that is no overload");
         assert_eq!(score.reversals, 0, "{kind:?}");
     }
@@ -189,8 +189,9 @@ fn guests_that_are_asked_wait_less_for_memory() {
 #[test]
 fn without_following_rises_and_distress_guests_wait_longer() {
     let stalled = |rises, distress| {
-        let law = || without(|guards| (guards.rises_are_led, guards.distress_counts) = (rises, distress));
-        [9, 11, 13].iter().map(|&vms| score(&mut law(), Kind::Burst, vms, &[]).stalled).sum::<u64>()
+        let policy =
+            || without(|guards| (guards.rises_are_forecast, guards.distress_counts) = (rises, distress));
+        [9, 11, 13].iter().map(|&vms| score(&mut policy(), Kind::Burst, vms, &[]).stalled).sum::<u64>()
     };
     let (both, distress, neither) = (stalled(true, true), stalled(false, true), stalled(false, false));
     assert!(
@@ -203,8 +204,8 @@ fn without_following_rises_and_distress_guests_wait_longer() {
 fn vms_that_start_find_room_and_those_that_end_leave_it() {
     let trace = Trace::generate(Kind::Storm, 7, 12, 1800);
     let mut most = 0;
-    let score = world::run(&trace, &Setup::default(), &mut Ballast::default(), &mut |moment| {
-        most = most.max(moment.vms.len())
+    let score = world::run(&trace, &Setup::default(), &mut Ballast::default(), &mut |snapshot| {
+        most = most.max(snapshot.vms.len())
     });
     assert!(most >= 10, "{most} of 12 ran at once");
     assert_eq!(score.over_budget, 0);
@@ -212,7 +213,7 @@ fn vms_that_start_find_room_and_those_that_end_leave_it() {
 
 #[test]
 fn an_early_end_keeps_what_there_is() {
-    let sweep = sweep(&[Name::Ballast, Name::Static], &[8, 10], Kind::Steady);
+    let sweep = sweep(&[PolicyName::Ballast, PolicyName::Static], &[8, 10], Kind::Steady);
     let stop = AtomicBool::new(false);
     let outcome = sweep.run(&stop, &|_| stop.store(true, Ordering::Relaxed));
     assert!(!outcome.complete && !outcome.cells.is_empty());
@@ -223,30 +224,43 @@ fn an_early_end_keeps_what_there_is() {
 
 #[test]
 fn the_report_counts_vms_at_equal_service_and_pictures_are_drawn() {
-    let sweep = sweep(&[Name::Ballast, Name::Static], &[6, 10, 40], Kind::Burst);
+    let sweep = sweep(&[PolicyName::Ballast, PolicyName::Static], &[6, 10, 40], Kind::Burst);
     let outcome = go(&sweep);
     let report = Report::new(&sweep, &outcome);
-    let most = |law| report.served.iter().find(|served| served.law == law).unwrap().capacity.most_vms;
-    assert!(most(Name::Ballast) >= most(Name::Static));
-    assert!(most(Name::Ballast) < Some(40));
+    let most =
+        |policy| report.served.iter().find(|served| served.policy == policy).unwrap().capacity.most_vms;
+    assert!(most(PolicyName::Ballast) >= most(PolicyName::Static));
+    assert!(most(PolicyName::Ballast) < Some(40));
     let bound = report.bound;
-    assert!(bound.most_vms >= most(Name::Ballast) && bound.mean_vms > Some(0.0), "{bound:?}");
+    assert!(bound.most_vms >= most(PolicyName::Ballast) && bound.mean_vms > Some(0.0), "{bound:?}");
     assert!(report.table().contains("bound") && report.bounds.len() == 3);
     let json = serde_json::to_value(&report).unwrap();
-    assert_eq!(json["served"][0]["most_vms"], serde_json::json!(most(Name::Ballast)));
+    assert_eq!(json["served"][0]["most_vms"], serde_json::json!(most(PolicyName::Ballast)));
     assert_eq!(json["rows"].as_array().unwrap().len(), 6);
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("service.svg");
-    plot::service(&file, &outcome, &sweep.laws, &Host::default(), &report.about()).unwrap();
+    plot::service(&file, &outcome, &sweep.policies, &SimulatedHost::default(), &report.about()).unwrap();
     assert!(std::fs::read_to_string(&file).unwrap().contains("ballast"));
-    let (trace, moments) = sweep::watch(&sweep, Name::Ballast, 6, 1);
-    assert_eq!(moments.len(), 900);
-    assert_eq!(moments[1].now, Duration::from_secs(1));
-    plot::memory(&directory.path().join("memory.svg"), Name::Ballast, &trace, &moments, &Host::default())
-        .unwrap();
+    let (trace, snapshots) = sweep::watch(&sweep, PolicyName::Ballast, 6, 1);
+    assert_eq!(snapshots.len(), 900);
+    assert_eq!(snapshots[1].now, Duration::from_secs(1));
+    plot::memory(
+        &directory.path().join("memory.svg"),
+        PolicyName::Ballast,
+        &trace,
+        &snapshots,
+        &SimulatedHost::default(),
+    )
+    .unwrap();
     assert!(
-        plot::service(&directory.path().join("no/dir.svg"), &outcome, &sweep.laws, &Host::default(), "")
-            .is_err()
+        plot::service(
+            &directory.path().join("no/dir.svg"),
+            &outcome,
+            &sweep.policies,
+            &SimulatedHost::default(),
+            ""
+        )
+        .is_err()
     );
 }
 

@@ -1,6 +1,6 @@
 use super::*;
-use crate::laws::Name;
-use crate::{Host, Setup, world};
+use crate::policies::PolicyName;
+use crate::{Setup, SimulatedHost, world};
 
 fn file(name: &str, content: &str) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
@@ -44,12 +44,12 @@ fn what_real_guests_did_is_played_under_every_law() {
         let least = vm.demand.iter().filter(|demand| **demand > Bytes::ZERO).min().unwrap();
         assert!(most.0 > least.0 * 3 / 2, "{} moved from {least} to {most} only", vm.name);
     }
-    let host = Host { total: Bytes::mib(1280), reserve: Bytes::mib(256) };
+    let host = SimulatedHost { total: Bytes::mib(1280), reserve: Bytes::mib(256) };
     let setup = Setup { host, ..Setup::default() };
-    for name in Name::ALL {
+    for name in PolicyName::ALL {
         let score = world::run(&trace, &setup, &mut *name.make(), &mut |_| ());
         assert!(score.steps > 0, "{name}");
-        assert!(name != Name::Ballast || score.over_budget == 0, "{} over", score.worst_over);
+        assert!(name != PolicyName::Ballast || score.over_budget == 0, "{} over", score.worst_over);
     }
 }
 
@@ -86,7 +86,7 @@ fn a_month_of_many_vms_is_cut_to_what_is_played() {
     assert_eq!((one.vms.len(), one.seconds), (1, 8639 * 300));
     // Two hundred for a month would be more than fits into memory.
     let at = |second| (second, Bytes::mib(1), Bytes::ZERO, Bytes::ZERO);
-    let seen = || Seen { samples: vec![at(0), at(LONGEST)], ..Seen::default() };
+    let seen = || Recording { samples: vec![at(0), at(LONGEST)], ..Recording::default() };
     let found = (0..200).map(|vm| (vm.to_string(), seen())).collect();
     let error = finish(Path::new("a"), found, Part::WHOLE).unwrap_err();
     assert!(error.to_string().contains("too many"));

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::epoll::EventSet;
 
 use super::http::{self, Answer, Parsed, Request};
@@ -16,6 +17,10 @@ pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long one request may take to arrive, or one response to be fetched.
 pub const TRANSFER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a client has its place to itself, from when it came, from the first byte of its request and from
+/// its answer. After that the place goes to another that waits for one.
+pub const TURN: Duration = Duration::from_secs(2);
 
 /// How long a client that was turned away may go on sending.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -65,6 +70,8 @@ pub struct Connection {
     input: Vec<u8>,
     state: State,
     deadline: Instant,
+    /// From when on its place may be given to another; `None` while something is done for it.
+    turn_ends: Option<Instant>,
 }
 
 impl Connection {
@@ -74,7 +81,8 @@ impl Connection {
     /// When the socket can't be made non-blocking.
     pub fn new(stream: UnixStream, now: Instant) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, input: Vec::new(), state: State::Reading, deadline: now + IDLE_LIMIT })
+        let (deadline, turn_ends) = (now + IDLE_LIMIT, Some(now + TURN));
+        Ok(Self { stream, input: Vec::new(), state: State::Reading, deadline, turn_ends })
     }
 
     /// The socket, to be watched.
@@ -100,9 +108,9 @@ impl Connection {
         self.deadline
     }
 
-    /// Whether it stands between two requests, so that closing it loses nothing.
-    pub const fn is_idle(&self) -> bool {
-        matches!(self.state, State::Reading) && self.input.is_empty()
+    /// From when on its place may be given to another; `None` while something is done for it.
+    pub const fn turn_ends(&self) -> Option<Instant> {
+        self.turn_ends
     }
 
     /// Whether it waits for events.
@@ -152,11 +160,15 @@ impl Connection {
 
     /// Answers the request at the front of the input, which has been there `since` then.
     fn read(&mut self, now: Instant, since: Instant, answer: &Answering<'_>) -> io::Result<Next> {
+        let without_body = self.input.starts_with(b"HEAD ");
         let (response, keep_alive, taken) = match http::parse(&self.input) {
+            // Who has gone was told by its own clock that this failed: it must not be done after all.
+            Parsed::Complete { .. } if has_hung_up(&self.stream)? => return Ok(Next::Close),
             Parsed::Complete { request, length, keep_alive } => match answer(request, since.elapsed()) {
                 Answer::Now(response) => (response, keep_alive, length),
                 Answer::Later(limit) => {
                     (self.state, self.deadline) = (State::Waiting { since }, since + limit);
+                    self.turn_ends = None;
                     return Ok(Next::Wait);
                 }
             },
@@ -166,10 +178,17 @@ impl Connection {
         self.input.drain(..taken);
         self.input.shrink_to(CHUNK);
         self.deadline = now + TRANSFER_LIMIT;
-        self.state = match response.stream.clone() {
-            Some(stream) => State::Streaming { stream, unsent: response.encode(false), sent: 0 },
-            None => State::Writing { response: response.encode(keep_alive), sent: 0, keep_alive },
-        };
+        if let Some(stream) = response.stream.clone().filter(|_| !without_body) {
+            self.turn_ends = None;
+            self.state = State::Streaming { stream, unsent: response.head(false), sent: 0 };
+        } else {
+            self.turn_ends = Some(now + TURN);
+            let mut bytes = response.head(keep_alive);
+            if !without_body {
+                bytes.extend_from_slice(&response.body);
+            }
+            self.state = State::Writing { response: bytes, sent: 0, keep_alive };
+        }
         Ok(Next::Again)
     }
 
@@ -180,7 +199,7 @@ impl Connection {
             return Ok(Next::Close);
         }
         if self.input.is_empty() {
-            self.deadline = now + TRANSFER_LIMIT;
+            (self.deadline, self.turn_ends) = (now + TRANSFER_LIMIT, Some(now + TURN));
         }
         self.input.extend(chunk.iter().take(count));
         Ok(Next::Again)
@@ -197,12 +216,15 @@ impl Connection {
             }
         }
         if *keep_alive {
-            let limit = if self.input.is_empty() { IDLE_LIMIT } else { TRANSFER_LIMIT };
-            (self.state, self.deadline) = (State::Reading, now + limit);
+            let (limit, turn) =
+                if self.input.is_empty() { (IDLE_LIMIT, Duration::ZERO) } else { (TRANSFER_LIMIT, TURN) };
+            self.state = State::Reading;
+            (self.deadline, self.turn_ends) = (now + limit, Some(now + turn));
         } else {
             self.stream.shutdown(Shutdown::Write)?;
             self.input = Vec::new();
-            (self.state, self.deadline) = (State::Draining, now + DRAIN_LIMIT);
+            self.state = State::Draining;
+            (self.deadline, self.turn_ends) = (now + DRAIN_LIMIT, None);
         }
         Ok(Next::Again)
     }
@@ -237,4 +259,11 @@ impl Connection {
         let count = self.stream.read(&mut [0; CHUNK])?;
         Ok(if count == 0 { Next::Close } else { Next::Again })
     }
+}
+
+/// Whether the client has closed its end. One that only sends no more still reads.
+fn has_hung_up(stream: &UnixStream) -> io::Result<bool> {
+    let mut watched = [PollFd::new(stream, PollFlags::empty())];
+    poll(&mut watched, Some(&Timespec::default()))?;
+    Ok(watched.iter().any(|watched| watched.revents().contains(PollFlags::HUP)))
 }

@@ -181,8 +181,8 @@ impl Response {
         Self { status, content_type: Some(content_type), allow: None, body, stream: None }
     }
 
-    /// The bytes to send.
-    pub fn encode(&self, keep_alive: bool) -> Vec<u8> {
+    /// The bytes to send before the body.
+    pub fn head(&self, keep_alive: bool) -> Vec<u8> {
         let mut head = format!("HTTP/1.1 {} {}\r\n", self.status.code(), self.status.phrase());
         // Writing to a String does not fail.
         if let Some(content_type) = self.content_type {
@@ -201,9 +201,7 @@ impl Response {
         } else {
             "Connection: close\r\n\r\n"
         });
-        let mut bytes = head.into_bytes();
-        bytes.extend_from_slice(&self.body);
-        bytes
+        head.into_bytes()
     }
 }
 
@@ -239,9 +237,9 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
         Ok(framing) => framing,
         Err(response) => return Parsed::Malformed(response),
     };
-    if !target.starts_with('/') {
+    let Some(target) = without_origin(target) else {
         return malformed(Status::BadRequest, "the request's target must be a path, such as /vm");
-    }
+    };
     let Some(length) = head_length.checked_add(framing.body) else {
         return malformed(Status::ContentTooLarge, "the request's body is longer than 64 KiB");
     };
@@ -251,6 +249,19 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let keep_alive = framing.keep_alive.unwrap_or(version == 1);
     Parsed::Complete { request: Request { method, path, query, body }, length, keep_alive }
+}
+
+/// The path and query of a target, which may name the server before them (RFC 9112, section 3.2.2).
+fn without_origin(target: &str) -> Option<&str> {
+    if target.starts_with('/') {
+        return Some(target);
+    }
+    let (scheme, rest) = target.split_once("://")?;
+    if !["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) {
+        return None;
+    }
+    let path = rest.find(['/', '?']).and_then(|begin| rest.get(begin..));
+    Some(path.filter(|path| path.starts_with('/')).unwrap_or("/"))
 }
 
 /// What the headers say about where a request ends and what comes after it.
@@ -339,6 +350,25 @@ mod tests {
     }
 
     #[test]
+    fn a_target_may_name_the_server() {
+        for (target, path, query) in [
+            ("http://localhost/vm", "/vm", ""),
+            ("HTTP://[::1]:80/memory?wait_ms=1", "/memory", "wait_ms=1"),
+            ("https://a@b/", "/", ""),
+            ("http://localhost", "/", ""),
+            ("http://localhost?x=/vm", "/", ""),
+        ] {
+            let head = format!("GET {target} HTTP/1.1\r\n\r\n");
+            let Parsed::Complete { request, .. } = parse(head.as_bytes()) else { panic!("{target}") };
+            assert_eq!((request.path, request.query), (path, query), "{target}");
+        }
+        for target in ["vm", "*", "localhost:80", "file:///vm", "://vm"] {
+            let head = format!("GET {target} HTTP/1.1\r\n\r\n");
+            assert_eq!(refused(head.as_bytes()), Some(Status::BadRequest), "{target}");
+        }
+    }
+
+    #[test]
     fn connections_end_when_the_client_wants() {
         for (head, expected) in [
             ("GET / HTTP/1.1\r\n\r\n", true),
@@ -364,7 +394,6 @@ mod tests {
             (format!("{put}Content-Length: 65537\r\n\r\n"), Status::ContentTooLarge),
             (format!("{put}Content-Length: 99999999999999999999999\r\n\r\n"), Status::ContentTooLarge),
             (format!("{put}Expect: 100-continue\r\n\r\n"), Status::ExpectationFailed),
-            ("GET http://vm/ HTTP/1.1\r\n\r\n".into(), Status::BadRequest),
             ("GET / HTTP/2.0\r\n\r\n".into(), Status::VersionNotSupported),
             ("nonsense\r\n\r\n".into(), Status::BadRequest),
             ("\0\0\0\0".into(), Status::BadRequest),
@@ -377,14 +406,14 @@ mod tests {
 
     #[test]
     fn a_response_says_how_long_it_is() {
-        let error = Response::error(Status::NotFound, "no \"such\" path").encode(false);
-        let text = String::from_utf8(error).unwrap();
+        let error = Response::error(Status::NotFound, "no \"such\" path");
+        let text = String::from_utf8([error.head(false), error.body].concat()).unwrap();
         assert_eq!(
             text,
             "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length: 28\r\n\
              Connection: close\r\n\r\n{\"error\":\"no \\\"such\\\" path\"}"
         );
-        assert!(!String::from_utf8(Response::done().encode(true)).unwrap().contains("Content-Length"));
+        assert!(!String::from_utf8(Response::done().head(true)).unwrap().contains("Content-Length"));
     }
 
     proptest! {

@@ -14,8 +14,8 @@ use super::routes::route;
 use super::socket::{BindError, SocketFile, listen};
 use crate::control::Control;
 
-/// Clients at a time. A new one takes the place of the one that has been idle
-/// for longest; where all are busy it waits.
+/// Clients at a time. A new one takes the place of the one whose turn has been over for longest; while
+/// something is done for all of them, or each still has its turn, it waits.
 pub const MOST_CONNECTIONS: usize = 16;
 
 /// Tokens below this are slots of connections.
@@ -110,7 +110,7 @@ impl Server {
     /// it is level-triggered, and would keep the loop spinning otherwise.
     fn tend_door(&self, epoll: &Epoll, door: Door, clients: &Clients<'_>, now: Instant) -> io::Result<Door> {
         let (next, events) = match door {
-            Door::Full if clients.has_room() => (Door::Open, EventSet::IN),
+            Door::Full if clients.has_room(now) => (Door::Open, EventSet::IN),
             Door::Resting { until, .. } if until <= now => (Door::Open, EventSet::IN),
             Door::Full => (Door::Full, EventSet::empty()),
             Door::Resting { until, watched: true } => {
@@ -127,7 +127,7 @@ impl Server {
 #[derive(Clone, Copy, Debug)]
 enum Door {
     Open,
-    /// Every place is taken by a busy client.
+    /// Every place is taken by a client that has its turn.
     Full,
     /// The kernel could not accept (no descriptors left, most likely).
     Resting {
@@ -157,7 +157,8 @@ impl<'a> Clients<'a> {
         let clients = self.slots.iter().flatten();
         let rest = match door {
             Door::Resting { until, .. } => Some(*until),
-            Door::Open | Door::Full => None,
+            Door::Full => self.turns().map(|(ends, _)| ends).min(),
+            Door::Open => None,
         };
         let soonest = clients
             .map(|client| if client.again { now } else { client.connection.deadline() })
@@ -171,26 +172,28 @@ impl<'a> Clients<'a> {
         i32::try_from(wait).unwrap_or(i32::MAX)
     }
 
-    fn has_room(&self) -> bool {
-        self.slots.iter().any(|slot| slot.as_ref().is_none_or(|client| client.connection.is_idle()))
+    fn has_room(&self, now: Instant) -> bool {
+        self.slots.iter().any(Option::is_none) || self.turns().any(|(ends, _)| ends <= now)
     }
 
-    /// A free place, if need be that of the client that is idle and would time out first.
-    fn place(&mut self) -> Option<usize> {
+    /// When the turns of the clients end that may have to give their places away, and which places.
+    fn turns(&self) -> impl Iterator<Item = (Instant, usize)> {
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(index, slot)| Some((slot.as_ref()?.connection.turn_ends()?, index)))
+    }
+
+    /// A free place, if need be that of the client whose turn ended first.
+    fn place(&mut self, now: Instant) -> Option<usize> {
         if let Some(free) = self.slots.iter().position(Option::is_none) {
             return Some(free);
         }
-        let idle = self.slots.iter().enumerate().filter_map(|(index, slot)| {
-            let connection = &slot.as_ref()?.connection;
-            connection.is_idle().then(|| (connection.deadline(), index))
-        });
-        let (_, index) = idle.min()?;
+        let (_, index) = self.turns().min().filter(|(ends, _)| *ends <= now)?;
         self.close(index);
         Some(index)
     }
 
     fn accept(&mut self, listener: &UnixListener, now: Instant) -> Door {
-        let Some(index) = self.place() else {
+        let Some(index) = self.place(now) else {
             return Door::Full;
         };
         let stream = match listener.accept() {

@@ -14,7 +14,7 @@ use api::status::{MemoryStatus, VmState, VmStatus};
 use api::units::Bytes;
 use serde_json::Value;
 
-use super::super::connection::TRANSFER_LIMIT;
+use super::super::connection::{TRANSFER_LIMIT, TURN};
 use super::super::http::{Answer, LONGEST_BODY, Response};
 use super::*;
 use crate::event_stream::MOST_READERS;
@@ -55,15 +55,19 @@ impl Drop for Running {
     }
 }
 
-/// Reads one response: status, head, body.
-fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
+fn receive_head(stream: &mut impl Read) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
         stream.read_exact(&mut byte).expect("the server closed in the middle of a response");
         head.extend(byte);
     }
-    let head = String::from_utf8(head).unwrap();
+    String::from_utf8(head).unwrap()
+}
+
+/// Reads one response: status, head, body.
+fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
+    let head = receive_head(stream);
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
     let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
@@ -134,8 +138,8 @@ fn refusals_say_why() {
     }
     let (status, head, body) = ask(&mut client, "DELETE /vm HTTP/1.1\r\n\r\n");
     assert_eq!(status, 405);
-    assert!(head.contains("\r\nAllow: GET\r\n"), "{head}");
-    assert!(sentence(&body).contains("/vm takes GET"));
+    assert!(head.contains("\r\nAllow: GET, HEAD\r\n"), "{head}");
+    assert!(sentence(&body).contains("/vm takes GET, HEAD"));
     assert_eq!(ask(&mut client, "GET /nothing HTTP/1.1\r\n\r\n").0, 404);
 }
 
@@ -218,23 +222,92 @@ fn slow_and_idle_clients_stand_in_nobodys_way() {
     drop(slow);
 }
 
+/// As many clients as there are places, each with half a request.
+fn half_sent(server: &Running) -> Vec<UnixStream> {
+    let connect = |_| {
+        let mut client = server.connect();
+        client.write_all(b"GET /vm HT").unwrap();
+        client
+    };
+    (0..MOST_CONNECTIONS).map(connect).collect()
+}
+
 #[test]
-fn a_client_that_never_ends_its_request_loses_its_place() {
+fn requests_that_never_end_keep_nobody_out_for_long() {
     let server = Running::start();
-    let mut slow: Vec<UnixStream> = (0..MOST_CONNECTIONS)
-        .map(|_| {
-            let mut client = server.connect();
-            client.write_all(b"GET /vm HT").unwrap();
-            client
-        })
-        .collect();
-    // All places are taken by requests that never end; this one waits for the first to time out.
+    let mut slow = half_sent(&server);
     let mut patient = server.connect();
-    patient.set_read_timeout(Some(TRANSFER_LIMIT * 3)).unwrap();
     let begun = Instant::now();
     assert_eq!(ask(&mut patient, "GET /vm HTTP/1.1\r\n\r\n").0, 200);
-    assert!(begun.elapsed() >= TRANSFER_LIMIT / 2, "nobody had to wait: are the places counted?");
+    assert!(begun.elapsed() >= TURN / 2, "nobody had to wait: are the places counted?");
+    assert!(begun.elapsed() < TRANSFER_LIMIT / 2, "others had their places for {:?}", begun.elapsed());
     assert_eq!(slow.first_mut().unwrap().read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn answers_that_nobody_fetches_keep_nobody_out_for_long() {
+    let server = Running::start();
+    let requests = "GET /metrics HTTP/1.1\r\n\r\n".repeat(1000);
+    let connect = |_| {
+        let client = server.connect();
+        client.set_nonblocking(true).unwrap();
+        while (&client).write(requests.as_bytes()).is_ok() {}
+        client
+    };
+    let deaf: Vec<UnixStream> = (0..MOST_CONNECTIONS).map(connect).collect();
+    let begun = Instant::now();
+    assert_eq!(ask(&mut server.connect(), "GET /vm HTTP/1.1\r\n\r\n").0, 200);
+    assert!(begun.elapsed() < TRANSFER_LIMIT / 2, "others had their places for {:?}", begun.elapsed());
+    drop(deaf);
+}
+
+#[test]
+fn who_has_come_is_not_put_out_before_it_had_its_time_to_ask() {
+    let server = Running::start();
+    let mut clients: Vec<UnixStream> = (0..MOST_CONNECTIONS + 4).map(|_| server.connect()).collect();
+    thread::sleep(TURN * 3 / 4);
+    for client in &mut clients {
+        client.write_all(b"GET /vm HTTP/1.1\r\n\r\n").unwrap();
+    }
+    for mut client in clients {
+        assert_eq!(receive(&mut client).0, 200);
+    }
+}
+
+#[test]
+fn what_somebody_asked_for_who_has_gone_is_not_done() {
+    let server = Running::start();
+    let slow = half_sent(&server);
+    let limits = r#"{"startup":268435456,"min":134217728,"max":536870912}"#;
+    server.connect().write_all(put("/memory/limits", limits).as_bytes()).unwrap();
+    // It came after the other, which has had its place by the time of this answer.
+    let (_, _, body) = ask(&mut server.connect(), "GET /memory HTTP/1.1\r\n\r\n");
+    let memory: MemoryStatus = serde_json::from_slice(&body).unwrap();
+    assert_eq!(memory.limits.max(), Bytes::gib(1));
+    drop(slow);
+    // Who says no more and stays to hear is served.
+    let mut client = server.connect();
+    client.write_all(put("/memory/limits", limits).as_bytes()).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(receive(&mut client).0, 204);
+}
+
+#[test]
+fn head_is_answered_as_get_without_the_body() {
+    let server = Running::start();
+    let mut client = server.connect();
+    for (path, status) in
+        [("/vm", 200), ("/memory/events", 200), ("/memory?x=1", 400), ("/vm/pause", 405), ("/nothing", 404)]
+    {
+        client.write_all(format!("HEAD {path} HTTP/1.1\r\n\r\n").as_bytes()).unwrap();
+        let head = receive_head(&mut client);
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {head}");
+        assert_eq!(head.contains("Content-Length: "), path != "/memory/events", "{path}: {head}");
+        assert_eq!(ask(&mut client, "GET /vm HTTP/1.1\r\n\r\n").0, 200, "after {path}");
+    }
+    client.write_all(b"HEAD /vm HTTP/1.1\r\nExpect: x\r\n\r\n").unwrap();
+    assert!(receive_head(&mut client).starts_with("HTTP/1.1 417 "));
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
 }
 
 #[test]

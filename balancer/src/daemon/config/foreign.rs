@@ -19,7 +19,7 @@ use crate::driver::Kind;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Foreign {
+pub struct ForeignVms {
     /// Which VMM it is.
     pub driver: Kind,
     /// Where its sockets are.
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn wrong_entries_are_refused_with_a_reason() {
-        let read = |text: &str| toml::from_str::<Foreign>(text).map_err(|error| error.to_string());
+        let read = |text: &str| toml::from_str::<ForeignVms>(text).map_err(|error| error.to_string());
         let entry =
             read("driver = \"qemu\"\nsockets = \"/run/qemu/*.qmp\"\nmemory = \"1G,min=256M\"").unwrap();
         assert_eq!(entry.memory, Some("1G,min=256M".parse().unwrap()));
