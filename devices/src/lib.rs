@@ -2,6 +2,7 @@
 
 pub mod pci;
 pub mod platform;
+pub mod sandbox;
 pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::platform::serial::{Port, Serial};
+use devices::sandbox::{Call, SandboxNeeds};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
@@ -15,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::api_server::{SocketFile, bind_privately};
 use crate::config;
 use crate::exit::Exit;
+use crate::sandbox::directory_of;
 use crate::terminal::RawTerminal;
 use crate::vcpu_set::VcpuSet;
 
@@ -104,6 +106,24 @@ impl Console {
             }))
         });
         Ok(Self { port, input, _terminal: terminal, _socket: socket })
+    }
+}
+
+/// What a console needs of the sandbox: a terminal's settings are undone, and a socket removed, at the end.
+pub(crate) fn sandbox_needs(config: &config::Console) -> SandboxNeeds {
+    const TERMINAL: [Call; 5] = [
+        Call::ioctl(libc::TCGETS),
+        Call::ioctl(libc::TCSETS),
+        Call::ioctl(libc::TCSETSW),
+        Call::ioctl(libc::TCSETSF),
+        Call::ioctl(libc::TIOCGWINSZ),
+    ];
+    match config {
+        config::Console::Stdio => SandboxNeeds::calls(&TERMINAL),
+        config::Console::Socket(path) => {
+            SandboxNeeds { remove: vec![directory_of(path)], ..SandboxNeeds::default() }
+        }
+        config::Console::File(_) | config::Console::None => SandboxNeeds::default(),
     }
 }
 

@@ -25,6 +25,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Chain, Faults, Verdict, serve};
@@ -35,6 +36,7 @@ use vm_memory::GuestMemoryMmap;
 use handle::{Answers, Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
 
+use crate::advise;
 use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
@@ -380,6 +382,10 @@ impl VirtioDevice for Balloon {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        SandboxNeeds::calls(&[advise::CALL])
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

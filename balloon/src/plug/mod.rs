@@ -16,6 +16,7 @@ use std::ops::Range as Numbers;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use devices::sandbox::{Call, SandboxNeeds};
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Faults, Verdict, serve};
@@ -28,6 +29,7 @@ pub use handle::Handle;
 use handle::Shared;
 use request::{Asked, Request, Response};
 
+use crate::advise;
 use crate::discard::Discard;
 use crate::ranges::Range;
 use api::status::DriverState;
@@ -279,6 +281,11 @@ impl VirtioDevice for Plug {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        // Reserved huge pages are taken from the host as blocks are plugged.
+        SandboxNeeds::calls(&[advise::CALL, Call::any(libc::SYS_fallocate)])
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

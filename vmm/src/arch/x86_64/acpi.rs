@@ -37,21 +37,21 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 pub struct VirtioSlot {
     /// Where its window starts.
     pub window: GuestAddress,
+    /// How long the window is.
+    pub size: u64,
     /// Its interrupt's number.
     pub irq: u32,
 }
 
-impl VirtioSlot {
-    /// The slot with this number, if there are that many.
-    pub fn nth(index: usize) -> Option<Self> {
-        if index >= layout::VIRTIO_DEVICES {
-            return None;
-        }
-        Some(Self {
-            window: GuestAddress(layout::VIRTIO.0 + index as u64 * layout::VIRTIO_WINDOW),
-            irq: layout::VIRTIO_IRQ + index as u32,
-        })
-    }
+/// The devices that a guest can't find by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Platform {
+    /// virtio-mmio devices.
+    pub virtio: Vec<VirtioSlot>,
+    /// Whether there is a first serial port.
+    pub serial: bool,
+    /// The power button's interrupt.
+    pub power_button: u32,
 }
 
 /// Memory of the one proximity domain that there is.
@@ -72,7 +72,7 @@ pub struct Domain {
 pub fn write(
     memory: &GuestMemoryMmap,
     cpus: Cpus,
-    virtio: &[VirtioSlot],
+    platform: &Platform,
     domain: &[Domain],
 ) -> Result<(), vm_memory::GuestMemoryError> {
     let mut tables = Vec::new();
@@ -83,7 +83,7 @@ pub fn write(
         tables.resize(tables.len().next_multiple_of(16), 0);
         address
     };
-    let dsdt = place(dsdt(virtio));
+    let dsdt = place(dsdt(platform));
     let fadt = place(fadt(dsdt));
     let madt = place(madt(cpus));
     let srat = domain.iter().any(|memory| memory.pluggable).then(|| place(srat(domain)));
@@ -145,49 +145,38 @@ fn srat(domain: &[Domain]) -> Vec<u8> {
     bytes(&srat)
 }
 
-fn dsdt(virtio: &[VirtioSlot]) -> Vec<u8> {
+fn dsdt(platform: &Platform) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
     let mut body = Vec::new();
-    for (index, slot) in virtio.iter().enumerate() {
-        virtio_device(index, *slot).to_aml(&mut body);
+    for (uid, slot) in (0..).zip(&platform.virtio) {
+        virtio_device(uid, *slot, &mut body);
     }
-    serial_port(&mut body);
+    if platform.serial {
+        serial_port(&mut body);
+    }
     panic_device(&mut body);
-    power_button(&mut body);
+    power_button(platform.power_button, &mut body);
     dsdt.append_slice(&Scope::raw(aml::Path::new("\\_SB_"), body));
     let sleep: aml::Byte = acpi_power::SOFT_OFF;
     dsdt.append_slice(&bytes(&Name::new("\\_S5_".into(), &Package::new(vec![&sleep]))));
     dsdt.as_slice().to_vec()
 }
 
-/// What goes into a device beside its resources.
-struct VirtioDevice {
-    name: String,
-    uid: u32,
-    slot: VirtioSlot,
-}
-
-fn virtio_device(index: usize, slot: VirtioSlot) -> VirtioDevice {
-    VirtioDevice { name: format!("VR{index:02}"), uid: index as u32, slot }
-}
-
-impl VirtioDevice {
-    fn to_aml(&self, body: &mut Vec<u8>) {
-        // The windows lie below 4 GiB.
-        let window = Memory32Fixed::new(true, self.slot.window.0 as u32, layout::VIRTIO_WINDOW as u32);
-        let interrupt = Interrupt::new(true, true, false, false, self.slot.irq);
-        Device::new(
-            self.name.as_str().into(),
-            vec![
-                &Name::new("_HID".into(), &"LNRO0005"),
-                &Name::new("_UID".into(), &self.uid),
-                // Virtio devices read memory through the caches, as vCPUs do.
-                &Name::new("_CCA".into(), &aml::ONE),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&window, &interrupt])),
-            ],
-        )
-        .to_aml_bytes(body);
-    }
+fn virtio_device(uid: u32, slot: VirtioSlot, body: &mut Vec<u8>) {
+    // The windows lie below 4 GiB.
+    let window = Memory32Fixed::new(true, slot.window.0 as u32, slot.size as u32);
+    let interrupt = Interrupt::new(true, true, false, false, slot.irq);
+    Device::new(
+        format!("VR{uid:02}").as_str().into(),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &uid),
+            // Virtio devices read memory through the caches, as vCPUs do.
+            &Name::new("_CCA".into(), &aml::ONE),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&window, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(body);
 }
 
 fn serial_port(body: &mut Vec<u8>) {
@@ -218,8 +207,8 @@ fn panic_device(body: &mut Vec<u8>) {
 }
 
 /// A generic event device (ACPI 6.5, section 5.6.9) whose one event is the power button.
-fn power_button(body: &mut Vec<u8>) {
-    let interrupt = Interrupt::new(true, true, false, false, layout::GED_IRQ);
+fn power_button(irq: u32, body: &mut Vec<u8>) {
+    let interrupt = Interrupt::new(true, true, false, false, irq);
     Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(body);
     Device::new(
         "GED_".into(),
@@ -232,7 +221,7 @@ fn power_button(body: &mut Vec<u8>) {
                 1,
                 true,
                 vec![&If::new(
-                    &Equal::new(&Arg(0), &layout::GED_IRQ),
+                    &Equal::new(&Arg(0), &irq),
                     // 0x80: "the button was pressed" (table 5.167).
                     vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
                 )],
@@ -253,12 +242,14 @@ mod tests {
     #[test]
     fn the_tables_hang_together() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("guest memory");
-        let slots: Vec<_> = (0..2).filter_map(VirtioSlot::nth).collect();
+        let slot = |window, irq| VirtioSlot { window: GuestAddress(window), size: 0x1000, irq };
+        let virtio = vec![slot(0xd000_0000, 17), slot(0xd000_1000, 18)];
+        let platform = Platform { virtio, serial: true, power_button: 16 };
         let domain = [
             Domain { start: GuestAddress(0), size: Bytes::mib(1), pluggable: false },
             Domain { start: GuestAddress(1 << 27), size: Bytes::mib(128), pluggable: true },
         ];
-        write(&memory, "4".parse().expect("vCPUs"), &slots, &domain).expect("written");
+        write(&memory, "4".parse().expect("vCPUs"), &platform, &domain).expect("written");
         let read = |address: u64, length: usize| {
             let mut bytes = vec![0; length];
             memory.read_slice(&mut bytes, GuestAddress(address)).expect("in memory");
@@ -279,12 +270,5 @@ mod tests {
         assert_eq!(names, [b"FACP", b"APIC", b"SRAT"]);
         let dsdt = table(pointer(&table(pointer(&xsdt, 36)), 140));
         assert_eq!(dsdt.windows(8).filter(|text| text == b"LNRO0005").count(), 2);
-    }
-
-    #[test]
-    fn there_are_as_many_slots_as_interrupts() {
-        assert_eq!(VirtioSlot::nth(layout::VIRTIO_DEVICES), None);
-        let last = VirtioSlot::nth(layout::VIRTIO_DEVICES - 1).expect("a slot");
-        assert_eq!(last.irq, 23);
     }
 }

@@ -3,7 +3,7 @@
 //! Below 1 MiB only what booting needs; RAM from there to the hole under 4 GiB;
 //! what doesn't fit goes on above 4 GiB.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use api::units::Bytes;
 use vm_memory::GuestAddress;
@@ -30,10 +30,8 @@ pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 
 /// The hole in RAM for devices, up to 4 GiB.
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
-/// The windows of the virtio-mmio devices, one behind another.
-pub const VIRTIO: GuestAddress = GuestAddress(0xd000_0000);
-/// Bytes in one such window.
-pub const VIRTIO_WINDOW: u64 = 0x1000;
+/// The windows of virtio-mmio devices.
+pub const WINDOWS: Range<u64> = 0xd000_0000..0xd010_0000;
 /// KVM's in-kernel IOAPIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs (SDM volume 3, section 11.4.1).
@@ -47,12 +45,8 @@ pub const TSS: u64 = 0xfffb_d000;
 pub const COM1: u16 = 0x3f8;
 /// Its interrupt, as ever since the PC/AT.
 pub const COM1_IRQ: u32 = 4;
-/// The generic event device's interrupt: above the 16 that the old PIC knows.
-pub const GED_IRQ: u32 = 16;
-/// The first virtio device's interrupt; the rest follow, up to the IOAPIC's 24 pins.
-pub const VIRTIO_IRQ: u32 = 17;
-/// How many virtio devices find an interrupt.
-pub const VIRTIO_DEVICES: usize = 7;
+/// The IOAPIC's pins that are given to devices: above the 16 that the old PIC knows.
+pub const FREE_PINS: RangeInclusive<u32> = 16..=23;
 
 /// pvpanic's port, as QEMU places it (docs/specs/pvpanic).
 pub const PVPANIC: u16 = 0x505;
