@@ -7,9 +7,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use devices::events::Subscriber;
 use devices::platform::serial::{Port, Serial};
 use devices::sandbox::{Call, SandboxNeeds};
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -284,23 +285,17 @@ impl Input {
     }
 }
 
-impl MutEventSubscriber for Input {
-    fn init(&mut self, ops: &mut EventOps) {
-        let room = Events::new(self.port.room_event(), EventSet::IN);
-        if let Err(error) = ops.add(room) {
-            tracing::warn!("the console's input can't be held back: {error}");
-        }
+impl Subscriber for Input {
+    fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        ops.add(Events::new(self.port.room_event(), EventSet::IN))?;
         match &self.source {
-            Source::Socket { listener, .. } => {
-                if let Err(error) = ops.add(Events::new(listener, EventSet::IN)) {
-                    tracing::warn!("the console's socket can't be watched: {error}");
-                }
-            }
+            Source::Socket { listener, .. } => ops.add(Events::new(listener, EventSet::IN))?,
             Source::Stdin { .. } => self.watch(ops),
         }
+        Ok(())
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
         let fd = events.fd();
         let room = self.port.room_event();
         let is_room = room.as_raw_fd() == fd;
@@ -314,6 +309,7 @@ impl MutEventSubscriber for Input {
         } else {
             self.read(ops);
         }
+        Ok(())
     }
 }
 
@@ -375,7 +371,7 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
-    use crate::events::EventLoop;
+    use crate::events::EventThread;
 
     #[test]
     fn ctrl_a_is_for_ballast() {
@@ -427,7 +423,8 @@ mod tests {
             Source::Stdin { input: File::from(OwnedFd::from(input)), escape: Escape::Plain, typed: false };
         let (served, by) = (Arc::clone(&port), Arc::clone(&vcpu_set));
         let input = Input { source, port: served, vcpu_set: by, left: Vec::new(), muted: false };
-        let devices = EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread");
+        let devices =
+            EventThread::start("devices", vec![Arc::new(Mutex::new(input))], &vcpu_set).expect("a thread");
         let vcpu = thread::spawn(move || port.pio_write(PioAddress(0x3f8), 0, b"o"));
         writing.recv_timeout(LONG).expect("the guest writes");
 
@@ -449,11 +446,11 @@ mod tests {
     }
 
     /// A port whose guest never reads, and the loop that serves `source`.
-    fn deaf_guest(source: Source, vcpu_set: &Arc<VcpuSet>) -> EventLoop {
+    fn deaf_guest(source: Source, vcpu_set: &Arc<VcpuSet>) -> EventThread {
         let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let port = Arc::new(Port::new(Serial::new(irq, Box::new(io::sink())).expect("a port")));
         let input = Input { source, port, vcpu_set: Arc::clone(vcpu_set), left: Vec::new(), muted: false };
-        EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread")
+        EventThread::start("devices", vec![Arc::new(Mutex::new(input))], vcpu_set).expect("a thread")
     }
 
     #[test]

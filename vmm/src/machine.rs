@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder as ThreadBuilder, JoinHandle};
+use std::thread::JoinHandle;
 
 use devices::sandbox::SandboxNeeds;
 use kvm_ioctls::VmFd;
@@ -16,7 +16,7 @@ use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, VmConfig, plug_cmdline};
 use crate::console::Console;
 use crate::control::{Control, Parts};
-use crate::events::{EventLoop, STACK};
+use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
 use crate::kvm::{self, KvmError};
@@ -184,22 +184,23 @@ impl Machine {
         }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
         self.threads.entry(ThreadName::shared()).or_default().push(Arc::new(Mutex::new(signals)));
+        let vcpu_set = &self.vcpu_set;
         let mut loops = Vec::new();
         for (name, subscribers) in self.threads {
-            let started = EventLoop::start(name.as_str(), subscribers);
+            let started = EventThread::start(name.as_str(), subscribers, vcpu_set);
             loops.push(started.map_err(refused("a thread for devices"))?);
         }
         for vcpu in self.vcpus {
-            ThreadBuilder::new()
-                .name(format!("vcpu{}", vcpu.index))
-                .stack_size(STACK)
-                .spawn(move || vcpu.run())
-                .map_err(refused("a thread for a vCPU"))?;
+            events::spawn(&format!("vcpu{}", vcpu.index), vcpu_set, move || {
+                vcpu.run();
+                Ok(())
+            })
+            .map_err(refused("a thread for a vCPU"))?;
         }
         // Before someone can ask for it, and before the guest makes it long.
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
-        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
+        let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
         if let Some(needs) = &self.sandbox
             && let Err(error) = sandbox::close_calls(&needs.calls)
         {
@@ -214,7 +215,7 @@ impl Machine {
         if let Some(api) = api {
             api.stop();
         }
-        loops.into_iter().for_each(EventLoop::stop);
+        loops.into_iter().for_each(EventThread::stop);
         // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
         // reads. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
@@ -232,26 +233,26 @@ impl Machine {
 /// The API's thread, and the way to end it.
 struct ApiThread {
     stop: vmm_sys_util::eventfd::EventFd,
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl ApiThread {
     fn stop(self) {
         // The one failure is a full counter, which stops it as well.
         let _ = self.stop.write(1);
-        if let Ok(Err(error)) = self.thread.join() {
-            tracing::warn!("the API had ended early: {error}");
-        }
+        // A panic ends the process.
+        let _ = self.thread.join();
     }
 }
 
-fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+fn serve(
+    server: api_server::Server,
+    control: &Arc<Control>,
+    vcpu_set: &Arc<VcpuSet>,
+) -> Result<ApiThread, MachineError> {
     let stop = server.stopper().map_err(refused("an event for the API"))?;
     let control = Arc::clone(control);
-    let thread = ThreadBuilder::new()
-        .name("api".to_owned())
-        .stack_size(STACK)
-        .spawn(move || server.run(&control))
+    let thread = events::spawn("api", vcpu_set, move || server.run(&control))
         .map_err(refused("a thread for the API"))?;
     Ok(ApiThread { stop, thread })
 }
