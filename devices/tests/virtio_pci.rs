@@ -255,6 +255,18 @@ fn a_vector_that_the_host_refuses_stays_pending() {
     assert_eq!(pci.host.delivered(), [0, 1]);
 }
 
+/// An old message must not be sent for a new one, to which it may mean another vector.
+#[test]
+fn a_new_message_that_the_host_refuses_takes_the_old_one_with_it() {
+    let mut guest = running();
+    let pci = guest.pci().unwrap();
+    *pci.host.refuses.lock().unwrap() = true;
+    pci.write_memory(BAR + TABLE + 16 + 8, &0x99_u32.to_le_bytes());
+    assert_eq!(pci.host.messages.lock().unwrap()[1], None);
+    send(&mut guest);
+    assert_eq!(pending(&guest), 0b10);
+}
+
 #[test]
 fn without_msix_the_isr_tells() {
     let mut guest = running();
