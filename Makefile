@@ -39,7 +39,7 @@ bench: setup ## Memory and instructions beside QEMU microvm; how long a guest in
 
 prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
 	if $(CARGO) kani --version >/dev/null 2>&1; \
-	then $(CARGO) kani --package balloon --features device && $(CARGO) kani --package devices; \
+	then $(CARGO) kani --package balloon && $(CARGO) kani --package devices; \
 	else echo 'cargo kani is not installed: checking all input within small bounds instead'; \
 	$(CARGO) test --package balloon --package devices --lib proofs -- --nocapture --test-threads=1; fi
 

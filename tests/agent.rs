@@ -3,10 +3,10 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use api::agent::Version;
+use api::runtime;
+use api::units::Bytes;
 use balancer::daemon::client::Client;
-use balloon::agent::Version;
-use balloon::runtime;
-use balloon::units::Bytes;
 use lab::{Host, Kernel, Vm, VmSettings, ballast, wait_for};
 
 /// The daemon's rounds are this far apart. What a guest gets sooner, it did not get by a round.

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use balloon::status::{MemoryStatus, Pauser, VmState};
-use balloon::units::Bytes;
+use api::status::{MemoryStatus, Pauser, VmState};
+use api::units::Bytes;
 use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::status::Pauser;
+use api::units::Bytes;
 use lab::{Daemon, Host, Kernel, Vm, VmSettings};
 
 /// Two guests of this size at most share [`BUDGET`].

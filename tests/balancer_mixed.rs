@@ -4,11 +4,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use api::runtime;
+use api::units::Bytes;
 use balancer::daemon::State;
 use balancer::daemon::client::Client;
 use balancer::driver::Kind;
-use balloon::runtime;
-use balloon::units::Bytes;
 use lab::{Host, Kernel, Qemu, QemuSettings, Vm, VmSettings, ballast, wait_for};
 
 /// Four guests share this. Two could have all they want at a time, and QEMU's own memory is in it.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-use balloon::status::{DriverState, MemoryStatus};
-use balloon::units::Bytes;
+use api::status::{DriverState, MemoryStatus};
+use api::units::Bytes;
 use lab::{Host, Kernel, Vm, VmSettings, wait_for};
 
 /// How far the balloon is moved.

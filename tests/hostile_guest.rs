@@ -4,8 +4,8 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::status::DriverState;
+use api::units::Bytes;
 use lab::{BOOT, Host, Kernel, Of, Vm, VmSettings, sum, wait_for};
 
 /// How long a balloon moves, and a step takes, beside an attack.

@@ -3,8 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-use balloon::status::{DriverState, MemoryStatus, PlugStatus};
-use balloon::units::Bytes;
+use api::status::{DriverState, MemoryStatus, PlugStatus};
+use api::units::Bytes;
 use lab::{Daemon, Host, Kernel, Vm, VmSettings};
 
 /// How long memory takes to move.

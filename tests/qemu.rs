@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::driver::qemu::Qemu as Client;
 use balancer::driver::{Driver, Error, Status};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use lab::{Kernel, Qemu, QemuSettings, wait_for};
 use tokio::runtime::{Builder, Runtime};
 

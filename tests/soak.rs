@@ -12,8 +12,8 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon::status::{DriverState, MemoryStatus, Pauser, VmState};
-use balloon::units::Bytes;
+use api::status::{DriverState, MemoryStatus, Pauser, VmState};
+use api::units::Bytes;
 use lab::{Host, Kernel, Vm, VmSettings};
 
 const SEED: &str = "BALLAST_SOAK_SEED";

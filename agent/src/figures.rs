@@ -1,7 +1,7 @@
 //! What the kernel says of this guest's memory.
 
-use balloon::agent::AgentFigures;
-use balloon::units::Bytes;
+use api::agent::AgentFigures;
+use api::units::Bytes;
 
 use crate::cgroups;
 use crate::pressure::stall_total;

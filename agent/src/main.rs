@@ -2,7 +2,7 @@
 //!
 //! It sleeps until the kernel says that tasks have waited for memory for more
 //! than a moment (a PSI trigger, Documentation/accounting/psi.rst), then sends
-//! a few bytes to the virtio-console port [`balloon::agent::PORT`]; at a slow
+//! a few bytes to the virtio-console port [`api::agent::PORT`]; at a slow
 //! rhythm it sends what the balloon's driver can't tell. It reads nothing from
 //! the host, and a guest without it works as well, only slower to be heard.
 
@@ -21,7 +21,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use balloon::agent::Version;
+use api::agent::Version;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::setpriority_process;
 

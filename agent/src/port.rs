@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use balloon::agent::PORT;
+use api::agent::PORT;
 use rustix::fs::OFlags;
 
 /// Where the kernel lists virtio ports with their names; it needs no udev.

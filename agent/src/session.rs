@@ -4,9 +4,9 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use balloon::agent::wire::{Frame, Kind};
-use balloon::agent::{AgentFigures, Version};
-use balloon::units::Bytes;
+use api::agent::wire::{Frame, Kind};
+use api::agent::{AgentFigures, Version};
+use api::units::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 

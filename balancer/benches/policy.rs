@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
-use balancer::policy::{Host, Policy, Said, Settings, Vm};
-use balloon::limits::Limits;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::DriverState;
+use api::units::Bytes;
+use balancer::policy::{HostObservation, Observation, Policy, Settings, Vm};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A host on which every other VM wants more than it has, and memory is short.
@@ -16,13 +16,13 @@ fn vms(count: u64) -> Vec<Vm> {
         .map(|id| {
             let limits: Limits = "512M,min=256M,max=4G".parse().expect("valid limits");
             let spare = Bytes::mib(if id % 2 == 0 { 10 } else { 300 } + id % 7);
-            let said = Said {
+            let observed = Observation {
                 host_rss: limits.startup(),
                 driver: DriverState::Active,
                 spare: Some((Duration::from_millis(500), spare)),
-                ..Said::of(limits)
+                ..Observation::of(limits)
             };
-            Vm::new(id, Duration::from_secs(1000), said)
+            Vm::new(id, Duration::from_secs(1000), observed)
         })
         .collect()
 }
@@ -31,7 +31,7 @@ fn a_round(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("a round");
     for count in [10, 1_000, 10_000] {
         let mut vms = vms(count);
-        let host = Host::of(Bytes::mib(520 * count));
+        let host = HostObservation::of(Bytes::mib(520 * count));
         let mut policy = Policy::new(Settings::default());
         let mut decisions = Vec::new();
         let mut now = Duration::from_secs(1000);

@@ -6,26 +6,26 @@
 //! resort the VMs know themselves; they stay paused while no daemon runs.
 
 mod account;
-mod calls;
+mod api_error;
 pub mod client;
 mod command;
-mod complaint;
 mod config;
+mod discovery;
 mod history;
+mod last_resort;
 mod listen;
+mod log_limiter;
+mod managed_vm;
 mod metrics;
 mod notify;
-mod pace;
-mod refusal;
 mod reload;
 mod reservation;
-mod resort;
-mod roster;
+mod response_times;
 mod rounds;
 mod server;
 mod shared;
-mod slot;
 mod state;
+mod subscriptions;
 mod timings;
 
 use std::fs::{self, File, Permissions};
@@ -35,7 +35,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use balloon::runtime::{self, RuntimeError};
+use api::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
@@ -45,11 +45,11 @@ use tokio::task::JoinSet;
 use tracing::info;
 
 pub use self::config::{
-    Config, ConfigError, DEFAULT_FILE, Foreign, LONGEST_INTERVAL, LastResort, Mistake, SHORTEST_INTERVAL,
+    Config, ConfigError, DEFAULT_FILE, ForeignVms, LONGEST_INTERVAL, LastResort, Mistake, SHORTEST_INTERVAL,
     Sockets,
 };
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
-pub use self::reservation::{Process, ReservationView, Wanted};
+pub use self::reservation::{Process, ReservationRequest, ReservationView};
 pub use self::state::{HostView, MemoryView, State, VmView};
 
 use self::reload::Reread;
@@ -164,7 +164,7 @@ async fn start(
     let (commands, asked) = mpsc::channel(COMMANDS);
     let mut servers = serve(&config, &directory, &Api { shared: shared.clone(), commands }).await?;
     let mut daemon = Daemon::new(config, directory, host, shared, asked, reread);
-    daemon.introduce();
+    daemon.log_settings();
 
     tokio::pin!(shutdown);
     tokio::select! {
@@ -172,7 +172,7 @@ async fn start(
         () = daemon.balance() => {}
     }
     daemon.say_stopping();
-    daemon.say_who_stays_paused();
+    daemon.log_who_stays_paused();
     servers.abort_all();
     let _ = fs::remove_file(socket_in(daemon.directory()));
     drop(lock);
@@ -235,12 +235,12 @@ async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<(
     fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
     let mut servers = JoinSet::new();
     let router = server::private(api.clone());
-    servers.spawn(listen::serve(listener, router, listen::Limits::PRIVATE));
+    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
         let router = server::public(api.clone());
-        servers.spawn(listen::serve(listener, router, listen::Limits::PUBLIC));
+        servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PUBLIC));
     }
     Ok(servers)
 }

@@ -7,13 +7,13 @@
 //! bound, and text that ends up in a log or on a terminal is cleaned first.
 
 pub mod ballast;
-mod calls;
 pub mod cloud_hypervisor;
 mod error;
+mod events;
 pub mod firecracker;
 mod foreign;
+mod foreign_vm;
 pub(crate) mod http;
-mod kept;
 pub(crate) mod process;
 pub mod qemu;
 mod statistics;
@@ -24,13 +24,13 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
-use balloon::status::MemoryStatus;
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::status::MemoryStatus;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::calls::Calls;
 pub use self::error::Error;
+pub use self::events::EventSource;
 
 /// How long one request may take where nobody says otherwise.
 ///
@@ -127,7 +127,7 @@ pub trait Driver: Send {
     }
 
     /// A way to hear what the VM says unasked, where its VMM has one.
-    fn calls(&self) -> Option<Calls> {
+    fn events(&self) -> Option<EventSource> {
         None
     }
 }

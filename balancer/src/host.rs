@@ -6,10 +6,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
-use self::cgroup::{Groups, Room};
-use crate::driver::process::{self, Holding, PROCESSES};
+use self::cgroup::{GroupMemory, Groups};
+use crate::driver::process::{self, PROCESSES, ResidentMemory};
 use crate::policy::Pressure;
 
 /// Where Linux tells about memory.
@@ -63,12 +63,12 @@ impl HostReader {
     /// See [`HostError`].
     pub fn memory(&self) -> Result<HostMemory, HostError> {
         let memory = HostMemory::read(&self.sources.meminfo)?;
-        Ok(HostMemory { room: self.groups.room(), ..memory })
+        Ok(HostMemory { group: self.groups.memory(), ..memory })
     }
 
     /// What the host holds for a process; `None` where the kernel does not say.
-    pub fn holding(&self, pid: u32) -> Option<Holding> {
-        process::holding(&self.sources.processes, pid)
+    pub fn resident_memory(&self, pid: u32) -> Option<ResidentMemory> {
+        process::resident_memory(&self.sources.processes, pid)
     }
 
     /// How much of the last ten seconds some task on the host waited for memory, where the
@@ -119,7 +119,7 @@ pub struct HostMemory {
     /// `SwapFree`: what could still be swapped out, where the kernel tells.
     pub swap: Option<Bytes>,
     /// What the control groups leave to VMs, where one of them has a limit.
-    pub room: Option<Room>,
+    pub group: Option<GroupMemory>,
 }
 
 impl HostMemory {
@@ -143,13 +143,13 @@ impl HostMemory {
             total: field("MemTotal")?,
             available: field("MemAvailable")?,
             swap: field("SwapFree").ok(),
-            room: None,
+            group: None,
         })
     }
 
     /// What VMs could have without swapping, within their control groups too.
     pub fn to_be_had(&self) -> Bytes {
-        self.room.map_or(self.available, |room| room.free.min(self.available))
+        self.group.map_or(self.available, |group| group.free.min(self.available))
     }
 }
 
@@ -163,33 +163,33 @@ pub enum Budget {
         /// What the host keeps.
         reserve: Bytes,
         /// The budget now; moves in steps.
-        held: Option<Bytes>,
+        current: Option<Bytes>,
     },
 }
 
 impl Budget {
     /// All of the host but `reserve`.
     pub const fn all_but(reserve: Bytes) -> Self {
-        Self::AllBut { reserve, held: None }
+        Self::AllBut { reserve, current: None }
     }
 
     /// What it is now, when VMs hold `resident` of the host's memory.
     pub fn now(&mut self, host: HostMemory, resident: Bytes) -> Bytes {
         match self {
             Self::Fixed(budget) => *budget,
-            Self::AllBut { reserve, held } => {
+            Self::AllBut { reserve, current } => {
                 let whole = host.total.saturating_sub(*reserve);
                 let left = resident.saturating_add(host.available).saturating_sub(*reserve);
                 let mut budget = whole.min(left);
                 // The reserve is the host's; a control group's limit leaves that alone already.
-                if let Some(Room { limit, free }) = host.room {
+                if let Some(GroupMemory { limit, free }) = host.group {
                     budget = budget.min(limit).min(resident.saturating_add(free));
                 }
-                let moved = held.map_or(Bytes(u64::MAX), |held| Bytes(held.0.abs_diff(budget.0)));
+                let moved = current.map_or(Bytes(u64::MAX), |current| Bytes(current.0.abs_diff(budget.0)));
                 if moved >= BUDGET_STEP {
-                    *held = Some(budget);
+                    *current = Some(budget);
                 }
-                held.unwrap_or(budget)
+                current.unwrap_or(budget)
             }
         }
     }
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn says_what_is_missing() {
         let good = file("MemTotal:  2048 kB\nMemFree: 7 kB\nMemAvailable:\t 1024 kB\n");
-        let memory = HostMemory { total: Bytes::mib(2), available: Bytes::mib(1), swap: None, room: None };
+        let memory = HostMemory { total: Bytes::mib(2), available: Bytes::mib(1), swap: None, group: None };
         assert_eq!(HostMemory::read(good.path()).unwrap(), memory);
         for text in
             ["", "MemTotal: 1 kB\n", "MemTotal: x kB\nMemAvailable: 1 kB\n", "MemTotal: 99999999999999999 kB"]
@@ -242,14 +242,14 @@ mod tests {
     #[test]
     fn the_budget_leaves_other_programs_theirs_and_does_not_wobble() {
         let mut budget = Budget::all_but(Bytes::gib(1));
-        let host = |available| HostMemory { total: Bytes::gib(8), available, swap: None, room: None };
+        let host = |available| HostMemory { total: Bytes::gib(8), available, swap: None, group: None };
         assert_eq!(budget.now(host(Bytes::gib(8)), Bytes::ZERO), Bytes::gib(7));
         assert_eq!(budget.now(host(Bytes::mib(5 * 1024 - 30)), Bytes::gib(3)), Bytes::gib(7));
         assert_eq!(budget.now(host(Bytes::gib(2)), Bytes::gib(3)), Bytes::gib(4));
         assert_eq!(budget.now(host(Bytes::mib(2 * 1024 + 20)), Bytes::gib(3)), Bytes::gib(4));
-        let room = Some(Room { limit: Bytes::gib(6), free: Bytes::gib(1) });
+        let group = Some(GroupMemory { limit: Bytes::gib(6), free: Bytes::gib(1) });
         let mut limited = Budget::all_but(Bytes::gib(1));
-        let host_with_room = HostMemory { room, ..host(Bytes::gib(8)) };
+        let host_with_room = HostMemory { group, ..host(Bytes::gib(8)) };
         assert_eq!(limited.now(host_with_room, Bytes::gib(2)), Bytes::gib(3), "what the slice has left");
         assert_eq!(limited.now(host_with_room, Bytes::gib(7)), Bytes::gib(6), "never more than its limit");
         assert_eq!(Budget::Fixed(Bytes::gib(2)).now(host(Bytes::ZERO), Bytes::ZERO), Bytes::gib(2));

@@ -1,7 +1,7 @@
 //! Who gets how much: a pure function of what VMs say and what was decided before.
 //!
 //! No clock and no I/O: `now` is handed in, targets are handed out. The parts in the order
-//! in which a decision is made: [`said`] (what is known), [`demand`] and [`stall`] (what a
+//! in which a decision is made: [`observation`] (what is known), [`demand`] and [`stall`] (what a
 //! guest needs), [`entitlement`] (what it may have), [`host_state`] (how hurried the host
 //! is), `rest` (who was moved a short time ago), [`vm`] (how far one may be moved), [`moves`]
 //! (who is), [`last_resort`] (when nothing is left to move), [`guards`] (what must not
@@ -17,23 +17,23 @@ pub mod guards;
 pub mod host_state;
 pub mod last_resort;
 pub mod moves;
+pub mod observation;
 pub mod reason;
 mod rest;
-pub mod said;
 pub mod settings;
 pub mod stall;
 pub mod vm;
 
 use std::time::Duration;
 
-use balloon::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 use self::entitlement::{Claim, divide};
 use self::host_state::HostState;
-use self::last_resort::Room;
+use self::last_resort::Margin;
 use self::moves::{Granted, Shortage};
+pub use self::observation::{HostObservation, Observation, Pressure, Stalls, Vcpus};
 use self::reason::{Decision, Rule};
-pub use self::said::{Host, Pressure, Said, Stalls, Vcpus};
 pub use self::settings::{Guards, Settings, SettingsError};
 use self::vm::Gap;
 pub use self::vm::{DEADBAND, FRESH, STALE_TICKS, Vm};
@@ -53,7 +53,7 @@ pub struct Balance {
     pub state: HostState,
 }
 
-/// The law, and the little it remembers about the host.
+/// The policy, and the little it remembers about the host.
 #[derive(Debug, Default)]
 pub struct Policy {
     settings: Settings,
@@ -81,19 +81,19 @@ impl Policy {
 
     /// Decides on new targets for `vms`, at `now` (since any fixed moment, never going back).
     ///
-    /// Fills `decisions` with at most one for each VM and does not change `said`:
+    /// Fills `decisions` with at most one for each VM and does not change `observed`:
     /// the caller sets the targets and says next time what became of them. A decision whose
     /// rule is [`Rule::Swap`], [`Rule::Pause`] or [`Rule::Resume`] leaves the target as it is:
     /// it asks the caller for something else or advises it, see [`last_resort`].
     ///
     /// It is called once a tick, and may be called at any moment in between, when a guest
     /// pushes that it is in distress: with all VMs as they were last seen, and that one's
-    /// news in its `said`. All guards count time, not calls, so that such a round serves
+    /// news in its `observed`. All guards count time, not calls, so that such a round serves
     /// who is in need and otherwise decides nothing that the next tick would not.
     pub fn decide(
         &mut self,
         now: Duration,
-        host: Host,
+        host: HostObservation,
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) -> Balance {
@@ -140,7 +140,7 @@ impl Policy {
         self.last_resort(
             now,
             host,
-            if helpless { Room::Over(over) } else { Room::Left(left) },
+            if helpless { Margin::Over(over) } else { Margin::Left(left) },
             vms,
             decisions,
         );
@@ -185,7 +185,7 @@ impl Policy {
         if fits {
             let given: u64 = self.claims.iter().map(|claim| claim.given.0).sum();
             returning = last_resort::room_to_return(vms, Pages(capacity.0.saturating_sub(given)).bytes());
-            self.go_on(Pages(capacity.0.saturating_sub(returning.pages().0)), vms, Vm::comfort);
+            self.go_on(Pages(capacity.0.saturating_sub(returning.pages().0)), vms, Vm::ample);
         } else if self.settings.guards.fair_comes_first {
             for claim in &mut self.claims {
                 claim.floor = claim.floor.max(vms[claim.index].urgent_in_share().pages());
@@ -206,7 +206,7 @@ impl Policy {
 
     /// What each would have if all claimed all there is.
     fn find_fair_shares(&mut self, now: Duration, capacity: Pages, vms: &mut [Vm]) {
-        self.ask(capacity, vms, |vm| vm.said.limits.max());
+        self.ask(capacity, vms, |vm| vm.observed.limits.max());
         for claim in &mut self.claims {
             vms[claim.index].share(now, claim.given.bytes());
         }

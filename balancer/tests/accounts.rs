@@ -7,10 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::units::Bytes;
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, State, VmView, Wanted};
+use balancer::daemon::{self, Config, ReservationRequest, State, VmView};
 use balancer::policy::guards::Standing;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use tempfile::TempDir;
 
@@ -20,12 +20,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const LIMITS: &str = "256M,min=128M,max=1G";
 
 /// A host whose kernel says what the test wants to hear. All fake VMs run in this very process.
-struct Host {
+struct HostFiles {
     directory: TempDir,
     kernel: TempDir,
 }
 
-impl Host {
+impl HostFiles {
     /// One of 8 GiB.
     fn new() -> Self {
         let host = Self { directory: tempfile::tempdir().unwrap(), kernel: tempfile::tempdir().unwrap() };
@@ -105,7 +105,7 @@ fn charge(state: &State, name: &str) -> Bytes {
 
 #[tokio::test]
 async fn no_vm_makes_memory_by_saying_that_it_holds_much() {
-    let host = Host::new();
+    let host = HostFiles::new();
     let liar = host.vm("liar", LIMITS, Bytes::mib(100));
     liar.state().memory.host_rss = Bytes::gib(1024);
     liar.state().follows = false;
@@ -120,7 +120,7 @@ async fn no_vm_makes_memory_by_saying_that_it_holds_much() {
 
 #[tokio::test]
 async fn a_vm_that_hangs_is_looked_at_through_its_process() {
-    let host = Host::new();
+    let host = HostFiles::new();
     let vm = host.vm("web", "1G,min=1G,max=1G", Bytes::mib(100));
     vm.state().memory.host_rss = Bytes::mib(300);
     host.holds_for_a_vm(Bytes::mib(310));
@@ -142,7 +142,7 @@ async fn a_vm_that_hangs_is_looked_at_through_its_process() {
 
 #[tokio::test]
 async fn a_vm_that_says_it_has_more_than_the_host_takes_nothing_from_the_others() {
-    let host = Host::new();
+    let host = HostFiles::new();
     let liar = host.vm("liar", "1024G", Bytes::gib(1024));
     liar.state().memory.host_rss = Bytes::gib(1024);
     let good = host.vm("good", LIMITS, Bytes::mib(250));
@@ -159,7 +159,7 @@ async fn a_vm_that_says_it_has_more_than_the_host_takes_nothing_from_the_others(
 
 #[tokio::test]
 async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
-    let host = Host::new();
+    let host = HostFiles::new();
     let hangs = host.vm("hangs", LIMITS, Bytes::mib(100));
     hangs.state().manner = Manner::Silent;
     host.holds_for_a_vm(Bytes::mib(500));
@@ -182,7 +182,7 @@ async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
 
 #[tokio::test]
 async fn reserved_huge_pages_are_no_part_of_the_budget() {
-    let host = Host::new();
+    let host = HostFiles::new();
     let huge = host.vm("huge", "4G,min=1G,max=4G", Bytes::gib(1));
     huge.state().memory.host_rss = Bytes::gib(3);
     host.holds_in_huge_pages_too(Bytes::mib(20), Bytes::gib(3));
@@ -202,7 +202,8 @@ async fn reserved_huge_pages_are_no_part_of_the_budget() {
     let path = host.path();
     let ask = |name: &str, limits: &str, reserved_huge_pages| {
         let (name, limits) = (name.to_owned(), limits.parse().unwrap());
-        let wanted = Wanted { name, limits, wait_ms: Some(30_000), process: None, reserved_huge_pages };
+        let wanted =
+            ReservationRequest { name, limits, wait_ms: Some(30_000), process: None, reserved_huge_pages };
         async move { Client::new(path, PATIENCE).reserve(&wanted).await }
     };
     assert!(ask("ordinary", "1G", false).await.is_err(), "of ordinary memory there is not so much");
@@ -210,7 +211,7 @@ async fn reserved_huge_pages_are_no_part_of_the_budget() {
     // It needs room for its VMM alone.
     let view = ask("another", "48G", true).await.unwrap();
     assert_eq!((view.granted, view.size), (Bytes::mib(64), Bytes::mib(64)));
-    let refusal = ask("third", "48G", true).await.unwrap_err();
-    assert!(refusal.to_string().contains("beside its huge pages"), "{refusal}");
+    let api_error = ask("third", "48G", true).await.unwrap_err();
+    assert!(api_error.to_string().contains("beside its huge pages"), "{api_error}");
     assert!(huge.state().targets.is_empty(), "nobody moved it");
 }

@@ -1,14 +1,14 @@
-//! A round of the law allocates nothing once it has seen its VMs. This test has a binary of its
+//! A round of the policy allocates nothing once it has seen its VMs. This test has a binary of its
 //! own, as it counts every allocation of the process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
-use balancer::policy::{Host, Policy, Said, Settings, Stalls, Vm};
-use balloon::limits::Limits;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::DriverState;
+use api::units::Bytes;
+use balancer::policy::{HostObservation, Observation, Policy, Settings, Stalls, Vm};
 
 thread_local! {
     /// Allocations of this thread: the harness allocates in others.
@@ -47,20 +47,20 @@ fn live(vms: &mut [Vm], second: u64) {
     for vm in vms {
         let rises = vm.id.is_multiple_of(3) && (second / 40 + vm.id).is_multiple_of(2);
         let wants = Bytes::mib(if rises { 900 } else { 300 } + vm.id % 7);
-        let said = &mut vm.said;
-        said.actual = said.target;
-        said.spare = Some((Duration::from_millis(500), said.actual.saturating_sub(wants)));
-        let stalls = said.stalls.allocation_stalls.unwrap_or(0) + u64::from(wants > said.actual);
-        said.stalls = Stalls { allocation_stalls: Some(stalls), ..Stalls::default() };
+        let observed = &mut vm.observed;
+        observed.actual = observed.target;
+        observed.spare = Some((Duration::from_millis(500), observed.actual.saturating_sub(wants)));
+        let stalls = observed.stalls.allocation_stalls.unwrap_or(0) + u64::from(wants > observed.actual);
+        observed.stalls = Stalls { allocation_stalls: Some(stalls), ..Stalls::default() };
     }
 }
 
 #[test]
 fn a_round_allocates_nothing() {
     let limits: Limits = "512M,min=256M,max=2G".parse().unwrap();
-    let said = Said { driver: DriverState::Active, ..Said::of(limits) };
-    let mut vms: Vec<Vm> = (0..60).map(|id| Vm::new(id, Duration::from_secs(1000), said)).collect();
-    let host = Host::of(Bytes::mib(520 * 60));
+    let observed = Observation { driver: DriverState::Active, ..Observation::of(limits) };
+    let mut vms: Vec<Vm> = (0..60).map(|id| Vm::new(id, Duration::from_secs(1000), observed)).collect();
+    let host = HostObservation::of(Bytes::mib(520 * 60));
     let (mut policy, mut decisions) = (Policy::new(Settings::default()), Vec::new());
     let (mut made, mut allocated) = (0, 0);
     for second in 0..600 {
@@ -72,7 +72,7 @@ fn a_round_allocates_nothing() {
             made += decisions.len();
         }
         for decision in &decisions {
-            vms[decision.vm as usize].said.target = decision.reason.new;
+            vms[decision.vm as usize].observed.target = decision.reason.new;
         }
     }
     assert!(COUNT.get() > 0, "allocations are counted");

@@ -5,11 +5,11 @@ mod fakes;
 use std::path::Path;
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::status::{DriverState, PlugCounters, PlugStatus};
+use api::units::Bytes;
 use balancer::daemon::client::{self, Error};
-use balancer::daemon::{self, Config, Fate, Process, Wanted};
-use balloon::limits::Limits;
-use balloon::status::{DriverState, PlugCounters, PlugStatus};
-use balloon::units::Bytes;
+use balancer::daemon::{self, Config, Fate, Process, ReservationRequest};
 use fakes::{FakeVm, Manner};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -188,7 +188,7 @@ fn reservation(name: &str, limits: &str) -> String {
     json!({ "name": name, "limits": limits, "wait_ms": 60_000 }).to_string()
 }
 
-fn wanted(name: &str, limits: &str) -> Wanted {
+fn wanted(name: &str, limits: &str) -> ReservationRequest {
     serde_json::from_str(&reservation(name, limits)).unwrap()
 }
 
@@ -252,7 +252,7 @@ async fn a_client_that_goes_gives_its_room_back() {
     until("it waits", || async { reserved().await == 1 }).await;
     waiting.abort();
     until("nobody waits", || async { reserved().await == 0 }).await;
-    let brief = Wanted { wait_ms: Some(200), ..wanted("new", "512M") };
+    let brief = ReservationRequest { wait_ms: Some(200), ..wanted("new", "512M") };
     let error = client(path).reserve(&brief).await.unwrap_err().to_string();
     assert!(error.contains("not room enough"), "{error}");
 }
@@ -328,7 +328,7 @@ async fn however_many_wait_for_room_others_are_answered() {
     let waiting: Vec<_> = (0..WAITING)
         .map(|n| {
             let path = path.to_owned();
-            let wanted = Wanted { wait_ms: Some(300_000), ..wanted(&format!("new-{n}"), "64M") };
+            let wanted = ReservationRequest { wait_ms: Some(300_000), ..wanted(&format!("new-{n}"), "64M") };
             tokio::spawn(async move { client(&path).reserve(&wanted).await.map(drop) })
         })
         .collect();
@@ -336,7 +336,7 @@ async fn however_many_wait_for_room_others_are_answered() {
     waiting.iter().for_each(tokio::task::JoinHandle::abort);
 
     // Nor does anybody wait for the next round to hear that there is no room.
-    let brief = Wanted { wait_ms: Some(200), ..wanted("brief", "64M") };
+    let brief = ReservationRequest { wait_ms: Some(200), ..wanted("brief", "64M") };
     let error = tokio::time::timeout(PATIENCE / 2, client(path).reserve(&brief)).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("not room enough"), "{error}");
 }
@@ -354,9 +354,9 @@ async fn two_that_want_room_under_one_name_do_not_undo_each_other() {
     let first = ask("512M");
     until("the first waits", || async { held().await == Some(wanted("new", "512M").size()) }).await;
     let second = ask("500M");
-    let refusal = tokio::time::timeout(PATIENCE, first).await.expect("it is told").unwrap().unwrap_err();
-    assert!(matches!(refusal, Error::Refused(_)), "it is final: {refusal}");
-    assert!(refusal.to_string().contains("took the place"), "{refusal}");
+    let api_error = tokio::time::timeout(PATIENCE, first).await.expect("it is told").unwrap().unwrap_err();
+    assert!(matches!(api_error, Error::Refused(_)), "it is final: {api_error}");
+    assert!(api_error.to_string().contains("took the place"), "{api_error}");
     until("the second waits", || async { held().await == Some(wanted("new", "500M").size()) }).await;
     stubborn.state().follows = true;
     let view = tokio::time::timeout(PATIENCE, second).await.expect("it is answered").unwrap().unwrap();
@@ -392,7 +392,7 @@ async fn what_a_vm_touches_before_it_has_a_socket_is_not_counted_twice() {
     let budget = state().await.host.budget;
     assert_eq!(budget, Bytes::mib(1536));
     // This very process is the VM that is about to start.
-    let wanted = Wanted { process: Process::own(), ..wanted("new", "400M") };
+    let wanted = ReservationRequest { process: Process::own(), ..wanted("new", "400M") };
     client(path).reserve(&wanted).await.unwrap();
     let touched = vec![1_u8; 300 << 20];
     available(Bytes::gib(1) - Bytes(touched.len() as u64));

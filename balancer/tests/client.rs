@@ -4,8 +4,8 @@ mod fakes;
 
 use std::time::{Duration, Instant};
 
+use api::units::Bytes;
 use balancer::driver::ballast::{Client, Error};
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 
 const LIMITS: &str = "256M,min=128M,max=1G";

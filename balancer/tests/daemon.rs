@@ -6,9 +6,9 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::daemon::{self, Config, DaemonError};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1;

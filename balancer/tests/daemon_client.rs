@@ -4,9 +4,9 @@ mod fakes;
 
 use std::time::Duration;
 
+use api::units::Bytes;
 use balancer::daemon::client::{Client, Error};
 use balancer::daemon::{self, Config};
-use balloon::units::Bytes;
 use fakes::FakeVm;
 use tokio::sync::oneshot;
 

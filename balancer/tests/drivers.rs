@@ -6,13 +6,13 @@ mod recorded;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use api::limits::Wanted;
+use api::status::DriverState;
+use api::units::Bytes;
 use balancer::driver::cloud_hypervisor::CloudHypervisor;
 use balancer::driver::firecracker::Firecracker;
 use balancer::driver::qemu::Qemu;
 use balancer::driver::{Driver, Error, Status};
-use balloon::limits::Wanted;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use recorded::Recorded;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -286,9 +286,10 @@ async fn a_qemu_without_a_balloon_or_without_limits_is_left_alone() {
     assert!(!memory.limits.is_dynamic());
     assert!(vm.orders("balloon").is_empty());
 
-    let refusal = r#""error": {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}"#;
-    vm.answer("query-balloon", 0, refusal);
-    vm.answer("balloon", 0, refusal);
+    let api_error =
+        r#""error": {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}"#;
+    vm.answer("query-balloon", 0, api_error);
+    vm.answer("balloon", 0, api_error);
     vm.answer("qom-list /machine/peripheral", 0, r#""return": []"#);
     vm.answer("qom-list /machine/peripheral-anon", 0, r#""return": []"#);
     let mut driver = qemu(&vm);
@@ -306,10 +307,11 @@ async fn a_balloon_of_qemus_may_be_unplugged_and_plugged_again() {
     report(&mut driver).await;
     driver.set_target(Bytes::mib(500)).await.unwrap();
 
-    let refusal = r#""error": {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}"#;
+    let api_error =
+        r#""error": {"class": "DeviceNotActive", "desc": "No balloon device has been activated"}"#;
     let unknown = r#""error": {"class": "DeviceNotFound", "desc": "Device not found"}"#;
     for question in ["query-balloon", "balloon"] {
-        vm.answer(question, 0, refusal);
+        vm.answer(question, 0, api_error);
     }
     vm.answer(&format!("qom-get {BALLOON} guest-stats"), 0, unknown);
     for place in ["/machine/peripheral", "/machine/peripheral-anon"] {

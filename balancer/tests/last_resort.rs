@@ -8,15 +8,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use api::status::Pauser;
+use api::units::Bytes;
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, DaemonError, Fate, Foreign, LastResort, Sockets};
+use balancer::daemon::{self, Config, DaemonError, Fate, ForeignVms, LastResort, Sockets};
 use balancer::driver::Kind;
 use balancer::host::Sources;
 use balancer::policy::Settings;
 use balancer::policy::guards::Standing;
 use balancer::policy::reason::Rule;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Manner};
 use recorded::Recorded;
 use rustix::process::{Signal, getpid, kill_process};
@@ -281,7 +281,7 @@ async fn vms_of_other_vmms_are_only_advised_on() {
         })
         .into();
     let sockets = Sockets::new(&format!("{}/*.api", directory.path().display())).unwrap();
-    let foreign = Foreign { driver: Kind::CloudHypervisor, sockets, memory: None };
+    let foreign = ForeignVms { driver: Kind::CloudHypervisor, sockets, memory: None };
     let config = Config { vms: vec![foreign], ..config(&directory, LastResort::Pause) };
     let daemon = Daemon::start(config);
     until("it is advised", || async {

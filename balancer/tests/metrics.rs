@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use api::units::Bytes;
 use balancer::daemon::{self, Config};
-use balloon::units::Bytes;
 use fakes::FakeVm;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use api::limits::Limits;
+use api::status::Pauser;
+use api::units::Bytes;
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, LastResort, VmView, Wanted};
+use balancer::daemon::{self, Config, LastResort, ReservationRequest, VmView};
 use balancer::policy::guards::Standing;
-use balloon::limits::Limits;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
 use fakes::{FakeVm, Journal, Manner};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -192,7 +192,7 @@ async fn killed_at_random_the_budget_holds_and_no_target_is_lost() {
                 // One that starts asks for room first, as `ballast run` does.
                 (None, _) => {
                     let limits: Limits = LIMITS.parse().unwrap();
-                    let wanted = Wanted {
+                    let wanted = ReservationRequest {
                         name: name.clone(),
                         limits,
                         wait_ms: Some(100),

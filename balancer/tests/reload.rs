@@ -4,9 +4,9 @@ mod recorded;
 
 use std::time::Duration;
 
+use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config};
-use balloon::units::Bytes;
 use recorded::Recorded;
 use rustix::process::{Signal, getpid, kill_process};
 

@@ -13,9 +13,9 @@
 use std::ptr;
 use std::time::Duration;
 
+use api::units::{Bytes, PAGE_SIZE};
 use balloon::discard::{Backing, Discard, Region};
 use balloon::ranges::{self, Range};
-use balloon::units::{Bytes, PAGE_SIZE};
 use vm_memory::GuestAddress;
 
 const MEMORY: usize = 1 << 30;

@@ -5,10 +5,14 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-use crate::units::Bytes;
+use api::units::Bytes;
+use devices::sandbox::Call;
 
 /// Ranges that wait for one call; the most that it takes (`UIO_MAXIOV`).
 const MOST: usize = 1024;
+
+/// The system call by which many ranges go back; [`madvise`](libc::madvise) every process makes.
+pub(crate) const CALL: Call = Call::any(libc::SYS_process_madvise);
 
 /// What giving memory back has done so far; monotonic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 //! [`collapse`](crate::collapse) keeps away.
 
 use crate::ranges::Range;
-use crate::units::Bytes;
+use api::units::Bytes;
 
 /// The size of a transparent huge page of the host (x86-64: one entry of a page directory).
 pub const BLOCK: Bytes = Bytes::mib(2);

@@ -19,7 +19,7 @@
 
 use crate::blocks::BLOCK;
 use crate::ranges::{self, Range};
-use crate::units::Bytes;
+use api::units::Bytes;
 
 /// Runs of closed blocks in a region at most. The mappings of three regions are then fewer than
 /// half of the 65530 that Linux allows by default, and 16 GiB can have every second block closed.

@@ -5,7 +5,7 @@ use vm_memory::GuestAddress;
 
 use crate::pending::Pending;
 use crate::ranges::{self, PartlyGiven, Range};
-use crate::units::{Bytes, PAGE_SIZE};
+use api::units::{Bytes, PAGE_SIZE};
 
 fn pages(first: u64, count: u64) -> Range {
     Range { start: GuestAddress(first.saturating_mul(PAGE_SIZE)), len: Bytes(count * PAGE_SIZE) }

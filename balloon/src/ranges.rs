@@ -2,7 +2,7 @@
 
 use vm_memory::GuestAddress;
 
-use crate::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
+use api::units::{Bytes, PAGE_SHIFT, PAGE_SIZE, Pages};
 
 /// Guest physical memory from `start`, `len` bytes long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

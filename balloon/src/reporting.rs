@@ -5,7 +5,7 @@ use devices::virtio::queue::Chain;
 
 use crate::discard::Discard;
 use crate::ranges::Range;
-use crate::units::Bytes;
+use api::units::Bytes;
 
 /// Drops what a chain reports and returns how much of it is guest RAM; `None`
 /// where it is not a report, which has buffers to write only.

@@ -2,8 +2,8 @@
 //!
 //! Pure: reports in, a word out. A guest with an agent says so itself and sooner.
 
-use crate::report::Report;
-use crate::units::Bytes;
+use api::report::Report;
+use api::units::Bytes;
 
 /// A guest that could spare less than one part in so many of its memory is short. Linux 6.1 counts
 /// no waiting that the balloon's driver could tell, so that this is all there is to go by.

@@ -11,9 +11,9 @@ use devices::virtio::queue::{Chain, Head, Verdict, give_back};
 use vm_memory::GuestMemoryMmap;
 
 use crate::device::handle::{Answers, Driver, Shared};
-use crate::report::Report;
 use crate::stalls::Stalls;
 use crate::timer::Timer;
+use api::report::Report;
 
 /// One statistic in the buffer: a tag of 2 bytes and a value of 8, packed (section 5.5.6.3.1).
 const ENTRY: usize = 10;

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE};
 use balloon::device::{
     Config, DEFLATE_ON_OOM, MUST_TELL_HOST, PAGE_POISON, PAGE_REPORTING, SILENT_AFTER, STATS_VQ, TargetError,
 };
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::{BUFFERS, Guest, HIGH, NEEDS_RESET, REGION, RUNNING};
 use devices::virtio::device::VirtioDevice;
 use virtio_bindings::virtio_mmio::*;

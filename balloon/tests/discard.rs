@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
+use api::units::{Bytes, PAGE_SIZE};
 use balloon::collapse::MOST_RUNS;
 use balloon::discard::{Backing, Discard, Region};
 use balloon::ranges::Range;
-use balloon::units::{Bytes, PAGE_SIZE};
 use vm_memory::GuestAddress;
 
 const PAGE: usize = PAGE_SIZE as usize;

@@ -1,8 +1,8 @@
 //! A hostile guest against the balloon: nothing panics, nothing beside guest
 //! RAM is touched, and after a reset the balloon works.
 
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE};
 use devices::testing::hostile::{any_act, chain_act};
 use devices::testing::{BUFFERS, HIGH, NEEDS_RESET, RUNNING};
 use proptest::collection::vec;

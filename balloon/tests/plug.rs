@@ -1,8 +1,8 @@
 //! virtio-mem as a guest's driver and the host see it.
 
+use api::status::DriverState;
+use api::units::Bytes;
 use balloon::plug::{ACPI_PXM, UNPLUGGED_INACCESSIBLE, block_size};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use devices::testing::{BUFFERS, HIGH, NEEDS_RESET, REGION, RUNNING};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};

@@ -1,10 +1,10 @@
 //! A balloon that is saved in one process and restored in another, and states that nobody saved.
 
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE, Pages};
 use balloon::device::pace::PaceState;
 use balloon::device::saved::{BalloonState, Run};
 use balloon::device::{Handle, MUST_TELL_HOST};
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE, Pages};
 use devices::state::StateError;
 use devices::testing::{BUFFERS, Guest, HIGH, LOW, REGION, RUNNING};
 use devices::virtio::saved::VirtioState;
@@ -221,7 +221,7 @@ proptest! {
         (device.told, device.pending, device.followed, device.broken) = (told, pending, followed, broken);
         (device.poison, device.given_up) = (poison, given_up);
         device.statistics_buffer = serde_json::from_value(json!(buffer)).unwrap();
-        device.report = age_ms.map(|age_ms| balloon::status::AgedReport { age_ms, statistics: Default::default() });
+        device.report = age_ms.map(|age_ms| api::status::AgedReport { age_ms, statistics: Default::default() });
         state.device = serde_json::to_value(device).unwrap();
         if let Ok((mut guest, handle)) = restore(guest, state) {
             prop_assert!(handle.actual() <= MAP);

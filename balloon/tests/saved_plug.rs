@@ -1,9 +1,9 @@
 //! virtio-mem that is saved in one process and restored in another, and states that nobody saved.
 
+use api::status::DriverState;
+use api::units::Bytes;
 use balloon::plug::UNPLUGGED_INACCESSIBLE;
 use balloon::plug::saved::{PlugState, Run};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
 use devices::state::StateError;
 use devices::testing::{BUFFERS, HIGH, REGION, RUNNING};
 use devices::virtio::saved::VirtioState;

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use balloon::means::PATIENCE;
-use balloon::means::steering::{Steering, SteeringError};
-use balloon::units::{Bytes, PAGE_SIZE};
+use api::status::UNPLUG_PATIENCE;
+use api::units::{Bytes, PAGE_SIZE};
+use balloon::mechanism::steering::{Steering, SteeringError};
 use devices::testing::{Guest, REGION};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 
@@ -103,10 +103,10 @@ fn the_balloon_takes_what_is_not_unplugged_in_time() {
     assert_eq!(bench.held(), Bytes::ZERO);
     let start = Instant::now();
     while bench.held() != Bytes(16 * BLOCK) {
-        assert!(start.elapsed() < 20 * PATIENCE, "the balloon never came to help");
+        assert!(start.elapsed() < 20 * UNPLUG_PATIENCE, "the balloon never came to help");
         bench.wait();
     }
-    assert!(start.elapsed() >= PATIENCE - Duration::from_millis(100), "{:?}", start.elapsed());
+    assert!(start.elapsed() >= UNPLUG_PATIENCE - Duration::from_millis(100), "{:?}", start.elapsed());
     // It unplugs after all: the balloon lets go.
     assert_eq!(bench.yard.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
     bench.run();
@@ -119,7 +119,7 @@ fn a_paused_guest_has_the_whole_of_its_time_to_unplug() {
     bench.set_target(BOOT);
     bench.steering.rest(true);
     let begun = Instant::now();
-    while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
+    while begun.elapsed() < UNPLUG_PATIENCE + Duration::from_millis(300) {
         bench.wait();
         assert_eq!(bench.held(), Bytes::ZERO, "it can't unplug while it stands still");
     }
@@ -128,7 +128,7 @@ fn a_paused_guest_has_the_whole_of_its_time_to_unplug() {
     assert_eq!(bench.held(), Bytes::ZERO, "it has only just begun to run");
     let begun = Instant::now();
     while bench.held() == Bytes::ZERO {
-        assert!(begun.elapsed() < PATIENCE * 10, "the balloon never helps");
+        assert!(begun.elapsed() < UNPLUG_PATIENCE * 10, "the balloon never helps");
         bench.wait();
     }
 }
@@ -195,7 +195,7 @@ fn the_balloon_helps_where_its_driver_came_late() {
     bench.balloon.reset();
     bench.set_target(BOOT);
     let begun = Instant::now();
-    while begun.elapsed() < PATIENCE + Duration::from_millis(300) {
+    while begun.elapsed() < UNPLUG_PATIENCE + Duration::from_millis(300) {
         bench.wait();
     }
     bench.balloon.start(0);

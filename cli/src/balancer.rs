@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::balancer::daemon::{self, Config, ConfigError, DEFAULT_FILE, DaemonError};
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::failure::Failure;
 use crate::{client, duration, output};

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use balloon::runtime;
+use api::runtime;
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};

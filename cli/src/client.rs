@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use api::runtime;
 use balancer::driver::ballast::Client;
 pub use balancer::driver::ballast::Error;
-use balloon::runtime;
 
 use crate::failure::Failure;
 

@@ -4,9 +4,9 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
+use api::runtime::RuntimeError;
 use balancer::daemon::DaemonError;
 use balancer::driver::ballast;
-use balloon::runtime::RuntimeError;
 use vmm::exit::{FAILED, HOST_CANNOT, USAGE};
 use vmm::host::HostCannot;
 use vmm::machine::MachineError;

@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 
-use balloon::agent::AgentStatus;
-use balloon::limits::Limits;
-use balloon::report::Report;
-use balloon::status::{DriverState, MemoryStatus, PlugStatus};
-use balloon::units::Bytes;
+use api::agent::AgentStatus;
+use api::limits::Limits;
+use api::report::Report;
+use api::status::{DriverState, MemoryStatus, PlugStatus};
+use api::units::Bytes;
 
 use crate::client;
 use crate::failure::Failure;

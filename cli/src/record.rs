@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::balancer::daemon;
-use balancer::sim::recorded::{LONGEST, OWN_HEADER};
-use balloon::runtime;
-use balloon::status::MemoryStatus;
-use balloon::units::Bytes;
+use api::runtime;
+use api::status::MemoryStatus;
+use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use sim::recorded::{LONGEST, OWN_HEADER};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::discovery::Discovery;
 use crate::failure::Failure;
-use crate::roster::Roster;
 use crate::{client, duration, sentence};
 
 /// A report older than this, in intervals, says nothing about now.
@@ -87,8 +87,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let directory = runtime::directory()?;
     let mut recording = Recording::create(&args.output)?;
     let bar = progress();
-    let roster = Roster::new(directory, args.interval).asking_guests(ANSWER.min(args.interval / 2));
-    let taken = client::block_on(take(args, roster, &mut recording, &bar));
+    let discovery = Discovery::new(directory, args.interval).asking_guests(ANSWER.min(args.interval / 2));
+    let taken = client::block_on(take(args, discovery, &mut recording, &bar));
     bar.finish_and_clear();
     recording.close(taken)
 }
@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// Sample by sample, until it has been long enough or a signal ends it.
 async fn take(
     args: &Args,
-    mut roster: Roster,
+    mut discovery: Discovery,
     recording: &mut Recording,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
@@ -121,7 +121,7 @@ async fn take(
         let answers = tokio::select! {
             biased;
             () = &mut stop => return Ok(()),
-            answers = roster.ask(wanted) => answers?,
+            answers = discovery.ask(wanted) => answers?,
         };
         for answer in answers {
             let fresh = answer.memory.as_ref().ok().filter(|memory| is_fresh(memory, patience));

@@ -4,16 +4,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::runtime;
+use api::limits::Limits;
+use api::runtime;
 use vmm::config::{
-    Backing, BalloonOptions, Config, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Grow, MemoryOptions, Name,
+    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
+    MemoryOptions, Name, SerialOptions, VmConfig,
 };
 use vmm::machine::Machine;
 
 use crate::duration;
 use crate::failure::Failure;
-use crate::room;
+use crate::reservation;
 use crate::sentence;
 
 /// Run one VM until its guest switches off
@@ -108,7 +109,7 @@ pub struct Args {
     no_sandbox: bool,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum GrowBy {
     /// It boots with max in its memory map, and the balloon holds back what is above SIZE
     Balloon,
@@ -124,7 +125,8 @@ enum MemoryBacking {
 }
 
 impl Args {
-    fn config(self) -> Result<Config, Failure> {
+    fn config(self) -> Result<VmConfig, Failure> {
+        let devices = self.devices().map_err(Failure::usage)?;
         let backing = self.hugepages.unwrap_or(match self.memory_backing {
             MemoryBacking::Anonymous => Backing::Anonymous,
             MemoryBacking::Memfd => Backing::Memfd,
@@ -136,28 +138,39 @@ impl Args {
         } else {
             Some(runtime::socket_in(&runtime::create_directory()?, name.as_str())?)
         };
-        Ok(Config {
+        Ok(VmConfig {
             name,
             kernel: self.kernel,
             initrd: self.initrd,
             cmdline: self.cmdline,
             limits: self.memory,
-            grow: match self.grow {
-                GrowBy::Balloon => Grow::Balloon,
-                GrowBy::Plug => Grow::Plug,
-            },
             cpus: self.cpus,
-            console: self.console,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
-            balloon: BalloonOptions {
-                deflate_on_oom: !self.no_deflate_on_oom,
-                reporting: !self.no_free_page_reporting,
-                statistics_interval: self.statistics_interval,
-            },
-            agent: !self.no_agent,
+            devices,
             socket,
             sandbox: !self.no_sandbox,
         })
+    }
+
+    /// The devices that the flags ask for, in the order in which the guest finds them.
+    fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
+        let balloon = BalloonOptions {
+            deflate_on_oom: !self.no_deflate_on_oom,
+            reporting: !self.no_free_page_reporting,
+            statistics_interval: self.statistics_interval,
+        };
+        let mut devices = vec![
+            ("serial", Device::Serial(SerialOptions { console: self.console.clone() })),
+            ("balloon", Device::Balloon(balloon)),
+            ("rng", Device::Rng),
+        ];
+        if !self.no_agent {
+            devices.push(("agent", Device::Agent));
+        }
+        if self.grow == GrowBy::Plug {
+            devices.push(("memory", Device::Memory));
+        }
+        devices.into_iter().map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }
 
@@ -165,14 +178,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
-    let room = if asks {
-        room::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
+    let reserved = if asks {
+        reservation::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
     } else {
         None
     };
     let machine = Machine::new(config).inspect_err(|_| {
-        if let Some(room) = room {
-            room.give_back();
+        if let Some(reservation) = reserved {
+            reservation.give_back();
         }
     })?;
     give_back_heap();
@@ -182,10 +195,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 }
 
 /// What it holds at its start: a balloon takes back what was touched before its driver runs, and not sooner.
-fn at_the_start(config: &Config) -> Limits {
-    match config.grow {
-        Grow::Balloon if config.memory.prefault => config.limits.starting_full(),
-        Grow::Balloon | Grow::Plug => config.limits,
+fn at_the_start(config: &VmConfig) -> Limits {
+    if config.memory.prefault && !config.plugs_memory() {
+        config.limits.starting_full()
+    } else {
+        config.limits
     }
 }
 

@@ -8,16 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use balancer::sim::faults::Fault;
-use balancer::sim::laws::Name;
-use balancer::sim::recorded::Part;
-use balancer::sim::report::Report;
-use balancer::sim::sweep::{Source, Sweep, watch};
-use balancer::sim::trace::Kind;
-use balancer::sim::world::WARM_UP;
-use balancer::sim::{Grow, Host, Reports, Setup, Speeds, plot, recorded};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use sim::faults::Fault;
+use sim::policies::PolicyName;
+use sim::recorded::Part;
+use sim::report::Report;
+use sim::sweep::{Source, Sweep, watch};
+use sim::trace::Kind;
+use sim::world::WARM_UP;
+use sim::{Grow, Reports, Setup, SimulatedHost, Speeds, plot, recorded};
 
 use crate::failure::Failure;
 use crate::output;
@@ -31,36 +31,36 @@ const LONGEST: f64 = recorded::LONGEST as f64 / 3600.0;
 /// The most seconds of all VMs of a run together: 8 bytes each, and a run on each processor.
 const MOST_SAMPLES: u64 = 200_000_000;
 
-/// Simulate memory laws on one host: ours and others', under equal demand
+/// Simulate memory policies on one host: ours and others', under equal demand
 #[derive(clap::Args)]
 #[command(
     after_help = "\
-Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
+Policies: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
 Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
-The law was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.",
+The policy was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.",
     after_long_help = "\
-Laws: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
+Policies: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
 Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
 
-The law was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.
+The policy was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.
 
 Examples:
   ballast sim --compare --plot plots
   ballast sim --vms 14 --trace peaks --faults stuck,lying
-  ballast sim --compare --law ballast,static --vms 8..24 --seeds 201..216 --hours 4 --json"
+  ballast sim --compare --policy ballast,static --vms 8..24 --seeds 201..216 --hours 4 --json"
 )]
 pub struct Args {
-    /// All laws over a range of VMs: who serves how many
+    /// All policies over a range of VMs: who serves how many
     #[arg(long)]
     compare: bool,
-    /// Which laws [default: ballast; with --compare all]
-    #[arg(long = "law", value_name = "LAW", value_delimiter = ',')]
-    laws: Vec<Name>,
+    /// Which policies [default: ballast; with --compare all]
+    #[arg(long = "policy", alias = "law", value_name = "POLICY", value_delimiter = ',')]
+    policies: Vec<PolicyName>,
     /// What VMs demand: a kind or a file
     #[arg(long, value_name = "KIND|FILE", default_value = "mixed")]
     trace: String,
@@ -90,8 +90,8 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = GrowBy::Balloon)]
     grow: GrowBy,
     /// When guests tell of themselves
-    #[arg(long, value_enum, default_value_t = Told::Asked)]
-    reports: Told,
+    #[arg(long, value_enum, default_value_t = ReportsBy::Asked)]
+    reports: ReportsBy,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -111,8 +111,8 @@ enum GrowBy {
 
 /// See [`Reports`].
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Told {
-    /// When a law is about to look, as ballast's guests do
+enum ReportsBy {
+    /// When a policy is about to look, as ballast's guests do
     Asked,
     /// Once a second by a clock of their own, as other VMMs' guests do
     Timed,
@@ -193,21 +193,21 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
     if args.host_reserve >= args.host {
         return Err(Failure::usage("--host-reserve leaves nothing of --host for VMs"));
     }
-    let laws = match (&args.laws[..], args.compare) {
-        ([], true) => Name::ALL.to_vec(),
-        ([], false) => vec![Name::Ballast],
-        (laws, _) => laws.to_vec(),
+    let policies = match (&args.policies[..], args.compare) {
+        ([], true) => PolicyName::ALL.to_vec(),
+        ([], false) => vec![PolicyName::Ballast],
+        (policies, _) => policies.to_vec(),
     };
     let setup = Setup {
-        host: Host { total: args.host, reserve: args.host_reserve },
+        host: SimulatedHost { total: args.host, reserve: args.host_reserve },
         speeds: args.speeds.as_deref().map(speeds).transpose()?.unwrap_or_default(),
         grow: match args.grow {
             GrowBy::Balloon => Grow::Balloon,
             GrowBy::Plug => Grow::Plug,
         },
         reports: match args.reports {
-            Told::Asked => Reports::Asked,
-            Told::Timed => Reports::Timed,
+            ReportsBy::Asked => Reports::Asked,
+            ReportsBy::Timed => Reports::Timed,
         },
         faults: args.faults.clone(),
     };
@@ -226,7 +226,7 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
             args.hours
         )));
     }
-    Ok(Sweep { laws, vms, seeds, seconds, source, setup })
+    Ok(Sweep { policies, vms, seeds, seconds, source, setup })
 }
 
 /// How long each run is; no longer than what was recorded.
@@ -287,24 +287,24 @@ fn draw(
     directory: &Path,
     sweep: &Sweep,
     report: &Report,
-    outcome: &balancer::sim::sweep::Outcome,
+    outcome: &sim::sweep::Outcome,
 ) -> Result<(), Failure> {
     std::fs::create_dir_all(directory)
         .map_err(|error| Failure::new(format!("can't create {}: {error}", directory.display())))?;
     let mut drawn = Vec::new();
     if sweep.vms.len() > 1 {
         let path = directory.join("service.svg");
-        plot::service(&path, outcome, &sweep.laws, &sweep.setup.host, &report.about())
+        plot::service(&path, outcome, &sweep.policies, &sweep.setup.host, &report.about())
             .map_err(Failure::new)?;
         drawn.push(path);
     }
-    // As many VMs as the first law serves well: the picture of a full host.
-    let first = sweep.laws.first().copied().unwrap_or(Name::Ballast);
+    // As many VMs as the first policy serves well: the picture of a full host.
+    let first = sweep.policies.first().copied().unwrap_or(PolicyName::Ballast);
     let vms = outcome.most_vms(first).or(sweep.vms.first().copied()).unwrap_or(1);
-    for &law in &sweep.laws {
-        let path = directory.join(format!("memory-{law}.svg"));
-        let (trace, moments) = watch(sweep, law, vms, *sweep.seeds.start());
-        plot::memory(&path, law, &trace, &moments, &sweep.setup.host).map_err(Failure::new)?;
+    for &policy in &sweep.policies {
+        let path = directory.join(format!("memory-{policy}.svg"));
+        let (trace, snapshots) = watch(sweep, policy, vms, *sweep.seeds.start());
+        plot::memory(&path, policy, &trace, &snapshots, &sweep.setup.host).map_err(Failure::new)?;
         drawn.push(path);
     }
     for path in drawn {

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use api::runtime;
 use balancer::daemon::client::{Client, Error};
 use balancer::daemon::{DecisionView, Fate, MemoryView, Why};
-use balloon::runtime;
 
 use crate::failure::Failure;
 use crate::{client, output};
@@ -76,13 +76,13 @@ fn describe(why: &Why) -> String {
 
 fn sentence(decision: &DecisionView) -> String {
     let mut text = decision.sentence.clone();
-    let complaint = decision.complaint.as_deref().unwrap_or("no reason given");
+    let error = decision.error.as_deref().unwrap_or("no reason given");
     // Writing to a String does not fail.
     let _ = match decision.fate {
         Fate::Taken => Ok(()),
         Fate::Advised => write!(text, "; advised, and left to the host's operator"),
-        Fate::Refused => write!(text, "; refused: {complaint}"),
-        Fate::Unanswered => write!(text, "; not confirmed: {complaint}"),
+        Fate::Refused => write!(text, "; refused: {error}"),
+        Fate::Unanswered => write!(text, "; not confirmed: {error}"),
         Fate::Postponed => write!(text, "; put off, as it owed an answer"),
     };
     if decision.times > 1 {

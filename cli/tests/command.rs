@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vmm::api::Server;
+use vmm::api_server::Server;
 use vmm::control::Control;
 use vmm::host;
 

@@ -9,11 +9,11 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balancer::sim::recorded;
-use balloon::units::Bytes;
+use api::units::Bytes;
 use fakes::FakeVm;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use sim::recorded;
 use tokio::runtime::Handle;
 
 const LIMITS: &str = "256M,min=128M,max=1G";
@@ -149,7 +149,7 @@ fn nothing_to_record_leaves_no_file() {
 #[test]
 fn what_makes_no_sense_together_is_refused() {
     let directory = tempfile::tempdir().unwrap();
-    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../balancer/samples/lab.csv");
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../sim/samples/lab.csv");
     let sample = sample.to_str().unwrap();
     for (arguments, part) in [
         (&["--trace", sample, "--vms", "2", "--seeds", "1..2"][..], "leave --seeds out"),

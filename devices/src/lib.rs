@@ -1,7 +1,8 @@
 //! What a guest sees beside memory and CPUs. Nothing here knows KVM.
 
 pub mod pci;
-pub mod serial;
+pub mod platform;
+pub mod sandbox;
 pub mod state;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use devices::serial::{BACKLOG, Port, Serial};
+use devices::platform::serial::{BACKLOG, Port, Serial};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vm_device::bus::PioAddress;

@@ -3,7 +3,7 @@
 use std::io;
 
 use devices::pci::{ConfigState, VectorState};
-use devices::serial::{BACKLOG, PortState, Serial};
+use devices::platform::serial::{BACKLOG, PortState, Serial};
 use devices::state::{StateError, Version};
 use devices::testing::pci::{BAR, FUNCTION_MASK, MSIX_ENABLE, NOTIFY};
 use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, RUNNING};

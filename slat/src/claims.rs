@@ -10,7 +10,7 @@ use crate::payload::{Between, Payload, Place, Setup};
 use crate::probe::Verdict;
 use crate::run::{Measurement, Run, spaces, untouched};
 use crate::walk::Walk;
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 /// Everything a report is made of.
 #[derive(Clone, Copy, Debug, Default)]

@@ -4,7 +4,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::collections::BTreeMap;
 use std::fs;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// What a report needs to be compared with another.

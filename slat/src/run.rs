@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use ::balloon::units::Bytes;
+use ::api::units::Bytes;
 use anyhow::{Result, ensure};
 use lab::{GuestImages, Kernel};
 

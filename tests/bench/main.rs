@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use ::balloon::units::Bytes;
+use ::api::units::Bytes;
 use anyhow::{Context, Result, bail, ensure};
 use lab::emulator::{Emulator, Terminal};
 use lab::{GuestImages, Kernel, inside, qemu_with_libraries};

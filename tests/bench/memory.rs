@@ -1,6 +1,6 @@
 //! A process's private memory outside its guest's.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 /// A mapping of at least this size is guest memory, as is one of any size that a VM keeps out of
 /// core dumps (`dd`, proc(5)): where the host gives out huge pages, guest memory may be many mappings.

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::balloon::units::Bytes;
+use ::api::units::Bytes;
 use anyhow::{Context, Result, ensure};
 use rustix::time::{ClockId, clock_gettime};
 

@@ -4,8 +4,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use ::balloon::status::MemoryStatus;
-use ::balloon::units::Bytes;
+use ::api::status::MemoryStatus;
+use ::api::units::Bytes;
 use anyhow::{Context, Result, bail, ensure};
 use lab::GuestImages;
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use clap::{Parser, Subcommand};
 use lab::Kernel;
 use lab::emulator::{Emulator, Terminal, at_a_terminal};

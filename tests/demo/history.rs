@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balloon::status::{DriverState, MemoryStatus};
-use balloon::units::Bytes;
+use api::status::{DriverState, MemoryStatus};
+use api::units::Bytes;
 
 /// One guest at one moment.
 #[derive(Clone, Copy, Debug)]

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use lab::emulator::{Emulator, Terminal};
 use lab::{Kernel, inside};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 

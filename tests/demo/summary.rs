@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::history::History;
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::history::{Guest, GuestSample, History, Sample};
 

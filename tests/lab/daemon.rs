@@ -2,7 +2,7 @@
 
 use std::process::{Child, Command, Stdio};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::artifacts::ballast;
 

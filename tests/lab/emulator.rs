@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use rustix::thread::sched_setaffinity;
 use slat::lab::archive::Archive;
 use slat::lab::emulator::{Ended, Kind, Machine, PROGRAM, wait};

@@ -3,7 +3,7 @@
 use std::env;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::artifacts;
 use crate::emulator::{Emulator, INSIDE, kvm_device};

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::host::inside;
 use crate::kernels::GuestImages;

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use api::runtime;
+use api::status::{MemoryStatus, VmStatus};
+use api::units::Bytes;
 use balancer::driver::ballast::{Client, Error};
-use balloon::runtime;
-use balloon::status::{MemoryStatus, VmStatus};
-use balloon::units::Bytes;
 
 use crate::artifacts;
 use crate::kernels::GuestImages;

@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use api::runtime;
 use balancer::daemon::State;
 use balancer::daemon::client::Client;
-use balloon::runtime;
 use lab::{ballast, wait_for};
 
 /// `ballast balancer` at its default interval; ends with this.

@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use clap::{Parser, ValueEnum};
 use lab::emulator::{Emulator, Terminal};
 use lab::{Kernel, inside};

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use balloon::units::Bytes;
+use api::units::Bytes;
 use lab::{Kernel, Vm, VmSettings, wait_looking_every};
 
 use crate::Mode;

@@ -3,15 +3,16 @@
 
 mod bucket;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use balloon::agent::wire::{Decoder, Frame, Kind};
-use balloon::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
+use api::agent::wire::{Decoder, Frame, Kind};
+use api::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
 use devices::virtio::port::{Port, PortEvent};
+use parking_lot::Mutex;
 
 use self::bucket::Bucket;
-use crate::feed::Feed;
+use crate::event_stream::EventStream;
 
 /// Words that count in a second, and at once after a silence. An agent sends two a second while
 /// its guest stalls; a guest that sends more is only heard less.
@@ -34,7 +35,7 @@ struct State {
 
 /// What one agent has said, and what it is in the middle of saying.
 #[derive(Debug)]
-struct Ear {
+struct Listener {
     decoder: Decoder,
     state: State,
 }
@@ -42,13 +43,13 @@ struct Ear {
 /// A VM's agent, if its guest runs one.
 #[derive(Clone, Debug)]
 pub struct Agent {
-    ear: Arc<Mutex<Ear>>,
-    feed: Arc<Feed>,
+    listener: Arc<Mutex<Listener>>,
+    events: Arc<EventStream>,
 }
 
 impl Agent {
-    /// An agent that was not heard yet; what it says goes to `feed` as well.
-    pub fn new(feed: Arc<Feed>) -> Self {
+    /// An agent that was not heard yet; what it says goes to `events` as well.
+    pub fn new(events: Arc<EventStream>) -> Self {
         let state = State {
             connected: false,
             heard_at: None,
@@ -60,7 +61,7 @@ impl Agent {
             malformed: 0,
             bucket: Bucket::new(RATE.0, RATE.1, Instant::now()),
         };
-        Self { ear: Arc::new(Mutex::new(Ear { decoder: Decoder::default(), state })), feed }
+        Self { listener: Arc::new(Mutex::new(Listener { decoder: Decoder::default(), state })), events }
     }
 
     /// The device over which it is heard.
@@ -71,26 +72,21 @@ impl Agent {
 
     /// How it stands at `now`; `None` where it was never heard.
     pub fn status(&self, now: Instant) -> Option<AgentStatus> {
-        self.ear().state.status(now)
+        self.listener.lock().state.status(now)
     }
 
-    /// The guest's driver says that it waits for memory. What it says goes to the feed no more often than an
+    /// The guest's driver says that it waits for memory. What it says goes to the events no more often than an
     /// agent's words: both are the guest's to send, and too many would drive every reader away.
     pub fn stalls(&self, now: Instant) {
-        let mut ear = self.ear();
-        if ear.state.bucket.take(now) {
-            self.feed.push(EventKind::Stalls, ear.state.status(now));
+        let mut listener = self.listener.lock();
+        if listener.state.bucket.take(now) {
+            self.events.push(EventKind::Stalls, listener.state.status(now));
         }
     }
 
-    fn ear(&self) -> MutexGuard<'_, Ear> {
-        // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
-        self.ear.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn take(&self, event: PortEvent<'_>, now: Instant) {
-        let mut ear = self.ear();
-        let Ear { decoder, state } = &mut *ear;
+        let mut listener = self.listener.lock();
+        let Listener { decoder, state } = &mut *listener;
         match event {
             PortEvent::Opened => {
                 state.connected = true;
@@ -99,13 +95,13 @@ impl Agent {
             PortEvent::Closed => {
                 state.connected = false;
                 if state.heard_at.is_some() && state.bucket.take(now) {
-                    self.feed.push(EventKind::AgentGone, state.status(now));
+                    self.events.push(EventKind::AgentGone, state.status(now));
                 }
             }
             PortEvent::Data(piece) => {
                 decoder.feed(piece, |frame| {
                     if let Some(kind) = state.hear(frame, now) {
-                        self.feed.push(kind, state.status(now));
+                        self.events.push(kind, state.status(now));
                     }
                 });
                 state.malformed = decoder.malformed();
@@ -156,7 +152,7 @@ fn milliseconds(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon::units::Bytes;
+    use api::units::Bytes;
 
     fn word(kind: Kind, available: Bytes) -> Vec<u8> {
         let figures = AgentFigures { available: Some(available), ..AgentFigures::default() };
@@ -165,10 +161,10 @@ mod tests {
 
     #[test]
     fn what_an_agent_says_is_kept_and_passed_on() {
-        let feed = Arc::new(Feed::default());
-        let mut reader = feed.subscribe(None).unwrap();
+        let events = Arc::new(EventStream::default());
+        let mut reader = events.subscribe(None).unwrap();
         reader.read().unwrap();
-        let agent = Agent::new(feed.clone());
+        let agent = Agent::new(events.clone());
         let start = Instant::now();
         agent.take(PortEvent::Opened, start);
         assert_eq!(agent.status(start), None, "a program that says nothing is no agent");
@@ -191,8 +187,8 @@ mod tests {
 
     #[test]
     fn a_flood_is_heard_in_part_and_counted() {
-        let feed = Arc::new(Feed::default());
-        let agent = Agent::new(feed.clone());
+        let events = Arc::new(EventStream::default());
+        let agent = Agent::new(events.clone());
         let start = Instant::now();
         agent.take(PortEvent::Opened, start);
         let flood = word(Kind::Distress, Bytes::ZERO).repeat(1000);
@@ -205,7 +201,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_counted_and_forgotten() {
-        let agent = Agent::new(Arc::new(Feed::default()));
+        let agent = Agent::new(Arc::new(EventStream::default()));
         let now = Instant::now();
         agent.take(PortEvent::Opened, now);
         agent.take(PortEvent::Data(&[7; 5000]), now);
@@ -216,9 +212,9 @@ mod tests {
 
     #[test]
     fn opening_and_closing_without_end_fills_nothing() {
-        let feed = Arc::new(Feed::default());
-        let agent = Agent::new(feed.clone());
-        let mut reader = feed.subscribe(None).unwrap();
+        let events = Arc::new(EventStream::default());
+        let agent = Agent::new(events.clone());
+        let mut reader = events.subscribe(None).unwrap();
         let now = Instant::now();
         agent.take(PortEvent::Opened, now);
         agent.take(PortEvent::Data(&word(Kind::Figures, Bytes::ZERO)), now);
@@ -231,9 +227,9 @@ mod tests {
 
     #[test]
     fn stalls_without_end_drive_no_reader_away() {
-        let feed = Arc::new(Feed::default());
-        let agent = Agent::new(feed.clone());
-        let mut reader = feed.subscribe(None).unwrap();
+        let events = Arc::new(EventStream::default());
+        let agent = Agent::new(events.clone());
+        let mut reader = events.subscribe(None).unwrap();
         let now = Instant::now();
         for _ in 0..1000 {
             agent.stalls(now);

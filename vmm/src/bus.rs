@@ -1,18 +1,9 @@
 //! Where a vCPU's port and memory accesses end up.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
-use vm_device::{
-    DevicePio,
-    bus::{PioAddressOffset, PioRange},
-};
-
-use crate::boot::{acpi, layout};
-use crate::crew::Crew;
-use crate::exit::Exit;
 
 /// What a read returns where nothing answers: no device pulls the lines down.
 const NOTHING: u8 = 0xff;
@@ -48,30 +39,24 @@ pub struct ExitCounts {
 }
 
 impl Buses {
-    /// A port is read. All devices here have ports of one byte, so more bytes are
-    /// repeated accesses (`rep ins`): one after the other, each at the same port.
-    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+    /// A port is read, `width` bytes at a time: more than one access where the guest repeats it (`rep ins`).
+    pub fn read_port(&self, port: u16, width: u8, data: &mut [u8]) {
         self.exits.ports.fetch_add(1, Ordering::Relaxed);
-        if self.devices.pio_device(PioAddress(port)).is_none() {
-            data.fill(NOTHING);
-            return self.unclaimed_port(port);
-        }
-        for byte in data.chunks_mut(1) {
-            if self.devices.pio_read(PioAddress(port), byte).is_err() {
-                byte.fill(NOTHING);
+        for access in data.chunks_mut(usize::from(width.max(1))) {
+            if self.devices.pio_read(PioAddress(port), access).is_err() {
+                data.fill(NOTHING);
+                return self.unclaimed_port(port);
             }
         }
     }
 
-    /// A port is written; more bytes than one as in [`read_port`](Self::read_port).
-    pub fn write_port(&self, port: u16, data: &[u8]) {
+    /// A port is written, `width` bytes at a time, as in [`read_port`](Self::read_port).
+    pub fn write_port(&self, port: u16, width: u8, data: &[u8]) {
         self.exits.ports.fetch_add(1, Ordering::Relaxed);
-        if self.devices.pio_device(PioAddress(port)).is_none() {
-            return self.unclaimed_port(port);
-        }
-        for byte in data.chunks(1) {
-            // A device is there, and one byte fits into any range.
-            let _ = self.devices.pio_write(PioAddress(port), byte);
+        for access in data.chunks(usize::from(width.max(1))) {
+            if self.devices.pio_write(PioAddress(port), access).is_err() {
+                return self.unclaimed_port(port);
+            }
         }
     }
 
@@ -114,99 +99,85 @@ impl Buses {
     }
 }
 
-/// The ports through which a guest ends its own life.
-pub struct EndPorts {
-    crew: Arc<Crew>,
-}
-
-// pvpanic (QEMU docs/specs/pvpanic): reading tells which events are understood.
-const PANICKED: u8 = 1 << 0;
-// Sleep control register (ACPI 6.5, table 4.19).
-const SLEEP_ENABLE: u8 = 1 << 5;
-const SLEEP_TYPE_SHIFT: u8 = 2;
-// Keyboard controller: pulse the reset line.
-const PULSE_RESET: u8 = 0xfe;
-
-impl EndPorts {
-    /// Puts them on the bus.
-    ///
-    /// # Errors
-    /// When something else is at their addresses.
-    pub fn register(buses: &mut Buses, crew: &Arc<Crew>) -> Result<(), vm_device::bus::Error> {
-        let ports = Arc::new(Self { crew: Arc::clone(crew) });
-        for (first, count) in
-            [(layout::PVPANIC, 1), (layout::SLEEP_CONTROL, 3), (layout::KEYBOARD_COMMAND, 1)]
-        {
-            let range = PioRange::new(PioAddress(first), count)?;
-            buses.devices.register_pio(range, ports.clone())?;
-        }
-        Ok(())
-    }
-}
-
-impl DevicePio for EndPorts {
-    fn pio_read(&self, base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
-        data.fill(match base.0.wrapping_add(offset) {
-            layout::PVPANIC => PANICKED,
-            // Asleep, or an input buffer that is full, this machine never is.
-            _ => 0,
-        });
-    }
-
-    fn pio_write(&self, base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        let Some(&value) = data.first() else { return };
-        match (base.0.wrapping_add(offset), value) {
-            (layout::PVPANIC, events) if events & PANICKED != 0 => self.crew.end(Exit::Panicked),
-            (layout::SLEEP_CONTROL, value) if value == SLEEP_ENABLE | acpi::S5 << SLEEP_TYPE_SHIFT => {
-                self.crew.end(Exit::PoweredOff);
-            }
-            (layout::RESET, layout::RESET_VALUE) | (layout::KEYBOARD_COMMAND, PULSE_RESET) => {
-                self.crew.end(Exit::Reboot);
-            }
-            _ => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use proptest::prelude::*;
+    use std::sync::{Arc, Mutex};
 
-    fn buses() -> (Buses, Arc<Crew>) {
-        let crew = Crew::new(1).expect("a crew");
+    use proptest::prelude::*;
+    use vm_device::MutDevicePio;
+    use vm_device::bus::{PioAddressOffset, PioRange};
+
+    use super::*;
+
+    /// Keeps the accesses that reach it.
+    #[derive(Default)]
+    struct Kept(Vec<(u16, Vec<u8>)>);
+
+    impl MutDevicePio for Kept {
+        fn pio_read(&mut self, _: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+            self.0.push((offset, vec![0; data.len()]));
+            data.fill(self.0.len() as u8);
+        }
+
+        fn pio_write(&mut self, _: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+            self.0.push((offset, data.to_vec()));
+        }
+    }
+
+    fn buses(first: u16, count: u16) -> (Buses, Arc<Mutex<Kept>>) {
         let mut buses = Buses::default();
-        EndPorts::register(&mut buses, &crew).expect("free addresses");
-        (buses, crew)
+        let device = Arc::new(Mutex::new(Kept::default()));
+        let range = PioRange::new(PioAddress(first), count).expect("a range");
+        buses.devices.register_pio(range, device.clone()).expect("free addresses");
+        (buses, device)
     }
 
     #[test]
-    fn each_way_out_ends_the_vm_once() {
-        for (port, value, exit) in [
-            (0x505, 1, Exit::Panicked),
-            (0x600, 0x34, Exit::PoweredOff),
-            (0x602, 1, Exit::Reboot),
-            (0x64, 0xfe, Exit::Reboot),
-        ] {
-            let (buses, crew) = buses();
-            buses.write_port(port, &[0]);
-            assert!(!crew.has_ended());
-            buses.write_port(port, &[value]);
-            assert_eq!(crew.wait_for_end(), exit);
-        }
+    fn an_access_comes_as_wide_as_it_is_and_a_repeated_one_again_and_again() {
+        let (buses, device) = buses(0xcf8, 8);
+        buses.write_port(0xcf8, 4, &[1, 2, 3, 4]);
+        buses.write_port(0xcfe, 2, &[5, 6, 7, 8]);
+        buses.write_port(0xcf9, 1, &[9, 10]);
+        let mut data = [0xff; 4];
+        buses.read_port(0xcfc, 2, &mut data);
+        assert_eq!(data, [6, 6, 7, 7]);
+        let written = |offset, data: &[u8]| (offset, data.to_vec());
+        assert_eq!(
+            device.lock().unwrap().0,
+            [
+                written(0, &[1, 2, 3, 4]),
+                written(6, &[5, 6]),
+                written(6, &[7, 8]),
+                written(1, &[9]),
+                written(1, &[10]),
+                written(4, &[0, 0]),
+                written(4, &[0, 0]),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_access_that_reaches_past_a_device_is_none_to_it() {
+        let (buses, device) = buses(0x505, 1);
+        buses.write_port(0x505, 2, &[1, 1]);
+        let mut data = [0; 2];
+        buses.read_port(0x505, 2, &mut data);
+        assert_eq!((data, device.lock().unwrap().0.len()), ([0xff; 2], 0));
+        assert_eq!((buses.exits().ports, buses.exits().unclaimed_ports), (2, 2));
     }
 
     proptest! {
         #[test]
         fn no_access_panics_and_nothing_reads_as_ones(
-            port: u16, address: u64, mut data in prop::collection::vec(any::<u8>(), 0..64)
+            port: u16, width: u8, address: u64, mut data in prop::collection::vec(any::<u8>(), 0..64)
         ) {
-            let (buses, _crew) = buses();
-            buses.write_port(port, &data);
+            let buses = Buses::default();
+            buses.write_port(port, width, &data);
             buses.write_memory(address, &data);
             buses.read_memory(address, &mut data);
             prop_assert!(data.iter().all(|byte| *byte == 0xff));
-            buses.read_port(port, &mut data);
+            buses.read_port(port, width, &mut data);
+            prop_assert!(data.iter().all(|byte| *byte == 0xff));
         }
     }
 }

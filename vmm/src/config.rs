@@ -1,18 +1,45 @@
 //! What a user asks for when a VM is made.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
+use serde::{Deserialize, Serialize};
+
+/// Types that are text in a configuration, read by the same rule as on the command line.
+macro_rules! text {
+    ($($name:ident),*) => {$(
+        impl TryFrom<String> for $name {
+            type Error = ConfigError;
+            fn try_from(text: String) -> Result<Self, ConfigError> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(value: $name) -> Self {
+                value.to_string()
+            }
+        }
+    )*};
+}
+
+mod device;
+
+pub use device::{BalloonOptions, Console, Device, DeviceConfig, DeviceId, SerialOptions, ThreadName};
+
+text!(Name);
 
 /// The most vCPUs a VM may have: well below the 255 that xAPIC identifiers can name.
 pub const MOST_CPUS: u8 = 64;
 
-/// Everything that makes one VM. Each part has been checked on its own.
-#[derive(Clone, Debug)]
-pub struct Config {
+/// Everything that makes one VM. Each part has been checked on its own; [`check`](Self::check) looks at
+/// whether they go together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
     /// The VM's name, and its socket's.
     pub name: Name,
     /// A bzImage, or an uncompressed ELF with a PVH note.
@@ -25,34 +52,41 @@ pub struct Config {
     pub limits: Limits,
     /// vCPUs.
     pub cpus: Cpus,
-    /// Where the first serial port goes.
-    pub console: Console,
     /// What the guest's memory is made of.
+    #[serde(default)]
     pub memory: MemoryOptions,
-    /// How the guest gets memory beyond what it starts with.
-    pub grow: Grow,
-    /// How the balloon behaves.
-    pub balloon: BalloonOptions,
-    /// Whether the guest gets a port for its agent.
-    pub agent: bool,
+    /// The devices, in the order in which the guest finds them.
+    pub devices: Vec<DeviceConfig>,
     /// Where the API listens; `None` is a VM without an API.
     pub socket: Option<PathBuf>,
     /// Whether the process gives up what a running VM does not need ([`crate::sandbox`]).
     pub sandbox: bool,
 }
 
-impl Config {
-    /// The directories in which this VM has sockets to remove at its end.
-    pub(crate) fn socket_directories(&self) -> Vec<PathBuf> {
-        let console = match &self.console {
-            Console::Socket(path) => Some(path),
-            _ => None,
-        };
-        let parent = |path: &PathBuf| match path.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => Some(PathBuf::from(".")),
-            parent => parent.map(PathBuf::from),
-        };
-        self.socket.iter().chain(console).filter_map(parent).collect()
+impl VmConfig {
+    /// Whether its devices go together.
+    ///
+    /// # Errors
+    /// [`ConfigError`] says which do not.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let mut ids = BTreeSet::new();
+        let mut kinds = BTreeSet::new();
+        for DeviceConfig { id, device, .. } in &self.devices {
+            if !ids.insert(id) {
+                return Err(ConfigError::SameId(id.clone()));
+            }
+            if let Some(kind) = device.only_one()
+                && !kinds.insert(kind)
+            {
+                return Err(ConfigError::Two(kind));
+            }
+        }
+        if kinds.contains("balloon") { Ok(()) } else { Err(ConfigError::NoBalloon) }
+    }
+
+    /// Whether the guest boots with its startup memory and plugs the rest.
+    pub fn plugs_memory(&self) -> bool {
+        self.devices.iter().any(|config| config.device == Device::Memory)
     }
 }
 
@@ -70,6 +104,21 @@ pub enum ConfigError {
     /// Not 1 to [`MOST_CPUS`].
     #[error("`{0}` is not a number of vCPUs: use 1 to {MOST_CPUS}")]
     Cpus(String),
+    /// Not `^[a-z0-9][a-z0-9-]{0,62}$`.
+    #[error("`{0}` is not a device's name: use 1 to 63 of a-z, 0-9 and `-`, not `-` first")]
+    DeviceId(String),
+    /// Not `^[a-z0-9][a-z0-9-]{0,14}$`.
+    #[error("`{0}` is not a thread's name: use 1 to 15 of a-z, 0-9 and `-`, not `-` first")]
+    ThreadName(String),
+    /// Two devices have one name.
+    #[error("two devices are called `{0}`: give each a name of its own")]
+    SameId(DeviceId),
+    /// Two devices of a kind of which there is one at most.
+    #[error("a VM has one device of type `{0}` at most")]
+    Two(&'static str),
+    /// Nothing moves its memory.
+    #[error("each VM needs a device of type `balloon`")]
+    NoBalloon,
     /// Not a console.
     #[error("`{0}` is not a console: use stdio, file:PATH, socket:PATH or none")]
     Console(String),
@@ -78,8 +127,9 @@ pub enum ConfigError {
     HugePages(String),
 }
 
-/// A VM's name, by the rule of [`balloon::runtime::check_name`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A VM's name, by the rule of [`api::runtime::check_name`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Name(String);
 
 impl Name {
@@ -98,13 +148,14 @@ impl fmt::Display for Name {
 impl FromStr for Name {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        balloon::runtime::check_name(text).map_err(|_| ConfigError::Name(text.to_owned()))?;
+        api::runtime::check_name(text).map_err(|_| ConfigError::Name(text.to_owned()))?;
         Ok(Self(text.to_owned()))
     }
 }
 
 /// A number of vCPUs, 1 to [`MOST_CPUS`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
 pub struct Cpus(u8);
 
 impl Cpus {
@@ -117,44 +168,33 @@ impl Cpus {
     }
 }
 
-impl FromStr for Cpus {
-    type Err = ConfigError;
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text.parse() {
-            Ok(count @ 1..=MOST_CPUS) => Ok(Self(count)),
-            _ => Err(ConfigError::Cpus(text.to_owned())),
+impl TryFrom<u8> for Cpus {
+    type Error = ConfigError;
+    fn try_from(count: u8) -> Result<Self, ConfigError> {
+        match count {
+            1..=MOST_CPUS => Ok(Self(count)),
+            _ => Err(ConfigError::Cpus(count.to_string())),
         }
     }
 }
 
-/// Where the guest's first serial port goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Console {
-    /// Standard input and output, a terminal or pipes.
-    Stdio,
-    /// Output into a file, made anew; no input.
-    File(PathBuf),
-    /// A Unix socket that the VM listens on; one client at a time, both ways.
-    Socket(PathBuf),
-    /// Nowhere.
-    None,
+impl From<Cpus> for u8 {
+    fn from(cpus: Cpus) -> Self {
+        cpus.0
+    }
 }
 
-impl FromStr for Console {
+impl FromStr for Cpus {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text.split_once(':') {
-            None if text == "stdio" => Ok(Self::Stdio),
-            None if text == "none" => Ok(Self::None),
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
-            _ => Err(ConfigError::Console(text.to_owned())),
-        }
+        let count: u8 = text.parse().map_err(|_| ConfigError::Cpus(text.to_owned()))?;
+        count.try_into()
     }
 }
 
 /// What the guest's memory is made of on the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MemoryOptions {
     /// The kind of mapping.
     pub backing: Backing,
@@ -165,7 +205,8 @@ pub struct MemoryOptions {
 }
 
 /// The kind of mapping that guest memory is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Backing {
     /// Private anonymous memory.
     #[default]
@@ -173,6 +214,7 @@ pub enum Backing {
     /// A memfd, mapped shared: another process could map it too.
     Memfd,
     /// Reserved huge pages of 2 MiB (hugetlbfs).
+    #[serde(rename = "hugepages-2m")]
     HugePages2M,
 }
 
@@ -189,18 +231,6 @@ impl Backing {
     }
 }
 
-/// How a guest gets memory beyond what it starts with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Grow {
-    /// It boots with the memory of `max`, and a balloon holds back what is above `startup`. Any
-    /// guest with a balloon driver can.
-    #[default]
-    Balloon,
-    /// It boots with `startup` and plugs the rest (virtio-mem). It needs the driver for it, and
-    /// can't reach memory that it was not given.
-    Plug,
-}
-
 /// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
 /// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
 /// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
@@ -212,23 +242,6 @@ pub fn plug_cmdline(cmdline: &str) -> String {
         let given = line.split_whitespace().any(|other| other.split('=').next() == Some(name));
         if given { line } else { format!("{line} {word}") }
     })
-}
-
-/// How the balloon behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BalloonOptions {
-    /// Offer VIRTIO_BALLOON_F_DEFLATE_ON_OOM: a guest that runs out of memory takes pages back.
-    pub deflate_on_oom: bool,
-    /// Offer VIRTIO_BALLOON_F_PAGE_REPORTING: a guest hands over free pages without being asked.
-    pub reporting: bool,
-    /// How often the guest is asked for statistics; zero asks never.
-    pub statistics_interval: Duration,
-}
-
-impl Default for BalloonOptions {
-    fn default() -> Self {
-        Self { deflate_on_oom: true, reporting: true, statistics_interval: Duration::from_secs(1) }
-    }
 }
 
 #[cfg(test)]
@@ -262,6 +275,57 @@ mod tests {
         assert_eq!("4".parse::<Cpus>().map(Cpus::get), Ok(4));
         for bad in ["0", "65", "-1", "two"] {
             assert!(bad.parse::<Cpus>().is_err(), "{bad}");
+        }
+    }
+
+    fn config(devices: &str) -> Result<VmConfig, serde_json::Error> {
+        serde_json::from_str(&format!(
+            r#"{{"name": "web", "kernel": "/boot/vmlinuz", "initrd": null, "cmdline": "quiet", "cpus": 2,
+                "limits": {{"startup": 67108864, "min": 67108864, "max": 134217728}}, "socket": null,
+                "sandbox": true, "memory": {{"backing": "memfd"}}, "devices": [{devices}]}}"#
+        ))
+    }
+
+    #[test]
+    fn a_configuration_is_data() {
+        let read = config(
+            r#"{"id": "serial0", "type": "serial", "console": "file:/tmp/x"},
+            {"id": "balloon", "type": "balloon", "statistics_interval_ms": 500},
+            {"id": "rng", "type": "rng", "thread": "rng"}, {"id": "memory", "type": "memory"}"#,
+        );
+        let config = read.expect("it is whole");
+        assert_eq!(config.check(), Ok(()));
+        assert!(config.plugs_memory());
+        assert_eq!(config.devices[0].device, {
+            Device::Serial(SerialOptions { console: Console::File("/tmp/x".into()) })
+        });
+        let Device::Balloon(balloon) = config.devices[1].device else { panic!("a balloon") };
+        assert_eq!((balloon.statistics_interval.as_millis(), balloon.reporting), (500, true));
+        assert_eq!(config.devices[2].thread.as_ref().map(ThreadName::as_str), Some("rng"));
+        let text = serde_json::to_string(&config).expect("it can be written");
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).expect("and read"), config);
+    }
+
+    #[test]
+    fn what_makes_no_vm_is_refused() {
+        let balloon = r#"{"id": "balloon", "type": "balloon"}"#;
+        for (devices, error) in [
+            (String::new(), ConfigError::NoBalloon),
+            (format!(r#"{balloon}, {{"id": "balloon", "type": "rng"}}"#), {
+                ConfigError::SameId("balloon".parse().unwrap())
+            }),
+            (format!(r#"{balloon}, {{"id": "other", "type": "balloon"}}"#), ConfigError::Two("balloon")),
+        ] {
+            assert_eq!(config(&devices).expect("it can be read").check(), Err(error));
+        }
+        for bad in [
+            r#"{"id": "a/b", "type": "rng"}"#,
+            r#"{"id": "rng", "type": "teapot"}"#,
+            r#"{"id": "rng", "type": "rng", "thread": "a-name-that-is-too-long"}"#,
+            r#"{"id": "serial", "type": "serial", "console": "tty:x"}"#,
+            r#"{"id": "balloon", "type": "balloon", "deflate": true}"#,
+        ] {
+            assert!(config(bad).is_err(), "{bad}");
         }
     }
 }

@@ -7,16 +7,18 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::serial::{Port, Serial};
+use devices::platform::serial::{Port, Serial};
+use devices::sandbox::{Call, SandboxNeeds};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::SocketAddrUnix;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::{SocketFile, bind_privately};
+use crate::api_server::{SocketFile, bind_privately};
 use crate::config;
-use crate::crew::Crew;
 use crate::exit::Exit;
+use crate::sandbox::directory_of;
 use crate::terminal::RawTerminal;
+use crate::vcpu_set::VcpuSet;
 
 /// Bytes of input read at a time.
 const CHUNK: usize = 1024;
@@ -62,7 +64,11 @@ impl Console {
     ///
     /// # Errors
     /// [`ConsoleError`] names the file.
-    pub fn open(config: &config::Console, irq: EventFd, crew: &Arc<Crew>) -> Result<Self, ConsoleError> {
+    pub fn open(
+        config: &config::Console,
+        irq: EventFd,
+        vcpu_set: &Arc<VcpuSet>,
+    ) -> Result<Self, ConsoleError> {
         let client = Arc::new(Mutex::new(None));
         let mut socket = None;
         let mut terminal = None;
@@ -94,12 +100,30 @@ impl Console {
             Arc::new(Mutex::new(Input {
                 source,
                 port,
-                crew: Arc::clone(crew),
+                vcpu_set: Arc::clone(vcpu_set),
                 left: Vec::new(),
                 muted: false,
             }))
         });
         Ok(Self { port, input, _terminal: terminal, _socket: socket })
+    }
+}
+
+/// What a console needs of the sandbox: a terminal's settings are undone, and a socket removed, at the end.
+pub(crate) fn sandbox_needs(config: &config::Console) -> SandboxNeeds {
+    const TERMINAL: [Call; 5] = [
+        Call::ioctl(libc::TCGETS),
+        Call::ioctl(libc::TCSETS),
+        Call::ioctl(libc::TCSETSW),
+        Call::ioctl(libc::TCSETSF),
+        Call::ioctl(libc::TIOCGWINSZ),
+    ];
+    match config {
+        config::Console::Stdio => SandboxNeeds::calls(&TERMINAL),
+        config::Console::Socket(path) => {
+            SandboxNeeds { remove: vec![directory_of(path)], ..SandboxNeeds::default() }
+        }
+        config::Console::File(_) | config::Console::None => SandboxNeeds::default(),
     }
 }
 
@@ -154,7 +178,7 @@ enum Source {
 pub struct Input {
     source: Source,
     port: Arc<Port>,
-    crew: Arc<Crew>,
+    vcpu_set: Arc<VcpuSet>,
     /// Input that the port had no room for; at most one chunk.
     left: Vec<u8>,
     /// The source is not watched until there is room again.
@@ -198,7 +222,7 @@ impl Input {
             Ok(count @ 1..) => {
                 let bytes = chunk.get(..count).unwrap_or_default();
                 self.left = match &mut self.source {
-                    Source::Stdin { escape, .. } => escape.filter(bytes, &self.crew),
+                    Source::Stdin { escape, .. } => escape.filter(bytes, &self.vcpu_set),
                     Source::Socket { .. } => bytes.to_vec(),
                 };
                 self.deliver(ops);
@@ -314,7 +338,7 @@ enum Escape {
 impl Escape {
     /// What of `input` goes to the guest: Ctrl-A x ends the VM, Ctrl-A Ctrl-A is one Ctrl-A,
     /// anything else after Ctrl-A is dropped with it.
-    fn filter(&mut self, input: &[u8], crew: &Crew) -> Vec<u8> {
+    fn filter(&mut self, input: &[u8], vcpu_set: &VcpuSet) -> Vec<u8> {
         let mut through = Vec::with_capacity(input.len());
         for &byte in input {
             *self = match (*self, byte) {
@@ -324,7 +348,7 @@ impl Escape {
                     Self::Plain
                 }
                 (Self::AfterCtrlA, b'x' | b'X') => {
-                    crew.end(Exit::ConsoleQuit);
+                    vcpu_set.end(Exit::ConsoleQuit);
                     Self::Plain
                 }
                 (Self::AfterCtrlA, CTRL_A) => {
@@ -355,13 +379,13 @@ mod tests {
 
     #[test]
     fn ctrl_a_is_for_ballast() {
-        let crew = Crew::new(1).expect("a crew");
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let mut escape = Escape::Plain;
-        assert_eq!(escape.filter(b"a\x01\x01b\x01c", &crew), b"a\x01b");
-        assert_eq!(escape.filter(b"d\x01", &crew), b"d");
-        assert!(!crew.has_ended());
-        assert_eq!(escape.filter(b"x", &crew), b"");
-        assert_eq!(crew.wait_for_end(), Exit::ConsoleQuit);
+        assert_eq!(escape.filter(b"a\x01\x01b\x01c", &vcpu_set), b"a\x01b");
+        assert_eq!(escape.filter(b"d\x01", &vcpu_set), b"d");
+        assert!(!vcpu_set.has_ended());
+        assert_eq!(escape.filter(b"x", &vcpu_set), b"");
+        assert_eq!(vcpu_set.wait_for_end(), Exit::ConsoleQuit);
     }
 
     /// Longer than anything here takes.
@@ -398,11 +422,11 @@ mod tests {
         let serial = Serial::new(irq, Box::new(Telling(output, writes))).expect("a port");
         let port = Arc::new(Port::new(serial));
         let (input, mut keys) = io::pipe().expect("a pipe");
-        let crew = Crew::new(1).expect("a crew");
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let source =
             Source::Stdin { input: File::from(OwnedFd::from(input)), escape: Escape::Plain, typed: false };
-        let (served, by) = (Arc::clone(&port), Arc::clone(&crew));
-        let input = Input { source, port: served, crew: by, left: Vec::new(), muted: false };
+        let (served, by) = (Arc::clone(&port), Arc::clone(&vcpu_set));
+        let input = Input { source, port: served, vcpu_set: by, left: Vec::new(), muted: false };
         let devices = EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread");
         let vcpu = thread::spawn(move || port.pio_write(PioAddress(0x3f8), 0, b"o"));
         writing.recv_timeout(LONG).expect("the guest writes");
@@ -414,7 +438,7 @@ mod tests {
         keys.write_all(b"\x01x").expect("it is watched");
         let (ends, ended) = mpsc::channel();
         thread::spawn(move || {
-            let exit = crew.wait_for_end();
+            let exit = vcpu_set.wait_for_end();
             devices.stop();
             let _ = ends.send(exit);
         });
@@ -425,10 +449,10 @@ mod tests {
     }
 
     /// A port whose guest never reads, and the loop that serves `source`.
-    fn deaf_guest(source: Source, crew: &Arc<Crew>) -> EventLoop {
+    fn deaf_guest(source: Source, vcpu_set: &Arc<VcpuSet>) -> EventLoop {
         let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let port = Arc::new(Port::new(Serial::new(irq, Box::new(io::sink())).expect("a port")));
-        let input = Input { source, port, crew: Arc::clone(crew), left: Vec::new(), muted: false };
+        let input = Input { source, port, vcpu_set: Arc::clone(vcpu_set), left: Vec::new(), muted: false };
         EventLoop::start("devices", vec![Arc::new(Mutex::new(input))]).expect("a thread")
     }
 
@@ -436,12 +460,12 @@ mod tests {
     fn keys_end_a_vm_whose_guest_reads_none() {
         let (input, mut keys) = io::pipe().expect("a pipe");
         let input = File::from(OwnedFd::from(input));
-        let crew = Crew::new(1).expect("a crew");
-        let devices = deaf_guest(Source::Stdin { input, escape: Escape::Plain, typed: true }, &crew);
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
+        let devices = deaf_guest(Source::Stdin { input, escape: Escape::Plain, typed: true }, &vcpu_set);
         keys.write_all(&[b'a'; 20_000]).expect("they are read");
         keys.write_all(b"\x01x").expect("they are read");
         let (ends, ended) = mpsc::channel();
-        thread::spawn(move || ends.send(crew.wait_for_end()));
+        thread::spawn(move || ends.send(vcpu_set.wait_for_end()));
         assert_eq!(ended.recv_timeout(LONG), Ok(Exit::ConsoleQuit));
         devices.stop();
     }
@@ -452,7 +476,7 @@ mod tests {
         let path = directory.path().join("console");
         let client = Arc::new(Mutex::new(None));
         let source = Source::Socket { listener: listen(&path).expect("it listens"), client: client.clone() };
-        let devices = deaf_guest(source, &Crew::new(1).expect("a crew"));
+        let devices = deaf_guest(source, &VcpuSet::new(1).expect("a vcpu_set"));
         let mut first = UnixStream::connect(&path).expect("it listens");
         // More than the guest is given, so that it is no longer read.
         first.write_all(&[b'a'; 20_000]).expect("there is room on the way");
@@ -483,10 +507,10 @@ mod tests {
     fn a_socket_that_took_its_place_stays() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("console");
-        let crew = Crew::new(1).expect("a crew");
+        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let open = || {
             let irq = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-            Console::open(&config::Console::Socket(path.clone()), irq, &crew).expect("a console")
+            Console::open(&config::Console::Socket(path.clone()), irq, &vcpu_set).expect("a console")
         };
         let first = open();
         std::fs::remove_file(&path).expect("it is there");

@@ -1,24 +1,25 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use balloon::agent::AgentStatus;
-use balloon::limits::Limits;
-use balloon::means::steering::{Steering, SteeringError};
-use balloon::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
-use balloon::units::Bytes;
+use api::agent::AgentStatus;
+use api::limits::Limits;
+use api::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::units::Bytes;
+use balloon::mechanism::steering::{Steering, SteeringError};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
 use crate::config::{Cpus, Name};
-use crate::crew::{Crew, VisitError};
+use crate::event_stream::{EventStream, Subscription};
 use crate::exit::Exit;
-use crate::feed::{Feed, Subscription};
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
-use crate::life::{self, Change};
 use crate::memory::Ram;
+use crate::state::{self, Change};
+use crate::vcpu_set::{VcpuSet, VisitError};
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -84,7 +85,7 @@ const fn word(state: VmState) -> &'static str {
 /// What a control needs of a VM that has been set up.
 pub struct Parts {
     /// Its vCPUs.
-    pub crew: Arc<Crew>,
+    pub vcpu_set: Arc<VcpuSet>,
     /// Its memory.
     pub ram: Arc<Ram>,
     /// What moves its memory.
@@ -101,7 +102,7 @@ pub struct Control {
     started: Instant,
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
-    feed: Arc<Feed>,
+    events: Arc<EventStream>,
     agent: Agent,
     parts: OnceLock<Parts>,
 }
@@ -109,7 +110,7 @@ pub struct Control {
 impl Control {
     /// The control of a VM that has not been set up yet.
     pub fn new(name: Name, cpus: Cpus, limits: Limits) -> Self {
-        let feed = Arc::new(Feed::default());
+        let events = Arc::new(EventStream::default());
         Self {
             name,
             cpus,
@@ -117,8 +118,8 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
-            agent: Agent::new(Arc::clone(&feed)),
-            feed,
+            agent: Agent::new(Arc::clone(&events)),
+            events,
             parts: OnceLock::new(),
         }
     }
@@ -134,13 +135,13 @@ impl Control {
     }
 
     /// What happens to the guest's memory, for those who wait for it.
-    pub fn feed(&self) -> &Arc<Feed> {
-        &self.feed
+    pub fn events(&self) -> &Arc<EventStream> {
+        &self.events
     }
 
-    /// A place among the readers of the feed; `None` where all are taken.
+    /// A place among the readers of the events; `None` where all are taken.
     pub fn subscribe(&self) -> Option<Subscription> {
-        self.feed.subscribe(self.agent_status())
+        self.events.subscribe(self.agent_status())
     }
 
     fn agent_status(&self) -> Option<AgentStatus> {
@@ -157,16 +158,16 @@ impl Control {
 
     /// Lets the vCPUs run for the first time.
     pub fn start(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if let (VmState::Created, Some(parts)) = (*state, self.parts.get()) {
-            parts.crew.run();
+            parts.vcpu_set.run();
             *state = VmState::Running;
         }
     }
 
     /// Takes note that the VM has ended.
     pub fn ended(&self) {
-        *lock(&self.state) = VmState::Stopped;
+        *self.state.lock() = VmState::Stopped;
     }
 
     /// What this VM is and where it stands.
@@ -174,7 +175,7 @@ impl Control {
         VmStatus {
             name: self.name.as_str().to_owned(),
             pid: std::process::id(),
-            state: *lock(&self.state),
+            state: *self.state.lock(),
             cpus: self.cpus.get(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -183,7 +184,7 @@ impl Control {
 
     /// Everything about this VM's memory now.
     pub fn memory(&self) -> MemoryStatus {
-        let limits = *lock(&self.limits);
+        let limits = *self.limits.lock();
         let Some(parts) = self.parts.get() else {
             return MemoryStatus {
                 limits,
@@ -213,7 +214,7 @@ impl Control {
             actual: steering.actual(),
             settled: balloon.settled(),
             followed: Some(balloon.followed()),
-            paused_by: lock(&self.state).paused_by(),
+            paused_by: self.state.lock().paused_by(),
             host_rss: held.map(|held| held.resident).unwrap_or_default(),
             host_huge: held.map(|held| held.huge),
             driver: balloon.driver(),
@@ -225,16 +226,16 @@ impl Control {
     }
 
     /// Has the guest asked for a report where its newest is older than `max_age`. Returns whether one can
-    /// be expected: then whoever listens to the [`Feed`] is woken when it is there.
+    /// be expected: then whoever listens to the [`EventStream`] is woken when it is there.
     pub fn expects_report(&self, max_age: Duration) -> bool {
         // A guest that stands still answers nobody, and would pass for silent.
-        let (Some(parts), VmState::Running) = (self.parts.get(), *lock(&self.state)) else { return false };
+        let (Some(parts), VmState::Running) = (self.parts.get(), *self.state.lock()) else { return false };
         let balloon = parts.steering.balloon();
         if balloon.report_age().is_some_and(|age| age <= max_age) {
             return false;
         }
         // First: the report may be there before the question is out.
-        self.feed.expect_report();
+        self.events.expect_report();
         balloon.ask_for_report()
     }
 
@@ -255,7 +256,7 @@ impl Control {
         if state == VmState::Created {
             return Err(ControlError::State { state, action: ACTION });
         }
-        let seen = parts.crew.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
+        let seen = parts.vcpu_set.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
         match seen {
             Ok(seen) => seen
                 .map_err(|error| ControlError::Host(format!("KVM refused to translate an address: {error}"))),
@@ -271,7 +272,7 @@ impl Control {
     /// [`ControlError::OutsideLimits`], and [`ControlError::NoDriver`] where nothing would follow.
     pub fn set_target(&self, target: Bytes) -> Result<(), ControlError> {
         // Held until the target is set, so that it can't slip past new limits.
-        let limits = lock(&self.limits);
+        let limits = self.limits.lock();
         let (min, max) = (limits.min(), limits.max());
         if !(min..=max).contains(&target) {
             return Err(ControlError::OutsideLimits { target, min, max });
@@ -292,7 +293,7 @@ impl Control {
         if limits.max() > self.map {
             return Err(ControlError::BeyondMap { max: limits.max(), map: self.map });
         }
-        let mut current = lock(&self.limits);
+        let mut current = self.limits.lock();
         *current = limits;
         if let Some(parts) = self.parts.get() {
             let target = parts.steering.target();
@@ -306,13 +307,13 @@ impl Control {
     }
 
     /// Stops the vCPUs; returns when all of them stand still. An operator may also take over a pause
-    /// of the balancer's, which then no longer ends it; see [`life`].
+    /// of the balancer's, which then no longer ends it; see [`state`].
     ///
     /// # Errors
     /// [`ControlError::State`] unless the VM runs, or `by` may take its pause over, or has made it;
     /// [`ControlError::Host`] when a vCPU hangs, and the VM runs on.
     pub fn pause(&self, by: Pauser) -> Result<(), ControlError> {
-        self.change(|state| life::pause(state, by))
+        self.change(|state| state::pause(state, by))
     }
 
     /// Lets paused vCPUs run on.
@@ -320,7 +321,7 @@ impl Control {
     /// # Errors
     /// [`ControlError::State`] unless the VM is paused and `by` may end that.
     pub fn resume(&self, by: Pauser) -> Result<(), ControlError> {
-        self.change(|state| life::resume(state, by))
+        self.change(|state| state::resume(state, by))
     }
 
     /// Presses the power button: a guest that listens shuts down in its own time.
@@ -329,7 +330,7 @@ impl Control {
     /// [`ControlError::State`] unless the VM runs.
     pub fn power_button(&self) -> Result<(), ControlError> {
         const ACTION: &str = "take a press of the power button";
-        let state = lock(&self.state);
+        let state = self.state.lock();
         match self.parts.get() {
             Some(parts) if *state == VmState::Running => {
                 // The one failure is a full counter: a press that is pending already.
@@ -346,10 +347,10 @@ impl Control {
     /// [`ControlError::State`] when it has ended already, or was never set up.
     pub fn shutdown(&self) -> Result<(), ControlError> {
         let parts = self.parts("be shut down")?;
-        if parts.crew.has_ended() {
+        if parts.vcpu_set.has_ended() {
             return Err(ControlError::State { state: VmState::Stopped, action: "be shut down" });
         }
-        parts.crew.end(Exit::Stopped);
+        parts.vcpu_set.end(Exit::Stopped);
         Ok(())
     }
 
@@ -357,19 +358,19 @@ impl Control {
         &self,
         decide: impl FnOnce(VmState) -> Result<Change, &'static str>,
     ) -> Result<(), ControlError> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let refused = |action| ControlError::State { state: *state, action };
         let change = decide(*state).map_err(refused)?;
         // Whoever runs or is paused has its parts.
         let parts = self.parts.get().ok_or_else(|| refused("be steered"))?;
         match change {
             Change::Hold { .. } => {
-                parts.crew.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
+                parts.vcpu_set.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
                 parts.steering.rest(true);
             }
             Change::Run => {
                 parts.steering.rest(false);
-                parts.crew.run();
+                parts.vcpu_set.run();
             }
             Change::TakeOver { .. } | Change::Nothing => {}
         }
@@ -378,11 +379,6 @@ impl Control {
     }
 
     fn parts(&self, action: &'static str) -> Result<&Parts, ControlError> {
-        self.parts.get().ok_or_else(|| ControlError::State { state: *lock(&self.state), action })
+        self.parts.get().ok_or_else(|| ControlError::State { state: *self.state.lock(), action })
     }
-}
-
-/// The value behind `mutex`; a panic elsewhere must not take this VM's control away.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use devices::platform::GuestEnd;
+
 /// ballast itself failed: a file, a system call, a setting.
 pub const FAILED: u8 = 1;
 /// The command line could not be understood.
@@ -26,6 +28,16 @@ pub enum Exit {
     VcpuFailed(String),
     /// Ctrl-A x on the console.
     ConsoleQuit,
+}
+
+impl From<GuestEnd> for Exit {
+    fn from(end: GuestEnd) -> Self {
+        match end {
+            GuestEnd::PowerOff => Self::PoweredOff,
+            GuestEnd::Reset => Self::Reboot,
+            GuestEnd::Panic => Self::Panicked,
+        }
+    }
 }
 
 impl Exit {

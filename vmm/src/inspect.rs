@@ -1,7 +1,7 @@
 //! What an onlooker may learn of a running VM: where its memory lies, and how a vCPU sees an
 //! address. The words of `GET /memory/map` and `POST /vm/translate`.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 

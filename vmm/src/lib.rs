@@ -1,27 +1,28 @@
 //! One virtual machine in one process.
 
 pub mod agent;
-pub mod api;
+pub mod api_server;
+pub mod arch;
 pub mod boot;
+pub mod builder;
 pub mod bus;
 pub mod config;
 pub mod console;
 pub mod control;
-pub mod cpuid;
-pub mod crew;
+pub mod event_stream;
 mod events;
 pub mod exit;
-pub mod feed;
 pub mod host;
 pub mod inspect;
-pub mod life;
+pub mod kvm;
 pub mod machine;
 pub mod memory;
-pub mod pluggable;
+mod resources;
 pub mod sandbox;
 mod signals;
+pub mod state;
 mod steering;
 mod terminal;
-mod trespass;
 pub mod vcpu;
+pub mod vcpu_set;
 pub mod wiring;

@@ -1,40 +1,31 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::thread::{Builder as ThreadBuilder, JoinHandle};
 
-use balloon::device::{Balloon, Handle};
-use balloon::discard::{self, Discard};
-use balloon::means::steering::Steering;
-use balloon::plug::{self, Plug};
-use balloon::units::Bytes;
-use devices::virtio::rng::Rng;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use devices::sandbox::SandboxNeeds;
+use kvm_ioctls::VmFd;
 
-use crate::api;
-use crate::boot::kernel::{self, Entry, Files, KernelError};
-use crate::boot::{acpi, layout, registers, reset};
-use crate::bus::{Buses, EndPorts};
-use crate::config::{Backing, Config, Grow, plug_cmdline};
-use crate::console::{Console, ConsoleError};
+use crate::api_server;
+use crate::arch::x86_64::vcpu::{self, VcpuError};
+use crate::arch::x86_64::{acpi, reset};
+use crate::boot::kernel::{self, Files, KernelError};
+use crate::builder::{BuildError, Builder, Threads};
+use crate::bus::Buses;
+use crate::config::{ConfigError, ThreadName, VmConfig, plug_cmdline};
+use crate::console::Console;
 use crate::control::{Control, Parts};
-use crate::cpuid;
-use crate::crew::Crew;
-use crate::events::{EventLoop, STACK, Subscriber};
+use crate::events::{EventLoop, STACK};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
-use crate::memory::{self, MemoryError, Ram};
-use crate::pluggable::Pluggable;
+use crate::kvm::{self, KvmError};
+use crate::memory::{MemoryError, Ram};
 use crate::sandbox::{self, SandboxError};
 use crate::signals::Signals;
-use crate::steering::Steered;
-use crate::trespass::Trespass;
 use crate::vcpu::Vcpu;
-use crate::wiring::{Wiring, WiringError};
+use crate::vcpu_set::VcpuSet;
+use crate::wiring::WiringError;
 
 /// Why a VM could not be made or started.
 #[derive(Debug, thiserror::Error)]
@@ -48,26 +39,24 @@ pub enum MachineError {
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// A device.
     #[error(transparent)]
-    Wiring(#[from] WiringError),
-    /// The console.
-    #[error(transparent)]
-    Console(#[from] ConsoleError),
+    Build(#[from] BuildError),
     /// The API's socket.
     #[error(transparent)]
-    Api(#[from] api::BindError),
+    Api(#[from] api_server::BindError),
     /// The walls around the process.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// KVM refused.
-    #[error("KVM refused to {what}: {source}")]
-    Kvm {
-        /// What was asked of it.
-        what: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There are no vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// Guest memory has no place for a table.
     #[error("boot data could not be written to guest memory: {0}")]
     BootData(#[from] vm_memory::GuestMemoryError),
@@ -91,11 +80,6 @@ impl MachineError {
     }
 }
 
-/// `map_err` with what was asked of KVM.
-fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
-    move |source| MachineError::Kvm { what, source }
-}
-
 /// `map_err` with what was asked of the host.
 fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Host { what, source }
@@ -104,19 +88,17 @@ fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// A VM that is set up whole and has not run yet.
 pub struct Machine {
     control: Arc<Control>,
-    crew: Arc<Crew>,
+    vcpu_set: Arc<VcpuSet>,
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
-    _console: Console,
-    api: Option<api::Server>,
-    devices: Vec<Subscriber>,
-    /// What moves memory, on an event loop of its own.
-    memory: Vec<Subscriber>,
-    /// The directories that stay reachable; `None` is no sandbox.
-    sandbox: Option<Vec<PathBuf>>,
+    _console: Option<Console>,
+    api: Option<api_server::Server>,
+    threads: Threads,
+    /// What stays possible; `None` is no sandbox.
+    sandbox: Option<SandboxNeeds>,
     // Closed last: the vCPUs and the memory slots hang on it.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
 }
 
 impl Machine {
@@ -124,7 +106,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError`] is the sentence for the user.
-    pub fn new(config: Config) -> Result<Self, MachineError> {
+    pub fn new(config: VmConfig) -> Result<Self, MachineError> {
         Self::with_ports(config, |_| Ok(()))
     }
 
@@ -133,9 +115,10 @@ impl Machine {
     /// # Errors
     /// As [`Machine::new`].
     pub fn with_ports(
-        config: Config,
+        config: VmConfig,
         add: impl FnOnce(&mut Buses) -> Result<(), WiringError>,
     ) -> Result<Self, MachineError> {
+        config.check()?;
         let kvm_fd = host::open_for_guests()?;
         let ram = Arc::new(ram(&config)?);
         let cmdline = match ram.pluggable() {
@@ -144,56 +127,45 @@ impl Machine {
         };
         let files = Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline };
         let entry = kernel::load(files, ram.guest(), ram.boot())?;
-        let api = config.socket.as_deref().map(api::Server::bind).transpose()?;
+        let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
-        let vm = create_vm(&kvm_fd, &ram)?;
-        let crew = Crew::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
-        let mut wiring = Wiring::new(&vm, ram.guest());
-        let power = wiring.interrupt(layout::GED_IRQ)?;
-        let console = Console::open(&config.console, wiring.interrupt(layout::COM1_IRQ)?, &crew)?;
-        wiring.serial(Arc::clone(&console.port))?;
-        EndPorts::register(wiring.buses(), &crew).map_err(WiringError::from)?;
-        add(wiring.buses())?;
-        let (balloon, handle) = balloon(&config, &ram).map_err(refused("a balloon"))?;
-        let mut memory: Vec<Subscriber> = vec![wiring.virtio(Box::new(balloon))?];
-        let rng = wiring.virtio(Box::new(Rng::new()))?;
+        let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
+        let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
-        let (feed, agent) = (Arc::clone(control.feed()), control.agent().clone());
-        let reports = Arc::clone(&feed);
-        handle.when_reported(move || reports.report_came());
-        handle.when_stalled(move || agent.stalls(Instant::now()));
-        let mut devices: Vec<Subscriber> = vec![rng];
-        if config.agent {
-            devices.push(wiring.virtio(Box::new(control.agent().port()))?);
+        let mut builder = Builder::new(Arc::clone(&vm), config.limits, &ram, &control, &vcpu_set)?;
+        add(builder.buses()).map_err(BuildError::from)?;
+        for device in &config.devices {
+            builder.add(device)?;
         }
-        let steering = match ram.pluggable() {
-            None => Steering::by_balloon(handle),
-            Some(pluggable) => {
-                let (device, plug) = plug(&ram, pluggable).map_err(refused("memory to plug"))?;
-                memory.push(wiring.virtio(Box::new(device))?);
-                let trespass = Trespass::watch(pluggable.region(), Arc::clone(&crew));
-                devices
-                    .push(Arc::new(Mutex::new(trespass.map_err(refused("a handler of memory accesses"))?)));
-                Steering::by_plug(handle, plug, ram.boot()).map_err(refused("a timer"))?
-            }
-        };
-        memory.push(Arc::new(Mutex::new(Steered(steering.clone()))));
-        let (buses, slots) = wiring.finish();
-        acpi::write(ram.guest(), config.cpus, &slots, &domain(&ram))?;
+        let devices = builder.finish()?;
+        acpi::write(ram.guest(), config.cpus, &devices.platform, &domain(&ram))?;
         reset::write(ram.guest())?;
 
-        let buses = Arc::new(buses);
-        let vcpus = create_vcpus(&kvm_fd, &vm, &config, &ram, entry)?;
+        let buses = Arc::new(devices.buses);
+        let vcpus = vcpu::create_all(&kvm_fd, &vm, config.cpus, ram.guest(), entry)?;
         let vcpus = (0..)
             .zip(vcpus)
-            .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), crew: Arc::clone(&crew) })
+            .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
             .collect();
-        control.attach(Parts { crew: Arc::clone(&crew), ram, steering, power });
-        if let Some(input) = &console.input {
-            devices.push(input.clone());
-        }
-        let sandbox = config.sandbox.then(|| config.socket_directories());
-        Ok(Self { control, crew, vcpus, buses, _console: console, api, devices, memory, sandbox, _vm: vm })
+        control.attach(Parts {
+            vcpu_set: Arc::clone(&vcpu_set),
+            ram,
+            steering: devices.steering,
+            power: devices.power,
+        });
+        let mut needs = devices.needs;
+        needs.remove.extend(config.socket.as_deref().map(sandbox::directory_of));
+        Ok(Self {
+            control,
+            vcpu_set,
+            vcpus,
+            buses,
+            _console: devices.console,
+            api,
+            threads: devices.threads,
+            sandbox: config.sandbox.then_some(needs),
+            _vm: vm,
+        })
     }
 
     /// What can be asked of this VM while it runs.
@@ -207,15 +179,18 @@ impl Machine {
     /// When a thread can't be started or the sandbox not be entered; the guest has not run then.
     pub fn run(mut self) -> Result<Exit, MachineError> {
         // Of threads, Landlock reaches those that are started later.
-        if let Some(directories) = &self.sandbox {
-            sandbox::close_files(directories)?;
+        if let Some(needs) = &self.sandbox {
+            sandbox::close_files(needs)?;
         }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
-        self.devices.push(Arc::new(Mutex::new(signals)));
-        let devices = EventLoop::start("devices", self.devices).map_err(refused("a thread for devices"))?;
-        let memory = EventLoop::start("balloon", self.memory).map_err(refused("a thread for the balloon"))?;
+        self.threads.entry(ThreadName::shared()).or_default().push(Arc::new(Mutex::new(signals)));
+        let mut loops = Vec::new();
+        for (name, subscribers) in self.threads {
+            let started = EventLoop::start(name.as_str(), subscribers);
+            loops.push(started.map_err(refused("a thread for devices"))?);
+        }
         for vcpu in self.vcpus {
-            Builder::new()
+            ThreadBuilder::new()
                 .name(format!("vcpu{}", vcpu.index))
                 .stack_size(STACK)
                 .spawn(move || vcpu.run())
@@ -225,8 +200,8 @@ impl Machine {
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
-        if self.sandbox.is_some()
-            && let Err(error) = sandbox::close_calls()
+        if let Some(needs) = &self.sandbox
+            && let Err(error) = sandbox::close_calls(&needs.calls)
         {
             if let Some(api) = api {
                 api.stop();
@@ -234,13 +209,12 @@ impl Machine {
             return Err(error.into());
         }
         self.control.start();
-        let exit = self.crew.wait_for_end();
+        let exit = self.vcpu_set.wait_for_end();
         self.control.ended();
         if let Some(api) = api {
             api.stop();
         }
-        devices.stop();
-        memory.stop();
+        loops.into_iter().for_each(EventLoop::stop);
         // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
         // reads. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
@@ -271,10 +245,10 @@ impl ApiThread {
     }
 }
 
-fn serve(server: api::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
     let stop = server.stopper().map_err(refused("an event for the API"))?;
     let control = Arc::clone(control);
-    let thread = Builder::new()
+    let thread = ThreadBuilder::new()
         .name("api".to_owned())
         .stack_size(STACK)
         .spawn(move || server.run(&control))
@@ -282,34 +256,13 @@ fn serve(server: api::Server, control: &Arc<Control>) -> Result<ApiThread, Machi
     Ok(ApiThread { stop, thread })
 }
 
-/// A VM with its memory and interrupt controllers.
-fn create_vm(kvm_fd: &Kvm, ram: &Ram) -> Result<VmFd, MachineError> {
-    let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
-    // Both are for Intel without unrestricted guests; elsewhere they do nothing.
-    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(kvm("set the identity map"))?;
-    vm.set_tss_address(layout::TSS as usize).map_err(kvm("set the TSS"))?;
-    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-    for (slot, region) in (0..).zip(ram.regions()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.guest.0,
-            memory_size: region.size.0,
-            userspace_addr: region.host as u64,
-        };
-        // SAFETY: the range is guest RAM, which stays mapped for the life of the process, and
-        // no two regions overlap.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("take the guest's memory"))?;
-    }
-    Ok(vm)
-}
-
 /// What the guest boots with, and room for what it may plug.
-fn ram(config: &Config) -> Result<Ram, MemoryError> {
+fn ram(config: &VmConfig) -> Result<Ram, MemoryError> {
     let (startup, max) = (config.limits.startup(), config.limits.max());
-    match config.grow {
-        Grow::Plug => Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory),
-        Grow::Balloon => Ram::new(max, config.memory),
+    if config.plugs_memory() {
+        Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory)
+    } else {
+        Ram::new(max, config.memory)
     }
 }
 
@@ -324,104 +277,4 @@ fn domain(ram: &Ram) -> Vec<acpi::Domain> {
             pluggable: Some(region.guest) == pluggable,
         })
         .collect()
-}
-
-/// A region as [`Discard`] drops its memory, with `host` to do it by.
-fn dropped(ram: &Ram, region: &memory::Region, host: *mut u8) -> discard::Region {
-    let backing = match ram.backing() {
-        Backing::Anonymous => discard::Backing::Anonymous,
-        Backing::Memfd => discard::Backing::SharedFile,
-        Backing::HugePages2M => discard::Backing::Hugetlb { shared: true, page: Bytes::mib(2) },
-    };
-    let collapses = ram.collapses().then_some(region.host);
-    discard::Region { guest: region.guest, host, len: region.size, backing, collapses }
-}
-
-fn balloon(config: &Config, ram: &Ram) -> io::Result<(Balloon, Handle)> {
-    let pluggable = ram.pluggable();
-    let regions = ram
-        .regions()
-        .iter()
-        .map(|region| match pluggable.filter(|pluggable| pluggable.region().guest == region.guest) {
-            // Pages of plugged memory go into the balloon as well.
-            Some(pluggable) => dropped(ram, region, pluggable.dropping()),
-            None => dropped(ram, region, region.host),
-        })
-        .collect();
-    // SAFETY: the regions are guest RAM, which stays mapped for the life of the process; what is
-    // in it belongs to the guest, and nothing here relies on it after set-up.
-    let discard = unsafe { Discard::new(regions) };
-    let options = config.balloon;
-    // Where memory is plugged, nothing is held back at the start.
-    let target = if pluggable.is_some() { ram.most() } else { config.limits.startup() };
-    let config = balloon::device::Config {
-        map: ram.most(),
-        target,
-        deflate_on_oom: options.deflate_on_oom,
-        reporting: options.reporting,
-        statistics_interval: options.statistics_interval,
-    };
-    Balloon::new(config, discard)
-}
-
-fn plug(ram: &Ram, pluggable: &Pluggable) -> io::Result<(Plug, plug::Handle)> {
-    let region = pluggable.region();
-    // Blocks go whole, and what is in one may be the balloon's to advise on.
-    let region_dropped = discard::Region { collapses: None, ..dropped(ram, &region, pluggable.dropping()) };
-    // SAFETY: as for the balloon.
-    let discard = unsafe { Discard::new(vec![region_dropped]) };
-    let config = plug::Config {
-        address: region.guest,
-        size: region.size,
-        most: pluggable.most(),
-        block: plug::block_size(region.size),
-    };
-    Plug::new(config, discard, pluggable.set_access()?)
-}
-
-// SDM volume 4, table 2-2.
-const IA32_MISC_ENABLE: u32 = 0x1a0;
-const FAST_STRINGS: u64 = 1 << 0;
-const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// MTRRs are on, and all memory is write-back where none says otherwise.
-const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
-
-fn create_vcpus(
-    kvm_fd: &Kvm,
-    vm: &VmFd,
-    config: &Config,
-    ram: &Ram,
-    entry: Entry,
-) -> Result<Vec<VcpuFd>, MachineError> {
-    let supported =
-        kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("tell what CPUID it supports"))?;
-    let emulated = cpuid::host_is_emulated();
-    let mut vcpus = Vec::new();
-    for index in 0..config.cpus.get() {
-        let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
-        let cpuid = cpuid::of_vcpu(&supported, index, config.cpus, emulated);
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
-        set_msrs(&vcpu)?;
-        vcpu.set_fpu(&registers::floating_point()).map_err(kvm("set a vCPU's FPU"))?;
-        // The others wait in their local APICs until the first one starts them.
-        if index == 0 {
-            let sregs = vcpu.get_sregs().map_err(kvm("read a vCPU's registers"))?;
-            let sregs = registers::special(entry, sregs, ram.guest())?;
-            vcpu.set_sregs(&sregs).map_err(kvm("set a vCPU's segments"))?;
-            vcpu.set_regs(&registers::general(entry)).map_err(kvm("set a vCPU's registers"))?;
-        }
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
-}
-
-fn set_msrs(vcpu: &VcpuFd) -> Result<(), MachineError> {
-    for (index, data) in [(IA32_MISC_ENABLE, FAST_STRINGS), (IA32_MTRR_DEF_TYPE, MTRR_WRITE_BACK)] {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
-        // One entry always fits; a processor that lacks the register goes without.
-        if let Ok(msrs) = Msrs::from_entries(&[entry]) {
-            vcpu.set_msrs(&msrs).map_err(kvm("set a vCPU's model-specific registers"))?;
-        }
-    }
-    Ok(())
 }

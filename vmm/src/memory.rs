@@ -1,7 +1,9 @@
 //! Guest memory: mapped lazily, of the kind that the user chose, and measured.
 
 mod accounts;
+pub(crate) mod fault_guard;
 pub(crate) mod mapping;
+pub mod pluggable;
 
 use std::fs::File;
 use std::io;
@@ -13,14 +15,14 @@ use self::accounts::Accounts;
 pub use self::accounts::Held;
 use self::mapping::{ALIGNMENT, Use, advise, map, memfd};
 pub use self::mapping::{MemoryError, Region};
-use balloon::units::Bytes;
+use api::units::Bytes;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
-use crate::boot::layout;
+use crate::arch::x86_64::layout;
 use crate::config::{Backing, MemoryOptions};
 use crate::host::HugePages;
-use crate::pluggable::Pluggable;
+use crate::memory::pluggable::Pluggable;
 
 /// A guest's RAM.
 pub struct Ram {
@@ -196,7 +198,7 @@ fn compose(regions: &[Region]) -> Result<GuestMemoryMmap, MemoryError> {
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_NORESERVE);
         // SAFETY: the pointer is a mapping of this size, never unmapped, readable and writable but
-        // for what is not plugged; a device that a guest sends there ends the VM (`trespass`).
+        // for what is not plugged; a device that a guest sends there ends the VM (`fault_guard`).
         let builder = unsafe { builder.with_raw_mmap_pointer(region.host) };
         let mapping = builder.build().map_err(|error| failed(&error))?;
         let part = GuestRegionMmap::new(mapping, region.guest)

@@ -11,8 +11,9 @@
 
 mod calls;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use devices::sandbox::{Call, SandboxNeeds};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus,
@@ -43,25 +44,33 @@ pub enum SandboxError {
     List(#[from] seccompiler::BackendError),
 }
 
+/// The directory that a path lies in.
+pub fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        Some(_) => PathBuf::from("."),
+        None => path.to_owned(),
+    }
+}
+
 /// Closes the file system and TCP for this thread and those it starts from now on, but for
-/// `/proc/self` to read and files in `directories` to remove.
+/// `/proc/self` to read and what is needed beside.
 ///
 /// # Errors
 /// [`SandboxError::Files`] and [`SandboxError::Path`]. A kernel without Landlock is none:
 /// there, ownership and modes are the only wall for files.
-pub fn close_files(directories: &[PathBuf]) -> Result<(), SandboxError> {
+pub fn close_files(needs: &SandboxNeeds) -> Result<(), SandboxError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))?
         .handle_access(AccessNet::from_all(LANDLOCK))?
         .create()?;
-    let open = |path: PathBuf| match PathFd::new(&path) {
-        Ok(opened) => Ok(opened),
-        Err(source) => Err(SandboxError::Path { path, source }),
-    };
-    ruleset = ruleset.add_rule(PathBeneath::new(open("/proc/self".into())?, AccessFs::ReadFile))?;
-    for directory in directories {
-        ruleset = ruleset.add_rule(PathBeneath::new(open(directory.clone())?, AccessFs::RemoveFile))?;
+    let own = [PathBuf::from("/proc/self")];
+    let read = own.iter().chain(&needs.read).map(|path| (path, AccessFs::ReadFile));
+    let remove = needs.remove.iter().map(|path| (path, AccessFs::RemoveFile));
+    for (path, access) in read.chain(remove) {
+        let opened = PathFd::new(path).map_err(|source| SandboxError::Path { path: path.clone(), source })?;
+        ruleset = ruleset.add_rule(PathBeneath::new(opened, access))?;
     }
     let status = ruleset.restrict_self()?;
     if status.ruleset == RulesetStatus::NotEnforced {
@@ -70,12 +79,12 @@ pub fn close_files(directories: &[PathBuf]) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Leaves every thread of this process only the system calls of a running VM.
+/// Leaves every thread of this process only the system calls of a running VM, and those of its devices.
 ///
 /// # Errors
 /// [`SandboxError::Calls`] where the kernel has no seccomp.
-pub fn close_calls() -> Result<(), SandboxError> {
-    let program = calls::filter()?;
+pub fn close_calls(devices: &[Call]) -> Result<(), SandboxError> {
+    let program = calls::filter(devices)?;
     seccompiler::apply_filter_all_threads(&program)?;
     Ok(())
 }

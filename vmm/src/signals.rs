@@ -5,7 +5,7 @@ use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use balloon::status::Pauser;
+use api::status::Pauser;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use crate::control::Control;

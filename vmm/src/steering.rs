@@ -1,6 +1,6 @@
 //! Puts the steering of a guest's memory on an event loop.
 
-use balloon::means::steering::Steering;
+use balloon::mechanism::steering::Steering;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 /// Serves the events of a [`Steering`].

@@ -4,12 +4,13 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::boot::layout;
+use crate::arch::x86_64::layout;
 use crate::bus::Buses;
-use crate::crew::{Admission, Crew, Kick};
 use crate::exit::Exit;
+use crate::vcpu_set::{Admission, Kick, VcpuSet};
 
 /// One vCPU, on its thread.
 pub struct Vcpu {
@@ -20,14 +21,14 @@ pub struct Vcpu {
     /// What its port and memory accesses reach.
     pub buses: Arc<Buses>,
     /// Who stops it.
-    pub crew: Arc<Crew>,
+    pub vcpu_set: Arc<VcpuSet>,
 }
 
 /// Why a vCPU is out of the guest.
 enum Called {
     /// Somebody called it out.
     Out,
-    /// It was at the console, and had left the crew's count of those inside before that.
+    /// It was at the console, and had left the vcpu_set's count of those inside before that.
     BackFromConsole,
     /// It can't go on.
     ToEnd(Exit),
@@ -35,18 +36,20 @@ enum Called {
 
 /// Whether a port is the console's.
 fn is_console(port: u16) -> bool {
-    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::serial::PORTS)
+    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::platform::serial::PORTS)
 }
 
 impl Vcpu {
     /// Runs until the VM ends.
     pub fn run(mut self) {
-        let flag = ptr::NonNull::from(&mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
-        self.crew.set_kick(self.index, Some(Kick::this_thread(flag)));
-        let crew = Arc::clone(&self.crew);
+        let shared = ptr::NonNull::from(self.fd.get_kvm_run());
+        // SAFETY: the field lies in the mapping that `self.fd` holds.
+        let flag = unsafe { ptr::NonNull::from(&mut (*shared.as_ptr()).immediate_exit) }.cast::<AtomicU8>();
+        self.vcpu_set.set_kick(self.index, Some(Kick::this_thread(flag)));
+        let vcpu_set = Arc::clone(&self.vcpu_set);
         let mut last = 0;
         loop {
-            let resumes = match crew.admit(self.index) {
+            let resumes = match vcpu_set.admit(self.index) {
                 Admission::Enter { resumes } => resumes,
                 Admission::Receive(visit) => {
                     visit(&self.fd);
@@ -60,37 +63,45 @@ impl Vcpu {
                 let _ = self.fd.kvmclock_ctrl();
             }
             last = resumes;
-            match self.run_until_called(flag) {
-                Called::Out => crew.left(),
+            match self.run_until_called(shared, flag) {
+                Called::Out => vcpu_set.left(),
                 Called::BackFromConsole => {}
                 Called::ToEnd(exit) => {
-                    crew.left();
-                    crew.end(exit);
+                    vcpu_set.left();
+                    vcpu_set.end(exit);
                 }
             }
         }
-        crew.set_kick(self.index, None);
+        vcpu_set.set_kick(self.index, None);
     }
 
     /// From exit to entry, until someone calls this vCPU out, it can't go on, or it has been at the console.
-    fn run_until_called(&mut self, immediate_exit: ptr::NonNull<AtomicU8>) -> Called {
+    fn run_until_called(
+        &mut self,
+        shared: ptr::NonNull<kvm_run>,
+        immediate_exit: ptr::NonNull<AtomicU8>,
+    ) -> Called {
         let failed = |why: String| Called::ToEnd(Exit::VcpuFailed(why));
+        // Bytes of the port access for which the guest was left.
+        // SAFETY: called only for that exit, for which KVM has filled in the `io` part of the union, which is
+        // plain numbers; they lie in the mapping that `self.fd` holds.
+        let width = || unsafe { (*shared.as_ptr()).__bindgen_anon_1.io.size };
         loop {
             match self.fd.run() {
                 // Whoever reads the console's output may not read now, or ever. A vCPU that waits
                 // for that is out of the guest: it touches nothing of it until it is let in again.
                 Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
-                    self.crew.left();
-                    self.buses.read_port(port, data);
+                    self.vcpu_set.left();
+                    self.buses.read_port(port, width(), data);
                     return Called::BackFromConsole;
                 }
                 Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
-                    self.crew.left();
-                    self.buses.write_port(port, data);
+                    self.vcpu_set.left();
+                    self.buses.write_port(port, width(), data);
                     return Called::BackFromConsole;
                 }
-                Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, data),
-                Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, data),
+                Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, width(), data),
+                Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, width(), data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.read_memory(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.write_memory(address, data),
                 Ok(VcpuExit::Intr) => {}
@@ -157,13 +168,13 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
 
     use kvm_bindings::kvm_userspace_memory_region;
-    use kvm_ioctls::Kvm;
+    use kvm_ioctls::{Kvm, VmFd};
     use vm_device::MutDevicePio;
     use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
     use vm_device::device_manager::PioManager;
 
     use super::*;
-    use crate::boot::layout::COM1;
+    use crate::arch::x86_64::layout::COM1;
     use crate::memory::Ram;
 
     /// A console that tells that it is written to, and then waits to be read.
@@ -181,13 +192,11 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_console_that_nobody_reads_keeps_no_vm_from_being_paused() {
-        // In real mode, without end: al += 1, and out to the console.
-        let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
-        let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: this host has no KVM") };
-        let ram = Ram::new(balloon::units::Bytes::mib(2), crate::config::MemoryOptions::default()).unwrap();
-        vm_memory::Bytes::write_slice(&**ram.guest(), &code, vm_memory::GuestAddress(0x1000)).unwrap();
+    /// A vCPU that runs `code` in real mode from 0x1000 on, with its VM; `None` where there is no KVM.
+    fn vcpu(code: &[u8]) -> Option<(VmFd, VcpuFd)> {
+        let kvm = Kvm::new().ok()?;
+        let ram = Ram::new(api::units::Bytes::mib(2), crate::config::MemoryOptions::default()).unwrap();
+        vm_memory::Bytes::write_slice(&**ram.guest(), code, vm_memory::GuestAddress(0x1000)).unwrap();
         let vm = kvm.create_vm().unwrap();
         let region = ram.regions()[0];
         let slot = kvm_userspace_memory_region {
@@ -206,25 +215,66 @@ mod tests {
         let mut regs = fd.get_regs().unwrap();
         (regs.rip, regs.rflags, regs.rax) = (0x1000, 2, 0);
         fd.set_regs(&regs).unwrap();
+        Some((vm, fd))
+    }
 
+    /// Tells of each write, and how wide it is.
+    struct Widths(Sender<usize>);
+
+    impl MutDevicePio for Widths {
+        fn pio_read(&mut self, _: PioAddress, _: PioAddressOffset, _: &mut [u8]) {}
+
+        fn pio_write(&mut self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
+            let _ = self.0.send(data.len());
+        }
+    }
+
+    #[test]
+    fn port_accesses_keep_their_width() {
+        let code = [
+            0xba, 0xf8, 0x0c, // mov dx, 0xcf8
+            0x66, 0xef, // out dx, eax
+            0xef, // out dx, ax
+            0xb9, 0x03, 0x00, // mov cx, 3
+            0xf3, 0x6f, // rep outsw
+            0xee, // out dx, al
+            0xf4, // hlt
+        ];
+        let Some((_vm, fd)) = vcpu(&code) else { return eprintln!("SKIPPED: this host has no KVM") };
+        let (written, output) = channel();
+        let mut buses = Buses::default();
+        let range = PioRange::new(PioAddress(0xcf8), 4).unwrap();
+        buses.devices.register_pio(range, Arc::new(Mutex::new(Widths(written)))).unwrap();
+        let vcpu_set = VcpuSet::new(1).unwrap();
+        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), vcpu_set: Arc::clone(&vcpu_set) };
+        vcpu_set.run();
+        vcpu.run();
+        assert_eq!(output.try_iter().collect::<Vec<_>>(), [4, 2, 2, 2, 2, 1]);
+    }
+
+    #[test]
+    fn a_console_that_nobody_reads_keeps_no_vm_from_being_paused() {
+        // In real mode, without end: al += 1, and out to the console.
+        let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
+        let Some((_vm, fd)) = vcpu(&code) else { return eprintln!("SKIPPED: this host has no KVM") };
         let ((written, output), (reader, read)) = (channel(), channel());
         let mut buses = Buses::default();
-        let range = PioRange::new(PioAddress(COM1), devices::serial::PORTS).unwrap();
+        let range = PioRange::new(PioAddress(COM1), devices::platform::serial::PORTS).unwrap();
         buses.devices.register_pio(range, Arc::new(Mutex::new(Unread { written, read }))).unwrap();
-        let crew = Crew::new(1).unwrap();
-        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), crew: Arc::clone(&crew) };
+        let vcpu_set = VcpuSet::new(1).unwrap();
+        let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), vcpu_set: Arc::clone(&vcpu_set) };
         let thread = std::thread::spawn(move || vcpu.run());
-        crew.run();
+        vcpu_set.run();
         let long = std::time::Duration::from_secs(60);
         assert_eq!(output.recv_timeout(long), Ok(1));
-        assert_eq!(crew.hold(), Ok(()), "the write goes on");
+        assert_eq!(vcpu_set.hold(), Ok(()), "the write goes on");
         // What it had begun ends; more does not come while the VM is paused.
         reader.send(()).unwrap();
         reader.send(()).unwrap();
         assert!(output.recv_timeout(std::time::Duration::from_millis(200)).is_err());
-        crew.run();
+        vcpu_set.run();
         assert_eq!(output.recv_timeout(long), Ok(2), "the guest goes on where it was");
-        crew.end(Exit::Stopped);
+        vcpu_set.end(Exit::Stopped);
         drop(reader);
         thread.join().unwrap();
     }

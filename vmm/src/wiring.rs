@@ -3,127 +3,159 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use devices::platform::OnEnd;
+use devices::platform::acpi_power::{self, AcpiPower};
+use devices::platform::i8042::{self, ResetLine};
+use devices::platform::pvpanic::{self, PvPanic};
+use devices::platform::serial;
 use devices::virtio::device::VirtioDevice;
-use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio};
+use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio, QUEUE_NOTIFY, WINDOW};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_device::DevicePio;
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_device::device_manager::{MmioManager, PioManager};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::acpi::VirtioSlot;
-use crate::boot::layout;
+use crate::arch::x86_64::acpi::{Platform, VirtioSlot};
+use crate::arch::x86_64::layout;
 use crate::bus::Buses;
+use crate::events::Subscriber;
+use crate::kvm::{KvmError, refused};
+use crate::resources::{ResourceError, Resources};
 
 /// Why a device could not be wired up.
 #[derive(Debug, thiserror::Error)]
 pub enum WiringError {
-    /// All interrupts are taken.
-    #[error("there is no interrupt left for one more virtio device (there are {})", layout::VIRTIO_DEVICES)]
-    NoSlot,
+    /// There is no interrupt or no address left.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
     /// Two devices want the same address.
     #[error("a device's addresses are taken: {0}")]
     Bus(#[from] vm_device::bus::Error),
     /// KVM refused.
-    #[error("KVM refused to connect a device's {what}: {source}")]
-    Kvm {
-        /// What was to be connected.
-        what: &'static str,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     /// No eventfd.
     #[error("a device's events can't be set up: {0}")]
     Event(#[from] io::Error),
 }
 
-/// Wires up one VM's devices, one after the other.
-pub struct Wiring<'a> {
-    vm: &'a VmFd,
-    memory: &'a Arc<GuestMemoryMmap>,
-    buses: Buses,
-    slots: Vec<VirtioSlot>,
-    /// Takes acknowledgements that say nothing: KVM has done with them then.
-    nobody: Option<EventFd>,
+fn event() -> io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-impl<'a> Wiring<'a> {
-    /// A bus without devices.
-    pub fn new(vm: &'a VmFd, memory: &'a Arc<GuestMemoryMmap>) -> Self {
-        Self { vm, memory, buses: Buses::default(), slots: Vec::new(), nobody: None }
+/// Wires up one VM's devices, one after the other.
+pub struct Wiring {
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemoryMmap>,
+    buses: Buses,
+    resources: Resources,
+    platform: Platform,
+    /// Takes acknowledgements that say nothing: KVM has done with them then.
+    sink_event: EventFd,
+}
+
+impl Wiring {
+    /// A bus with what every machine has: the ways in which its guest ends it, told to `on_end`, and a
+    /// power button, the line to which is returned too.
+    ///
+    /// # Errors
+    /// [`WiringError`] says what could not be had.
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: Arc<GuestMemoryMmap>,
+        on_end: &OnEnd,
+    ) -> Result<(Self, EventFd), WiringError> {
+        let mut wiring = Self {
+            vm,
+            memory,
+            buses: Buses::default(),
+            resources: Resources::new()?,
+            platform: Platform::default(),
+            sink_event: event()?,
+        };
+        wiring.ports(layout::PVPANIC, pvpanic::PORTS, Arc::new(PvPanic::new(on_end.clone())))?;
+        wiring.ports(layout::ACPI_POWER, acpi_power::PORTS, Arc::new(AcpiPower::new(on_end.clone())))?;
+        wiring.ports(layout::KEYBOARD_COMMAND, i8042::PORTS, Arc::new(ResetLine::new(on_end.clone())))?;
+        wiring.platform.power_button = wiring.resources.pin()?;
+        let power = wiring.interrupt(wiring.platform.power_button)?;
+        Ok((wiring, power))
     }
 
-    /// The bus so far, for devices on ports.
+    /// The bus so far.
     pub fn buses(&mut self) -> &mut Buses {
         &mut self.buses
     }
 
     /// An interrupt line: each write to it is one edge.
+    fn interrupt(&self, number: u32) -> Result<EventFd, WiringError> {
+        let line = event()?;
+        self.vm.register_irqfd(&line, number).map_err(refused("connect a device's interrupt"))?;
+        Ok(line)
+    }
+
+    /// A device that takes `count` ports, from `first` on.
+    fn ports(
+        &mut self,
+        first: u16,
+        count: u16,
+        device: Arc<dyn DevicePio + Send + Sync>,
+    ) -> Result<(), WiringError> {
+        self.buses.devices.register_pio(PioRange::new(PioAddress(first), count)?, device)?;
+        Ok(())
+    }
+
+    /// The interrupt line of the first serial port.
     ///
     /// # Errors
     /// [`WiringError`] says what could not be had.
-    pub fn interrupt(&self, number: u32) -> Result<EventFd, WiringError> {
-        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        self.vm
-            .register_irqfd(&line, number)
-            .map_err(|source| WiringError::Kvm { what: "interrupt", source })?;
-        Ok(line)
+    pub fn serial_interrupt(&self) -> Result<EventFd, WiringError> {
+        self.interrupt(layout::COM1_IRQ)
     }
 
     /// The first serial port.
     ///
     /// # Errors
-    /// [`WiringError`] says what is in the way.
-    pub fn serial(&mut self, port: Arc<devices::serial::Port>) -> Result<(), WiringError> {
-        let range = PioRange::new(PioAddress(layout::COM1), devices::serial::PORTS)?;
-        self.buses.devices.register_pio(range, port)?;
+    /// [`WiringError::Bus`] where there is one.
+    pub fn serial(&mut self, port: Arc<serial::Port>) -> Result<(), WiringError> {
+        self.ports(layout::COM1, serial::PORTS, port)?;
+        self.platform.serial = true;
         Ok(())
     }
 
-    /// A virtio device in the next free slot. A notification by its driver goes from KVM
+    /// A virtio device where the guest finds it. A notification by its driver goes from KVM
     /// to the device's event loop, past the vCPU's thread, but for queues that this serves itself.
     ///
     /// # Errors
     /// [`WiringError`] says what could not be had.
-    pub fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Mmio>>, WiringError> {
-        let slot = VirtioSlot::nth(self.slots.len()).ok_or(WiringError::NoSlot)?;
-        let line = self.interrupt(slot.irq)?;
-        let device = Mmio::new(device, Arc::clone(self.memory), line)?;
-        let notify = IoEventAddress::Mmio(slot.window.0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
-        for (queue, notifier) in device.notifiers().iter().enumerate() {
-            if device.is_served_by_vcpu(queue) {
+    pub fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Subscriber, WiringError> {
+        let irq = self.resources.pin()?;
+        let slot = VirtioSlot { window: self.resources.window(WINDOW)?, size: WINDOW, irq };
+        let device = Mmio::new(device, Arc::clone(&self.memory), self.interrupt(irq)?)?;
+        let notify = IoEventAddress::Mmio(slot.window.0 + QUEUE_NOTIFY);
+        for (queue, notifier) in (0u32..).zip(device.notifiers()) {
+            if device.is_served_by_vcpu(queue as usize) {
                 continue;
             }
             self.vm
-                .register_ioevent(notifier, &notify, u32::try_from(queue).unwrap_or(u32::MAX))
-                .map_err(|source| WiringError::Kvm { what: "queue", source })?;
+                .register_ioevent(notifier, &notify, queue)
+                .map_err(refused("connect a device's queue"))?;
         }
-        self.acknowledge_in_kvm(&slot)?;
+        // The acknowledgement that follows each interrupt for used buffers ends in KVM.
+        let register = IoEventAddress::Mmio(slot.window.0 + INTERRUPT_ACK);
+        self.vm
+            .register_ioevent(&self.sink_event, &register, ACK_USED)
+            .map_err(refused("connect a device's acknowledgement"))?;
         let device = Arc::new(Mutex::new(device));
-        let range = MmioRange::new(MmioAddress(slot.window.0), layout::VIRTIO_WINDOW)?;
+        let range = MmioRange::new(MmioAddress(slot.window.0), slot.size)?;
         self.buses.devices.register_mmio(range, device.clone())?;
-        self.slots.push(slot);
+        self.platform.virtio.push(slot);
         Ok(device)
     }
 
-    /// Has KVM take the acknowledgement that follows each interrupt for used buffers, rather than
-    /// leave the guest for it.
-    fn acknowledge_in_kvm(&mut self, slot: &VirtioSlot) -> Result<(), WiringError> {
-        let nobody = match self.nobody.take() {
-            Some(nobody) => nobody,
-            None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-        };
-        let register = IoEventAddress::Mmio(slot.window.0 + INTERRUPT_ACK);
-        self.vm
-            .register_ioevent(&nobody, &register, ACK_USED)
-            .map_err(|source| WiringError::Kvm { what: "acknowledgement", source })?;
-        self.nobody = Some(nobody);
-        Ok(())
-    }
-
-    /// The bus, and where its virtio devices are.
-    pub fn finish(self) -> (Buses, Vec<VirtioSlot>) {
-        (self.buses, self.slots)
+    /// The bus, and the devices that a guest must be told of.
+    pub fn finish(self) -> (Buses, Platform) {
+        (self.buses, self.platform)
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, io, ptr};
 
+use devices::sandbox::{Call, SandboxNeeds};
 use vmm::sandbox;
 
 /// Tells the child that it is one, and where it may remove files.
@@ -58,7 +59,8 @@ fn files_are_out_of_reach() {
     in_child("files_are_out_of_reach", |directory| {
         let (own, foreign) = (directory.join("own"), env::temp_dir().join("sandbox-test-foreign"));
         fs::write(&own, "x").unwrap();
-        sandbox::close_files(&[directory.to_owned()]).unwrap();
+        sandbox::close_files(&SandboxNeeds { remove: vec![directory.to_owned()], ..SandboxNeeds::default() })
+            .unwrap();
 
         let mut smaps = String::new();
         File::open("/proc/self/smaps").unwrap().read_to_string(&mut smaps).unwrap();
@@ -73,13 +75,48 @@ fn files_are_out_of_reach() {
 }
 
 #[test]
+fn a_device_reads_its_files_and_no_others() {
+    in_child("a_device_reads_its_files_and_no_others", |directory| {
+        let (image, other) = (directory.join("image"), directory.join("other"));
+        fs::write(&image, "x").unwrap();
+        fs::write(&other, "x").unwrap();
+        sandbox::close_files(&SandboxNeeds { read: vec![image.clone()], ..SandboxNeeds::default() }).unwrap();
+        assert_eq!(fs::read(&image).unwrap(), b"x");
+        assert_kept_back("reading beside it", fs::read(&other));
+        assert_kept_back("writing it", File::create(&image));
+    });
+}
+
+#[test]
+fn a_device_makes_its_calls_and_no_others() {
+    in_child("a_device_makes_its_calls_and_no_others", |directory| {
+        let file = File::create(directory.join("file")).unwrap();
+        let (fd, end) = (file.as_raw_fd(), UnixStream::pair().unwrap().0);
+        let answer = |result: i64| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        // SAFETY: calls without pointers.
+        let sync = || answer(unsafe { libc::syscall(libc::SYS_fdatasync, fd) });
+        // SAFETY: as above.
+        let sync_all = || answer(unsafe { libc::syscall(libc::SYS_fsync, fd) });
+        // SAFETY: the request reads one number.
+        let request = |request| answer(unsafe { libc::ioctl(end.as_raw_fd(), request, &0) }.into());
+        let calls = [Call::any(libc::SYS_fdatasync), Call::ioctl(libc::FIOASYNC)];
+        sandbox::close_calls(&calls).unwrap();
+        sync().expect("it said that it does");
+        request(libc::FIOASYNC).expect("it said that it does");
+        assert_kept_back("another call", sync_all());
+        assert_kept_back("another request", request(0x8901));
+        request(libc::FIONBIO).expect("each VM does");
+    });
+}
+
+#[test]
 fn calls_are_those_of_a_running_vm() {
     in_child("calls_are_those_of_a_running_vm", |directory| {
         let path = directory.join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let mut client = UnixStream::connect(&path).unwrap();
         let worker = std::thread::spawn(std::thread::park);
-        sandbox::close_calls().unwrap();
+        sandbox::close_calls(&[]).unwrap();
 
         client.write_all(b"x").expect("open sockets work");
         let (mut served, _) = listener.accept().expect("clients are served");
@@ -112,7 +149,7 @@ fn no_descriptor_sends_signals() {
     in_child("no_descriptor_sends_signals", |_| {
         let (socket, _other) = UnixStream::pair().unwrap();
         let fd = socket.as_raw_fd();
-        sandbox::close_calls().unwrap();
+        sandbox::close_calls(&[]).unwrap();
 
         let answer =
             |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };

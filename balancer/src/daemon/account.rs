@@ -19,15 +19,15 @@
 
 use std::time::Duration;
 
-use balloon::limits::{Limits, SMALLEST};
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::limits::{Limits, SMALLEST};
+use api::status::DriverState;
+use api::units::Bytes;
 use tracing::{info, warn};
 
-use super::complaint::Complaint;
+use super::log_limiter::LogLimiter;
 use crate::driver::Kind;
-use crate::driver::process::Holding;
-use crate::policy::Said;
+use crate::driver::process::ResidentMemory;
+use crate::policy::Observation;
 
 /// What is known of one VM's memory that it did not say itself.
 #[derive(Debug, Default)]
@@ -35,31 +35,36 @@ pub struct Account {
     /// The process at the other end of its socket.
     process: Option<u32>,
     /// What the host holds for that, where the kernel says so.
-    holding: Option<Holding>,
+    resident_memory: Option<ResidentMemory>,
     /// What of it is not the guest's.
-    beside: Bytes,
+    vmm_own: Bytes,
     /// What the balancer last granted it.
     granted: Bytes,
     /// Its memory lies in the host's reserved huge pages. Once seen this stays.
     reserved: bool,
     /// It is not believed what it says it may have.
-    doubted: bool,
-    boast: Complaint,
+    disbelieved: bool,
+    size_log: LogLimiter,
 }
 
 impl Account {
-    /// Notes which process it is, and what the host holds for that, as `holding` tells of a process.
-    pub fn look(&mut self, process: Option<u32>, holding: impl FnOnce(u32) -> Option<Holding>) {
+    /// Notes which process it is, and what the host holds for that, as `resident_memory` tells of a process.
+    pub fn look(
+        &mut self,
+        process: Option<u32>,
+        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
+    ) {
         if self.process != process {
             *self = Self { process, ..Self::default() };
         }
-        self.look_again(holding);
+        self.look_again(resident_memory);
     }
 
     /// Looks again at the same process.
-    pub fn look_again(&mut self, holding: impl FnOnce(u32) -> Option<Holding>) {
-        self.holding = self.process.and_then(holding);
-        self.reserved |= self.holding.is_some_and(|holding| holding.reserved > Bytes::ZERO);
+    pub fn look_again(&mut self, resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>) {
+        self.resident_memory = self.process.and_then(resident_memory);
+        self.reserved |=
+            self.resident_memory.is_some_and(|resident_memory| resident_memory.reserved > Bytes::ZERO);
     }
 
     /// Notes that its memory lies in reserved huge pages, though it may not have touched any yet.
@@ -74,7 +79,7 @@ impl Account {
 
     /// What of the host's ordinary memory its process holds, where the kernel says so.
     pub fn ordinary(&self) -> Bytes {
-        self.holding.map_or(Bytes::ZERO, |holding| holding.ordinary)
+        self.resident_memory.map_or(Bytes::ZERO, |resident_memory| resident_memory.ordinary)
     }
 
     /// Notes that it took a target.
@@ -83,66 +88,69 @@ impl Account {
     }
 
     /// What of a VM's words is believed on a host with `total` memory.
-    pub fn believe(&mut self, now: Duration, name: &str, said: Said, total: Bytes) -> Said {
-        let most = said.target.max(said.actual).max(said.limits.max());
-        let word = said.host_rss.min(most);
-        let host_rss = self.holding.map_or(word, |holding| said.host_rss.min(holding.all()));
-        self.beside = self.holding.map_or(Bytes::ZERO, |holding| holding.all().saturating_sub(host_rss));
-        let Said { limits, target, actual, driver, .. } = said;
+    pub fn believe(&mut self, now: Duration, name: &str, observed: Observation, total: Bytes) -> Observation {
+        let most = observed.target.max(observed.actual).max(observed.limits.max());
+        let word = observed.host_rss.min(most);
+        let host_rss =
+            self.resident_memory.map_or(word, |resident_memory| observed.host_rss.min(resident_memory.all()));
+        self.vmm_own = self
+            .resident_memory
+            .map_or(Bytes::ZERO, |resident_memory| resident_memory.all().saturating_sub(host_rss));
+        let Observation { limits, target, actual, driver, .. } = observed;
         let has = limits.min().max(target).max(actual);
-        self.doubted = has > total || (limits.max() > total && driver == DriverState::Absent);
-        if self.doubted {
-            let said = self.known(said, total);
-            if self.boast.is_due(now, "size") {
+        self.disbelieved = has > total || (limits.max() > total && driver == DriverState::Absent);
+        if self.disbelieved {
+            let observed = self.known(observed, total);
+            if self.size_log.is_due(now, "size") {
                 warn!(
                     vm = name,
                     "{name} says that it has {}, which is more than the {total} of this host: that is not \
                      believed, and it is charged the {} that the host holds for its process",
                     has.max(limits.max()),
-                    said.limits.max()
+                    observed.limits.max()
                 );
             }
-            return said;
+            return observed;
         }
         if limits.max() <= total {
-            if self.boast.end() {
+            if self.size_log.end() {
                 info!(vm = name, "{name} says no longer that it has more than this host");
             }
-        } else if self.boast.is_due(now, "max") {
+        } else if self.size_log.is_due(now, "max") {
             warn!(
                 vm = name,
                 "the max of {} that {name} has is more than this host: it counts as {total}",
                 limits.max()
             );
         }
-        Said { host_rss, limits: limits.capped(total), ..said }
+        Observation { host_rss, limits: limits.capped(total), ..observed }
     }
 
     /// What is known of a VM that is believed nothing: what its process holds, and what it was granted.
-    fn known(&self, said: Said, total: Bytes) -> Said {
-        let held = self.holding.map_or(Bytes::ZERO, Holding::all);
+    fn known(&self, observed: Observation, total: Bytes) -> Observation {
+        let held = self.resident_memory.map_or(Bytes::ZERO, ResidentMemory::all);
         let size = held.max(self.granted).page_ceil();
-        let Ok(limits) = Limits::fixed(size.min(total.page_floor()).max(SMALLEST)) else { return said };
-        let Said { since, vcpus, pausable, .. } = said;
-        Said { host_rss: held, since, vcpus, pausable, ..Said::of(limits) }
+        let Ok(limits) = Limits::fixed(size.min(total.page_floor()).max(SMALLEST)) else { return observed };
+        let Observation { since, vcpus, pausable, .. } = observed;
+        Observation { host_rss: held, since, vcpus, pausable, ..Observation::of(limits) }
     }
 
     /// Brings up to date what a silent VM said last.
-    pub fn renew(&self, said: &mut Said, total: Bytes) {
-        let Some(holding) = self.holding else { return };
-        if self.doubted {
-            *said = self.known(*said, total);
+    pub fn renew(&self, observed: &mut Observation, total: Bytes) {
+        let Some(resident_memory) = self.resident_memory else { return };
+        if self.disbelieved {
+            *observed = self.known(*observed, total);
         } else {
-            said.host_rss = holding.all().saturating_sub(self.beside);
+            observed.host_rss = resident_memory.all().saturating_sub(self.vmm_own);
         }
     }
 
-    /// What of the host's ordinary memory is known to be held for a guest that `said` this.
-    pub fn resident(&self, vmm: Kind, said: &Said) -> Bytes {
+    /// What of the host's ordinary memory is known to be held for a guest that `observed` this.
+    pub fn resident(&self, vmm: Kind, observed: &Observation) -> Bytes {
         if self.reserved {
             return Bytes::ZERO;
         }
-        if self.holding.is_some() || vmm == Kind::Ballast { said.host_rss } else { Bytes::ZERO }
+        if self.resident_memory.is_some() || vmm == Kind::Ballast { observed.host_rss } else { Bytes::ZERO }
     }
 }
 
@@ -153,41 +161,41 @@ mod tests {
     const TOTAL: Bytes = Bytes::gib(8);
     const NOW: Duration = Duration::ZERO;
 
-    fn holding(mib: u64) -> Option<Holding> {
-        Some(Holding { ordinary: Bytes::mib(mib), reserved: Bytes::ZERO })
+    fn resident_memory(mib: u64) -> Option<ResidentMemory> {
+        Some(ResidentMemory { ordinary: Bytes::mib(mib), reserved: Bytes::ZERO })
     }
 
     /// An account of a process that holds so much; `None` where the kernel does not say.
     fn account(held: Option<u64>) -> Account {
         let mut account = Account::default();
-        account.look(Some(1), |_| held.and_then(holding));
+        account.look(Some(1), |_| held.and_then(resident_memory));
         account
     }
 
-    fn said(limits: &str, host_rss: Bytes) -> Said {
-        Said { host_rss, driver: DriverState::Active, ..Said::of(limits.parse().unwrap()) }
+    fn observed(limits: &str, host_rss: Bytes) -> Observation {
+        Observation { host_rss, driver: DriverState::Active, ..Observation::of(limits.parse().unwrap()) }
     }
 
     #[test]
     fn what_is_held_is_the_kernels_word() {
         let mut account = account(Some(110));
-        let honest = said("256M,min=128M,max=1G", Bytes::mib(100));
+        let honest = observed("256M,min=128M,max=1G", Bytes::mib(100));
         let mut believed = account.believe(NOW, "web", honest, TOTAL);
         assert_eq!(believed, honest);
         // It is silent, and its guest touches more.
-        account.look_again(|_| holding(160));
+        account.look_again(|_| resident_memory(160));
         account.renew(&mut believed, TOTAL);
         assert_eq!(believed.host_rss, Bytes::mib(150), "less what is not the guest's");
         assert_eq!(account.resident(Kind::Ballast, &believed), Bytes::mib(150));
 
-        let liar = said("256M,min=128M,max=1G", Bytes::gib(1024));
+        let liar = observed("256M,min=128M,max=1G", Bytes::gib(1024));
         assert_eq!(account.believe(NOW, "web", liar, TOTAL).host_rss, Bytes::mib(160));
     }
 
     #[test]
     fn who_the_kernel_says_nothing_of_is_believed_what_its_limits_allow() {
         let mut account = account(None);
-        let liar = said("256M,min=128M,max=1G", Bytes::gib(1024));
+        let liar = observed("256M,min=128M,max=1G", Bytes::gib(1024));
         let mut believed = account.believe(NOW, "web", liar, TOTAL);
         assert_eq!(believed.host_rss, Bytes::gib(1));
         account.renew(&mut believed, TOTAL);
@@ -198,49 +206,51 @@ mod tests {
 
     #[test]
     fn who_has_more_than_the_host_is_charged_what_its_process_holds() {
-        let full = Said { actual: Bytes::gib(1 << 20), ..said("256M,min=128M,max=1G", Bytes::ZERO) };
-        let driverless = Said { driver: DriverState::Absent, ..said("1G,max=9G", Bytes::ZERO) };
-        for liar in [said("1024G", Bytes::gib(1024)), full, driverless] {
+        let full =
+            Observation { actual: Bytes::gib(1 << 20), ..observed("256M,min=128M,max=1G", Bytes::ZERO) };
+        let driverless = Observation { driver: DriverState::Absent, ..observed("1G,max=9G", Bytes::ZERO) };
+        for liar in [observed("1024G", Bytes::gib(1024)), full, driverless] {
             let mut account = account(Some(300));
             let mut believed = account.believe(NOW, "web", liar, TOTAL);
             assert_eq!(believed.limits, Limits::fixed(Bytes::mib(300)).unwrap(), "{liar:?}");
             assert_eq!((believed.actual, believed.host_rss), (Bytes::mib(300), Bytes::mib(300)));
-            account.look_again(|_| holding(10 << 10));
+            account.look_again(|_| resident_memory(10 << 10));
             account.renew(&mut believed, TOTAL);
             assert_eq!(believed.limits.max(), TOTAL, "never more than there is");
         }
         let mut account = account(Some(300));
         account.granted(Bytes::mib(700));
-        let believed = account.believe(NOW, "web", said("1024G", Bytes::ZERO), TOTAL);
+        let believed = account.believe(NOW, "web", observed("1024G", Bytes::ZERO), TOTAL);
         assert_eq!((believed.limits.min(), believed.host_rss), (Bytes::mib(700), Bytes::mib(300)));
         // Another process was granted nothing.
         account.look(Some(2), |_| None);
-        let believed = account.believe(NOW, "web", said("1024G", Bytes::gib(1024)), TOTAL);
+        let believed = account.believe(NOW, "web", observed("1024G", Bytes::gib(1024)), TOTAL);
         assert_eq!((believed.limits.max(), believed.host_rss), (SMALLEST, Bytes::ZERO));
     }
 
     #[test]
     fn reserved_huge_pages_are_no_ordinary_memory() {
-        let holding = |reserved| Some(Holding { ordinary: Bytes::mib(10), reserved: Bytes::mib(reserved) });
+        let resident_memory =
+            |reserved| Some(ResidentMemory { ordinary: Bytes::mib(10), reserved: Bytes::mib(reserved) });
         let mut account = Account::default();
-        account.look(Some(1), |_| holding(0));
+        account.look(Some(1), |_| resident_memory(0));
         assert!(!account.is_reserved());
-        account.look(Some(1), |_| holding(512));
+        account.look(Some(1), |_| resident_memory(512));
         assert!(account.is_reserved());
-        let believed = account.believe(NOW, "web", said("1G", Bytes::mib(512)), TOTAL);
+        let believed = account.believe(NOW, "web", observed("1G", Bytes::mib(512)), TOTAL);
         assert_eq!(believed.host_rss, Bytes::mib(512));
         assert_eq!(account.resident(Kind::Ballast, &believed), Bytes::ZERO);
         assert_eq!(account.ordinary(), Bytes::mib(10));
-        account.look_again(|_| holding(0));
+        account.look_again(|_| resident_memory(0));
         assert!(account.is_reserved(), "also after it gave all of them back");
-        account.look(Some(2), |_| holding(0));
+        account.look(Some(2), |_| resident_memory(0));
         assert!(!account.is_reserved(), "another process");
     }
 
     #[test]
     fn a_max_beyond_the_host_is_all_of_the_host() {
         let mut account = account(Some(300));
-        let believed = account.believe(NOW, "web", said("1G,min=512M,max=64G", Bytes::mib(290)), TOTAL);
+        let believed = account.believe(NOW, "web", observed("1G,min=512M,max=64G", Bytes::mib(290)), TOTAL);
         assert_eq!((believed.limits.min(), believed.limits.max()), (Bytes::mib(512), TOTAL));
         assert_eq!((believed.target, believed.host_rss), (Bytes::gib(1), Bytes::mib(290)));
     }

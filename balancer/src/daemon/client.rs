@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 use hyper::Method;
 use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
+use super::api_error;
 use super::history::{Decisions, Why};
-use super::refusal;
-use super::reservation::{ReservationView, Wanted};
+use super::reservation::{ReservationRequest, ReservationView};
 use super::{State, socket_in};
 use crate::driver::http::Http;
 use crate::driver::{self, Kind};
@@ -56,7 +56,7 @@ impl From<driver::Error> for Error {
             driver::Error::Nonsense { what, .. } => {
                 Self::Failed(format!("{what}; is it of this version of ballast?"))
             }
-            driver::Error::Refused { error, .. } if error == refusal::Refusal::Stopping.to_string() => {
+            driver::Error::Refused { error, .. } if error == api_error::ApiError::Stopping.to_string() => {
                 Self::HungUp(error)
             }
             driver::Error::Refused { error, .. } => Self::Refused(error),
@@ -71,12 +71,12 @@ impl From<driver::Error> for Error {
 
 /// The body of every refusal.
 #[derive(Deserialize)]
-struct Refusal {
+struct ErrorBody {
     error: String,
 }
 
 fn sentence(body: &[u8]) -> Option<String> {
-    serde_json::from_slice(body).ok().map(|refusal: Refusal| refusal.error)
+    serde_json::from_slice(body).ok().map(|body: ErrorBody| body.error)
 }
 
 /// A client of one daemon. Keeps its connection open, and makes a new one when that broke.
@@ -133,11 +133,11 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
-    pub async fn reserve(&mut self, wanted: &Wanted) -> Result<ReservationView, Error> {
-        let last = Instant::now() + wanted.wait() + RESTART;
+    pub async fn reserve(&mut self, request: &ReservationRequest) -> Result<ReservationView, Error> {
+        let last = Instant::now() + request.wait() + RESTART;
         let mut again_until: Option<Instant> = None;
         loop {
-            let error = match self.http.ask("/reservations", wanted).await {
+            let error = match self.http.ask("/reservations", request).await {
                 Ok(view) => return Ok(view),
                 Err(error) => error,
             };

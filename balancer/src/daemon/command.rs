@@ -1,10 +1,10 @@
 //! What clients of the daemon's socket ask the rounds to do.
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 use tokio::sync::oneshot;
 
-use super::refusal::Refusal;
-use super::reservation::{ReservationView, Wanted};
+use super::api_error::ApiError;
+use super::reservation::{ReservationRequest, ReservationView};
 
 /// One thing to do, with the place for its answer.
 #[derive(Debug)]
@@ -16,20 +16,20 @@ pub enum Command {
         /// Its limits from then on.
         limits: Limits,
         /// Told when the VM has taken or refused them.
-        answer: oneshot::Sender<Result<(), Refusal>>,
+        answer: oneshot::Sender<Result<(), ApiError>>,
     },
     /// Make room for a VM that is about to start.
     Reserve {
         /// What for.
-        wanted: Wanted,
+        request: ReservationRequest,
         /// Told when there is room, or that there will be none.
-        answer: oneshot::Sender<Result<ReservationView, Refusal>>,
+        answer: oneshot::Sender<Result<ReservationView, ApiError>>,
     },
     /// A VM that was about to start does not.
     Release {
         /// Which.
         name: String,
         /// Told at once.
-        answer: oneshot::Sender<Result<(), Refusal>>,
+        answer: oneshot::Sender<Result<(), ApiError>>,
     },
 }

@@ -10,10 +10,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Deserializer, de};
 
-pub use self::foreign::{Foreign, Sockets};
+pub use self::foreign::{ForeignVms, Sockets};
 pub use self::mistakes::Mistake;
 use crate::host::{self, Budget, Sources};
 use crate::policy::Settings;
@@ -87,7 +87,7 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where the VMs' sockets are; `None` is [`balloon::runtime::directory`].
+    /// Where the VMs' sockets are; `None` is [`api::runtime::directory`].
     pub directory: Option<PathBuf>,
     /// What all VMs together may hold; `None` is all of the host but [`Config::host_reserve`].
     #[serde(deserialize_with = "budget")]
@@ -102,11 +102,11 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// What is done when VMs hold more than there is and none can give more.
     pub last_resort: LastResort,
-    /// The law's constants.
+    /// The policy's constants.
     #[serde(deserialize_with = "policy")]
     pub policy: Settings,
     /// VMs of other VMMs, and where they are spoken to.
-    pub vms: Vec<Foreign>,
+    pub vms: Vec<ForeignVms>,
     /// Where the host's memory is read; other files only in tests.
     #[serde(skip)]
     pub sources: Sources,
@@ -171,7 +171,7 @@ impl Config {
         self.budget.map_or(Budget::all_but(self.host_reserve), Budget::Fixed)
     }
 
-    /// The law's constants at the pace that is set.
+    /// The policy's constants at the pace that is set.
     pub fn to_settings(&self) -> Settings {
         Settings { tick: self.interval, ..self.policy }
     }

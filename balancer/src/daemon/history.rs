@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use balloon::limits::Limits;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::Pauser;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -47,8 +47,8 @@ pub struct DecisionView {
     /// What became of it.
     pub fate: Fate,
     /// What the VM said to it, where it did not just take it.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub complaint: Option<String>,
+    #[serde(rename = "complaint", skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
     /// How often in a row the same was decided with the same end.
     pub times: u64,
     /// The numbers.
@@ -98,7 +98,7 @@ struct Record {
     at: Instant,
     vm: String,
     fate: Fate,
-    complaint: Option<String>,
+    error: Option<String>,
     times: u64,
     reason: Reason,
 }
@@ -109,7 +109,7 @@ impl Record {
         self.vm == other.vm
             && self.fate == other.fate
             && (a.rule, a.old, a.new) == (b.rule, b.old, b.new)
-            && self.complaint == other.complaint
+            && self.error == other.error
     }
 
     fn view(&self) -> DecisionView {
@@ -117,7 +117,7 @@ impl Record {
             vm: self.vm.clone(),
             age_ms: milliseconds(self.at),
             fate: self.fate,
-            complaint: self.complaint.clone(),
+            error: self.error.clone(),
             times: self.times,
             reason: self.reason,
             sentence: self.reason.to_string(),
@@ -143,8 +143,8 @@ pub struct History {
 
 impl History {
     /// Keeps a decision about `vm`.
-    pub fn decided(&mut self, vm: &str, reason: Reason, fate: Fate, complaint: Option<String>) {
-        let record = Record { at: Instant::now(), vm: vm.to_owned(), fate, complaint, times: 1, reason };
+    pub fn decided(&mut self, vm: &str, reason: Reason, fate: Fate, error: Option<String>) {
+        let record = Record { at: Instant::now(), vm: vm.to_owned(), fate, error, times: 1, reason };
         let past = self.of.entry(vm.to_owned()).or_default();
         if record.fate == Fate::Taken && record.reason.new != record.reason.old {
             let rises = record.reason.new > record.reason.old;
@@ -365,7 +365,7 @@ mod tests {
         let why = history.why(&view("web"));
         let seen: Vec<_> = why.decisions.iter().map(|decision| (decision.fate, decision.times)).collect();
         assert_eq!(seen, [(Fate::Taken, 1), (Fate::Refused, 50)]);
-        assert_eq!(why.decisions[1].complaint.as_deref(), Some("no driver"));
+        assert_eq!(why.decisions[1].error.as_deref(), Some("no driver"));
     }
 
     #[test]

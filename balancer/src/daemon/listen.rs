@@ -22,10 +22,10 @@ use super::reservation::LONGEST_WAIT;
 
 /// How many are served at a time, and how long each may take for what.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// Clients at a time. More wait in the kernel's queue until a place is free.
     pub clients: usize,
-    /// Beside them, clients that wait for something long: see [`Place::wait`].
+    /// Beside them, clients that wait for something long: see [`ClientPermit::wait`].
     pub waiting: usize,
     /// From the end of one request, or the beginning, to the whole head of the next. So an idle
     /// client is one as well, and connects anew where it has more to ask.
@@ -36,7 +36,7 @@ pub struct Limits {
     pub grace: Duration,
 }
 
-impl Limits {
+impl ConnectionLimits {
     /// For the daemon's own socket, where whoever waits for room may wait long.
     pub const PRIVATE: Self = Self {
         clients: 128,
@@ -58,47 +58,48 @@ impl Limits {
 
 /// A client's place among those that are served. Each request finds it among its extensions.
 #[derive(Clone, Debug)]
-pub struct Place(Arc<Held>);
+pub struct ClientPermit(Arc<PermitState>);
 
 #[derive(Debug)]
-struct Held {
-    place: Mutex<OwnedSemaphorePermit>,
+struct PermitState {
+    permit: Mutex<OwnedSemaphorePermit>,
     waiting: Arc<Semaphore>,
 }
 
-impl Place {
+impl ClientPermit {
     /// Leaves it to others for as long as this client is there, as what it asked for takes long. False
     /// where too many do so already.
     #[must_use]
     pub fn wait(&self) -> bool {
-        let Ok(place) = Arc::clone(&self.0.waiting).try_acquire_owned() else { return false };
-        *self.0.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        let Ok(permit) = Arc::clone(&self.0.waiting).try_acquire_owned() else { return false };
+        *self.0.permit.lock().unwrap_or_else(PoisonError::into_inner) = permit;
         true
     }
 }
 
 /// Serves whoever comes, for ever.
-pub async fn serve<L: Listener>(mut listener: L, router: Router, limits: Limits) {
-    let places = Arc::new(Semaphore::new(limits.clients));
+pub async fn serve<L: Listener>(mut listener: L, router: Router, limits: ConnectionLimits) {
+    let permits = Arc::new(Semaphore::new(limits.clients));
     let waiting = Arc::new(Semaphore::new(limits.waiting));
     let mut clients = JoinSet::new();
     loop {
         // It is never closed.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         let (stream, _) = listener.accept().await;
         while clients.try_join_next().is_some() {}
-        let place = Place(Arc::new(Held { place: Mutex::new(place), waiting: Arc::clone(&waiting) }));
-        clients.spawn(serve_one(stream, router.clone(), place, limits));
+        let permit =
+            ClientPermit(Arc::new(PermitState { permit: Mutex::new(permit), waiting: Arc::clone(&waiting) }));
+        clients.spawn(serve_one(stream, router.clone(), permit, limits));
     }
 }
 
-async fn serve_one<S>(stream: S, router: Router, place: Place, limits: Limits)
+async fn serve_one<S>(stream: S, router: Router, permit: ClientPermit, limits: ConnectionLimits)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let router = TowerToHyperService::new(router);
     let service = service_fn(|mut request: Request<Incoming>| {
-        request.extensions_mut().insert(place.clone());
+        request.extensions_mut().insert(permit.clone());
         router.call(request)
     });
     let connection = http1::Builder::new()
@@ -135,7 +136,7 @@ mod tests {
     }
 
     impl Server {
-        fn start(limits: Limits) -> Self {
+        fn start(limits: ConnectionLimits) -> Self {
             let directory = tempfile::tempdir().unwrap();
             let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
             // What no server holds back for ever: a body larger than any buffer of a socket.
@@ -162,12 +163,12 @@ mod tests {
         }
     }
 
-    async fn turn(Extension(place): Extension<Place>) -> &'static str {
-        if place.wait() { "waits" } else { "too many" }
+    async fn turn(Extension(permit): Extension<ClientPermit>) -> &'static str {
+        if permit.wait() { "waits" } else { "too many" }
     }
 
-    async fn wait(place: Extension<Place>) -> &'static str {
-        turn(place).await;
+    async fn wait(permit: Extension<ClientPermit>) -> &'static str {
+        turn(permit).await;
         std::future::pending().await
     }
 
@@ -179,11 +180,12 @@ mod tests {
     }
 
     const SHORT: Duration = Duration::from_millis(100);
-    const LIMITS: Limits = Limits { clients: 1, waiting: 2, head: PATIENCE, life: PATIENCE, grace: PATIENCE };
+    const LIMITS: ConnectionLimits =
+        ConnectionLimits { clients: 1, waiting: 2, head: PATIENCE, life: PATIENCE, grace: PATIENCE };
 
     #[tokio::test]
     async fn whoever_never_asks_loses_its_place_to_who_does() {
-        let server = Server::start(Limits { head: SHORT, ..LIMITS });
+        let server = Server::start(ConnectionLimits { head: SHORT, ..LIMITS });
         let (mut silent, mut slow) = (server.connect().await, server.connect().await);
         slow.write_all(b"GET / HTT").await.unwrap();
         assert!(server.ask("/").await.ends_with("hello"));
@@ -193,7 +195,7 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_never_reads_its_answer_loses_its_place_too() {
-        let server = Server::start(Limits { life: SHORT, grace: SHORT, ..LIMITS });
+        let server = Server::start(ConnectionLimits { life: SHORT, grace: SHORT, ..LIMITS });
         let mut deaf = server.connect().await;
         deaf.write_all(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         assert!(server.ask("/").await.ends_with("hello"));

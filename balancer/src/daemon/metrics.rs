@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::status::Pauser;
+use api::units::Bytes;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
 use prometheus_client::metrics::MetricType;

@@ -32,7 +32,7 @@ pub fn reload(old: &Config, reread: &mut Reread) -> Option<Config> {
 
 #[cfg(test)]
 mod tests {
-    use balloon::units::Bytes;
+    use api::units::Bytes;
 
     use super::*;
 

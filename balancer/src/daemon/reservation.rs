@@ -5,28 +5,28 @@
 //! what it was given is charged, and nothing of it exceeds the budget. When the
 //! VM's socket answers, the VM's own charge takes its place. Until then it is kept on
 //! file ([`kept`]), as a daemon that starts anew could learn of it from nobody, and what the VM has
-//! touched of it by then is known from its process ([`holder`]).
+//! touched of it by then is known from its process ([`starting`]).
 
-mod holder;
-mod kept;
+mod starting_process;
+mod store;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::limits::{Limits, SMALLEST};
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
+use api::limits::{Limits, SMALLEST};
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-pub use self::holder::Process;
-use self::holder::{Held, Holder, Look, prolonged};
-use self::kept::{Book, Kept};
-use super::refusal::Refusal;
+pub use self::starting_process::Process;
+use self::starting_process::{Growth, ProcessMemory, StartingProcess, prolonged};
+use self::store::{ReservationStore, StoredReservation};
+use super::api_error::ApiError;
 use crate::policy::reason::Decision;
-use crate::policy::{Said, Vcpus, Vm};
+use crate::policy::{Observation, Vcpus, Vm};
 
 /// How long a reservation stands for a VM that does not appear. A VM's socket is there within a second
 /// of the answer where its memory is not touched first; where it is, that may take minutes, and the
@@ -51,7 +51,7 @@ const BYTES_MAPPED_BY_A_BYTE: u64 = 512;
 /// `POST /reservations`: room for a VM that is about to start.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wanted {
+pub struct ReservationRequest {
     /// The VM's name.
     pub name: String,
     /// Its limits; it is given what it starts with.
@@ -70,7 +70,7 @@ pub struct Wanted {
     pub reserved_huge_pages: bool,
 }
 
-impl Wanted {
+impl ReservationRequest {
     /// How long it waits for room.
     pub fn wait(&self) -> Duration {
         self.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(LONGEST_WAIT)
@@ -109,11 +109,11 @@ struct Reservation {
     granted: Bytes,
     /// When it is dropped: the end of the client's patience, or of [`LIFE`].
     until: Duration,
-    holder: Option<Holder>,
+    starting: Option<StartingProcess>,
     /// The rest of the VM's memory lies in reserved huge pages.
     reserved_huge_pages: bool,
     /// Whoever waits for it; nobody once it is there.
-    answer: Option<oneshot::Sender<Result<ReservationView, Refusal>>>,
+    answer: Option<oneshot::Sender<Result<ReservationView, ApiError>>>,
 }
 
 impl Reservation {
@@ -139,113 +139,118 @@ pub struct Taken {
 
 /// All reservations.
 #[derive(Debug, Default)]
-pub struct Ledger {
+pub struct Reservations {
     of: BTreeMap<String, Reservation>,
-    book: Option<Book>,
+    store: Option<ReservationStore>,
 }
 
-impl Ledger {
+impl Reservations {
     /// One that is kept on file in the daemon's `own` directory, with all that the daemon before this one
     /// had promised. `next_id` gives each its number as a VM of the policy.
     pub fn in_directory(own: &Path, now: Duration, mut next_id: impl FnMut() -> u64) -> Self {
-        let book = Book::in_directory(own);
-        let kept = book.read().unwrap_or_else(|error| {
-            warn!("{}: {error}: nothing is known of VMs that were about to start", book.path().display());
+        let store = ReservationStore::in_directory(own);
+        let kept = store.read().unwrap_or_else(|error| {
+            warn!("{}: {error}: nothing is known of VMs that were about to start", store.path().display());
             Vec::new()
         });
         let mut of = BTreeMap::new();
         for kept in kept.into_iter().take(MOST).filter(|kept| kept.left() > Duration::ZERO) {
-            let Some(said) = said(kept.size, kept.size) else { continue };
+            let Some(observed) = observed(kept.size, kept.size) else { continue };
             info!(vm = kept.name, "{} stay reserved for {}", kept.size, kept.name);
-            let vm = Vm::new(next_id(), LONGEST_WAIT, said);
+            let vm = Vm::new(next_id(), LONGEST_WAIT, observed);
             let until = now + kept.left();
-            let Kept { size, holder, .. } = kept;
+            let StoredReservation { size, starting, .. } = kept;
             // Whether it lies in huge pages its process will tell.
             let reservation = Reservation {
                 vm,
                 size,
                 granted: size,
                 until,
-                holder,
+                starting,
                 reserved_huge_pages: false,
                 answer: None,
             };
             of.insert(kept.name, reservation);
         }
-        Self { of, book: Some(book) }
+        Self { of, store: Some(store) }
     }
 
     /// Writes down what was promised, where this changed it.
     fn keep(&self, now: Duration) {
-        let Some(book) = &self.book else { return };
+        let Some(store) = &self.store else { return };
         let promised = self.of.iter().filter(|(_, reservation)| reservation.granted >= reservation.size);
         let promised = promised.map(|(name, reservation)| {
-            Kept::new(name, reservation.granted, reservation.holder, reservation.until.saturating_sub(now))
+            StoredReservation::new(
+                name,
+                reservation.granted,
+                reservation.starting,
+                reservation.until.saturating_sub(now),
+            )
         });
-        if let Err(error) = book.write(&promised.collect::<Vec<_>>()) {
-            warn!("{}: {error}: after a restart nobody will know what was reserved", book.path().display());
+        if let Err(error) = store.write(&promised.collect::<Vec<_>>()) {
+            warn!("{}: {error}: after a restart nobody will know what was reserved", store.path().display());
         }
     }
 
-    /// Admits a VM, or refuses it with the numbers. Whoever waits is answered by [`Ledger::grant`]
-    /// or [`Ledger::expire`]. A request that is admitted takes the place of an earlier one for the same
+    /// Admits a VM, or refuses it with the numbers. Whoever waits is answered by [`Reservations::grant`]
+    /// or [`Reservations::expire`]. A request that is admitted takes the place of an earlier one for the same
     /// name, and whoever waits for that one is told so; one that is refused changes nothing.
     pub fn admit(
         &mut self,
         id: u64,
         now: Duration,
-        wanted: &Wanted,
+        request: &ReservationRequest,
         taken: Taken,
-        answer: oneshot::Sender<Result<ReservationView, Refusal>>,
+        answer: oneshot::Sender<Result<ReservationView, ApiError>>,
     ) {
-        let size = wanted.size();
-        let others = self.of.iter().filter(|(name, _)| **name != wanted.name);
+        let size = request.size();
+        let others = self.of.iter().filter(|(name, _)| **name != request.name);
         let (count, reserved) = others.fold((0, Bytes::ZERO), |(count, reserved), (_, reservation)| {
             (count + 1, reserved.saturating_add(reservation.size))
         });
         let kept = taken.by_vms.saturating_add(reserved);
-        let said = said(size, Bytes::ZERO);
-        let refusal = match said {
-            Some(_) if count >= MOST => Some(Refusal::TooManyReservations),
+        let observed = observed(size, Bytes::ZERO);
+        let api_error = match observed {
+            Some(_) if count >= MOST => Some(ApiError::TooManyReservations),
             Some(_) if kept.saturating_add(size) <= taken.budget => None,
-            _ if wanted.reserved_huge_pages => {
-                Some(Refusal::NoRoomForVmm { name: wanted.name.clone(), size, kept, budget: taken.budget })
+            _ if request.reserved_huge_pages => {
+                Some(ApiError::NoRoomForVmm { name: request.name.clone(), size, kept, budget: taken.budget })
             }
-            _ => Some(Refusal::NoRoom {
-                name: wanted.name.clone(),
+            _ => Some(ApiError::NoRoom {
+                name: request.name.clone(),
                 size,
                 kept,
                 budget: taken.budget,
-                startup: wanted.limits.startup(),
+                startup: request.limits.startup(),
                 left: taken
                     .budget
                     .saturating_sub(kept)
-                    .saturating_sub(size.saturating_sub(wanted.limits.startup())),
+                    .saturating_sub(size.saturating_sub(request.limits.startup())),
             }),
         };
         // Whoever asked may have hung up.
-        match (refusal, said) {
-            (None, Some(said)) => {
-                let vm = Vm::new(id, LONGEST_WAIT, said);
-                let until = now + wanted.wait();
-                let (granted, holder) = (Bytes::ZERO, wanted.process.map(Holder::new));
-                let Wanted { reserved_huge_pages, .. } = *wanted;
+        match (api_error, observed) {
+            (None, Some(observed)) => {
+                let vm = Vm::new(id, LONGEST_WAIT, observed);
+                let until = now + request.wait();
+                let (granted, starting) = (Bytes::ZERO, request.process.map(StartingProcess::new));
+                let ReservationRequest { reserved_huge_pages, .. } = *request;
                 let answer = Some(answer);
                 let reservation =
-                    Reservation { vm, size, granted, until, holder, reserved_huge_pages, answer };
-                if let Some(earlier) = self.of.insert(wanted.name.clone(), reservation) {
+                    Reservation { vm, size, granted, until, starting, reserved_huge_pages, answer };
+                if let Some(earlier) = self.of.insert(request.name.clone(), reservation) {
                     self.keep(now);
                     info!(
-                        vm = wanted.name,
-                        "another request for {} takes the place of the first", wanted.name
+                        vm = request.name,
+                        "another request for {} takes the place of the first", request.name
                     );
                     if let Some(answer) = earlier.answer {
-                        let _ = answer.send(Err(Refusal::Replaced(wanted.name.clone())));
+                        let _ = answer.send(Err(ApiError::Replaced(request.name.clone())));
                     }
                 }
             }
-            (Some(refusal), _) => drop(answer.send(Err(refusal))),
-            (None, None) => drop(answer.send(Err(Refusal::Stopping))),
+            (Some(api_error), _) => drop(answer.send(Err(api_error))),
+            (None, None) => drop(answer.send(Err(ApiError::Stopping))),
         }
     }
 
@@ -270,7 +275,7 @@ impl Ledger {
                 );
                 // It started without waiting for the answer, or another of this name did.
                 if let Some(answer) = reservation.answer.take() {
-                    let _ = answer.send(Err(Refusal::RunsAlready(name.clone())));
+                    let _ = answer.send(Err(ApiError::RunsAlready(name.clone())));
                 }
                 return false;
             }
@@ -288,7 +293,7 @@ impl Ledger {
             };
             info!(vm = name, "nobody waits for room for {name} any more");
             let Reservation { granted, size, .. } = *reservation;
-            let _ = answer.send(Err(Refusal::NotInTime { name: name.clone(), granted, size }));
+            let _ = answer.send(Err(ApiError::NotInTime { name: name.clone(), granted, size }));
             false
         });
         if self.of.len() < before {
@@ -304,15 +309,15 @@ impl Ledger {
 
     /// Looks at what VMs have touched of what was granted to them; to be done before the host's free
     /// memory is read, so that nothing is counted twice that is touched in between.
-    pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> Held) {
+    pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> ProcessMemory) {
         let mut changed = false;
-        for Reservation { holder, granted, size, until, .. } in self.of.values_mut() {
-            let Some(holder) = holder else { continue };
-            let moved = match holder.look(*granted, &held) {
-                Look::More if granted >= size => prolonged(*until, now, LIFE),
+        for Reservation { starting, granted, size, until, .. } in self.of.values_mut() {
+            let Some(starting) = starting else { continue };
+            let moved = match starting.look(*granted, &held) {
+                Growth::More if granted >= size => prolonged(*until, now, LIFE),
                 // Nobody is left who could come.
-                Look::Ended => Some(now),
-                Look::More | Look::Same => None,
+                Growth::Ended => Some(now),
+                Growth::More | Growth::Same => None,
             };
             if let Some(moved) = moved {
                 *until = moved;
@@ -327,7 +332,11 @@ impl Ledger {
     /// What of the host's memory is in use by VMs that have not come yet. It is charged as granted, so
     /// the budget must not be less by it.
     pub fn touched(&self) -> Bytes {
-        self.of.values().filter_map(|reservation| reservation.holder).map(|holder| holder.touched()).sum()
+        self.of
+            .values()
+            .filter_map(|reservation| reservation.starting)
+            .map(|starting| starting.touched())
+            .sum()
     }
 
     /// Whether one stands for a VM of this name.
@@ -343,8 +352,8 @@ impl Ledger {
     /// Hands them to the policy as VMs.
     pub fn lend(&mut self, vms: &mut Vec<Vm>) {
         for reservation in self.of.values_mut() {
-            if let Some(said) = said(reservation.size, reservation.granted) {
-                reservation.vm.said = said;
+            if let Some(observed) = observed(reservation.size, reservation.granted) {
+                reservation.vm.observed = observed;
             }
             vms.push(reservation.vm.clone());
         }
@@ -393,18 +402,18 @@ impl Ledger {
 }
 
 /// A guest that uses all it was given and is owed `size`. `None` where no limits can say so.
-fn said(size: Bytes, granted: Bytes) -> Option<Said> {
+fn observed(size: Bytes, granted: Bytes) -> Option<Observation> {
     // One page of range, as a VM that nobody may move is given nothing either.
     let limits =
-        Limits::new(size, size, Bytes(size.0.checked_add(PAGE_SIZE)?), 0, balloon::limits::DEFAULT_WEIGHT);
-    Some(Said {
+        Limits::new(size, size, Bytes(size.0.checked_add(PAGE_SIZE)?), 0, api::limits::DEFAULT_WEIGHT);
+    Some(Observation {
         target: granted,
         actual: granted,
         host_rss: Bytes::ZERO,
         driver: DriverState::Active,
         spare: Some((Duration::ZERO, Bytes::ZERO)),
         vcpus: Vcpus::NotYet,
-        ..Said::of(limits.ok()?)
+        ..Observation::of(limits.ok()?)
     })
 }
 

@@ -1,43 +1,43 @@
 //! Round after round: ask every VM, decide, tell those whose target changes.
 
-mod between;
-mod introduction;
-mod orders;
-mod presence;
-mod telling;
+mod commands;
+mod requests;
+mod rescan;
+mod startup;
+mod urgent;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
 use tracing::{info, warn};
 
-use self::between::Chase;
-use super::calls::Switchboard;
+use self::urgent::FollowUp;
 use super::command::Command;
-use super::complaint::Complaint;
 use super::config::{Config, LastResort};
+use super::discovery::{DirectoryWatch, Discovery};
 use super::history::Fate;
+use super::log_limiter::LogLimiter;
+use super::managed_vm::{ManagedVm, RequestOutcome};
 use super::notify::Notify;
 use super::own_directory;
 use super::reload::{Reread, reload};
-use super::reservation::{Ledger, Process};
-use super::roster::{Roster, Watch};
+use super::reservation::{Process, Reservations};
 use super::shared::Shared;
-use super::slot::{Outcome, Slot};
 use super::state::{HostView, State};
+use super::subscriptions::EventSubscriptions;
 use crate::driver::{Driver, Error};
 use crate::host::{Budget, HostMemory, HostReader};
 use crate::policy::guards::Standing;
 use crate::policy::host_state::HostState;
 use crate::policy::reason::{Decision, Reason};
-use crate::policy::{Balance, DEADBAND, Host, Policy, Pressure, STALE_TICKS, Vm};
+use crate::policy::{Balance, DEADBAND, HostObservation, Policy, Pressure, STALE_TICKS, Vm};
 
 /// The directory is read this often even where no change was told.
 const RESCAN: Duration = Duration::from_secs(10);
@@ -54,7 +54,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// The daemon at work.
 pub struct Daemon {
     config: Config,
-    roster: Roster,
+    discovery: Discovery,
     reader: HostReader,
     tick: Duration,
     began: Instant,
@@ -62,24 +62,24 @@ pub struct Daemon {
     budget_now: Bytes,
     host: HostMemory,
     policy: Policy,
-    slots: BTreeMap<u64, Slot>,
+    managed_vms: BTreeMap<u64, ManagedVm>,
     next_id: u64,
-    switchboard: Switchboard,
-    chase: Option<Chase>,
+    subscriptions: EventSubscriptions,
+    follow_up: Option<FollowUp>,
     requests: JoinSet<Done>,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
-    over: Complaint,
-    blind: Complaint,
-    deaf: Complaint,
+    over: LogLimiter,
+    read_log: LogLimiter,
+    watch_log: LogLimiter,
     /// Whether anything was ever decided.
     decided: bool,
     rounds: u64,
     rounds_over_budget: u64,
     shared: Shared,
     commands: mpsc::Receiver<Command>,
-    reservations: Ledger,
+    reservations: Reservations,
     /// Since when a guest has been short of what it wants.
     waiting: BTreeMap<u64, Duration>,
     pressure: Option<Pressure>,
@@ -99,13 +99,13 @@ impl Daemon {
     ) -> Self {
         let mut next_id = 0;
         let own = own_directory(&directory);
-        let reservations = Ledger::in_directory(&own, EPOCH, || {
+        let reservations = Reservations::in_directory(&own, EPOCH, || {
             next_id += 1;
             next_id
         });
         next_id += 1;
         Self {
-            roster: Roster::new(directory, config.vms.clone()),
+            discovery: Discovery::new(directory, config.vms.clone()),
             reader: HostReader::new(&config.sources),
             tick: config.interval,
             began: Instant::now(),
@@ -118,17 +118,17 @@ impl Daemon {
             pressure: None,
             notify: Notify::from_environment(),
             reread,
-            slots: BTreeMap::new(),
+            managed_vms: BTreeMap::new(),
             next_id,
-            switchboard: Switchboard::default(),
-            chase: None,
+            subscriptions: EventSubscriptions::default(),
+            follow_up: None,
             requests: JoinSet::new(),
             vms: Vec::new(),
             decisions: Vec::new(),
             balance: Balance::default(),
-            over: Complaint::default(),
-            blind: Complaint::default(),
-            deaf: Complaint::default(),
+            over: LogLimiter::default(),
+            read_log: LogLimiter::default(),
+            watch_log: LogLimiter::default(),
             decided: false,
             rounds: 0,
             rounds_over_budget: 0,
@@ -140,7 +140,7 @@ impl Daemon {
 
     /// Where the VMs' sockets are.
     pub fn directory(&self) -> &Path {
-        self.roster.directory()
+        self.discovery.directory()
     }
 
     /// Tells the service manager that this is the end.
@@ -192,13 +192,13 @@ impl Daemon {
                 }
                 // Before the first decision nobody knows what there is.
                 Some(command) = self.commands.recv(), if self.decided => {
-                    if self.obey_all(command) {
+                    if self.start_commands(command) {
                         ticks.reset_immediately();
                     }
                 }
-                callers = self.switchboard.next() => self.answer(&callers).await,
+                urgent = self.subscriptions.next() => self.answer(&urgent).await,
                 () = due(gives_up) => self.give_up(),
-                () = due(self.chase.map(Chase::next)) => self.answer(&BTreeSet::new()).await,
+                () = due(self.follow_up.map(FollowUp::next)) => self.answer(&BTreeSet::new()).await,
                 Some(done) = self.requests.join_next() => self.take(done),
             }
         }
@@ -213,11 +213,11 @@ impl Daemon {
             self.budget = config.to_budget();
             self.policy.set_settings(config.to_settings());
             if config.vms != self.config.vms {
-                self.roster = Roster::new(self.directory().to_owned(), config.vms.clone());
+                self.discovery = Discovery::new(self.directory().to_owned(), config.vms.clone());
                 self.rescan(true);
             }
             self.config = config;
-            self.introduce();
+            self.log_settings();
         }
         self.notify.reloaded();
     }
@@ -226,7 +226,7 @@ impl Daemon {
     /// up: those are asked when it is over, so that what they say is there for the next.
     async fn round(&mut self) {
         let began = Instant::now();
-        let asked = self.ask(PATIENCE, |_, slot| !slot.pace.is_slow());
+        let asked = self.ask(PATIENCE, |_, managed| !managed.response_times.is_slow());
         self.gather(asked, self.tick / 2).await;
         self.read_host();
         if self.knows_enough() {
@@ -238,33 +238,35 @@ impl Daemon {
             let told = self.tell();
             self.gather(told, self.tick / 4).await;
         }
-        self.ask(PATIENCE, |_, slot| slot.pace.is_slow());
+        self.ask(PATIENCE, |_, managed| managed.response_times.is_slow());
         self.rounds += 1;
         self.shared.timings().round.observe(began.elapsed().as_secs_f64());
         self.publish();
-        let (vms, Balance { charged, .. }, budget) = (self.slots.len(), self.balance, self.budget_now);
+        let (vms, Balance { charged, .. }, budget) = (self.managed_vms.len(), self.balance, self.budget_now);
         self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
     }
 
     /// Whether every VM that was there at the start has been heard. Before that, what one of
     /// them holds would pass for free memory; but no VM can delay the others for long.
     fn knows_enough(&self) -> bool {
-        self.decided || self.began.elapsed() >= FIRST_ANSWERS || self.slots.values().all(Slot::is_heard)
+        self.decided
+            || self.began.elapsed() >= FIRST_ANSWERS
+            || self.managed_vms.values().all(ManagedVm::is_heard)
     }
 
     /// Asks them how they stand; gives those that were asked.
-    fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &Slot) -> bool) -> BTreeSet<u64> {
+    fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &ManagedVm) -> bool) -> BTreeSet<u64> {
         let mut asked = BTreeSet::new();
         let now = self.now();
-        for (&id, slot) in &mut self.slots {
-            if slot.gone || !whom(id, slot) {
+        for (&id, managed) in &mut self.managed_vms {
+            if managed.gone || !whom(id, managed) {
                 continue;
             }
             // Without a driver its last request is still under way.
-            let Some(mut driver) = slot.take_driver() else { continue };
-            slot.pace.asked(now);
+            let Some(mut driver) = managed.take_driver() else { continue };
+            managed.response_times.asked(now);
             self.requests.spawn(async move {
-                let outcome = Outcome::Polled(driver.report(patience).await);
+                let outcome = RequestOutcome::Reported(driver.report(patience).await);
                 (id, driver, outcome)
             });
             asked.insert(id);
@@ -276,7 +278,8 @@ impl Daemon {
     /// answer of before keeps nobody, nor does who is often slow.
     async fn gather(&mut self, mut awaited: BTreeSet<u64>, patience: Duration) {
         let deadline = Instant::now() + patience;
-        awaited.retain(|id| self.slots.get(id).is_some_and(|slot| !slot.pace.is_slow()));
+        awaited
+            .retain(|id| self.managed_vms.get(id).is_some_and(|managed| !managed.response_times.is_slow()));
         while !awaited.is_empty()
             && let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await
         {
@@ -292,23 +295,23 @@ impl Daemon {
         // A panic in a request is a bug, and costs that VM its driver.
         let Ok((id, driver, outcome)) = done else { return };
         let now = self.now();
-        let Some(slot) = self.slots.get_mut(&id) else { return };
-        slot.put_back(driver, |pid| self.reader.holding(pid));
-        slot.pace.answered(now);
+        let Some(managed) = self.managed_vms.get_mut(&id) else { return };
+        managed.put_back(driver, |pid| self.reader.resident_memory(pid));
+        managed.response_times.answered(now);
         // It was told when its turn to be asked came.
-        let owes = slot.pace.is_slow() && !matches!(outcome, Outcome::Polled(_));
-        if let Outcome::Steered(reason, result) = &outcome {
-            remember(&self.shared, &slot.name, *reason, result);
+        let owes = managed.response_times.is_slow() && !matches!(outcome, RequestOutcome::Reported(_));
+        if let RequestOutcome::PauseSet(reason, result) = &outcome {
+            remember(&self.shared, &managed.name, *reason, result);
         }
-        if let Outcome::Told(reason, result) = &outcome {
-            remember(&self.shared, &slot.name, *reason, result);
+        if let RequestOutcome::TargetSet(reason, result) = &outcome {
+            remember(&self.shared, &managed.name, *reason, result);
             let served = result.is_ok() && reason.new.saturating_add(DEADBAND) >= reason.demand;
             if let Some(since) = served.then(|| self.waiting.remove(&id)).flatten() {
                 self.shared.timings().grant.observe(now.saturating_sub(since).as_secs_f64());
             }
         }
-        slot.take(now, self.host.total, outcome);
-        if slot.gone {
+        managed.take(now, self.host.total, outcome);
+        if managed.gone {
             self.waiting.remove(&id);
         }
         if owes {
@@ -318,14 +321,14 @@ impl Daemon {
 
     fn read_host(&mut self) {
         self.reservations.look(self.now(), Process::held);
-        for slot in self.slots.values_mut() {
-            slot.look_if_silent(self.host.total, |pid| self.reader.holding(pid));
+        for managed in self.managed_vms.values_mut() {
+            managed.look_if_silent(self.host.total, |pid| self.reader.resident_memory(pid));
         }
         self.pressure = self.reader.pressure();
         match self.reader.memory() {
             Ok(host) => self.host = host,
             Err(error) => {
-                if self.blind.is_due(self.now(), "meminfo") {
+                if self.read_log.is_due(self.now(), "meminfo") {
                     warn!("{error}; going on with what was read last");
                 }
             }
@@ -336,23 +339,25 @@ impl Daemon {
         self.decided = true;
         let now = self.now();
         let patience = self.tick * STALE_TICKS;
-        for slot in self.slots.values_mut().filter(|slot| slot.vm.is_some()) {
-            if self.reservations.is_for_huge_pages(&slot.name) {
-                slot.reserves();
+        for managed in self.managed_vms.values_mut().filter(|managed| managed.vm.is_some()) {
+            if self.reservations.is_for_huge_pages(&managed.name) {
+                managed.reserves();
             }
         }
-        let slots = &self.slots;
-        let has_come = |name: &str| slots.values().any(|slot| slot.name == name && slot.vm.is_some());
+        let managed_vms = &self.managed_vms;
+        let has_come =
+            |name: &str| managed_vms.values().any(|managed| managed.name == name && managed.vm.is_some());
         self.reservations.expire(now, has_come);
         // What VMMs hold beside guest memory can be given to no guest.
-        let overhead: Bytes = self.slots.values().map(Slot::overhead).sum();
-        let resident: Bytes = self.slots.values().map(Slot::resident).sum();
+        let overhead: Bytes = self.managed_vms.values().map(ManagedVm::overhead).sum();
+        let resident: Bytes = self.managed_vms.values().map(ManagedVm::resident).sum();
         // What is reserved for one that starts is its charge until it answers.
-        let unheard = self.slots.values().filter(|slot| !self.reservations.is_for(&slot.name));
-        let unheard: Bytes = unheard.map(Slot::unheard).sum();
+        let unheard = self.managed_vms.values().filter(|managed| !self.reservations.is_for(&managed.name));
+        let unheard: Bytes = unheard.map(ManagedVm::unheard).sum();
         self.vms.clear();
         let pauses = self.config.last_resort == LastResort::Pause;
-        self.vms.extend(self.slots.values_mut().filter_map(|slot| slot.lend(now, patience, pauses)));
+        self.vms
+            .extend(self.managed_vms.values_mut().filter_map(|managed| managed.lend(now, patience, pauses)));
         let touched = self.reservations.touched();
         let budget = self.budget.now(self.host, [resident, overhead, touched, unheard].into_iter().sum());
         self.budget_now = budget.saturating_sub(overhead);
@@ -360,7 +365,7 @@ impl Daemon {
         let HostMemory { swap, .. } = self.host;
         let available = Some(self.host.to_be_had());
         let budget = self.budget_now.saturating_sub(unheard);
-        let host = Host { budget, pressure: self.pressure, swap, available };
+        let host = HostObservation { budget, pressure: self.pressure, swap, available };
         let before = self.balance.state;
         self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
         self.balance.charged = self.balance.charged.saturating_add(unheard);
@@ -368,15 +373,15 @@ impl Daemon {
             if self.reservations.settle(&vm) {
                 continue;
             }
-            let waits =
-                vm.standing() == Standing::Following && vm.demand() > vm.said.target.saturating_add(DEADBAND);
+            let waits = vm.standing() == Standing::Following
+                && vm.demand() > vm.observed.target.saturating_add(DEADBAND);
             if waits {
                 self.waiting.entry(vm.id).or_insert(now);
             } else {
                 self.waiting.remove(&vm.id);
             }
-            if let Some(slot) = self.slots.get_mut(&vm.id) {
-                slot.settle(now, vm);
+            if let Some(managed) = self.managed_vms.get_mut(&vm.id) {
+                managed.settle(now, vm);
             }
         }
         self.decisions.retain(|decision| !self.reservations.grant(now, decision));
@@ -387,7 +392,7 @@ impl Daemon {
                 self.budget_now
             );
             if before == HostState::Emergency {
-                self.slots.values_mut().for_each(|slot| slot.resort.calm());
+                self.managed_vms.values_mut().for_each(|managed| managed.last_resort.calm());
             }
         }
         if over > Bytes::ZERO {
@@ -418,7 +423,8 @@ impl Daemon {
             rounds_over_budget: self.rounds_over_budget,
             pressure_percent: self.pressure.map(Pressure::as_percent),
         };
-        let mut vms: Vec<_> = self.slots.values().filter(|slot| !slot.gone).map(Slot::view).collect();
+        let mut vms: Vec<_> =
+            self.managed_vms.values().filter(|managed| !managed.gone).map(ManagedVm::view).collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         let mut history = self.shared.history();
         for vm in &vms {
@@ -435,16 +441,16 @@ impl Daemon {
 }
 
 /// A request that is over: whose, the driver that made it, and what came of it.
-type Done = (u64, Box<dyn Driver>, Outcome);
+type Done = (u64, Box<dyn Driver>, RequestOutcome);
 
 /// Keeps what became of a decision, for those who ask why.
 fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error>) {
-    let (fate, complaint) = match result {
+    let (fate, error) = match result {
         Ok(()) => (Fate::Taken, None),
         Err(error @ Error::Refused { .. }) => (Fate::Refused, Some(error.to_string())),
         Err(error) => (Fate::Unanswered, Some(error.to_string())),
     };
-    shared.history().decided(vm, reason, fate, complaint);
+    shared.history().decided(vm, reason, fate, error);
 }
 
 /// Waits until then; for ever, where there is no such time.
@@ -471,7 +477,7 @@ async fn heard(signal: &mut Option<Signal>) {
 }
 
 /// A change in the watched directory; never, where nothing is watched.
-async fn changed(watch: &mut Option<Watch>) -> io::Result<()> {
+async fn changed(watch: &mut Option<DirectoryWatch>) -> io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,
         None => std::future::pending().await,

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::runtime;
 use axum::Extension;
 use axum::Json;
 use axum::Router;
@@ -12,18 +14,16 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
-use balloon::limits::Limits;
-use balloon::runtime;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::api_error::ApiError;
 use super::command::Command;
-use super::listen::Place;
+use super::listen::ClientPermit;
 use super::metrics;
-use super::refusal::Refusal;
-use super::reservation::Wanted;
+use super::reservation::ReservationRequest;
 use super::shared::Shared;
 
 /// The largest body that is read; the largest that makes sense has some hundred bytes.
@@ -92,15 +92,15 @@ fn finish(router: Router<Api>, api: Api) -> Router {
 
 /// The body of every answer that is not what was asked for.
 #[derive(Serialize)]
-struct Complaint {
+struct ErrorBody {
     error: String,
 }
 
 fn refuse(status: StatusCode, error: impl ToString) -> Response {
-    (status, Json(Complaint { error: error.to_string() })).into_response()
+    (status, Json(ErrorBody { error: error.to_string() })).into_response()
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = match &self {
             Self::NoSuchVm(_) | Self::NoReservation(_) => StatusCode::NOT_FOUND,
@@ -138,7 +138,7 @@ async fn why(Given(api): Given<Api>, Named(name): Named<String>) -> Response {
             let why = api.shared.history().why(vm);
             Json(why).into_response()
         }
-        None => Refusal::NoSuchVm(name).into_response(),
+        None => ApiError::NoSuchVm(name).into_response(),
     }
 }
 
@@ -146,7 +146,7 @@ async fn set_limits(
     Given(api): Given<Api>,
     Named(vm): Named<String>,
     body: Body,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     let limits: Limits = read(body)?;
     ask(&api, |answer| Command::SetLimits { vm, limits, answer }).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -154,22 +154,22 @@ async fn set_limits(
 
 async fn reserve(
     Given(api): Given<Api>,
-    Extension(place): Extension<Place>,
+    Extension(permit): Extension<ClientPermit>,
     body: Body,
-) -> Result<Response, Refusal> {
-    let wanted: Wanted = read(body)?;
+) -> Result<Response, ApiError> {
+    let request: ReservationRequest = read(body)?;
     // The path of its socket is made of it.
-    runtime::socket_in(Path::new(""), &wanted.name)
-        .map_err(|error| Refusal::Body { status: 400, error: error.to_string() })?;
+    runtime::socket_in(Path::new(""), &request.name)
+        .map_err(|error| ApiError::Body { status: 400, error: error.to_string() })?;
     // However many VMs start at once, others are told how things stand.
-    if !place.wait() {
-        return Err(Refusal::TooManyReservations);
+    if !permit.wait() {
+        return Err(ApiError::TooManyReservations);
     }
-    let view = ask(&api, |answer| Command::Reserve { wanted, answer }).await?;
+    let view = ask(&api, |answer| Command::Reserve { request, answer }).await?;
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }
 
-async fn release(Given(api): Given<Api>, Named(name): Named<String>) -> Result<StatusCode, Refusal> {
+async fn release(Given(api): Given<Api>, Named(name): Named<String>) -> Result<StatusCode, ApiError> {
     ask(&api, |answer| Command::Release { name, answer }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -185,36 +185,35 @@ async fn metrics(Given(api): Given<Api>) -> Response {
 struct Body(Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for Body {
-    type Rejection = Refusal;
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         match timeout(LONGEST_BODY, Bytes::from_request(request, state)).await {
             Ok(Ok(bytes)) => Ok(Self(bytes)),
             Ok(Err(rejection)) => {
-                Err(Refusal::Body { status: rejection.status().as_u16(), error: rejection.body_text() })
+                Err(ApiError::Body { status: rejection.status().as_u16(), error: rejection.body_text() })
             }
             Err(_) => {
                 let error = format!("it did not come within {} s", LONGEST_BODY.as_secs());
-                Err(Refusal::Body { status: StatusCode::REQUEST_TIMEOUT.as_u16(), error })
+                Err(ApiError::Body { status: StatusCode::REQUEST_TIMEOUT.as_u16(), error })
             }
         }
     }
 }
 
-fn read<T: DeserializeOwned>(Body(body): Body) -> Result<T, Refusal> {
-    serde_json::from_slice(&body).map_err(|error| Refusal::Body { status: 400, error: error.to_string() })
+fn read<T: DeserializeOwned>(Body(body): Body) -> Result<T, ApiError> {
+    serde_json::from_slice(&body).map_err(|error| ApiError::Body { status: 400, error: error.to_string() })
 }
 
 /// Hands a command to the rounds and waits for its end.
 async fn ask<T>(
     api: &Api,
-    command: impl FnOnce(oneshot::Sender<Result<T, Refusal>>) -> Command,
-) -> Result<T, Refusal> {
+    command: impl FnOnce(oneshot::Sender<Result<T, ApiError>>) -> Command,
+) -> Result<T, ApiError> {
     let (answer, answered) = oneshot::channel();
-    api.commands.send(command(answer)).await.map_err(|_| Refusal::Stopping)?;
-    answered.await.unwrap_or(Err(Refusal::Stopping))
+    api.commands.send(command(answer)).await.map_err(|_| ApiError::Stopping)?;
+    answered.await.unwrap_or(Err(ApiError::Stopping))
 }
 
 #[cfg(test)]
-#[path = "server_tests.rs"]
 mod tests;

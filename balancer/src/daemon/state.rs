@@ -1,8 +1,8 @@
 //! What the daemon tells about itself: `GET /state`.
 
-use balloon::limits::Limits;
-use balloon::status::Pauser;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::Pauser;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::reservation::ReservationView;

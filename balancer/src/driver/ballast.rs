@@ -3,16 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
+use api::units::Bytes;
 use hyper::Method;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use super::Error;
 use super::http::Http;
-use super::{Answer, Calls, DEFAULT_TIMEOUT, Driver, FRESH, Kind, Status};
+use super::{Answer, DEFAULT_TIMEOUT, Driver, EventSource, FRESH, Kind, Status};
 
 /// A client for one VM.
 ///
@@ -43,12 +43,12 @@ struct Known {
 
 /// The body of every refusal.
 #[derive(Deserialize)]
-struct Refusal {
+struct ErrorBody {
     error: String,
 }
 
 fn sentence(body: &[u8]) -> Option<String> {
-    serde_json::from_slice(body).ok().map(|refusal: Refusal| refusal.error)
+    serde_json::from_slice(body).ok().map(|body: ErrorBody| body.error)
 }
 
 impl Client {
@@ -212,8 +212,8 @@ impl Driver for Client {
         self.http.pid()
     }
 
-    fn calls(&self) -> Option<Calls> {
-        Some(Calls::new(self.socket().to_owned()))
+    fn events(&self) -> Option<EventSource> {
+        Some(EventSource::new(self.socket().to_owned()))
     }
 
     fn report(&mut self, patience: Duration) -> Answer<'_, Box<Status>> {

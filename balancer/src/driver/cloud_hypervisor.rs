@@ -9,17 +9,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Wanted;
-use balloon::status::{AgedReport, DriverState};
-use balloon::units::Bytes;
+use api::limits::Wanted;
+use api::status::{AgedReport, DriverState};
+use api::units::Bytes;
 use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::{Error, clean};
-use super::foreign::Foreign;
+use super::foreign::ForeignDriver;
+use super::foreign_vm::{ForeignStatus, ForeignVm};
 use super::http::Http;
-use super::kept::{Kept, Told};
 use super::statistics::{self, Names};
 use super::{DEFAULT_TIMEOUT, Kind};
 
@@ -94,7 +94,7 @@ struct BalloonStatistics {
 
 /// How the VM's size is changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Means {
+enum Mechanism {
     /// By its balloon.
     Balloon,
     /// By memory that can be plugged and unplugged above `least`.
@@ -125,7 +125,7 @@ fn sentence(body: &[u8]) -> Option<String> {
 /// A way to one Cloud Hypervisor VM.
 pub struct CloudHypervisor {
     http: Http,
-    kept: Kept,
+    vm: ForeignVm,
     /// Whether this version tells statistics; `None` until it was asked.
     tells_statistics: Option<bool>,
 }
@@ -136,7 +136,7 @@ impl CloudHypervisor {
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
             http: Http::new(Kind::CloudHypervisor, socket.into(), DEFAULT_TIMEOUT, sentence),
-            kept: Kept::new(limits),
+            vm: ForeignVm::new(limits),
             tells_statistics: None,
         }
     }
@@ -169,12 +169,12 @@ impl CloudHypervisor {
         if last_update == 0 {
             return Ok(None);
         }
-        let age = self.kept.age.of_report_at(Duration::from_millis(last_update), last_update);
+        let age = self.vm.age.of_report_at(Duration::from_millis(last_update), last_update);
         Ok(Some(statistics::aged(age, report)))
     }
 }
 
-impl Foreign for CloudHypervisor {
+impl ForeignDriver for CloudHypervisor {
     fn socket(&self) -> &Path {
         self.http.socket()
     }
@@ -183,40 +183,40 @@ impl Foreign for CloudHypervisor {
         self.http.pid()
     }
 
-    fn kept(&mut self) -> &mut Kept {
-        &mut self.kept
+    fn vm(&mut self) -> &mut ForeignVm {
+        &mut self.vm
     }
 
-    async fn look(&mut self) -> Result<Told, Error> {
+    async fn look(&mut self) -> Result<ForeignStatus, Error> {
         let info: VmInfo = self.http.get(INFO).await?;
-        if self.kept.meet(self.http.pid()) {
+        if self.vm.meet(self.http.pid()) {
             self.tells_statistics = None;
         }
         let VmInfo { config, state, memory_actual_size } = &info;
         let (now, most) = (config.memory.total(), most(&config.memory));
-        let means = means(config);
+        let mechanism = mechanism(config);
         let actual = memory_actual_size.map_or(now, |actual| Bytes(actual).min(now));
-        let report = match means {
-            Some(Means::Balloon) => self.report().await?,
+        let report = match mechanism {
+            Some(Mechanism::Balloon) => self.report().await?,
             _ => None,
         };
-        let target = match (means, &config.balloon) {
-            (Some(Means::Balloon), Some(balloon)) => now.saturating_sub(Bytes(balloon.size)),
+        let target = match (mechanism, &config.balloon) {
+            (Some(Mechanism::Balloon), Some(balloon)) => now.saturating_sub(Bytes(balloon.size)),
             _ => now,
         };
-        let has = if means == Some(Means::Balloon) { now } else { most };
-        let driver = match means {
+        let has = if mechanism == Some(Mechanism::Balloon) { now } else { most };
+        let driver = match mechanism {
             None => DriverState::Absent,
             Some(_) if state != "Running" => DriverState::Silent,
             Some(_) => DriverState::Active,
         };
-        Ok(Told { has, target, actual, driver, report })
+        Ok(ForeignStatus { has, target, actual, driver, report })
     }
 
     async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
         let VmInfo { config, .. } = self.http.get(INFO).await?;
-        let order = match means(&config) {
-            Some(Means::Plug { least }) => json!({ "desired_ram": target.max(least).0 }),
+        let order = match mechanism(&config) {
+            Some(Mechanism::Plug { least }) => json!({ "desired_ram": target.max(least).0 }),
             // One without a balloon refuses in its own words.
             _ => json!({ "desired_balloon": config.memory.total().saturating_sub(target).0 }),
         };
@@ -231,10 +231,10 @@ fn most(memory: &Memory) -> Bytes {
     memory.total().saturating_add(Bytes(room))
 }
 
-fn means(config: &VmConfig) -> Option<Means> {
+fn mechanism(config: &VmConfig) -> Option<Mechanism> {
     if config.balloon.is_some() {
-        return Some(Means::Balloon);
+        return Some(Mechanism::Balloon);
     }
     let least = Bytes(config.memory.size);
-    config.memory.hotplug_size.filter(|&room| room > 0).map(|_| Means::Plug { least })
+    config.memory.hotplug_size.filter(|&room| room > 0).map(|_| Mechanism::Plug { least })
 }

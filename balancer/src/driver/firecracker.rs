@@ -9,17 +9,17 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use balloon::limits::Wanted;
-use balloon::status::{AgedReport, DriverState};
-use balloon::units::Bytes;
+use api::limits::Wanted;
+use api::status::{AgedReport, DriverState};
+use api::units::Bytes;
 use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::Error;
-use super::foreign::Foreign;
+use super::foreign::ForeignDriver;
+use super::foreign_vm::{ForeignStatus, ForeignVm};
 use super::http::Http;
-use super::kept::{Kept, Told};
 use super::statistics::{self, Names};
 use super::{DEFAULT_TIMEOUT, Kind};
 
@@ -93,7 +93,7 @@ fn sentence(body: &[u8]) -> Option<String> {
 /// A way to one Firecracker VM.
 pub struct Firecracker {
     http: Http,
-    kept: Kept,
+    vm: ForeignVm,
     /// Whether the guest was seen to be asked for statistics often enough.
     polled: bool,
 }
@@ -104,7 +104,7 @@ impl Firecracker {
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
             http: Http::new(Kind::Firecracker, socket.into(), DEFAULT_TIMEOUT, sentence),
-            kept: Kept::new(limits),
+            vm: ForeignVm::new(limits),
             polled: false,
         }
     }
@@ -141,19 +141,19 @@ impl Firecracker {
     fn report(&mut self, answer: &Statistics) -> Result<Option<AgedReport>, Error> {
         let report = statistics::read(&NAMES, &answer.guest)
             .map_err(|what| self.http.nonsense("GET /balloon/statistics".to_owned(), &what))?;
-        if report == balloon::report::Report::default() {
+        if report == api::report::Report::default() {
             return Ok(None);
         }
         let mut digest = DefaultHasher::new();
         for (name, value) in &answer.guest {
             (name, value.as_u64()).hash(&mut digest);
         }
-        let unchanged = self.kept.age.of(Instant::now(), digest.finish(), UNCHANGED);
+        let unchanged = self.vm.age.of(Instant::now(), digest.finish(), UNCHANGED);
         Ok(Some(statistics::aged(unchanged.saturating_sub(UNCHANGED), report)))
     }
 }
 
-impl Foreign for Firecracker {
+impl ForeignDriver for Firecracker {
     fn socket(&self) -> &Path {
         self.http.socket()
     }
@@ -162,13 +162,13 @@ impl Foreign for Firecracker {
         self.http.pid()
     }
 
-    fn kept(&mut self) -> &mut Kept {
-        &mut self.kept
+    fn vm(&mut self) -> &mut ForeignVm {
+        &mut self.vm
     }
 
-    async fn look(&mut self) -> Result<Told, Error> {
+    async fn look(&mut self) -> Result<ForeignStatus, Error> {
         let InstanceInfo { state } = self.http.get("/").await?;
-        if self.kept.meet(self.http.pid()) {
+        if self.vm.meet(self.http.pid()) {
             self.polled = false;
         }
         let has = self.size().await?;
@@ -176,7 +176,7 @@ impl Foreign for Firecracker {
         let (mut actual, mut report) = (has, None);
         if let Some(Balloon { stats_polling_interval_s: 1.., .. }) = balloon {
             let answer: Statistics = self.http.get("/balloon/statistics").await?;
-            let given_up = Bytes(answer.actual_pages.saturating_mul(balloon::units::PAGE_SIZE));
+            let given_up = Bytes(answer.actual_pages.saturating_mul(api::units::PAGE_SIZE));
             actual = has.saturating_sub(given_up);
             report = self.report(&answer)?;
         }
@@ -186,7 +186,7 @@ impl Foreign for Firecracker {
             Some(_) if report.is_some() || actual < has => DriverState::Active,
             Some(_) => DriverState::Absent,
         };
-        Ok(Told {
+        Ok(ForeignStatus {
             has,
             target: balloon.map_or(has, |balloon| has.saturating_sub(mebibytes(balloon.amount_mib))),
             actual,

@@ -4,15 +4,15 @@ use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::limits::{Limits, Wanted};
-use balloon::units::Bytes;
+use api::limits::{Limits, Wanted};
+use api::units::Bytes;
 
 use super::error::Error;
-use super::kept::{Kept, KeptLimits, Told};
+use super::foreign_vm::{ConfiguredLimits, ForeignStatus, ForeignVm};
 use super::{Answer, Driver, Status};
 
 /// What differs from one VMM to another: its words. The rest is kept by its driver.
-pub trait Foreign: Send {
+pub trait ForeignDriver: Send {
     /// Where the VM is spoken to.
     fn socket(&self) -> &Path;
 
@@ -20,30 +20,30 @@ pub trait Foreign: Send {
     fn process(&self) -> Option<u32>;
 
     /// What is kept for the VM.
-    fn kept(&mut self) -> &mut Kept;
+    fn vm(&mut self) -> &mut ForeignVm;
 
     /// Asks how the VM stands.
-    fn look(&mut self) -> impl Future<Output = Result<Told, Error>> + Send;
+    fn look(&mut self) -> impl Future<Output = Result<ForeignStatus, Error>> + Send;
 
     /// Asks the guest to have `target`.
     fn ask_for(&mut self, target: Bytes) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
-impl<V: Foreign> Driver for V {
+impl<V: ForeignDriver> Driver for V {
     fn socket(&self) -> &Path {
-        Foreign::socket(self)
+        ForeignDriver::socket(self)
     }
 
     fn process(&self) -> Option<u32> {
-        Foreign::process(self)
+        ForeignDriver::process(self)
     }
 
     /// QEMU and Firecracker ask their guests at an interval of whole seconds, Cloud Hypervisor at each
     /// question: none lets itself be told how long to wait.
     fn report(&mut self, _patience: Duration) -> Answer<'_, Box<Status>> {
         Box::pin(async move {
-            let told = self.look().await?;
-            Ok(self.kept().status(told).await)
+            let status = self.look().await?;
+            Ok(self.vm().status(status).await)
         })
     }
 
@@ -52,11 +52,11 @@ impl<V: Foreign> Driver for V {
     }
 
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.kept().limits.set(limits);
+        self.vm().limits.set(limits);
         Box::pin(std::future::ready(Ok(())))
     }
 
     fn configure(&mut self, memory: Option<Wanted>) {
-        self.kept().limits = KeptLimits::new(memory);
+        self.vm().limits = ConfiguredLimits::new(memory);
     }
 }

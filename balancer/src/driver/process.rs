@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use rustix::io::Errno;
 use rustix::param::clock_ticks_per_second;
 use tokio::net::UnixStream;
@@ -22,14 +22,14 @@ pub const PROCESSES: &str = "/proc";
 
 /// What the host holds for a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Holding {
+pub struct ResidentMemory {
     /// Anonymous, shared and file pages.
     pub ordinary: Bytes,
     /// Reserved huge pages (hugetlb), which are a pool of their own.
     pub reserved: Bytes,
 }
 
-impl Holding {
+impl ResidentMemory {
     /// Both.
     pub fn all(self) -> Bytes {
         self.ordinary.saturating_add(self.reserved)
@@ -41,18 +41,18 @@ impl Holding {
 ///
 /// From `PID/status`, whose counters the kernel keeps anyway: adding up
 /// the mappings takes the process's mmap lock and a walk of its page tables.
-pub fn holding(processes: &Path, pid: u32) -> Option<Holding> {
-    holding_in(&fs::read_to_string(processes.join(format!("{pid}/status"))).ok()?)
+pub fn resident_memory(processes: &Path, pid: u32) -> Option<ResidentMemory> {
+    resident_memory_in(&fs::read_to_string(processes.join(format!("{pid}/status"))).ok()?)
 }
 
-fn holding_in(status: &str) -> Option<Holding> {
+fn resident_memory_in(status: &str) -> Option<ResidentMemory> {
     let reserved = field(status, "HugetlbPages").unwrap_or_default();
-    Some(Holding { ordinary: field(status, "VmRSS")?, reserved })
+    Some(ResidentMemory { ordinary: field(status, "VmRSS")?, reserved })
 }
 
 /// All that the host holds for the process.
 pub fn resident(pid: u32) -> Option<Bytes> {
-    Some(holding(Path::new(PROCESSES), pid)?.all())
+    Some(resident_memory(Path::new(PROCESSES), pid)?.all())
 }
 
 /// What of the host's memory is the process's own: what is neither free while it runs nor to be had by
@@ -76,11 +76,11 @@ fn field(status: &str, name: &str) -> Option<Bytes> {
 /// What the host holds for the process outside its large mappings, which are guest memory.
 ///
 /// From `/proc/PID/smaps`, so it takes a while for a large guest: not for every tick.
-pub fn beside(pid: u32, guest_mapping: Bytes) -> Option<Bytes> {
-    Some(beside_in(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, guest_mapping))
+pub fn vmm_own(pid: u32, guest_mapping: Bytes) -> Option<Bytes> {
+    Some(vmm_own_in(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, guest_mapping))
 }
 
-fn beside_in(smaps: &str, guest_mapping: Bytes) -> Bytes {
+fn vmm_own_in(smaps: &str, guest_mapping: Bytes) -> Bytes {
     let mut sum = Bytes::ZERO;
     let mut guest = false;
     for line in smaps.lines() {
@@ -151,10 +151,13 @@ mod tests {
     #[test]
     fn all_that_is_resident_counts() {
         let status = "Name:\tqemu\nVmHWM:\t  9000 kB\nVmRSS:\t  5000 kB\nRssAnon:\t 4000 kB\nHugetlbPages:\t 2048 kB\n";
-        let holding = holding_in(status).unwrap();
-        assert_eq!(holding, Holding { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) });
-        assert_eq!(holding.all(), Bytes::kib(7048));
-        assert_eq!(holding_in("Name:\tkthreadd\n"), None);
+        let resident_memory = resident_memory_in(status).unwrap();
+        assert_eq!(
+            resident_memory,
+            ResidentMemory { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) }
+        );
+        assert_eq!(resident_memory.all(), Bytes::kib(7048));
+        assert_eq!(resident_memory_in("Name:\tkthreadd\n"), None);
         let own = resident(std::process::id()).unwrap();
         assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");
     }
@@ -172,8 +175,8 @@ mod tests {
         let smaps = "\
 7f00-7f10 rw-p 00000000 00:00 0 \nSize: 262144 kB\nRss:  1024 kB\nPrivate_Hugetlb: 2048 kB\n\
 7f20-7f21 rw-p 00000000 00:00 0 [heap]\nSize: 132 kB\nRss:  64 kB\nPss: 60 kB\n";
-        assert_eq!(beside_in(smaps, Bytes::mib(256)), Bytes::kib(64));
-        assert!(beside(std::process::id(), Bytes::gib(1024)).unwrap() > Bytes::mib(1));
+        assert_eq!(vmm_own_in(smaps, Bytes::mib(256)), Bytes::kib(64));
+        assert!(vmm_own(std::process::id(), Bytes::gib(1024)).unwrap() > Bytes::mib(1));
     }
 
     #[test]

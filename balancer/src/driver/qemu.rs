@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::limits::Wanted;
-use balloon::status::{AgedReport, DriverState};
-use balloon::units::Bytes;
+use api::limits::Wanted;
+use api::status::{AgedReport, DriverState};
+use api::units::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -22,12 +22,12 @@ use tracing::{info, warn};
 use self::qmp::{Event, Qmp};
 use super::DEFAULT_TIMEOUT;
 use super::error::Error;
-use super::foreign::Foreign;
-use super::kept::{Kept, Told};
+use super::foreign::ForeignDriver;
+use super::foreign_vm::{ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
 /// Where QEMU keeps devices that the command line or a hot plug made: with an id, and without.
-const PLACES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+const QOM_PATHS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// How often QEMU is to ask the guest for statistics. It takes no less than a second.
 const POLLING_INTERVAL: Duration = Duration::from_secs(1);
@@ -110,7 +110,7 @@ pub struct Qemu {
     name: String,
     socket: PathBuf,
     timeout: Duration,
-    kept: Kept,
+    vm: ForeignVm,
     link: Option<Link>,
     /// What it was last asked to have, by this driver.
     target: Option<Bytes>,
@@ -124,7 +124,7 @@ impl Qemu {
             name: name.into(),
             socket: socket.into(),
             timeout: DEFAULT_TIMEOUT,
-            kept: Kept::new(limits),
+            vm: ForeignVm::new(limits),
             link: None,
             target: None,
         }
@@ -143,7 +143,7 @@ impl Qemu {
         }
         let qmp = Qmp::connect(&self.socket, self.timeout).await?;
         let pid = qmp.pid();
-        if self.kept.meet(pid) {
+        if self.vm.meet(pid) {
             self.target = None;
         }
         Ok(Link { qmp, machine: None })
@@ -161,12 +161,12 @@ impl Qemu {
         outcome
     }
 
-    async fn question(&mut self, link: &mut Link) -> Result<Told, Error> {
+    async fn question(&mut self, link: &mut Link) -> Result<ForeignStatus, Error> {
         let Link { qmp, machine } = link;
         qmp.greet().await?;
         let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
-        let limits = self.kept.limits.of_vm(has);
+        let limits = self.vm.limits.of_vm(has);
         let machine = match machine {
             // One may have been plugged.
             Some(machine) if machine.balloon || !has_balloon(qmp).await? => machine,
@@ -198,7 +198,7 @@ impl Qemu {
             _ if report.is_some() || actual < has => DriverState::Active,
             _ => DriverState::Absent,
         };
-        Ok(Told { has, target: self.target.unwrap_or(actual), actual, driver, report })
+        Ok(ForeignStatus { has, target: self.target.unwrap_or(actual), actual, driver, report })
     }
 
     async fn report(&mut self, qmp: &mut Qmp, path: &str) -> Result<Option<AgedReport>, Error> {
@@ -209,7 +209,7 @@ impl Qemu {
         if last_update == 0 {
             return Ok(None);
         }
-        let age = self.kept.age.of_report_at(Duration::from_secs(last_update), last_update);
+        let age = self.vm.age.of_report_at(Duration::from_secs(last_update), last_update);
         Ok(Some(statistics::aged(age, report)))
     }
 
@@ -240,20 +240,20 @@ impl Qemu {
     }
 }
 
-impl Foreign for Qemu {
+impl ForeignDriver for Qemu {
     fn socket(&self) -> &Path {
         &self.socket
     }
 
     fn process(&self) -> Option<u32> {
-        self.kept.pid()
+        self.vm.pid()
     }
 
-    fn kept(&mut self) -> &mut Kept {
-        &mut self.kept
+    fn vm(&mut self) -> &mut ForeignVm {
+        &mut self.vm
     }
 
-    async fn look(&mut self) -> Result<Told, Error> {
+    async fn look(&mut self) -> Result<ForeignStatus, Error> {
         let mut link = self.link().await?;
         let outcome = self.question(&mut link).await;
         self.keep(link, outcome)
@@ -286,7 +286,7 @@ async fn has_balloon(qmp: &mut Qmp) -> Result<bool, Error> {
 }
 
 async fn find_balloon(qmp: &mut Qmp) -> Result<Option<String>, Error> {
-    for place in PLACES {
+    for place in QOM_PATHS {
         let children: Vec<Property> = qmp.execute("qom-list", json!({ "path": place })).await?;
         if let Some(child) = children.iter().find(|child| child.kind.starts_with("child<virtio-balloon")) {
             return Ok(Some(format!("{place}/{}", child.name)));

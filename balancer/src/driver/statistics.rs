@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
-use balloon::report::Report;
-use balloon::status::AgedReport;
+use api::report::Report;
+use api::status::AgedReport;
 use serde_json::Value;
 
 /// What QEMU shows for a statistic that the guest has not sent.
@@ -70,7 +70,7 @@ pub fn aged(age: Duration, statistics: Report) -> AgedReport {
 
 #[cfg(test)]
 mod tests {
-    use balloon::units::Bytes;
+    use api::units::Bytes;
     use serde_json::json;
 
     use super::*;

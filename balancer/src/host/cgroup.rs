@@ -10,14 +10,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 /// A part of a limit that is left for page tables and the VMMs themselves, in percent.
 const MARGIN_PERCENT: u64 = 3;
 
 /// What a control group leaves to the VMs in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct GroupMemory {
     /// What all in it may have together, less a margin.
     pub limit: Bytes,
     /// What of this is unused, or could be had by dropping caches.
@@ -66,35 +66,35 @@ impl Groups {
     }
 
     /// What the tightest of them leaves; `None` where none has a limit.
-    pub fn room(&self) -> Option<Room> {
-        let rooms = self.0.iter().filter_map(|(version, group)| match version {
-            Version::Two => room_of_two(group),
-            Version::One => room_of_one(group),
+    pub fn memory(&self) -> Option<GroupMemory> {
+        let limited = self.0.iter().filter_map(|(version, group)| match version {
+            Version::Two => memory_of_two(group),
+            Version::One => memory_of_one(group),
         });
         // The limit and what is free may be tightest in different groups.
-        rooms.reduce(|a, b| Room { limit: a.limit.min(b.limit), free: a.free.min(b.free) })
+        limited.reduce(|a, b| GroupMemory { limit: a.limit.min(b.limit), free: a.free.min(b.free) })
     }
 }
 
-fn room_of_two(group: &Path) -> Option<Room> {
+fn memory_of_two(group: &Path) -> Option<GroupMemory> {
     // `max` is no number and no limit.
     let limits = ["memory.max", "memory.high"].into_iter().filter_map(|file| number(&group.join(file)));
-    room(limits.min()?, number(&group.join("memory.current"))?, stat(group, "inactive_file "))
+    memory_within(limits.min()?, number(&group.join("memory.current"))?, stat(group, "inactive_file "))
 }
 
-fn room_of_one(group: &Path) -> Option<Room> {
+fn memory_of_one(group: &Path) -> Option<GroupMemory> {
     let limit = number(&group.join("memory.limit_in_bytes"))?;
     // The largest number of pages, in bytes, is how version 1 says that there is none.
     let none = (i64::MAX as u64) & !0xfff;
     if limit >= none {
         return None;
     }
-    room(limit, number(&group.join("memory.usage_in_bytes"))?, stat(group, "total_inactive_file "))
+    memory_within(limit, number(&group.join("memory.usage_in_bytes"))?, stat(group, "total_inactive_file "))
 }
 
-fn room(limit: u64, used: u64, caches: u64) -> Option<Room> {
+fn memory_within(limit: u64, used: u64, caches: u64) -> Option<GroupMemory> {
     let limit = Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT));
-    Some(Room { limit, free: limit.saturating_sub(Bytes(used.saturating_sub(caches))) })
+    Some(GroupMemory { limit, free: limit.saturating_sub(Bytes(used.saturating_sub(caches))) })
 }
 
 fn number(file: &Path) -> Option<u64> {
@@ -123,9 +123,9 @@ mod tests {
             fs::write(path, text).unwrap();
         }
 
-        fn room(&self, own: &str) -> Option<Room> {
+        fn memory(&self, own: &str) -> Option<GroupMemory> {
             self.write("own", own);
-            Groups::of(&self.0.path().join("own"), self.0.path()).room()
+            Groups::of(&self.0.path().join("own"), self.0.path()).memory()
         }
     }
 
@@ -133,26 +133,26 @@ mod tests {
     fn the_tightest_slice_counts_and_the_daemons_own_service_does_not() {
         let tree = Tree::new();
         let own = "0::/vms.slice/vms-web.slice/balancer.service\n";
-        assert_eq!(tree.room(own), None, "no limits, no room");
+        assert_eq!(tree.memory(own), None, "no limits, no room");
         tree.write("vms.slice/memory.max", "1000000\n");
         tree.write("vms.slice/memory.high", "max\n");
         tree.write("vms.slice/memory.current", "500000\n");
         tree.write("vms.slice/memory.stat", "anon 1\ninactive_file 100000\n");
-        assert_eq!(tree.room(own), Some(Room { limit: Bytes(970_000), free: Bytes(570_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(970_000), free: Bytes(570_000) }));
         tree.write("vms.slice/vms-web.slice/memory.max", "max\n");
         tree.write("vms.slice/vms-web.slice/memory.high", "800000\n");
         tree.write("vms.slice/vms-web.slice/memory.current", "10000\n");
-        assert_eq!(tree.room(own), Some(Room { limit: Bytes(776_000), free: Bytes(570_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(776_000), free: Bytes(570_000) }));
         tree.write("vms.slice/vms-web.slice/balancer.service/memory.max", "1000\n");
         tree.write("vms.slice/vms-web.slice/balancer.service/memory.current", "1000\n");
-        assert_eq!(tree.room(own).unwrap().limit, Bytes(776_000));
+        assert_eq!(tree.memory(own).unwrap().limit, Bytes(776_000));
         // A scope or a container holds more than the daemon.
         tree.write("box.scope/memory.max", "1000\n");
         tree.write("box.scope/memory.current", "2000\n");
-        assert_eq!(tree.room("0::/box.scope"), Some(Room { limit: Bytes(970), free: Bytes::ZERO }));
+        assert_eq!(tree.memory("0::/box.scope"), Some(GroupMemory { limit: Bytes(970), free: Bytes::ZERO }));
         tree.write("memory.max", "1000\n");
         tree.write("memory.current", "0\n");
-        assert_eq!(tree.room("0::/").unwrap().free, Bytes(970), "the root of a namespace");
+        assert_eq!(tree.memory("0::/").unwrap().free, Bytes(970), "the root of a namespace");
     }
 
     #[test]
@@ -161,22 +161,22 @@ mod tests {
         let own = "5:devices:/\n4:cpu,memory:/a/b\n0::/\n";
         tree.write("memory/memory.limit_in_bytes", "9223372036854771712\n");
         tree.write("memory/memory.usage_in_bytes", "5\n");
-        assert_eq!(tree.room(own), None);
+        assert_eq!(tree.memory(own), None);
         tree.write("memory/a/memory.limit_in_bytes", "100000\n");
         tree.write("memory/a/memory.usage_in_bytes", "90000\n");
         tree.write("memory/a/memory.stat", "inactive_file 1\ntotal_inactive_file 40000\n");
-        assert_eq!(tree.room(own), Some(Room { limit: Bytes(97_000), free: Bytes(47_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(97_000), free: Bytes(47_000) }));
     }
 
     #[test]
     fn what_is_not_there_or_is_nonsense_is_no_limit() {
         let tree = Tree::new();
         for own in ["", "nonsense", "0::/../../etc", "0:/", "\u{0}::"] {
-            assert_eq!(tree.room(own), None, "{own:?}");
+            assert_eq!(tree.memory(own), None, "{own:?}");
         }
         tree.write("x/memory.max", "many\n");
         tree.write("x/memory.current", "-1\n");
-        assert_eq!(tree.room("0::/x"), None);
-        assert_eq!(Groups::of(Path::new("/nowhere"), Path::new("/nowhere")).room(), None);
+        assert_eq!(tree.memory("0::/x"), None);
+        assert_eq!(Groups::of(Path::new("/nowhere"), Path::new("/nowhere")).memory(), None);
     }
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use balloon::limits::Limits;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::units::Bytes;
 
-use super::said::{Said, Stalls};
+use super::observation::{Observation, Stalls};
 use super::stall::{APART, Distress};
 
 /// Short memory of use: a dip of a second or two is no reason to take anything.
@@ -21,28 +21,28 @@ pub const SLOW: Duration = Duration::from_secs(60);
 pub const FALL_PERCENT: u64 = 4;
 
 /// The part of its buffer without which a guest can't do, in percent of its use.
-pub const BARE_PERCENT: u64 = 5;
+pub const MINIMUM_BUFFER_PERCENT: u64 = 5;
 
 /// The most of it: how fast use can rise until more is granted does not grow with the guest.
-pub const BARE_MOST: Bytes = Bytes::mib(128);
+pub const MINIMUM_BUFFER_MOST: Bytes = Bytes::mib(128);
 
 /// How far ahead rising use is followed: the age of a report, the time to the next
 /// decision, and the time until the guest has what it is granted.
-pub const AHEAD: Duration = Duration::from_secs(2);
+pub const FORECAST_HORIZON: Duration = Duration::from_secs(2);
 
 /// How long a rise is followed after it was last seen.
-pub const LEAD: Duration = Duration::from_secs(3);
+pub const FORECAST_HOLD: Duration = Duration::from_secs(3);
 
 /// A rise from one report to the next below this is none, in percent of use. Steady use
 /// that varies by 1 % either way rises by 2 %.
 pub const RISE_PERCENT: u64 = 2;
 
 /// How many moments of `actual` are kept, to know what it was when a report was made.
-const MOMENTS: usize = 16;
+const SAMPLES: usize = 16;
 
 /// Moments closer than this to each other are kept as one: rounds between two ticks, of
 /// which there may be many, must not push out what is as old as a report.
-const MOMENT: Duration = Duration::from_millis(250);
+const SAMPLES_APART: Duration = Duration::from_millis(250);
 
 /// A report made within this before `actual` was read was made of that: a VM that asks its guest
 /// when it is asked itself answers as soon as the guest has.
@@ -52,22 +52,22 @@ const TOGETHER: Duration = Duration::from_millis(20);
 #[derive(Clone, Debug, Default)]
 pub struct Demand {
     /// The last values of `actual` and when they were seen; a ring.
-    moments: [Moment; MOMENTS],
+    samples: [Sample; SAMPLES],
     seen: usize,
     used: Option<Bytes>,
     fast: f64,
     slow: f64,
     last: Duration,
-    held: Bytes,
+    peak_hold: Bytes,
     distress: Distress,
     /// The report from which a rise is measured: when it was made, and the use that it told.
-    measured: Moment,
+    measured: Sample,
     committed: Option<Bytes>,
     /// How far use was rising by the newest report.
-    coming: Bytes,
+    forecast: Bytes,
     /// The farthest that it was for a while, and when that was last seen.
-    lead: Moment,
-    doubt: Bytes,
+    peak_forecast: Sample,
+    uncertainty: Bytes,
 }
 
 /// What of a report is followed.
@@ -95,10 +95,10 @@ pub struct News {
 }
 
 impl News {
-    /// What `said` tells at `now`; `None` where the guest never told what it could spare.
-    pub fn of(now: Duration, said: &Said) -> Option<Self> {
-        let (age, spare) = said.spare?;
-        let Said { stalls, committed, .. } = *said;
+    /// What `observed` tells at `now`; `None` where the guest never told what it could spare.
+    pub fn of(now: Duration, observed: &Observation) -> Option<Self> {
+        let (age, spare) = observed.spare?;
+        let Observation { stalls, committed, .. } = *observed;
         Some(Self { reported: now.saturating_sub(age), spare, stalls, committed })
     }
 }
@@ -106,11 +106,11 @@ impl News {
 impl Demand {
     /// Takes in that the guest had `actual` when it was looked at, at `now` or a moment before.
     pub fn has(&mut self, now: Duration, actual: Bytes) {
-        let before = self.seen.checked_sub(2).map(|seen| self.moments[seen % MOMENTS].0);
-        if before.is_some_and(|before| now.saturating_sub(before) < MOMENT) {
+        let before = self.seen.checked_sub(2).map(|seen| self.samples[seen % SAMPLES].0);
+        if before.is_some_and(|before| now.saturating_sub(before) < SAMPLES_APART) {
             self.seen -= 1;
         }
-        self.moments[self.seen % MOMENTS] = (now, actual);
+        self.samples[self.seen % SAMPLES] = (now, actual);
         self.seen += 1;
     }
 
@@ -118,7 +118,7 @@ impl Demand {
     /// followed, and whether distress and rises are.
     pub fn report(&mut self, now: Duration, news: &News, follow: Follow) {
         let (had, most) = self.had(news, follow.hold);
-        self.doubt = most.saturating_sub(had);
+        self.uncertainty = most.saturating_sub(had);
         let used = had.saturating_sub(news.spare);
         if follow.distress {
             self.distress.look(now, news, had);
@@ -138,16 +138,16 @@ impl Demand {
         self.last = now;
         self.used = Some(used);
         let need = used.max(Bytes(self.fast as u64));
-        if need > self.held || need < self.held.percent(100 - FALL_PERCENT) || !follow.hold {
-            self.held = need;
+        if need > self.peak_hold || need < self.peak_hold.percent(100 - FALL_PERCENT) || !follow.hold {
+            self.peak_hold = need;
         }
     }
 
     /// Use that rises is followed to where it will be when the guest has what it is granted.
     fn rise(&mut self, now: Duration, used: Bytes, news: &News) {
-        let (seen, _) = self.lead;
-        if now.saturating_sub(seen) > LEAD {
-            self.lead = (seen, Bytes::ZERO);
+        let (seen, _) = self.peak_forecast;
+        if now.saturating_sub(seen) > FORECAST_HOLD {
+            self.peak_forecast = (seen, Bytes::ZERO);
         }
         let (then, before) = self.measured;
         let since = news.reported.saturating_sub(then);
@@ -160,7 +160,7 @@ impl Demand {
         }
         self.measured = (news.reported, used);
         let rise = used.saturating_sub(before);
-        let coming = rise.0 as f64 * AHEAD.as_secs_f64() / since.as_secs_f64();
+        let forecast = rise.0 as f64 * FORECAST_HORIZON.as_secs_f64() / since.as_secs_f64();
         // What programs were just promised is a hint of what they will use: a small one,
         // as many never do.
         let promised = match (self.committed, news.committed) {
@@ -169,10 +169,10 @@ impl Demand {
         };
         self.committed = news.committed;
         let least = used.percent(RISE_PERCENT);
-        let coming = if rise > least { Bytes(coming as u64).min(used) } else { Bytes::ZERO };
-        self.coming = if promised > least { coming.max(promised) } else { coming };
-        if self.coming > self.lead.1 {
-            self.lead = (now, self.coming);
+        let forecast = if rise > least { Bytes(forecast as u64).min(used) } else { Bytes::ZERO };
+        self.forecast = if promised > least { forecast.max(promised) } else { forecast };
+        if self.forecast > self.peak_forecast.1 {
+            self.peak_forecast = (now, self.forecast);
         }
     }
 
@@ -187,20 +187,20 @@ impl Demand {
     }
 
     /// How much more it may use than is taken for its use, as memory went while it reported.
-    pub fn doubt(&self) -> Bytes {
-        self.doubt
+    pub fn uncertainty(&self) -> Bytes {
+        self.uncertainty
     }
 
-    /// Its use as the law holds it: up at once, down only when it has clearly fallen.
-    pub fn held(&self) -> Bytes {
-        self.held
+    /// Its use as the policy holds it: up at once, down only when it has clearly fallen.
+    pub fn peak_hold(&self) -> Bytes {
+        self.peak_hold
     }
 
-    /// What it can't do without this moment: use and [`BARE_PERCENT`] of it, no more than
-    /// [`BARE_MOST`], within its limits.
-    pub fn bare(&self, limits: &Limits) -> Bytes {
+    /// What it can't do without this moment: use and [`MINIMUM_BUFFER_PERCENT`] of it, no more than
+    /// [`MINIMUM_BUFFER_MOST`], within its limits.
+    pub fn minimum_working_set(&self, limits: &Limits) -> Bytes {
         let used = self.used.unwrap_or_default();
-        limits.clamp(used.saturating_add(bare_buffer(used, limits)))
+        limits.clamp(used.saturating_add(minimum_buffer(used, limits)))
     }
 
     /// What can't wait: as little as it can do with, and what it lacks or is about to.
@@ -221,16 +221,20 @@ impl Demand {
     }
 
     fn recent(&self) -> Use {
-        Use { bytes: self.held, boost_percent: self.distress.boost_percent(), coming: self.lead.1 }
+        Use {
+            bytes: self.peak_hold,
+            boost_percent: self.distress.boost_percent(),
+            forecast: self.peak_forecast.1,
+        }
     }
 
     fn newest(&self) -> Use {
         let boost_percent = self.distress.present_percent();
-        Use { bytes: self.used.unwrap_or_default(), boost_percent, coming: self.coming }
+        Use { bytes: self.used.unwrap_or_default(), boost_percent, forecast: self.forecast }
     }
 
     /// What it should have where nobody is short: use over the last minute and its buffer.
-    pub fn comfort(&self, limits: &Limits) -> Bytes {
+    pub fn ample(&self, limits: &Limits) -> Bytes {
         let slow = Bytes(self.slow as u64).percent(100 + u64::from(limits.buffer_percent()));
         self.need(limits).max(limits.clamp(slow))
     }
@@ -256,21 +260,21 @@ impl Demand {
     }
 
     /// What the guest had at the last look before `then`, and at the first look after it.
-    fn around(&self, then: Duration) -> (Moment, Moment) {
+    fn around(&self, then: Duration) -> (Sample, Sample) {
         let mut after = None;
-        for back in 1..=self.seen.min(MOMENTS) {
-            let moment = self.moments[(self.seen - back) % MOMENTS];
-            if moment.0 <= then + TOGETHER {
-                return (moment, after.unwrap_or(moment));
+        for back in 1..=self.seen.min(SAMPLES) {
+            let sample = self.samples[(self.seen - back) % SAMPLES];
+            if sample.0 <= then + TOGETHER {
+                return (sample, after.unwrap_or(sample));
             }
-            after = Some(moment);
+            after = Some(sample);
         }
         (after.unwrap_or_default(), after.unwrap_or_default())
     }
 }
 
 /// When, and what was had or used then.
-type Moment = (Duration, Bytes);
+type Sample = (Duration, Bytes);
 
 /// What a need is concluded from.
 #[derive(Clone, Copy)]
@@ -279,13 +283,13 @@ struct Use {
     /// What is added to it for a guest that waits for memory.
     boost_percent: u64,
     /// How far it rises.
-    coming: Bytes,
+    forecast: Bytes,
 }
 
 impl Use {
     fn urgent(&self, limits: &Limits) -> Bytes {
         let boosted = self.bytes.percent(100 + self.boost_percent);
-        limits.clamp(boosted.saturating_add(bare_buffer(self.bytes, limits)).saturating_add(self.coming))
+        limits.clamp(boosted.saturating_add(minimum_buffer(self.bytes, limits)).saturating_add(self.forecast))
     }
 
     fn need(&self, limits: &Limits) -> Bytes {
@@ -295,7 +299,7 @@ impl Use {
 }
 
 /// What was had at `then`, on a line from `a` to `b`.
-fn between(a: Moment, b: Moment, then: Duration) -> Bytes {
+fn between(a: Sample, b: Sample, then: Duration) -> Bytes {
     let span = b.0.saturating_sub(a.0).as_secs_f64();
     if span == 0.0 {
         return b.1;
@@ -305,8 +309,8 @@ fn between(a: Moment, b: Moment, then: Duration) -> Bytes {
 }
 
 /// The part of its buffer without which a guest that uses so much can't do.
-fn bare_buffer(used: Bytes, limits: &Limits) -> Bytes {
-    used.percent(u64::from(limits.buffer_percent()).min(BARE_PERCENT)).min(BARE_MOST)
+fn minimum_buffer(used: Bytes, limits: &Limits) -> Bytes {
+    used.percent(u64::from(limits.buffer_percent()).min(MINIMUM_BUFFER_PERCENT)).min(MINIMUM_BUFFER_MOST)
 }
 
 #[cfg(test)]
@@ -359,7 +363,7 @@ mod tests {
             demand.report(at(10), &spares(at(10), Bytes::mib(400)), ALL);
             demand.has(at(11), Bytes::mib(600));
             demand.report(at(11), &spares(at(11) - Duration::from_millis(ago), Bytes::mib(100)), ALL);
-            (demand.used(), demand.doubt())
+            (demand.used(), demand.uncertainty())
         };
         assert_eq!(asked(10), (Some(Bytes::mib(500)), Bytes::ZERO));
         assert_ne!(asked(500).1, Bytes::ZERO, "nobody knows what it had half a second ago");
@@ -384,8 +388,12 @@ mod tests {
             demand.has(now, Bytes::gib(1));
             demand.report(now, &spares(now, Bytes::mib(800 - 20 * tick)), ALL);
         }
-        let (used, bare) = (demand.used().unwrap(), Bytes::mib(64));
-        assert!(demand.urgent(&limits()) > used.saturating_add(bare), "{}", demand.urgent(&limits()));
+        let (used, minimum_working_set) = (demand.used().unwrap(), Bytes::mib(64));
+        assert!(
+            demand.urgent(&limits()) > used.saturating_add(minimum_working_set),
+            "{}",
+            demand.urgent(&limits())
+        );
     }
 
     #[test]
@@ -400,7 +408,7 @@ mod tests {
             demand.report(at(second), &spares(at(second), Bytes::mib(824)), ALL);
         }
         assert!(demand.need(&limits()) < Bytes::mib(270), "{}", demand.need(&limits()));
-        assert!(demand.comfort(&limits()) > Bytes::mib(500), "{}", demand.comfort(&limits()));
+        assert!(demand.ample(&limits()) > Bytes::mib(500), "{}", demand.ample(&limits()));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! memory idle where weights are small. All in whole pages, exactly, so that
 //! the order of the VMs can't matter.
 
-use balloon::units::Pages;
+use api::units::Pages;
 
 /// What one VM brings to the sharing, and what it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,17 +1,17 @@
-//! What keeps the law from doing harm: charges, floors, and guests that don't follow.
+//! What keeps the policy from doing harm: charges, floors, and guests that don't follow.
 
 use std::fmt;
 use std::time::Duration;
 
-use balloon::means;
-use balloon::status::DriverState;
-use balloon::units::Bytes;
+use api::status::DriverState;
+use api::status::UNPLUG_PATIENCE;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Said, host_state::HostState};
+use super::{Observation, host_state::HostState};
 
 /// A guest that gave up less than [`PROGRESS`] in this time is stuck (Xen's squeezed: 5 s). One that
-/// is asked to unplug first has [`means::PATIENCE`] for that, and then this time for its balloon.
+/// is asked to unplug first has [`UNPLUG_PATIENCE`] for that, and then this time for its balloon.
 pub const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// Less than this in [`STUCK_AFTER`] is no progress. Far below what the slowest
@@ -128,7 +128,7 @@ impl fmt::Display for Standing {
 
 /// Watches whether a guest gives up what it was asked for.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Watch {
+pub(super) struct ShrinkWatch {
     /// Since when an inflate is under way, and what the guest had then.
     since: Option<(Duration, Bytes)>,
     /// What it had at two moments of this inflate, the later of which is the next to be measured from.
@@ -151,10 +151,10 @@ enum SeenDriver {
     Gone(Duration),
 }
 
-impl Watch {
+impl ShrinkWatch {
     /// Takes in what the guest has; true at the moment when it is found stuck.
-    pub fn look(&mut self, now: Duration, said: &Said) -> bool {
-        if said.driver == DriverState::Absent {
+    pub fn look(&mut self, now: Duration, observed: &Observation) -> bool {
+        if observed.driver == DriverState::Absent {
             // Nobody is there to follow; the balloon begins anew when someone is.
             self.let_go();
             self.settled = false;
@@ -168,9 +168,9 @@ impl Watch {
         }
         // Its VMM knows better than whoever has just met it: a guest whose balancer was started
         // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
-        self.settled = said.followed.unwrap_or(self.settled);
-        let pending = said.actual.saturating_sub(said.target);
-        self.measure(now, pending, said.actual);
+        self.settled = observed.followed.unwrap_or(self.settled);
+        let pending = observed.actual.saturating_sub(observed.target);
+        self.measure(now, pending, observed.actual);
         if pending <= THERE {
             self.settled = true;
             if self.since.take().is_some() {
@@ -180,14 +180,14 @@ impl Watch {
             return false;
         }
         let Some((since, had)) = self.since else {
-            self.since = Some((now, said.actual));
+            self.since = Some((now, observed.actual));
             return false;
         };
-        if had.saturating_sub(said.actual) >= PROGRESS {
-            self.since = Some((now, said.actual));
+        if had.saturating_sub(observed.actual) >= PROGRESS {
+            self.since = Some((now, observed.actual));
             return false;
         }
-        let patience = if said.plugs { means::PATIENCE + STUCK_AFTER } else { STUCK_AFTER };
+        let patience = if observed.plugs { UNPLUG_PATIENCE + STUCK_AFTER } else { STUCK_AFTER };
         if now.saturating_sub(since) < patience {
             return false;
         }
@@ -242,15 +242,15 @@ impl Watch {
 }
 
 /// What a VM is charged: what it may hold on the host without anyone asking again.
-pub fn charge(standing: Standing, said: &Said) -> Bytes {
-    let full = said.limits.max().max(said.actual);
-    let held = said.host_rss.min(full);
+pub fn charge(standing: Standing, observed: &Observation) -> Bytes {
+    let full = observed.limits.max().max(observed.actual);
+    let held = observed.host_rss.min(full);
     match standing {
         Standing::NoDriver | Standing::Static => full,
-        Standing::Booting | Standing::Leaving => said.target.max(held),
+        Standing::Booting | Standing::Leaving => observed.target.max(held),
         Standing::Paused => held,
         Standing::Following | Standing::Stale | Standing::Stuck | Standing::NotAnswering => {
-            said.target.max(said.actual).max(held)
+            observed.target.max(observed.actual).max(held)
         }
     }
 }
@@ -263,24 +263,24 @@ pub fn headroom(size: Bytes) -> Bytes {
     Bytes::mib(16).max(Bytes(size.0 / 32))
 }
 
-/// What a guest that uses `used` of `size`, and can't do with less than `bare`, is not
+/// What a guest that uses `used` of `size`, and can't do with less than `working_set`, is not
 /// shrunk below in this state. `lasts` is whether EMERGENCY has lasted for [`EMERGENCY_DWELL`].
-pub fn floor(state: HostState, lasts: bool, used: Bytes, bare: Bytes, size: Bytes) -> Bytes {
+pub fn floor(state: HostState, lasts: bool, used: Bytes, working_set: Bytes, size: Bytes) -> Bytes {
     match state {
-        HostState::Normal | HostState::Soft => bare.max(used.saturating_add(headroom(size))),
+        HostState::Normal | HostState::Soft => working_set.max(used.saturating_add(headroom(size))),
         HostState::Emergency if lasts => Bytes::ZERO,
-        HostState::Hard | HostState::Emergency => bare,
+        HostState::Hard | HostState::Emergency => working_set,
     }
 }
 
 /// What a guest has touched, and one step more: as far as its claim is no mere word.
-pub fn touched(said: &Said) -> Bytes {
-    said.host_rss.saturating_add(whole_step(said.host_rss))
+pub fn touched(observed: &Observation) -> Bytes {
+    observed.host_rss.saturating_add(whole_step(observed.host_rss))
 }
 
 /// The most that one guest is asked to give up at a time, less what it still owes.
-pub fn step(said: &Said) -> Bytes {
-    whole_step(said.target).saturating_sub(said.actual.saturating_sub(said.target))
+pub fn step(observed: &Observation) -> Bytes {
+    whole_step(observed.target).saturating_sub(observed.actual.saturating_sub(observed.target))
 }
 
 /// How far a guest of this size is moved at a time.

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::said::{Host, Pressure};
+use super::observation::{HostObservation, Pressure};
 
 /// Hysteresis of each state: it is left only when the free part is this much
 /// above where it was entered, in hundredths of the pool.
@@ -46,7 +46,7 @@ impl HostState {
     /// where a whole pool is available: then some program waits at its own limit (memory.max and
     /// memory.high count too, Documentation/accounting/psi.rst), and what guests give would not help it.
     #[must_use]
-    pub fn next(self, free: Bytes, pool: Bytes, host: &Host) -> Self {
+    pub fn next(self, free: Bytes, pool: Bytes, host: &HostObservation) -> Self {
         let pressed = self.by_pressure(host.pressure);
         let is_ample = host.available.is_some_and(|available| available >= pool);
         self.by_pool(free, pool).max(if is_ample { pressed.min(Self::Soft) } else { pressed })
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     fn walk(from: HostState, percent: u64) -> HostState {
-        from.next(Bytes::mib(percent), Bytes::mib(100), &Host::default())
+        from.next(Bytes::mib(percent), Bytes::mib(100), &HostObservation::default())
     }
 
     #[test]
@@ -133,16 +133,19 @@ mod tests {
 
     #[test]
     fn a_host_without_a_pool_is_no_division_by_zero() {
-        assert_eq!(HostState::Normal.next(Bytes::ZERO, Bytes::ZERO, &Host::default()), HostState::Emergency);
+        assert_eq!(
+            HostState::Normal.next(Bytes::ZERO, Bytes::ZERO, &HostObservation::default()),
+            HostState::Emergency
+        );
     }
 
     #[test]
     fn a_host_that_waits_itself_is_short_whatever_its_pool_says() {
         use HostState::{Emergency, Hard, Normal, Soft};
-        let host = |percent: f64, available: Option<Bytes>| Host {
+        let host = |percent: f64, available: Option<Bytes>| HostObservation {
             pressure: Some(Pressure::percent(percent)),
             available,
-            ..Host::default()
+            ..HostObservation::default()
         };
         let next =
             |from: HostState, percent: f64| from.next(Bytes::mib(100), Bytes::mib(100), &host(percent, None));

@@ -19,19 +19,19 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::host_state::HostState;
 use super::reason::{Decision, Rule};
 use super::vm::{PIECE, Vm};
-use super::{Host, Policy};
+use super::{HostObservation, Policy};
 
 /// The time from one decision of this kind to the next: it must have had its effect.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How the host stands once all is moved that can be.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Room {
+pub(super) enum Margin {
     /// VMs hold this much too much, an emergency has lasted, and nobody can give any.
     Over(Bytes),
     /// This much may be had by one that is resumed.
@@ -43,8 +43,8 @@ impl Policy {
     pub(super) fn last_resort(
         &mut self,
         now: Duration,
-        host: Host,
-        room: Room,
+        host: HostObservation,
+        margin: Margin,
         vms: &mut [Vm],
         decisions: &mut Vec<Decision>,
     ) {
@@ -53,17 +53,17 @@ impl Policy {
         if now.saturating_sub(then) < self.settings.patience {
             return;
         }
-        let chosen = match room {
-            Room::Over(over) if host.swap.is_some_and(|swap| swap >= over) => {
+        let chosen = match margin {
+            Margin::Over(over) if host.swap.is_some_and(|swap| swap >= over) => {
                 lightest(vms, |_| true).map(|index| (index, Rule::Swap))
             }
-            Room::Over(_) => lightest(vms, |vm| vm.said.pausable && vm.untouched() >= PIECE)
-                .or_else(|| lightest(vms, |vm| !vm.said.pausable && vm.untouched() >= PIECE))
+            Margin::Over(_) => lightest(vms, |vm| vm.observed.pausable && vm.untouched() >= PIECE)
+                .or_else(|| lightest(vms, |vm| !vm.observed.pausable && vm.untouched() >= PIECE))
                 .map(|index| (index, Rule::Pause)),
-            Room::Left(left) if self.state < HostState::Hard => {
+            Margin::Left(left) if self.state < HostState::Hard => {
                 resumable(vms, left).map(|index| (index, Rule::Resume))
             }
-            Room::Left(_) => None,
+            Margin::Left(_) => None,
         };
         let Some((index, rule)) = chosen else { return };
         let vm = &mut vms[index];
@@ -71,9 +71,9 @@ impl Policy {
             return;
         }
         if rule != Rule::Swap {
-            vm.lay_down(rule == Rule::Pause);
+            vm.set_paused_by_balancer(rule == Rule::Pause);
         }
-        vm.decide(self.state, rule, vm.said.target, decisions);
+        vm.decide(self.state, rule, vm.observed.target, decisions);
         self.resorted = Some(now);
     }
 }
@@ -84,7 +84,7 @@ fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
     if vms.iter().filter(|vm| vm.is_running()).count() < 2 {
         return None;
     }
-    let of = |vm: &Vm| (!vm.keeps_too_much(), vm.said.limits.weight(), u64::MAX - vm.charge().0, vm.id);
+    let of = |vm: &Vm| (!vm.keeps_too_much(), vm.observed.limits.weight(), u64::MAX - vm.charge().0, vm.id);
     let chosen = vms.iter().enumerate().filter(|(_, vm)| vm.is_running() && counts(vm));
     chosen.min_by_key(|(_, vm)| of(vm)).map(|(index, _)| index)
 }
@@ -93,8 +93,8 @@ fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
 fn resumable(vms: &[Vm], free: Bytes) -> Option<usize> {
     vms.iter()
         .enumerate()
-        .filter(|(_, vm)| vm.is_laid_down() && vm.untouched() <= free)
-        .max_by_key(|(_, vm)| (vm.said.limits.weight(), u64::MAX - vm.id))
+        .filter(|(_, vm)| vm.is_paused_by_balancer() && vm.untouched() <= free)
+        .max_by_key(|(_, vm)| (vm.observed.limits.weight(), u64::MAX - vm.id))
         .map(|(index, _)| index)
 }
 

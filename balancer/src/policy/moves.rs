@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::reason::{Decision, Rule};
 use super::vm::{PIECE, Round, Vm};
-use super::{Policy, Said};
+use super::{Observation, Policy};
 
 /// What is to be taken from guests in one round.
 #[derive(Clone, Copy)]
@@ -47,7 +47,7 @@ impl Policy {
         }
         self.gaps.sort_unstable_by(|a, b| {
             // gap / target of one against the other's, without dividing.
-            let (a_target, b_target) = (vms[a.1].said.target.0.max(1), vms[b.1].said.target.0.max(1));
+            let (a_target, b_target) = (vms[a.1].observed.target.0.max(1), vms[b.1].observed.target.0.max(1));
             let of_a = u128::from(a.0.whole.0) * u128::from(b_target);
             let of_b = u128::from(b.0.whole.0) * u128::from(a_target);
             of_b.cmp(&of_a).then(vms[a.1].id.cmp(&vms[b.1].id))
@@ -57,7 +57,7 @@ impl Policy {
         self.give_buffers(&mut granted, vms);
         for &(gap, index) in &self.gaps {
             let vm = &mut vms[index];
-            let Said { target, limits, .. } = vm.said;
+            let Observation { target, limits, .. } = vm.observed;
             let new = target.saturating_add(gap.given).page_floor().min(limits.max());
             if new.saturating_sub(target) < PIECE.min(gap.whole) {
                 continue;
@@ -73,7 +73,7 @@ impl Policy {
         for (gap, index) in &mut self.gaps {
             let vm = &vms[*index];
             // Raising a target that the guest is still above costs nothing.
-            let cost = vm.said.target.saturating_add(gap.urgent).saturating_sub(vm.charge());
+            let cost = vm.observed.target.saturating_add(gap.urgent).saturating_sub(vm.charge());
             let paid = if self.settings.guards.payment_comes_first { cost.min(granted.left) } else { cost };
             let missing = cost.saturating_sub(paid);
             granted.left = granted.left.saturating_sub(paid);
@@ -85,7 +85,7 @@ impl Policy {
     fn give_buffers(&mut self, granted: &mut Granted, vms: &[Vm]) {
         for (gap, index) in &mut self.gaps {
             let vm = &vms[*index];
-            let target = vm.said.target;
+            let target = vm.observed.target;
             let from = target.saturating_add(gap.urgent).max(vm.charge());
             let cost = target.saturating_add(gap.whole).saturating_sub(from);
             let mut paid = Bytes::ZERO;
@@ -112,8 +112,8 @@ impl Policy {
         self.surpluses.clear();
         let mut total = Bytes::ZERO;
         for (index, vm) in vms.iter_mut().enumerate() {
-            let max = vm.said.limits.max();
-            if vm.said.target > max && vm.takes_targets() {
+            let max = vm.observed.limits.max();
+            if vm.observed.target > max && vm.takes_targets() {
                 vm.decide(self.state, Rule::Limits, max, decisions);
                 continue;
             }
@@ -139,7 +139,7 @@ impl Policy {
             let part = Bytes(u64::try_from(part).unwrap_or(u64::MAX)).max(PIECE).min(surplus);
             short = short.saturating_sub(part);
             let vm = &mut vms[index];
-            let new = vm.said.limits.clamp(vm.said.target.saturating_sub(part));
+            let new = vm.observed.limits.clamp(vm.observed.target.saturating_sub(part));
             let rule = if paying { Rule::Pay } else { Rule::Refill };
             vm.shrinks(now, new, paying);
             vm.decide(self.state, rule, new, decisions);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::host_state::HostState;

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
-use super::Said;
-use super::demand::{AHEAD, Demand, RISE_PERCENT};
+use super::Observation;
+use super::demand::{Demand, FORECAST_HORIZON, RISE_PERCENT};
 use super::guards::{STEADY_PERCENT, STILL_PERCENT, TURN};
 
 /// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
@@ -34,7 +34,7 @@ struct Shrunk {
     /// When the guest was last seen on its way there.
     arrives: Duration,
     used: Bytes,
-    held: Bytes,
+    peak_hold: Bytes,
     /// Whether it was left what it used.
     spared: bool,
 }
@@ -43,7 +43,7 @@ impl Shrunk {
     /// Whether a report tells what was used when the move was made. The one that it followed is
     /// older, and while memory moves nobody knows the use exactly.
     fn is_told(&self, reported: Duration) -> bool {
-        (self.at..self.arrives + AHEAD).contains(&reported)
+        (self.at..self.arrives + FORECAST_HORIZON).contains(&reported)
     }
 }
 
@@ -55,39 +55,39 @@ impl Rest {
 
     /// Notes that it is shrunk to `target`; `hurried` where another VM waits for it.
     pub fn shrinks(&mut self, now: Duration, demand: &Demand, target: Bytes, hurried: bool) {
-        let (used, held) = (demand.used().unwrap_or_default(), demand.held());
-        self.shrunk = Some(Shrunk { at: now, arrives: now, used, held, spared: used < target });
+        let (used, peak_hold) = (demand.used().unwrap_or_default(), demand.peak_hold());
+        self.shrunk = Some(Shrunk { at: now, arrives: now, used, peak_hold, spared: used < target });
         if !hurried {
             self.refilled_from = Some(now);
         }
     }
 
     /// Takes in what a report tells of the last shrink: use may have risen while memory went.
-    pub fn learn(&mut self, now: Duration, said: &Said, demand: &Demand, reported: Duration) {
+    pub fn learn(&mut self, now: Duration, observed: &Observation, demand: &Demand, reported: Duration) {
         let used = demand.used().unwrap_or_default();
         if let Some(shrunk) = &mut self.shrunk {
-            if said.actual > said.target {
+            if observed.actual > observed.target {
                 shrunk.arrives = now;
             }
             if shrunk.is_told(reported) {
-                let used = used.min(said.target.percent(SEEN_PERCENT));
+                let used = used.min(observed.target.percent(SEEN_PERCENT));
                 shrunk.used = shrunk.used.max(used);
-                shrunk.held = shrunk.held.max(used);
+                shrunk.peak_hold = shrunk.peak_hold.max(used);
             }
         }
     }
 
     /// Whether it was shrunk within `rest` and its use has not risen since.
     pub fn after_shrink(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
-        self.shrunk.is_some_and(|Shrunk { at, held, .. }| {
-            is_within(now, at, rest) && demand.held() <= held.percent(100 + STEADY_PERCENT)
+        self.shrunk.is_some_and(|Shrunk { at, peak_hold, .. }| {
+            is_within(now, at, rest) && demand.peak_hold() <= peak_hold.percent(100 + STEADY_PERCENT)
         })
     }
 
     /// Whether it was grown within `rest` and its use has not fallen below what it was grown for.
     pub fn after_grow(&self, now: Duration, rest: Duration, demand: &Demand) -> bool {
         self.grown.is_some_and(|Grown { at, used }| {
-            is_within(now, at, rest) && demand.held() >= used.percent(100 - STEADY_PERCENT)
+            is_within(now, at, rest) && demand.peak_hold() >= used.percent(100 - STEADY_PERCENT)
         })
     }
 

@@ -1,4 +1,4 @@
-//! What an operator may set of the law, and the guards that tests switch off.
+//! What an operator may set of the policy, and the guards that tests switch off.
 
 use std::time::Duration;
 
@@ -98,7 +98,7 @@ pub struct Guards {
     /// A guest that does not follow is left alone for a while.
     pub stuck_are_left_alone: bool,
     /// Demand does not follow small falls.
-    pub demand_is_held: bool,
+    pub peaks_are_held: bool,
     /// Guests keep what they use, short of an emergency.
     pub use_is_spared: bool,
     /// A guest that was just moved one way is not moved back while its use is steady,
@@ -107,7 +107,7 @@ pub struct Guards {
     /// A guest that waits for memory is given more than its use tells.
     pub distress_counts: bool,
     /// Rising use is followed ahead of what was reported.
-    pub rises_are_led: bool,
+    pub rises_are_forecast: bool,
     /// What others need beyond their fair share never comes before a guest's need within its own.
     pub fair_comes_first: bool,
     /// Memory is given for what the newest report tells, not for what was used a moment ago.
@@ -115,7 +115,7 @@ pub struct Guards {
     /// What guests may take back on their own is kept from all grants.
     pub slack_is_kept: bool,
     /// Memory is not taken while nobody can tell whether the guest uses it.
-    pub doubt_is_spared: bool,
+    pub uncertainty_is_spared: bool,
     /// What a guest owes is counted on only as far as its pace brings it.
     pub pace_counts: bool,
 }
@@ -126,15 +126,15 @@ impl Default for Guards {
             stale_are_held: true,
             payment_comes_first: true,
             stuck_are_left_alone: true,
-            demand_is_held: true,
+            peaks_are_held: true,
             use_is_spared: true,
             moves_rest: true,
             distress_counts: true,
-            rises_are_led: true,
+            rises_are_forecast: true,
             fair_comes_first: true,
             news_counts: true,
             slack_is_kept: true,
-            doubt_is_spared: true,
+            uncertainty_is_spared: true,
             pace_counts: true,
         }
     }

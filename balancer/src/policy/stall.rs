@@ -9,10 +9,10 @@
 
 use std::time::Duration;
 
-use balloon::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 use super::demand::News;
-use super::said::Stalls;
+use super::observation::Stalls;
 
 /// More waiting than this between two looks is distress; Senpai (Meta's TMO) aims for 10 ms in 6 s.
 pub const WAITED: Duration = Duration::from_millis(10);

@@ -1,13 +1,13 @@
-//! The law against small hosts of model guests.
+//! The policy against small hosts of model guests.
 //!
 //! The guests here are as simple as can be: they follow their target at a given
 //! speed, or don't. Real ones are in the lab.
 
 use std::collections::VecDeque;
 
-use balloon::limits::Limits;
+use api::limits::Limits;
 
-use balloon::status::{DriverState, Pauser};
+use api::status::{DriverState, Pauser};
 
 use super::guards::{self, Standing};
 use super::*;
@@ -33,35 +33,36 @@ struct Guest {
 impl Guest {
     fn new(id: u64, limits: &str, wants: Bytes) -> Self {
         let limits: Limits = limits.parse().unwrap();
-        let said = Said { driver: DriverState::Active, ..Said::of(limits) };
-        let vm = Vm::new(id, Duration::from_secs(1000), said);
+        let observed = Observation { driver: DriverState::Active, ..Observation::of(limits) };
+        let vm = Vm::new(id, Duration::from_secs(1000), observed);
         let speed = Bytes::gib(1);
         let spares = VecDeque::new();
         Self { vm, wants, speed, stuck: false, age: Duration::ZERO, lies: false, spares }
     }
 
     fn live(&mut self) {
-        let said = &mut self.vm.said;
-        if said.actual < said.target {
-            said.actual = said.target.min(said.actual.saturating_add(self.speed));
+        let observed = &mut self.vm.observed;
+        if observed.actual < observed.target {
+            observed.actual = observed.target.min(observed.actual.saturating_add(self.speed));
         } else if !self.stuck {
-            said.actual = said.target.max(said.actual.saturating_sub(self.speed));
+            observed.actual = observed.target.max(observed.actual.saturating_sub(self.speed));
         }
-        let waits = self.lies || self.wants > said.actual;
-        said.stalls.allocation_stalls = Some(said.stalls.allocation_stalls.unwrap_or(0) + u64::from(waits));
-        let spare = if self.lies { Bytes::ZERO } else { said.actual.saturating_sub(self.wants) };
+        let waits = self.lies || self.wants > observed.actual;
+        observed.stalls.allocation_stalls =
+            Some(observed.stalls.allocation_stalls.unwrap_or(0) + u64::from(waits));
+        let spare = if self.lies { Bytes::ZERO } else { observed.actual.saturating_sub(self.wants) };
         self.spares.push_front(spare);
         self.spares.truncate(64);
         // An old report tells of what was then.
         let then = self.spares.get(self.age.as_secs() as usize).or(self.spares.back());
-        said.spare = then.map(|spare| (self.age, *spare));
+        observed.spare = then.map(|spare| (self.age, *spare));
     }
 }
 
 /// A host that is played tick by tick.
 struct World {
     policy: Policy,
-    host: Host,
+    host: HostObservation,
     guests: Vec<Guest>,
     now: Duration,
     decisions: Vec<Decision>,
@@ -76,7 +77,7 @@ impl World {
     fn with(budget: Bytes, guests: Vec<Guest>, guards: Guards) -> Self {
         let settings = Settings { guards, ..Settings::default() };
         let now = Duration::from_secs(100);
-        let host = Host::of(budget);
+        let host = HostObservation::of(budget);
         Self {
             policy: Policy::new(settings),
             host,
@@ -104,8 +105,11 @@ impl World {
         }
         for decision in &self.decisions {
             let guest = self.guests.iter_mut().find(|guest| guest.vm.id == decision.vm).unwrap();
-            assert_eq!(guest.vm.said.target, decision.reason.old, "a reason must tell the target it changed");
-            guest.vm.said.target = decision.reason.new;
+            assert_eq!(
+                guest.vm.observed.target, decision.reason.old,
+                "a reason must tell the target it changed"
+            );
+            guest.vm.observed.target = decision.reason.new;
         }
     }
 
@@ -117,7 +121,7 @@ impl World {
             self.now = tick + Duration::from_millis(u64::from(push) * 40);
             for guest in &mut self.guests {
                 // Nothing new was said: the same report, older.
-                if let Some((age, _)) = &mut guest.vm.said.spare {
+                if let Some((age, _)) = &mut guest.vm.observed.spare {
                     *age += Duration::from_millis(40);
                 }
             }
@@ -133,11 +137,11 @@ impl World {
     }
 
     fn charged(&self) -> Bytes {
-        self.guests.iter().map(|guest| guest.vm.said.target.max(guest.vm.said.actual)).sum()
+        self.guests.iter().map(|guest| guest.vm.observed.target.max(guest.vm.observed.actual)).sum()
     }
 
     fn target(&self, index: usize) -> Bytes {
-        self.guests[index].vm.said.target
+        self.guests[index].vm.observed.target
     }
 }
 

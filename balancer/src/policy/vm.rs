@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use balloon::status::{DriverState, Pauser};
-use balloon::units::{Bytes, Pages};
+use api::status::{DriverState, Pauser};
+use api::units::{Bytes, Pages};
 
 use super::demand::{Demand, Follow, News};
 use super::entitlement::Claim;
-use super::guards::{self, Standing, Watch};
+use super::guards::{self, ShrinkWatch, Standing};
 use super::host_state::HostState;
 use super::reason::{Decision, Reason, Rule};
 use super::rest::Rest;
-use super::{Guards, Said, Settings, Vcpus};
+use super::{Guards, Observation, Settings, Vcpus};
 
 /// Changes smaller than this are not worth the guest's trouble (Proxmox VE: 10 MiB).
 pub const DEADBAND: Bytes = Bytes::mib(16);
@@ -40,10 +40,10 @@ pub struct Vm {
     pub id: u64,
     /// How long it has run.
     pub uptime: Duration,
-    /// Whether it answered this tick; if not, `said` is what it said last.
+    /// Whether it answered this tick; if not, `observed` is what it said last.
     pub answers: bool,
     /// What it said.
-    pub said: Said,
+    pub observed: Observation,
     memory: Memory,
 }
 
@@ -51,12 +51,12 @@ pub struct Vm {
 #[derive(Clone, Debug, Default)]
 struct Memory {
     demand: Demand,
-    watch: Watch,
+    shrink_watch: ShrinkWatch,
     rest: Rest,
     /// Found stuck in this very round, which has its decision already.
     just_stuck: bool,
     /// The policy had it paused, and has not had it resumed.
-    laid_down: bool,
+    paused_by_balancer: bool,
     /// Who had paused it when it was last seen.
     paused_by: Option<Pauser>,
     standing: Standing,
@@ -98,8 +98,8 @@ pub(super) struct Gap {
 
 impl Vm {
     /// A VM that was just found.
-    pub fn new(id: u64, uptime: Duration, said: Said) -> Self {
-        Self { id, uptime, answers: true, said, memory: Memory::default() }
+    pub fn new(id: u64, uptime: Duration, observed: Observation) -> Self {
+        Self { id, uptime, answers: true, observed, memory: Memory::default() }
     }
 
     /// How it stood at the last decision.
@@ -130,75 +130,75 @@ impl Vm {
     /// Takes in what it said, and tells how it stands. True if it was just found stuck.
     pub(super) fn look(&mut self, now: Duration, settings: &Settings) -> bool {
         let Settings { tick, guards, .. } = settings;
-        let said = &self.said;
+        let observed = &self.observed;
         let memory = &mut self.memory;
         memory.just_stuck = false;
-        let paused_by = said.vcpus.paused_by();
+        let paused_by = observed.vcpus.paused_by();
         if !self.answers || paused_by.is_some() {
             memory.standing = if self.answers { Standing::Paused } else { Standing::NotAnswering };
             match (memory.paused_by, paused_by) {
-                (_, Some(Pauser::Balancer)) => memory.laid_down = true,
+                (_, Some(Pauser::Balancer)) => memory.paused_by_balancer = true,
                 // An operator took the pause over.
-                (Some(Pauser::Balancer), Some(Pauser::Operator)) => memory.laid_down = false,
+                (Some(Pauser::Balancer), Some(Pauser::Operator)) => memory.paused_by_balancer = false,
                 _ => {}
             }
             memory.paused_by = paused_by.or(memory.paused_by);
             // Whoever else paused it may let it run on at any moment.
-            let as_if = if memory.laid_down { memory.standing } else { Standing::NotAnswering };
-            memory.charge = guards::charge(as_if, said);
+            let as_if = if memory.paused_by_balancer { memory.standing } else { Standing::NotAnswering };
+            memory.charge = guards::charge(as_if, observed);
             return false;
         }
         if memory.paused_by.take().is_some() {
-            memory.laid_down = false;
+            memory.paused_by_balancer = false;
         }
-        memory.demand.has(now.saturating_sub(said.since), said.actual);
+        memory.demand.has(now.saturating_sub(observed.since), observed.actual);
         let mut fresh = false;
-        if let Some(news) = News::of(now, said) {
+        if let Some(news) = News::of(now, observed) {
             fresh = now.saturating_sub(news.reported) <= FRESH.max(*tick * STALE_TICKS);
             if fresh {
                 let follow = Follow {
-                    hold: guards.demand_is_held,
+                    hold: guards.peaks_are_held,
                     distress: guards.distress_counts,
-                    rises: guards.rises_are_led,
+                    rises: guards.rises_are_forecast,
                 };
                 memory.demand.report(now, &news, follow);
-                memory.rest.learn(now, said, &memory.demand, news.reported);
+                memory.rest.learn(now, observed, &memory.demand, news.reported);
             }
         }
-        let stuck = memory.watch.look(now, said) && guards.stuck_are_left_alone;
-        memory.standing = if !said.limits.is_dynamic() {
+        let stuck = memory.shrink_watch.look(now, observed) && guards.stuck_are_left_alone;
+        memory.standing = if !observed.limits.is_dynamic() {
             Standing::Static
-        } else if said.driver == DriverState::Absent {
-            if memory.watch.is_leaving(now) {
+        } else if observed.driver == DriverState::Absent {
+            if memory.shrink_watch.is_leaving(now) {
                 Standing::Leaving
             } else if self.uptime < guards::BOOT {
                 Standing::Booting
             } else {
                 Standing::NoDriver
             }
-        } else if stuck || (memory.watch.is_resting(now) && guards.stuck_are_left_alone) {
+        } else if stuck || (memory.shrink_watch.is_resting(now) && guards.stuck_are_left_alone) {
             Standing::Stuck
-        } else if !memory.watch.is_settled() && self.uptime < guards::BOOT {
+        } else if !memory.shrink_watch.is_settled() && self.uptime < guards::BOOT {
             Standing::Booting
-        } else if (fresh && said.driver == DriverState::Active) || !guards.stale_are_held {
+        } else if (fresh && observed.driver == DriverState::Active) || !guards.stale_are_held {
             Standing::Following
         } else {
             Standing::Stale
         };
         memory.just_stuck = stuck && memory.standing == Standing::Stuck;
-        memory.charge = guards::charge(memory.standing, said);
-        memory.need = memory.demand.need(&said.limits);
+        memory.charge = guards::charge(memory.standing, observed);
+        memory.need = memory.demand.need(&observed.limits);
         memory.just_stuck
     }
 
     /// Whether it must have at least its charge in any sharing: it can't or must not be shrunk.
-    fn is_held(&self) -> bool {
+    fn is_fixed(&self) -> bool {
         self.memory.standing != Standing::Following
     }
 
     /// Whether a new target can reach the guest.
     pub(super) fn takes_targets(&self) -> bool {
-        self.memory.standing.is_movable() && self.said.driver != DriverState::Absent
+        self.memory.standing.is_movable() && self.observed.driver != DriverState::Absent
     }
 
     /// Whether it has its decision in this round already.
@@ -208,30 +208,30 @@ impl Vm {
 
     /// What it must have; what it has, where nobody knows.
     pub(super) fn want(&self) -> Bytes {
-        if self.used().is_some() { self.memory.need } else { self.said.target }
+        if self.used().is_some() { self.memory.need } else { self.observed.target }
     }
 
     /// What of it can't wait.
     pub(super) fn urgent(&self) -> Bytes {
         if self.used().is_some() {
-            self.memory.demand.urgent(&self.said.limits).min(self.memory.need)
+            self.memory.demand.urgent(&self.observed.limits).min(self.memory.need)
         } else {
-            self.said.target
+            self.observed.target
         }
     }
 
     /// What it should have where nobody is short.
-    pub(super) fn comfort(&self) -> Bytes {
-        if self.used().is_some() && !self.is_held() {
-            self.memory.demand.comfort(&self.said.limits)
+    pub(super) fn ample(&self) -> Bytes {
+        if self.used().is_some() && !self.is_fixed() {
+            self.memory.demand.ample(&self.observed.limits)
         } else {
             self.want()
         }
     }
 
     pub(super) fn claim(&self, index: usize) -> Claim {
-        let limits = &self.said.limits;
-        let floor = if self.is_held() { self.memory.charge } else { limits.min() };
+        let limits = &self.observed.limits;
+        let floor = if self.is_fixed() { self.memory.charge } else { limits.min() };
         let range = limits.max().saturating_sub(limits.min()).pages();
         Claim {
             id: self.id,
@@ -265,7 +265,7 @@ impl Vm {
     /// and then no more than the host sees it use.
     pub(super) fn borrows(&self) -> Bytes {
         if self.memory.borrowed >= guards::LOAN {
-            self.urgent().min(guards::touched(&self.said)).max(self.urgent_in_share())
+            self.urgent().min(guards::touched(&self.observed)).max(self.urgent_in_share())
         } else {
             self.urgent()
         }
@@ -287,15 +287,15 @@ impl Vm {
 
     /// Calls back what it was asked to give up: it keeps what it has, which is returned.
     pub(super) fn let_go(&mut self) -> Bytes {
-        let actual = self.said.limits.clamp(self.said.actual);
-        self.memory.watch.let_go();
+        let actual = self.observed.limits.clamp(self.observed.actual);
+        self.memory.shrink_watch.let_go();
         self.memory.entitlement = actual;
         actual
     }
 
     /// How far the target lies below what it may have, where that is worth moving.
     pub(super) fn gap(&self, now: Duration, settings: &Settings) -> Option<Gap> {
-        let Said { target, limits, .. } = self.said;
+        let Observation { target, limits, .. } = self.observed;
         // Comfort is a reason to leave memory with a guest, none to give it more. And where it
         // is held it is entitled to what it has, which is no reason to call a shrink back.
         let mut may = self.memory.entitlement.min(self.want());
@@ -333,9 +333,9 @@ impl Vm {
 
     /// How far it may be shrunk, by the band and the floors.
     pub(super) fn surplus(&self, round: &Round) -> Bytes {
-        let Said { target, limits, .. } = self.said;
+        let Observation { target, limits, .. } = self.observed;
         let Round { now, state, paying, lasts, settings } = *round;
-        let (Some(used), false) = (self.used(), self.is_held()) else { return Bytes::ZERO };
+        let (Some(used), false) = (self.used(), self.is_fixed()) else { return Bytes::ZERO };
         let rest = match state {
             HostState::Emergency => settings.rest.min(guards::TURN),
             _ => settings.rest,
@@ -350,15 +350,16 @@ impl Vm {
             return Bytes::ZERO;
         }
         let floor = if settings.guards.use_is_spared {
-            guards::floor(state, lasts, used, self.memory.demand.bare(&limits), target)
+            guards::floor(state, lasts, used, self.memory.demand.minimum_working_set(&limits), target)
         } else {
             Bytes::ZERO
         };
         // What nobody can tell now is not taken before the next report.
-        let spared = settings.guards.doubt_is_spared && !lasts;
-        let doubt = if spared { self.memory.demand.doubt() } else { Bytes::ZERO };
-        let lowest = limits.clamp(most.saturating_add(Bytes(band.0 / 2)).saturating_add(doubt).max(floor));
-        target.saturating_sub(lowest).min(guards::step(&self.said)).page_floor()
+        let spared = settings.guards.uncertainty_is_spared && !lasts;
+        let uncertainty = if spared { self.memory.demand.uncertainty() } else { Bytes::ZERO };
+        let lowest =
+            limits.clamp(most.saturating_add(Bytes(band.0 / 2)).saturating_add(uncertainty).max(floor));
+        target.saturating_sub(lowest).min(guards::step(&self.observed)).page_floor()
     }
 
     /// What of `surplus` may be taken when nobody is short and only the pool is refilled.
@@ -384,16 +385,16 @@ impl Vm {
 
     /// Whether it has more than it was asked to have.
     pub(super) fn keeps_too_much(&self) -> bool {
-        self.said.actual > self.said.target.saturating_add(guards::THERE)
+        self.observed.actual > self.observed.target.saturating_add(guards::THERE)
     }
 
     /// What it was asked to give up, still has, and will have given up within `time`.
     pub(super) fn owes(&self, now: Duration, time: Duration, guards: &Guards) -> Bytes {
-        let Said { actual, target, .. } = self.said;
+        let Observation { actual, target, .. } = self.observed;
         let pending = actual.saturating_sub(target);
         match self.memory.standing {
             Standing::Following | Standing::Stale if guards.pace_counts => {
-                self.memory.watch.gives(now, pending, actual, time)
+                self.memory.shrink_watch.gives(now, pending, actual, time)
             }
             Standing::Following | Standing::Stale => pending,
             _ => Bytes::ZERO,
@@ -412,31 +413,31 @@ impl Vm {
 
     /// Whether its vCPUs run and it answers.
     pub(super) fn is_running(&self) -> bool {
-        self.answers && self.said.vcpus == Vcpus::Run
+        self.answers && self.observed.vcpus == Vcpus::Run
     }
 
     /// Whether it is paused, as the policy wanted.
-    pub fn is_laid_down(&self) -> bool {
-        self.memory.laid_down && self.memory.standing == Standing::Paused
+    pub fn is_paused_by_balancer(&self) -> bool {
+        self.memory.paused_by_balancer && self.memory.standing == Standing::Paused
     }
 
     /// What it may touch beyond what the host holds for it: what pausing it keeps from being
     /// touched, and what must be there before it is resumed.
     pub fn untouched(&self) -> Bytes {
-        let running = guards::charge(Standing::Following, &self.said);
-        running.saturating_sub(guards::charge(Standing::Paused, &self.said))
+        let running = guards::charge(Standing::Following, &self.observed);
+        running.saturating_sub(guards::charge(Standing::Paused, &self.observed))
     }
 
     /// Notes that pausing it, or resuming it, is decided.
-    pub(super) fn lay_down(&mut self, down: bool) {
-        self.memory.laid_down = down;
+    pub(super) fn set_paused_by_balancer(&mut self, down: bool) {
+        self.memory.paused_by_balancer = down;
     }
 
     /// Where it was to be paused and runs when the emergency is over, it need not be paused any more: a later
     /// pause is its operator's own.
     pub(super) fn forget_advice(&mut self) {
         if self.is_running() {
-            self.lay_down(false);
+            self.set_paused_by_balancer(false);
         }
     }
 
@@ -448,7 +449,7 @@ impl Vm {
             entitlement: self.memory.entitlement,
             state,
             rule,
-            old: self.said.target,
+            old: self.observed.target,
             new,
         };
         decisions.push(Decision { vm: self.id, reason });

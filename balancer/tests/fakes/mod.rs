@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use balloon::agent::{EventKind, MemoryEvent};
-use balloon::limits::Limits;
-use balloon::report::Report;
-use balloon::status::{
+use api::agent::{EventKind, MemoryEvent};
+use api::limits::Limits;
+use api::report::Report;
+use api::status::{
     AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, TargetRequest, VmState,
     VmStatus,
 };
-use balloon::units::Bytes;
+use api::units::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -382,7 +382,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
     http(404, r#"{"error":"no such thing"}"#)
 }
 
-/// As a VM does in simple cases; what a real one does is tested in `vmm::life`.
+/// As a VM does in simple cases; what a real one does is tested in `vmm::state`.
 fn steer(state: &mut State, manner: Manner, pauses: bool, by: Pauser) -> Vec<u8> {
     state.steered += 1;
     if manner == Manner::RefusesPauses {

@@ -1,14 +1,15 @@
 //! The host's side of the balloon: what the API asks of it, from any thread.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::report::Report;
-use crate::status::{AgedReport, BalloonCounters, DriverState};
-use crate::units::{Bytes, Pages};
+use api::report::Report;
+use api::status::{AgedReport, BalloonCounters, DriverState};
+use api::units::{Bytes, Pages};
 
 /// How long a request for statistics may go unanswered until the driver counts as silent.
 pub const SILENT_AFTER: Duration = Duration::from_secs(5);
@@ -127,8 +128,7 @@ impl Shared {
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -25,6 +25,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Chain, Faults, Verdict, serve};
@@ -35,11 +36,12 @@ use vm_memory::GuestMemoryMmap;
 use handle::{Answers, Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
 
+use crate::advise;
 use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
 use crate::timer::Timer;
-use crate::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 use pace::Pace;
 
 /// Feature bits (virtio 1.2, section 5.5.3). This one: the driver says that it
@@ -382,6 +384,10 @@ impl VirtioDevice for Balloon {
         &QUEUE_SIZES
     }
 
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        SandboxNeeds::calls(&[advise::CALL])
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
         let there = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
@@ -454,7 +460,12 @@ impl VirtioDevice for Balloon {
         if broken {
             self.shared.state().driver = Driver::Broken;
         }
-        self.follow_up(active, broken);
+        // On a vCPU's thread no memory goes to the host: that is left to the event loop.
+        if role != Role::Deflate {
+            self.follow_up(active, broken);
+        } else if broken {
+            let _ = self.shared.wake.write(1);
+        }
         self.publish(broken);
         progress
     }
@@ -478,9 +489,13 @@ impl VirtioDevice for Balloon {
         self.note_emptied();
         let (is_new, is_asked) = (self.take_request(), self.take_question());
         let Some(active) = active else {
-            // Nobody to ask: a driver that comes finds it in the configuration space.
+            // Nobody to ask: a driver that comes finds it in the configuration space. One that broke the
+            // protocol takes nothing back before a reset.
             self.told = self.pace.asked();
-            return;
+            self.discard.finish();
+            // Disarming fails only for a bad descriptor.
+            let _ = self.timer.run(false);
+            return self.publish(false);
         };
         if index == TIMER && !self.shared.state().resting {
             self.pace.tick();

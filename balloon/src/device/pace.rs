@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Pages};
+use api::units::{Bytes, Pages};
 
 /// Of the guest's free memory so much is asked for at once, in percent: the
 /// report is a moment old, and the guest goes on living.

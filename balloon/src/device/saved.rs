@@ -13,9 +13,9 @@ use super::handle::{Answers, Driver};
 use super::pace::{Pace, PaceState};
 use super::{Balloon, STATISTICS, STATS_VQ, wanted_pages};
 use crate::ranges::Range;
-use crate::report::MOST_STATISTICS;
-use crate::status::AgedReport;
-use crate::units::{Bytes, PAGE_SIZE, Pages};
+use api::report::MOST_STATISTICS;
+use api::status::AgedReport;
+use api::units::{Bytes, PAGE_SIZE, Pages};
 
 const DEVICE: &str = "the balloon";
 

@@ -16,6 +16,7 @@ use std::ops::Range as Numbers;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use devices::sandbox::{Call, SandboxNeeds};
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
 use devices::virtio::queue::{Budget, Faults, Verdict, serve};
@@ -28,10 +29,11 @@ pub use handle::Handle;
 use handle::Shared;
 use request::{Asked, Request, Response};
 
+use crate::advise;
 use crate::discard::Discard;
 use crate::ranges::Range;
-use crate::status::DriverState;
-use crate::units::Bytes;
+use api::status::DriverState;
+use api::units::Bytes;
 
 /// `node_id` names a proximity domain of the ACPI tables (section 5.15.3).
 pub const ACPI_PXM: u32 = 0;
@@ -279,6 +281,11 @@ impl VirtioDevice for Plug {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        // Reserved huge pages are taken from the host as blocks are plugged.
+        SandboxNeeds::calls(&[advise::CALL, Call::any(libc::SYS_fallocate)])
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

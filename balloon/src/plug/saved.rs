@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Access, Plug};
-use crate::status::DriverState;
-use crate::units::Bytes;
+use api::status::DriverState;
+use api::units::Bytes;
 
 const DEVICE: &str = "the virtio-mem device";
 

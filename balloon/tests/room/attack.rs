@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
+use api::status::DriverState;
+use api::units::{Bytes, PAGE_SIZE};
 use balloon::device::{Config, Handle, MUST_TELL_HOST};
-use balloon::status::DriverState;
-use balloon::units::{Bytes, PAGE_SIZE};
 use devices::testing::hostile::Act;
 use devices::testing::{BUFFERS, Guest, HIGH, RUNNING};
 use proptest::prelude::*;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use api::units::Bytes;
 use balloon::device::{Balloon, Config, Handle};
 use balloon::discard::{Backing, Discard, Region};
-use balloon::units::Bytes;
 use devices::testing::{Guest, GuestRam, HIGH, LOW, REGION};
 use vm_memory::GuestAddress;
 

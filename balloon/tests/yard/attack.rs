@@ -1,7 +1,7 @@
 //! What a hostile guest does to virtio-mem, and what must hold whatever it does.
 //! Shared by the property tests and the fuzz target.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use devices::testing::hostile::Act;
 use devices::testing::{BUFFERS, HIGH, REGION, RUNNING};
 use proptest::prelude::*;

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use api::units::Bytes;
 use balloon::discard::{Backing, Discard, Region};
 use balloon::plug::{Access, Config, Handle, Plug};
 use balloon::ranges::Range;
-use balloon::units::Bytes;
 use devices::state::StateError;
 use devices::testing::{BUFFERS, Guest, GuestRam, HIGH, REGION};
 use devices::virtio::saved::VirtioState;

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use clap::{Subcommand, ValueEnum};
 use slat::linux::{self, doorbell};
 use slat::payload::memory::Backing;

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::snapshot::{Memory, Vm};
 

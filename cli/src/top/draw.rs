@@ -1,7 +1,7 @@
 //! One frame: from what is on the screen to cells.
 
-use balloon::limits::Limits;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::units::Bytes;
 use ratatui::buffer::Buffer;
 use ratatui::layout::{Position, Rect};
 use ratatui::style::{Color, Modifier, Style};

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::runtime;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
 use balancer::driver::ballast::{Client, Error};
 use balancer::host::{HostMemory, MEMINFO};
-use balloon::limits::Limits;
-use balloon::runtime;
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
-use crate::roster::{Answer, Roster};
+use crate::discovery::{Answer, Discovery};
 
 /// How long anyone may take to answer: nobody waits for longer than this for a picture.
 const PATIENCE: Duration = Duration::from_millis(800);
@@ -24,7 +24,7 @@ pub struct Gatherer {
     balancer: Balancer,
     /// Pictures that still do without the balancer, and why.
     rest: Option<(u32, String)>,
-    vms: Roster,
+    vms: Discovery,
     /// Whether the last picture is the balancer's.
     balanced: bool,
 }
@@ -33,7 +33,7 @@ impl Gatherer {
     /// For the VMs in `directory`.
     pub fn new(directory: PathBuf) -> Self {
         let balancer = Balancer::new(&directory, PATIENCE);
-        let vms = Roster::new(directory.clone(), PATIENCE);
+        let vms = Discovery::new(directory.clone(), PATIENCE);
         Self { directory, balancer, rest: None, vms, balanced: false }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::snapshot::Vm;
 

@@ -2,13 +2,13 @@
 
 use std::fmt;
 
+use api::limits::Limits;
+use api::status::{DriverState, MemoryStatus, Pauser};
+use api::units::Bytes;
 use balancer::daemon::{State, VmView};
 use balancer::policy::guards::Standing;
 use balancer::policy::host_state::HostState;
 use balancer::policy::reason::Reason;
-use balloon::limits::Limits;
-use balloon::status::{DriverState, MemoryStatus, Pauser};
-use balloon::units::Bytes;
 use serde::{Serialize, Serializer};
 
 /// What there is to show.
@@ -108,7 +108,7 @@ pub enum Condition {
     /// As the balancer sees it.
     Balanced(Standing),
     /// The balancer paused it, and it waits for room.
-    LaidDown,
+    WaitsForRoom,
     /// It is paused; nobody balances it.
     Paused,
     /// It answers; nobody balances it.
@@ -130,7 +130,7 @@ impl Condition {
                 !matches!(standing, Following | Static | Booting | Leaving)
             }
             Self::Alone(driver) => !matches!(driver, DriverState::Active),
-            Self::LaidDown | Self::Paused | Self::Unreadable | Self::NotAnswering | Self::Dead => true,
+            Self::WaitsForRoom | Self::Paused | Self::Unreadable | Self::NotAnswering | Self::Dead => true,
         }
     }
 }
@@ -139,7 +139,7 @@ impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Balanced(standing) => return standing.fmt(f),
-            Self::LaidDown => "paused, waits",
+            Self::WaitsForRoom => "paused, waits",
             Self::Paused => "paused",
             Self::Alone(DriverState::Active) => "not balanced",
             Self::Alone(DriverState::Absent) => "no driver",
@@ -196,7 +196,7 @@ impl Vm {
             report_age_ms,
         });
         let condition = match (vm.standing, vm.paused_by) {
-            (Standing::Paused, Some(Pauser::Balancer)) => Condition::LaidDown,
+            (Standing::Paused, Some(Pauser::Balancer)) => Condition::WaitsForRoom,
             (standing, _) => Condition::Balanced(standing),
         };
         Self { name: vm.name, condition, memory, reason: vm.last_reason }
@@ -216,7 +216,7 @@ impl Vm {
             report_age_ms: status.report.as_ref().map(|report| report.age_ms),
         };
         let condition = match status.paused_by {
-            Some(Pauser::Balancer) => Condition::LaidDown,
+            Some(Pauser::Balancer) => Condition::WaitsForRoom,
             Some(Pauser::Operator) => Condition::Paused,
             None => Condition::Alone(status.driver),
         };

@@ -1,10 +1,10 @@
 //! VMs and hosts to draw, for tests.
 
+use api::limits::Limits;
+use api::units::Bytes;
 use balancer::policy::guards::Standing;
 use balancer::policy::host_state::HostState;
 use balancer::policy::reason::{Reason, Rule};
-use balloon::limits::Limits;
-use balloon::units::Bytes;
 
 use super::snapshot::{Budget, Condition, Host, Memory, Snapshot, Source, Vm};
 

@@ -1,6 +1,6 @@
 //! From keys and news to frames, without a terminal.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};

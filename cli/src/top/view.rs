@@ -1,7 +1,7 @@
 //! What is on the screen, and what keys do to it. No terminal, no sockets.
 
-use balloon::limits::Limits;
-use balloon::units::Bytes;
+use api::limits::Limits;
+use api::units::Bytes;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::column::Column;

@@ -8,6 +8,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::interrupt::Interrupt;
 use super::queue::ActiveQueue;
+use crate::sandbox::SandboxNeeds;
 use crate::state::StateError;
 
 /// What a device works on from DRIVER_OK until it is reset.
@@ -92,6 +93,11 @@ pub trait VirtioDevice: Send {
     /// `active` is `None` while no driver has set the device up, or once
     /// it has broken the protocol. The device reads the descriptor empty.
     fn own_event(&mut self, _index: usize, _active: Option<&mut Active>) {}
+
+    /// What it needs of the sandbox while the guest runs; asked once, before that.
+    fn sandbox_needs(&self) -> SandboxNeeds {
+        SandboxNeeds::default()
+    }
 
     /// What the device itself knows, beside the transport's registers and queues. It begins
     /// with its [`Version`](crate::state::Version).

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::walk::PageSize;

@@ -376,7 +376,7 @@ impl Way {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balloon::units::Bytes;
+    use api::units::Bytes;
     use vmm::inspect::MappedRegion;
 
     /// Guest memory in this very process: page tables in three pages, data in the fourth.

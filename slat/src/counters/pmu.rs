@@ -243,7 +243,7 @@ mod tests {
         let mut pmu = Pmu { cycles: vec![], walks: vec![faults] };
         pmu.start();
         let mapping = crate::payload::memory::Mapping::new(
-            balloon::units::Bytes::mib(2),
+            api::units::Bytes::mib(2),
             crate::payload::memory::Backing::Small,
         );
         let mapping = mapping.expect("memory");

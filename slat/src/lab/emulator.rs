@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";

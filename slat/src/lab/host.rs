@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::archive::Archive;
 use super::emulator::{Ended, Kind, Machine, wait};

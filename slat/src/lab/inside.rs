@@ -198,7 +198,7 @@ fn keep<T>(found: io::Result<T>, keep: impl FnOnce(T)) -> Option<String> {
 mod tests {
     use super::*;
     use crate::run::{Extent, setups};
-    use balloon::units::Bytes;
+    use api::units::Bytes;
 
     #[test]
     fn huge_pages_are_enough_for_every_plan_and_as_ever_for_the_counted_one() {

@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::doorbell::Note;

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::PioManager;
-use vmm::config::{BalloonOptions, Config, Console, Cpus, Grow, MemoryOptions};
+use vmm::config::{
+    BalloonOptions, Console, Cpus, Device, DeviceConfig, MemoryOptions, SerialOptions, VmConfig,
+};
 use vmm::machine::Machine;
 
 use super::guest::SESSIONS;
@@ -127,19 +129,22 @@ fn cmdline(words: &[String]) -> String {
 pub fn run(guest: &Guest) -> Result<(), String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let cmdline = cmdline(&guest.words);
-    let config = Config {
+    let console = Console::File("/proc/self/fd/2".into());
+    let device = |id: &str, device| id.parse().map(|id| DeviceConfig::new(id, device)).map_err(|e| text(&e));
+    let config = VmConfig {
         name: format!("slat-{}", std::process::id()).parse().map_err(|e| text(&e))?,
         kernel: (&guest.kernel).into(),
         initrd: Some((&guest.initrd).into()),
         cmdline,
         limits: guest.memory.parse().map_err(|e| text(&e))?,
         cpus: Cpus::ONE,
-        console: Console::File("/proc/self/fd/2".into()),
         memory: MemoryOptions::default(),
-        balloon: BalloonOptions::default(),
+        devices: vec![
+            device("serial", Device::Serial(SerialOptions { console }))?,
+            device("balloon", Device::Balloon(BalloonOptions::default()))?,
+            device("rng", Device::Rng)?,
+        ],
         socket: None,
-        agent: false,
-        grow: Grow::default(),
         // This process has more to do when the guest has ended.
         sandbox: false,
     };

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::memory::Backing;
 use super::tables;

@@ -8,7 +8,7 @@ use super::failure::{Failure, memory_error};
 use super::tables::{self, Tables};
 use super::{Between, Payload, Place, Setup};
 use crate::walk::PageSize;
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 pub(super) const GDT: GuestAddress = GuestAddress(0x1000);
 pub(super) const IDT: GuestAddress = GuestAddress(0x2000);

@@ -3,7 +3,7 @@
 use std::io;
 use std::ptr::{NonNull, null_mut};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// What the host backs guest memory with.

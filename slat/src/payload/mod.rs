@@ -12,7 +12,7 @@ pub mod vcpu;
 
 use std::fmt;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::walk::PageSize;

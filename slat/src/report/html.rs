@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use super::plot::{self, Line};
 use super::verdict;

@@ -1,6 +1,6 @@
 //! Which setups a run goes through.
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 
 use crate::payload::memory::Backing;
 use crate::payload::{Between, Payload, Place, Setup};

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -15,7 +15,7 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
-use crate::boot::layout;
+use crate::arch::x86_64::layout;
 
 /// Why a guest's kernel could not be made ready.
 #[derive(Debug, thiserror::Error)]

@@ -5,8 +5,8 @@ use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::Verdict;
+use crate::arch::x86_64::registers;
 use crate::boot::kernel::Entry;
-use crate::boot::registers;
 
 /// Room for the tables of [`registers::special`] and the few bytes below.
 const MEMORY: usize = 64 << 10;

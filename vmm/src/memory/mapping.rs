@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{FromRawFd, RawFd};
 use std::ptr;
 
-use balloon::units::Bytes;
+use api::units::Bytes;
 use vm_memory::GuestAddress;
 
 use crate::config::{Backing, MemoryOptions};

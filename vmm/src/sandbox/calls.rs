@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use devices::sandbox::{Argument, Call};
 use libc::c_long;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -27,15 +28,11 @@ const ALWAYS: &[c_long] = &[
     libc::SYS_unlink,
     libc::SYS_unlinkat,
     libc::SYS_readlink,
-    // Guest memory that goes back to the host.
-    libc::SYS_madvise,
-    libc::SYS_process_madvise,
-    libc::SYS_fallocate,
-    libc::SYS_mincore,
     // The heap and stacks.
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
+    libc::SYS_madvise,
     // Events.
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -90,17 +87,8 @@ const KVM_REQUESTS: u64 = 0xae00;
 /// Where the type byte is in a request (`asm-generic/ioctl.h`).
 const REQUEST_TYPE: u64 = 0xff00;
 
-/// Requests to terminals and files: the raw mode that is undone at the end, the window's size,
-/// and reads that don't wait. `TIOCSTI`, which types into the user's shell, is not among them.
-const REQUESTS: &[u64] = &[
-    libc::TCGETS,
-    libc::TCSETS,
-    libc::TCSETSW,
-    libc::TCSETSF,
-    libc::TIOCGWINSZ,
-    libc::FIONBIO,
-    libc::FIONREAD,
-];
+/// Requests to files: reads that don't wait.
+const REQUESTS: &[u64] = &[libc::FIONBIO, libc::FIONREAD];
 
 /// What `fcntl` may do. `F_SETOWN` and `F_SETSIG` are not among it: they have the kernel send any
 /// signal to any process of this user when a descriptor gets ready (fcntl(2)). Nor are the requests
@@ -110,8 +98,8 @@ const COMMANDS: &[libc::c_int] = &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, 
 /// Flags of an `open` that can change something.
 const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_TMPFILE) as u64;
 
-/// The filter for the kernel.
-pub(super) fn filter() -> Result<BpfProgram, BackendError> {
+/// The filter for the kernel: what every VM does, and what its `devices` do beside.
+pub(super) fn filter(devices: &[Call]) -> Result<BpfProgram, BackendError> {
     let own_process = u64::from(std::process::id());
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
@@ -139,6 +127,9 @@ pub(super) fn filter() -> Result<BpfProgram, BackendError> {
     // Signals go to this process's own threads only: kicks for vCPUs, and abort().
     rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, own_process)?]);
     rules.insert(libc::SYS_prctl, vec![rule(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?]);
+    for call in devices {
+        allow(&mut rules, call)?;
+    }
     SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -146,6 +137,20 @@ pub(super) fn filter() -> Result<BpfProgram, BackendError> {
         TargetArch::x86_64,
     )?
     .try_into()
+}
+
+/// Adds a call to those that are allowed.
+fn allow(rules: &mut BTreeMap<c_long, Vec<SeccompRule>>, call: &Call) -> Result<(), BackendError> {
+    match (call.argument, rules.get_mut(&call.number)) {
+        // No rule at all allows the call with any arguments.
+        (None, _) => drop(rules.insert(call.number, Vec::new())),
+        (Some(_), Some(any)) if any.is_empty() => {}
+        (Some(Argument { index, value }), _) => {
+            let rule = rule(index, SeccompCmpOp::Eq, value)?;
+            rules.entry(call.number).or_default().push(rule);
+        }
+    }
+    Ok(())
 }
 
 /// Allows a call when argument `index` compares to `value`.

@@ -2,8 +2,8 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use balloon::limits::Wanted;
-use balloon::runtime::LONGEST_NAME;
+use api::limits::Wanted;
+use api::runtime::LONGEST_NAME;
 use glob::{MatchOptions, Pattern};
 use serde::{Deserialize, Deserializer, de};
 
@@ -19,7 +19,7 @@ use crate::driver::Kind;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Foreign {
+pub struct ForeignVms {
     /// Which VMM it is.
     pub driver: Kind,
     /// Where its sockets are.
@@ -93,7 +93,7 @@ fn is_pattern(component: &Component<'_>) -> bool {
     component.as_os_str().to_string_lossy().contains(['*', '?', '['])
 }
 
-/// A name as VMs of ballast have it (see [`balloon::runtime::check_name`]), for a file that may be
+/// A name as VMs of ballast have it (see [`api::runtime::check_name`]), for a file that may be
 /// called anything.
 fn named(text: &str) -> String {
     let plain: String = text
@@ -119,7 +119,7 @@ fn memory<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Wanted>, D::Error
 
 #[cfg(test)]
 mod tests {
-    use balloon::runtime::check_name;
+    use api::runtime::check_name;
     use std::fs;
 
     use super::*;
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn wrong_entries_are_refused_with_a_reason() {
-        let read = |text: &str| toml::from_str::<Foreign>(text).map_err(|error| error.to_string());
+        let read = |text: &str| toml::from_str::<ForeignVms>(text).map_err(|error| error.to_string());
         let entry =
             read("driver = \"qemu\"\nsockets = \"/run/qemu/*.qmp\"\nmemory = \"1G,min=256M\"").unwrap();
         assert_eq!(entry.memory, Some("1G,min=256M".parse().unwrap()));

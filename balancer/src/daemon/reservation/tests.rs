@@ -3,10 +3,10 @@ use proptest::prelude::*;
 
 use crate::host::{Budget, HostMemory};
 use crate::policy::host_state::HostState;
-use crate::policy::{Host, Policy, Settings};
+use crate::policy::{HostObservation, Policy, Settings};
 
-fn wanted(name: &str, limits: &str) -> Wanted {
-    Wanted {
+fn request(name: &str, limits: &str) -> ReservationRequest {
+    ReservationRequest {
         name: name.to_owned(),
         limits: limits.parse().unwrap(),
         wait_ms: Some(5000),
@@ -19,53 +19,53 @@ fn taken(budget: u64, by_vms: u64) -> Taken {
     Taken { budget: Bytes::mib(budget), by_vms: Bytes::mib(by_vms) }
 }
 
-type Answered = oneshot::Receiver<Result<ReservationView, Refusal>>;
+type Answered = oneshot::Receiver<Result<ReservationView, ApiError>>;
 
-fn ask(ledger: &mut Ledger, wanted: &Wanted, taken: Taken) -> Answered {
+fn ask(reservations: &mut Reservations, request: &ReservationRequest, taken: Taken) -> Answered {
     let (answer, answered) = oneshot::channel();
-    ledger.admit(7, Duration::from_secs(100), wanted, taken, answer);
+    reservations.admit(7, Duration::from_secs(100), request, taken, answer);
     answered
 }
 
 #[test]
 fn what_a_vm_needs_is_more_than_its_guest() {
-    assert_eq!(wanted("web", "256M,max=1G").size(), Bytes::mib(256 + 8 + 2));
+    assert_eq!(request("web", "256M,max=1G").size(), Bytes::mib(256 + 8 + 2));
 }
 
 #[test]
 fn a_vm_that_can_never_fit_is_refused_with_the_numbers() {
-    let mut ledger = Ledger::default();
-    let mut answered = ask(&mut ledger, &wanted("web", "512M"), taken(1000, 600));
-    let refusal = answered.try_recv().unwrap().unwrap_err().to_string();
+    let mut reservations = Reservations::default();
+    let mut answered = ask(&mut reservations, &request("web", "512M"), taken(1000, 600));
+    let api_error = answered.try_recv().unwrap().unwrap_err().to_string();
     for number in ["web", "521 MiB", "600 MiB", "1000 MiB", "391 MiB"] {
-        assert!(refusal.contains(number), "{number}: {refusal}");
+        assert!(api_error.contains(number), "{number}: {api_error}");
     }
-    assert!(ledger.is_empty());
+    assert!(reservations.is_empty());
     // Another's reservation counts too.
-    let mut first = ask(&mut ledger, &wanted("a", "512M"), taken(1000, 0));
+    let mut first = ask(&mut reservations, &request("a", "512M"), taken(1000, 0));
     assert!(first.try_recv().is_err(), "it waits");
-    let mut second = ask(&mut ledger, &wanted("b", "512M"), taken(1000, 0));
-    assert!(matches!(second.try_recv().unwrap(), Err(Refusal::NoRoom { .. })));
+    let mut second = ask(&mut reservations, &request("b", "512M"), taken(1000, 0));
+    assert!(matches!(second.try_recv().unwrap(), Err(ApiError::NoRoom { .. })));
     for huge in ["16777215T", "64M,max=16777215T"] {
-        let mut answered = ask(&mut ledger, &wanted("huge", huge), taken(1000, 0));
-        assert!(matches!(answered.try_recv().unwrap(), Err(Refusal::NoRoom { .. })), "{huge}");
+        let mut answered = ask(&mut reservations, &request("huge", huge), taken(1000, 0));
+        assert!(matches!(answered.try_recv().unwrap(), Err(ApiError::NoRoom { .. })), "{huge}");
     }
 }
 
 /// One round with a guest of 700 MiB that uses 200.
-fn round(policy: &mut Policy, ledger: &mut Ledger, now: Duration, other: &mut Vm) -> Bytes {
+fn round(policy: &mut Policy, reservations: &mut Reservations, now: Duration, other: &mut Vm) -> Bytes {
     let mut vms = vec![other.clone()];
-    ledger.lend(&mut vms);
+    reservations.lend(&mut vms);
     let mut decisions = Vec::new();
-    let balance = policy.decide(now, Host::of(Bytes::gib(1)), &mut vms, &mut decisions);
+    let balance = policy.decide(now, HostObservation::of(Bytes::gib(1)), &mut vms, &mut decisions);
     for vm in &vms {
-        if !ledger.settle(vm) {
+        if !reservations.settle(vm) {
             *other = vm.clone();
         }
     }
     for decision in &decisions {
-        if !ledger.grant(now, decision) {
-            other.said.target = decision.reason.new;
+        if !reservations.grant(now, decision) {
+            other.observed.target = decision.reason.new;
         }
     }
     balance.over
@@ -77,73 +77,74 @@ fn room_is_made_by_others_and_never_more_is_given_than_there_is() {
     let mut other = Vm::new(
         1,
         Duration::from_secs(1000),
-        Said {
+        Observation {
             driver: DriverState::Active,
             spare: Some((Duration::ZERO, Bytes::mib(500))),
-            ..Said::of(limits)
+            ..Observation::of(limits)
         },
     );
-    let (mut policy, mut ledger) = (Policy::new(Settings::default()), Ledger::default());
+    let (mut policy, mut reservations) = (Policy::new(Settings::default()), Reservations::default());
     let mut now = Duration::from_secs(100);
-    round(&mut policy, &mut ledger, now, &mut other);
-    let mut answered = ask(&mut ledger, &wanted("web", "600M"), taken(1024, 128));
+    round(&mut policy, &mut reservations, now, &mut other);
+    let mut answered = ask(&mut reservations, &request("web", "600M"), taken(1024, 128));
     let mut granted = Vec::new();
     for _ in 0..20 {
         now += Duration::from_secs(1);
-        ledger.expire(now.min(Duration::from_secs(104)), |_| false);
-        assert_eq!(round(&mut policy, &mut ledger, now, &mut other), Bytes::ZERO);
-        granted.push(ledger.views(now)[0].granted);
+        reservations.expire(now.min(Duration::from_secs(104)), |_| false);
+        assert_eq!(round(&mut policy, &mut reservations, now, &mut other), Bytes::ZERO);
+        granted.push(reservations.views(now)[0].granted);
         // The guest follows with a lag of a round, 100 MiB at a time.
-        let to = other.said.target.max(other.said.actual.saturating_sub(Bytes::mib(100)));
-        other.said.actual = to;
-        other.said.spare = Some((Duration::ZERO, to.saturating_sub(Bytes::mib(200))));
+        let to = other.observed.target.max(other.observed.actual.saturating_sub(Bytes::mib(100)));
+        other.observed.actual = to;
+        other.observed.spare = Some((Duration::ZERO, to.saturating_sub(Bytes::mib(200))));
         assert!(
-            granted.last().unwrap().saturating_add(other.said.actual.max(other.said.target)) <= Bytes::gib(1)
+            granted.last().unwrap().saturating_add(other.observed.actual.max(other.observed.target))
+                <= Bytes::gib(1)
         );
     }
     assert!(granted[0] < *granted.last().unwrap(), "what was free came first: {granted:?}");
     let view = answered.try_recv().expect("it was granted").unwrap();
-    assert_eq!(view.granted, wanted("web", "600M").size());
+    assert_eq!(view.granted, request("web", "600M").size());
 }
 
 #[test]
 fn whoever_is_replaced_is_told_and_nobody_is_by_a_request_that_is_refused() {
-    let mut ledger = Ledger::default();
-    let mut first = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-    let mut huge = ask(&mut ledger, &wanted("web", "2G"), taken(1000, 0));
-    assert!(matches!(huge.try_recv().unwrap(), Err(Refusal::NoRoom { .. })));
+    let mut reservations = Reservations::default();
+    let mut first = ask(&mut reservations, &request("web", "256M"), taken(1000, 0));
+    let mut huge = ask(&mut reservations, &request("web", "2G"), taken(1000, 0));
+    assert!(matches!(huge.try_recv().unwrap(), Err(ApiError::NoRoom { .. })));
     assert!(first.try_recv().is_err(), "it still waits");
     // The first's own room does not stand in the second's way.
-    let mut second = ask(&mut ledger, &wanted("web", "600M"), taken(1000, 0));
-    assert_eq!(first.try_recv().expect("it is told"), Err(Refusal::Replaced("web".to_owned())));
+    let mut second = ask(&mut reservations, &request("web", "600M"), taken(1000, 0));
+    assert_eq!(first.try_recv().expect("it is told"), Err(ApiError::Replaced("web".to_owned())));
     assert!(second.try_recv().is_err(), "it waits");
-    ledger.expire(Duration::from_secs(101), |name| name == "web");
-    assert_eq!(second.try_recv().expect("it is told"), Err(Refusal::RunsAlready("web".to_owned())));
-    assert!(ledger.is_empty());
+    reservations.expire(Duration::from_secs(101), |name| name == "web");
+    assert_eq!(second.try_recv().expect("it is told"), Err(ApiError::RunsAlready("web".to_owned())));
+    assert!(reservations.is_empty());
 }
 
 #[test]
 fn a_reservation_ends_when_its_vm_comes_or_its_time_is_over() {
     let second = Duration::from_secs(1);
-    let mut ledger = Ledger::default();
-    let mut answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-    ledger.expire(second * 104, |_| false);
-    assert!(!ledger.is_empty());
-    ledger.expire(second * 105, |_| false);
-    let refusal = answered.try_recv().unwrap().unwrap_err();
-    assert!(matches!(refusal, Refusal::NotInTime { .. }) && ledger.is_empty(), "{refusal}");
+    let mut reservations = Reservations::default();
+    let mut answered = ask(&mut reservations, &request("web", "256M"), taken(1000, 0));
+    reservations.expire(second * 104, |_| false);
+    assert!(!reservations.is_empty());
+    reservations.expire(second * 105, |_| false);
+    let api_error = answered.try_recv().unwrap().unwrap_err();
+    assert!(matches!(api_error, ApiError::NotInTime { .. }) && reservations.is_empty(), "{api_error}");
 
-    let answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
+    let answered = ask(&mut reservations, &request("web", "256M"), taken(1000, 0));
     drop(answered);
-    ledger.expire(second * 101, |_| false);
-    assert!(ledger.is_empty(), "nobody waits for it");
+    reservations.expire(second * 101, |_| false);
+    assert!(reservations.is_empty(), "nobody waits for it");
 
-    let _answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-    ledger.expire(second * 101, |name| name == "web");
-    assert!(ledger.is_empty(), "its VM has come");
+    let _answered = ask(&mut reservations, &request("web", "256M"), taken(1000, 0));
+    reservations.expire(second * 101, |name| name == "web");
+    assert!(reservations.is_empty(), "its VM has come");
 
-    let _answered = ask(&mut ledger, &wanted("web", "256M"), taken(1000, 0));
-    assert!(ledger.release(second, "web") && !ledger.release(second, "web"));
+    let _answered = ask(&mut reservations, &request("web", "256M"), taken(1000, 0));
+    assert!(reservations.release(second, "web") && !reservations.release(second, "web"));
 }
 
 const RESERVE: Bytes = Bytes::gib(2);
@@ -154,23 +155,25 @@ const RESERVE: Bytes = Bytes::gib(2);
 fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balance) {
     let second = Duration::from_secs(1);
     let (resident, available) = (Bytes::gib(50), Bytes::gib(12));
-    let host = |available| HostMemory { total: Bytes::gib(64), available, swap: None, room: None };
+    let host = |available| HostMemory { total: Bytes::gib(64), available, swap: None, group: None };
     let mut budget = Budget::all_but(RESERVE);
-    let mut ledger = Ledger::default();
+    let mut reservations = Reservations::default();
     let process = Process { pid: 7, started_ticks: 7 };
-    let wanted = Wanted { process: Some(process), ..wanted("web", "8G") };
-    let before = budget.now(host(available), resident.saturating_add(ledger.touched()));
-    let _answered = ask(&mut ledger, &wanted, Taken { budget: before, by_vms: resident });
+    let request = ReservationRequest { process: Some(process), ..request("web", "8G") };
+    let before = budget.now(host(available), resident.saturating_add(reservations.touched()));
+    let _answered = ask(&mut reservations, &request, Taken { budget: before, by_vms: resident });
     let own = Bytes::mib(9);
-    ledger.look(second * 100, |asked| if asked == process { Held::Holds(own) } else { Held::Unknown });
+    reservations.look(second * 100, |asked| {
+        if asked == process { ProcessMemory::Holds(own) } else { ProcessMemory::Unknown }
+    });
     let mut other = Vm::new(
         1,
         Duration::from_secs(1000),
-        Said {
+        Observation {
             driver: DriverState::Active,
             host_rss: resident,
             spare: Some((Duration::ZERO, Bytes::gib(20))),
-            ..Said::of("50G,min=8G,max=50G".parse().unwrap())
+            ..Observation::of("50G,min=8G,max=50G".parse().unwrap())
         },
     );
     let mut policy = Policy::new(Settings::default());
@@ -178,28 +181,28 @@ fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balanc
     let mut after = before;
     for (round, touched, more) in [(100, Bytes::ZERO, Bytes::ZERO), (101, touched, more)] {
         let now = second * round;
-        ledger.look(now, |_| Held::Holds(own.saturating_add(touched)));
+        reservations.look(now, |_| ProcessMemory::Holds(own.saturating_add(touched)));
         let available = available.saturating_sub(touched).saturating_sub(more);
-        after = budget.now(host(available), resident.saturating_add(ledger.touched()));
+        after = budget.now(host(available), resident.saturating_add(reservations.touched()));
         let mut vms = vec![other.clone()];
-        ledger.lend(&mut vms);
+        reservations.lend(&mut vms);
         let mut decisions = Vec::new();
-        balance = policy.decide(now, Host::of(after), &mut vms, &mut decisions);
+        balance = policy.decide(now, HostObservation::of(after), &mut vms, &mut decisions);
         for vm in &vms {
-            if !ledger.settle(vm) {
+            if !reservations.settle(vm) {
                 other = vm.clone();
             }
         }
-        decisions.retain(|decision| !ledger.grant(now, decision));
+        decisions.retain(|decision| !reservations.grant(now, decision));
     }
-    assert_eq!(ledger.views(second * 101)[0].granted, wanted.size());
+    assert_eq!(reservations.views(second * 101)[0].granted, request.size());
     (before, after, balance)
 }
 
 proptest! {
     #[test]
     fn what_a_starting_vm_touches_is_counted_once(percent in 0..=100_u64, more in 0..=4096_u64) {
-        let touched = wanted("web", "8G").size().percent(percent);
+        let touched = request("web", "8G").size().percent(percent);
         let more = Bytes::mib(more);
         let (before, after, balance) = starting(touched, more);
         // What others took is never given to VMs; the budget follows in steps of 64 MiB.
@@ -216,49 +219,49 @@ proptest! {
 }
 
 /// A ledger in which all is there that `web` waits for, until a minute after 100 s.
-fn promised() -> Ledger {
+fn promised() -> Reservations {
     let second = Duration::from_secs(1);
-    let mut ledger = Ledger::default();
-    let size = wanted("web", "8G").size();
-    let said = said(size, size).unwrap();
-    let holder = Some(Holder::new(Process { pid: 7, started_ticks: 7 }));
-    let vm = Vm::new(7, LONGEST_WAIT, said);
+    let mut reservations = Reservations::default();
+    let size = request("web", "8G").size();
+    let observed = observed(size, size).unwrap();
+    let starting = Some(StartingProcess::new(Process { pid: 7, started_ticks: 7 }));
+    let vm = Vm::new(7, LONGEST_WAIT, observed);
     let until = second * 160;
     let reservation =
-        Reservation { vm, size, granted: size, until, holder, reserved_huge_pages: false, answer: None };
-    ledger.of.insert("web".to_owned(), reservation);
-    ledger
+        Reservation { vm, size, granted: size, until, starting, reserved_huge_pages: false, answer: None };
+    reservations.of.insert("web".to_owned(), reservation);
+    reservations
 }
 
 #[test]
 fn a_reservation_stands_while_its_vm_touches_more_and_no_longer() {
     let second = Duration::from_secs(1);
-    let mut ledger = promised();
+    let mut reservations = promised();
     for now in 100..300 {
-        ledger.look(second * now, |_| Held::Holds(Bytes::mib(20 * u64::from(now))));
-        ledger.expire(second * now, |_| false);
-        assert!(!ledger.is_empty(), "{now}");
+        reservations.look(second * now, |_| ProcessMemory::Holds(Bytes::mib(20 * u64::from(now))));
+        reservations.expire(second * now, |_| false);
+        assert!(!reservations.is_empty(), "{now}");
     }
     for now in 300..360 {
-        ledger.look(second * now, |_| Held::Holds(Bytes::mib(20 * 299)));
-        ledger.expire(second * now, |_| false);
+        reservations.look(second * now, |_| ProcessMemory::Holds(Bytes::mib(20 * 299)));
+        reservations.expire(second * now, |_| false);
     }
-    assert!(ledger.is_empty());
+    assert!(reservations.is_empty());
 }
 
 #[test]
 fn a_reservation_ends_with_the_process_that_it_was_for() {
     let second = Duration::from_secs(1);
-    let mut ledger = promised();
-    for (now, held, stands) in [
-        (100, Held::Gone, true),
-        (101, Held::Unknown, true),
-        (102, Held::Holds(Bytes::mib(9)), true),
-        (103, Held::Unknown, true),
-        (104, Held::Gone, false),
+    let mut reservations = promised();
+    for (now, current, stands) in [
+        (100, ProcessMemory::Gone, true),
+        (101, ProcessMemory::Unknown, true),
+        (102, ProcessMemory::Holds(Bytes::mib(9)), true),
+        (103, ProcessMemory::Unknown, true),
+        (104, ProcessMemory::Gone, false),
     ] {
-        ledger.look(second * now, |_| held);
-        ledger.expire(second * now, |_| false);
-        assert_eq!(!ledger.is_empty(), stands, "{now}");
+        reservations.look(second * now, |_| current);
+        reservations.expire(second * now, |_| false);
+        assert_eq!(!reservations.is_empty(), stands, "{now}");
     }
 }

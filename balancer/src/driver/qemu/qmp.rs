@@ -28,13 +28,13 @@ struct Message {
     greeting: Option<Value>,
     #[serde(rename = "return")]
     answer: Option<Value>,
-    error: Option<Refusal>,
+    error: Option<QmpError>,
     event: Option<String>,
     id: Option<u64>,
 }
 
 #[derive(Deserialize)]
-struct Refusal {
+struct QmpError {
     class: String,
     desc: String,
 }
@@ -158,7 +158,7 @@ impl Qmp {
         if message.id != Some(id) {
             return Err(self.nonsense(command, "an answer to another question"));
         }
-        if let Some(Refusal { class, desc }) = message.error {
+        if let Some(QmpError { class, desc }) = message.error {
             return Err(Error::Refused {
                 socket: self.socket.clone(),
                 request: command.to_owned(),

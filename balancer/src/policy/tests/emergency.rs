@@ -40,8 +40,8 @@ fn where_nothing_is_left_to_move_the_host_swaps_from_the_lightest_or_pauses_it()
 fn a_paused_vm_is_charged_what_it_holds_and_resumed_when_there_is_room() {
     let mut world = beyond_help(None);
     advice(&mut world, 120).unwrap();
-    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
-    world.guests[1].vm.said.host_rss = Bytes::mib(100);
+    world.guests[1].vm.observed.vcpus = Vcpus::Paused(Pauser::Operator);
+    world.guests[1].vm.observed.host_rss = Bytes::mib(100);
     assert_eq!(advice(&mut world, 60), None, "the last one that runs is not paused, and there is no room");
     assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
     assert_eq!(world.guests[1].vm.charge(), Bytes::mib(100));
@@ -57,9 +57,9 @@ fn a_pause_long_after_the_advice_is_the_operators_own() {
     let budget = std::mem::replace(&mut world.host.budget, Bytes::gib(4));
     world.run(60);
     world.host.budget = budget;
-    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
-    world.guests[1].vm.said.host_rss = Bytes::mib(100);
-    let had = world.guests[1].vm.said.actual;
+    world.guests[1].vm.observed.vcpus = Vcpus::Paused(Pauser::Operator);
+    world.guests[1].vm.observed.host_rss = Bytes::mib(100);
+    let had = world.guests[1].vm.observed.actual;
     world.run(1);
     assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
     assert_eq!(world.guests[1].vm.charge(), had);
@@ -80,10 +80,12 @@ impl World {
         self.tick();
         let decided = self.decisions.iter().find(|decision| decision.reason.rule.keeps_target())?;
         let (vm, rule) = (decided.vm, decided.reason.rule);
-        let said = &mut self.guests.iter_mut().find(|guest| guest.vm.id == vm).unwrap().vm.said;
-        match (rule, said.vcpus) {
-            (Rule::Pause, Vcpus::Run) if said.pausable => said.vcpus = Vcpus::Paused(Pauser::Balancer),
-            (Rule::Resume, Vcpus::Paused(Pauser::Balancer)) => said.vcpus = Vcpus::Run,
+        let observed = &mut self.guests.iter_mut().find(|guest| guest.vm.id == vm).unwrap().vm.observed;
+        match (rule, observed.vcpus) {
+            (Rule::Pause, Vcpus::Run) if observed.pausable => {
+                observed.vcpus = Vcpus::Paused(Pauser::Balancer)
+            }
+            (Rule::Resume, Vcpus::Paused(Pauser::Balancer)) => observed.vcpus = Vcpus::Run,
             _ => {}
         }
         Some((vm, rule))
@@ -98,8 +100,8 @@ impl World {
 /// A guest that can be paused, of whose memory the host holds a part.
 fn pausable(id: u64, limits: &str, wants: Bytes, held: Bytes) -> Guest {
     let mut guest = Guest::new(id, limits, wants);
-    guest.vm.said.pausable = true;
-    guest.vm.said.host_rss = held;
+    guest.vm.observed.pausable = true;
+    guest.vm.observed.host_rss = held;
     guest
 }
 
@@ -128,7 +130,7 @@ fn one_that_keeps_what_it_was_asked_for_and_gives_a_little_at_a_time_is_paused_f
     let other = pausable(1, "512M,min=512M,max=1G,weight=1", Bytes::mib(500), Bytes::mib(100));
     let mut crawler = pausable(2, "1G,min=128M,max=4G,weight=100", Bytes::mib(150), Bytes::mib(200));
     // It opened its balloon, and fills it again by a little at a time.
-    crawler.vm.said.actual = Bytes::gib(4);
+    crawler.vm.observed.actual = Bytes::gib(4);
     crawler.speed = Bytes::mib(1);
     let paused = |guards: Guards| {
         let mut world = World::with(Bytes::gib(2), vec![other.clone(), crawler.clone()], guards);
@@ -144,7 +146,7 @@ fn a_policy_that_has_just_begun_resumes_whom_another_paused_one_at_a_time_and_no
     let mut guests: Vec<_> =
         (1..=4).map(|id| pausable(id, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100))).collect();
     for (index, by) in [(1, Pauser::Balancer), (2, Pauser::Operator), (3, Pauser::Balancer)] {
-        guests[index].vm.said.vcpus = Vcpus::Paused(by);
+        guests[index].vm.observed.vcpus = Vcpus::Paused(by);
     }
     let mut world = World::new(Bytes::gib(4), guests);
     let pauses = world.pauses(120);
@@ -165,11 +167,11 @@ fn a_policy_that_has_just_begun_resumes_whom_another_paused_one_at_a_time_and_no
 fn a_pause_that_an_operator_took_over_is_the_operators() {
     let running = pausable(1, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
     let mut paused = pausable(2, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
-    paused.vm.said.vcpus = Vcpus::Paused(Pauser::Balancer);
+    paused.vm.observed.vcpus = Vcpus::Paused(Pauser::Balancer);
     let mut world = World::new(Bytes::mib(700), vec![running, paused]);
     assert_eq!(world.pauses(30), []);
     assert_eq!(world.guests[1].vm.charge(), Bytes::mib(100));
-    world.guests[1].vm.said.vcpus = Vcpus::Paused(Pauser::Operator);
+    world.guests[1].vm.observed.vcpus = Vcpus::Paused(Pauser::Operator);
     world.host.budget = Bytes::gib(4);
     assert_eq!(world.pauses(60), []);
     assert_eq!(world.guests[1].vm.charge(), Bytes::mib(512));
@@ -179,7 +181,7 @@ fn a_pause_that_an_operator_took_over_is_the_operators() {
 fn room_is_made_for_one_that_is_laid_down_from_what_others_do_not_need() {
     let idle = Guest::new(1, "1G,min=128M,max=1G", Bytes::mib(200));
     let mut paused = pausable(2, FIXED_FLOOR, Bytes::mib(500), Bytes::mib(100));
-    paused.vm.said.vcpus = Vcpus::Paused(Pauser::Balancer);
+    paused.vm.observed.vcpus = Vcpus::Paused(Pauser::Balancer);
     let mut world = World::new(Bytes::mib(1200), vec![idle, paused]);
     let pauses = world.pauses(300);
     assert_eq!(pauses.iter().map(|(_, vm, rule)| (*vm, *rule)).collect::<Vec<_>>(), [(2, Rule::Resume)]);
@@ -196,7 +198,7 @@ fn room_that_is_kept_for_a_start_is_no_vm_that_runs() {
             Guest::new(2, FIXED_FLOOR, Bytes::mib(500)),
         ],
     );
-    world.guests[1].vm.said.vcpus = Vcpus::NotYet;
+    world.guests[1].vm.observed.vcpus = Vcpus::NotYet;
     assert_eq!(world.pauses(120), []);
 }
 
@@ -213,7 +215,7 @@ proptest! {
         let guests: Vec<_> = vms.iter().enumerate().map(|(id, (weight, held, can))| {
             let limits = format!("512M,min=512M,max=1G,weight={weight}");
             let mut guest = pausable(id as u64, &limits, Bytes::mib(500), Bytes::mib(*held));
-            guest.vm.said.pausable = *can;
+            guest.vm.observed.pausable = *can;
             guest
         }).collect();
         let mut world = World::new(Bytes::gib(4), guests);
@@ -222,20 +224,20 @@ proptest! {
         for (budget, (whom, pauses)) in budgets.iter().zip(operator) {
             world.host.budget = Bytes::mib(*budget);
             if let Some(guest) = world.guests.get_mut(whom) {
-                guest.vm.said.vcpus = if pauses { Vcpus::Paused(Pauser::Operator) } else { Vcpus::Run };
+                guest.vm.observed.vcpus = if pauses { Vcpus::Paused(Pauser::Operator) } else { Vcpus::Run };
             }
             for _ in 0..150 {
                 now += 1;
-                let before: Vec<_> = world.guests.iter().map(|guest| guest.vm.said.vcpus).collect();
+                let before: Vec<_> = world.guests.iter().map(|guest| guest.vm.observed.vcpus).collect();
                 let Some((vm, rule)) = world.tick_and_pause() else { continue };
                 prop_assert!(now >= last + 10, "{now} is too soon after {last}");
                 last = now;
-                let (before, after) = (before[vm as usize], world.guests[vm as usize].vm.said.vcpus);
+                let (before, after) = (before[vm as usize], world.guests[vm as usize].vm.observed.vcpus);
                 if before == Vcpus::Paused(Pauser::Operator) {
                     prop_assert_eq!(after, before);
                 }
                 if rule == Rule::Pause {
-                    let runs = world.guests.iter().any(|guest| guest.vm.said.vcpus == Vcpus::Run);
+                    let runs = world.guests.iter().any(|guest| guest.vm.observed.vcpus == Vcpus::Run);
                     prop_assert!(runs, "the last one was paused");
                 }
             }

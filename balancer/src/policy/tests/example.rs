@@ -10,7 +10,7 @@ fn the_worked_example_comes_out_as_it_is_told() {
         vec![Guest::new(1, limits, Bytes::mib(3000)), Guest::new(2, limits, Bytes::mib(4000))],
     );
     for (guest, has) in world.guests.iter_mut().zip([3600, 4800]) {
-        (guest.vm.said.target, guest.vm.said.actual) = (Bytes::mib(has), Bytes::mib(has));
+        (guest.vm.observed.target, guest.vm.observed.actual) = (Bytes::mib(has), Bytes::mib(has));
     }
     world.run(10);
     assert_eq!((world.target(0), world.target(1)), (Bytes::mib(3600), Bytes::mib(4800)));

@@ -44,9 +44,9 @@ impl AnyGuest {
         let limits =
             Limits::new(Bytes::mib(start), Bytes::mib(min), Bytes::mib(max), 20, self.weight).unwrap();
         let mut guest = Guest::new(id, "256M", Bytes::mib(self.wants));
-        guest.vm.said.limits = limits;
-        guest.vm.said.target = limits.startup();
-        guest.vm.said.actual = limits.startup();
+        guest.vm.observed.limits = limits;
+        guest.vm.observed.target = limits.startup();
+        guest.vm.observed.actual = limits.startup();
         guest.speed = Bytes::mib(self.speed);
         guest.stuck = self.stuck;
         guest.age = Duration::from_secs(self.age);
@@ -66,9 +66,9 @@ prop_compose! {
 }
 
 /// What each would have if all claimed all there is: above its min, by range and weight. By halving, not as
-/// the law finds it.
+/// the policy finds it.
 fn shares(world: &World) -> Vec<Bytes> {
-    let limits: Vec<Limits> = world.guests.iter().map(|guest| guest.vm.said.limits).collect();
+    let limits: Vec<Limits> = world.guests.iter().map(|guest| guest.vm.observed.limits).collect();
     let slack = Bytes::mib(limits.len() as u64);
     let pool = world.host.budget.percent(Settings::default().pool_percent).max(slack);
     let capacity = world.host.budget.saturating_sub(pool).0 as f64;
@@ -89,7 +89,7 @@ fn shares(world: &World) -> Vec<Bytes> {
 /// holds for it and one step more.
 fn lent(world: &World, shares: &[Bytes]) -> Bytes {
     let others = world.guests.iter().zip(shares).skip(1);
-    others.map(|(guest, share)| guards::touched(&guest.vm.said).saturating_sub(*share)).sum()
+    others.map(|(guest, share)| guards::touched(&guest.vm.observed).saturating_sub(*share)).sum()
 }
 
 fn build(guests: &[AnyGuest]) -> Vec<Guest> {
@@ -112,14 +112,14 @@ proptest! {
                     guest.wants = Bytes::mib(*wants);
                 }
             }
-            let stale: Vec<_> = world.guests.iter().map(|guest| (guest.age > Duration::from_secs(3), guest.vm.said.target)).collect();
+            let stale: Vec<_> = world.guests.iter().map(|guest| (guest.age > Duration::from_secs(3), guest.vm.observed.target)).collect();
             world.tick();
             let charged = world.charged();
             // Over budget only as far as it was from the start.
             prop_assert!(charged <= world.host.budget.max(before), "{charged} of {}", world.host.budget);
             before = before.min(charged.max(world.host.budget));
             for (guest, (stale, target)) in world.guests.iter().zip(stale) {
-                let Said { limits, target: new, .. } = guest.vm.said;
+                let Observation { limits, target: new, .. } = guest.vm.observed;
                 prop_assert!(limits.min() <= new && new <= limits.max());
                 prop_assert!(!stale || new >= target, "a stale guest was shrunk");
             }
@@ -170,7 +170,7 @@ proptest! {
             turned.tick();
             for guest in &straight.guests {
                 let other = turned.guests.iter().find(|other| other.vm.id == guest.vm.id).unwrap();
-                prop_assert_eq!(guest.vm.said.target, other.vm.said.target);
+                prop_assert_eq!(guest.vm.observed.target, other.vm.observed.target);
             }
         }
     }
@@ -183,14 +183,14 @@ proptest! {
             guest.speed = Bytes::gib(4);
         }
         let wanted: Bytes = guests.iter().map(|guest| {
-            guest.vm.said.limits.clamp(guest.wants.percent(120)).max(guest.vm.said.limits.startup())
+            guest.vm.observed.limits.clamp(guest.wants.percent(120)).max(guest.vm.observed.limits.startup())
         }).sum();
         let mut world = World::new(Bytes(wanted.0 * 100 / 95), guests);
         world.run(600);
         for guest in &world.guests {
-            let demand = guest.vm.said.limits.clamp(guest.wants.percent(120));
-            let near = deadband(demand).saturating_add(guest.vm.said.target);
-            prop_assert!(near >= demand, "{} of {demand}", guest.vm.said.target);
+            let demand = guest.vm.observed.limits.clamp(guest.wants.percent(120));
+            let near = deadband(demand).saturating_add(guest.vm.observed.target);
+            prop_assert!(near >= demand, "{} of {demand}", guest.vm.observed.target);
         }
     }
 
@@ -204,9 +204,9 @@ proptest! {
             guest.speed = Bytes::gib(4);
             guest.lies = index > 0;
         }
-        let mins: Bytes = guests.iter().map(|guest| guest.vm.said.limits.min()).sum();
-        let maxes: Bytes = guests.iter().map(|guest| guest.vm.said.limits.max()).sum();
-        let startups: Bytes = guests.iter().map(|guest| guest.vm.said.limits.startup()).sum();
+        let mins: Bytes = guests.iter().map(|guest| guest.vm.observed.limits.min()).sum();
+        let maxes: Bytes = guests.iter().map(|guest| guest.vm.observed.limits.max()).sum();
+        let startups: Bytes = guests.iter().map(|guest| guest.vm.observed.limits.startup()).sum();
         let budget = maxes.percent(short).max(startups).max(Bytes(mins.0 * 110 / 100));
         let mut world = World::new(budget, guests);
         // The loan of its buffer ends, it rests, and an emergency lasts before others lose what they use.
@@ -214,11 +214,11 @@ proptest! {
         let shares = shares(&world);
         let (share, lent) = (shares[0], lent(&world, &shares));
         let first = &world.guests[0].vm;
-        let near = first.said.target.saturating_add(deadband(first.said.target)).saturating_add(PIECE);
+        let near = first.observed.target.saturating_add(deadband(first.observed.target)).saturating_add(PIECE);
         prop_assert!(near >= first.urgent().min(share),
-            "has {} of {share}, can't wait for {}", first.said.target, first.urgent());
+            "has {} of {share}, can't wait for {}", first.observed.target, first.urgent());
         prop_assert!(near >= first.demand().min(share.saturating_sub(lent)),
-            "has {} of {share} less {lent}, wants {}", first.said.target, first.demand());
+            "has {} of {share} less {lent}, wants {}", first.observed.target, first.demand());
     }
 
     #[test]
@@ -232,7 +232,7 @@ proptest! {
             (guest.stuck, guest.speed) = (false, guest.speed.max(Bytes::mib(32)));
         }
         (guests[0].lies, guests[0].age) = (false, Duration::ZERO);
-        let wanted: Bytes = guests.iter().map(|guest| guest.vm.said.limits.clamp(guest.wants.percent(120))).sum();
+        let wanted: Bytes = guests.iter().map(|guest| guest.vm.observed.limits.clamp(guest.wants.percent(120))).sum();
         let base: Vec<Bytes> = guests.iter().map(|guest| guest.wants).collect();
         let mut world = World::new(wanted.percent(share).max(Bytes::mib(512)), guests);
         let mut random = seed;
@@ -266,7 +266,7 @@ proptest! {
             // A stuck guest is asked again after each rest, which is meant.
             (guest.stuck, guest.speed) = (false, guest.speed.max(Bytes::mib(32)));
         }
-        let wanted: Bytes = guests.iter().map(|guest| guest.vm.said.limits.clamp(guest.wants.percent(120))).sum();
+        let wanted: Bytes = guests.iter().map(|guest| guest.vm.observed.limits.clamp(guest.wants.percent(120))).sum();
         let base: Vec<Bytes> = guests.iter().map(|guest| guest.wants).collect();
         let mut random = seed;
         let mut world = World::new(wanted.percent(share).max(Bytes::mib(512)), guests);
@@ -288,7 +288,7 @@ proptest! {
 fn without_the_hold_a_wobble_reverses() {
     let run = |held: bool| {
         // That memory is given for what is used now would hide what this one does.
-        let guards = Guards { demand_is_held: held, news_counts: false, ..Guards::default() };
+        let guards = Guards { peaks_are_held: held, news_counts: false, ..Guards::default() };
         let base = [Bytes::gib(8), Bytes::gib(8), Bytes::mib(1900)];
         // The third gets what the others leave: their 1 % is a tenth of what it has.
         let guests = vec![

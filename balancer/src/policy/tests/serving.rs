@@ -12,7 +12,7 @@ fn a_guest_in_need_grows_within_a_tick_or_two() {
 #[test]
 fn a_guest_gets_the_last_of_its_max_though_that_is_less_than_is_worth_a_move_elsewhere() {
     let mut guest = Guest::new(1, "256M,min=128M,max=1G,buffer=80%", Bytes::mib(960));
-    (guest.vm.said.target, guest.vm.said.actual) = (Bytes::mib(1010), Bytes::mib(1010));
+    (guest.vm.observed.target, guest.vm.observed.actual) = (Bytes::mib(1010), Bytes::mib(1010));
     let mut world = World::new(Bytes::gib(2), vec![guest]);
     world.run(5);
     assert_eq!(world.target(0), Bytes::gib(1));
@@ -76,9 +76,9 @@ fn the_pool_is_refilled_without_hurry() {
 #[test]
 fn static_and_driverless_vms_are_charged_their_full_size_and_left_alone() {
     let mut fixed = Guest::new(1, "512M", Bytes::mib(100));
-    fixed.vm.said.actual = Bytes::mib(512);
+    fixed.vm.observed.actual = Bytes::mib(512);
     let mut driverless = Guest::new(2, WIDE, Bytes::mib(100));
-    driverless.vm.said.driver = DriverState::Absent;
+    driverless.vm.observed.driver = DriverState::Absent;
     let mut world = World::new(Bytes::gib(4), vec![fixed, driverless]);
     world.run(5);
     assert_eq!(world.balance.charged, Bytes::mib(512 + 1024));
@@ -90,22 +90,22 @@ fn static_and_driverless_vms_are_charged_their_full_size_and_left_alone() {
 fn a_booting_guest_is_charged_what_it_holds_until_its_balloon_is_there() {
     let mut booting = Guest::new(1, WIDE, Bytes::mib(100));
     booting.vm.uptime = Duration::from_secs(3);
-    booting.vm.said.driver = DriverState::Absent;
-    booting.vm.said.actual = Bytes::gib(1);
+    booting.vm.observed.driver = DriverState::Absent;
+    booting.vm.observed.actual = Bytes::gib(1);
     booting.stuck = true;
     let mut world = World::new(Bytes::gib(4), vec![booting]);
     world.run(20);
     assert_eq!(world.guests[0].vm.standing(), Standing::Booting);
     assert_eq!(world.balance.charged, Bytes::mib(256));
-    world.guests[0].vm.said.host_rss = Bytes::mib(700);
+    world.guests[0].vm.observed.host_rss = Bytes::mib(700);
     world.run(1);
     assert_eq!(world.balance.charged, Bytes::mib(700));
-    world.guests[0].vm.said.driver = DriverState::Active;
+    world.guests[0].vm.observed.driver = DriverState::Active;
     world.guests[0].stuck = false;
-    world.guests[0].vm.said.host_rss = Bytes::mib(200);
+    world.guests[0].vm.observed.host_rss = Bytes::mib(200);
     world.run(3);
     assert_eq!(world.guests[0].vm.standing(), Standing::Following);
-    world.guests[0].vm.said.driver = DriverState::Absent;
+    world.guests[0].vm.observed.driver = DriverState::Absent;
     world.guests[0].vm.uptime = guards::BOOT;
     world.run(1);
     assert_eq!(world.guests[0].vm.standing(), Standing::Leaving);
@@ -114,9 +114,9 @@ fn a_booting_guest_is_charged_what_it_holds_until_its_balloon_is_there() {
     assert_eq!(world.guests[0].vm.standing(), Standing::NoDriver);
     assert_eq!(world.balance.charged, Bytes::gib(1));
     // Whoever comes and goes is believed once.
-    world.guests[0].vm.said.driver = DriverState::Active;
+    world.guests[0].vm.observed.driver = DriverState::Active;
     world.run(3);
-    world.guests[0].vm.said.driver = DriverState::Absent;
+    world.guests[0].vm.observed.driver = DriverState::Absent;
     world.run(1);
     assert_eq!(world.guests[0].vm.standing(), Standing::NoDriver);
 }
@@ -127,9 +127,9 @@ fn a_young_guest_that_has_followed_is_charged_all_that_it_has_not_given_up_yet()
     let meet = |followed| {
         let mut young = Guest::new(1, WIDE, Bytes::mib(100));
         young.vm.uptime = Duration::from_secs(3);
-        young.vm.said.followed = followed;
-        (young.vm.said.target, young.vm.said.actual) = (Bytes::mib(423), Bytes::mib(447));
-        young.vm.said.host_rss = Bytes::mib(300);
+        young.vm.observed.followed = followed;
+        (young.vm.observed.target, young.vm.observed.actual) = (Bytes::mib(423), Bytes::mib(447));
+        young.vm.observed.host_rss = Bytes::mib(300);
         young.stuck = true;
         let mut world = World::new(Bytes::gib(4), vec![young]);
         world.run(1);
@@ -147,8 +147,8 @@ fn a_vm_that_stops_answering_keeps_its_charge_and_gets_no_target() {
         Bytes::mib(1000),
         vec![Guest::new(1, WIDE, Bytes::mib(100)), Guest::new(2, WIDE, Bytes::mib(900))],
     );
-    world.guests[0].vm.said.actual = Bytes::mib(400);
-    world.guests[0].vm.said.target = Bytes::mib(400);
+    world.guests[0].vm.observed.actual = Bytes::mib(400);
+    world.guests[0].vm.observed.target = Bytes::mib(400);
     world.guests[0].vm.answers = false;
     world.run(60);
     assert_eq!(world.target(0), Bytes::mib(400));
@@ -200,8 +200,9 @@ fn who_really_uses_more_than_its_share_borrows_buffers_and_who_only_says_so_for_
         world.guests[1].wants = Bytes::mib(7000);
         let mut buffer = Vec::new();
         for second in 0..500 {
-            let said = &mut world.guests[1].vm.said;
-            said.host_rss = if touches { said.actual.min(Bytes::mib(7000)) } else { Bytes::mib(1000) };
+            let observed = &mut world.guests[1].vm.observed;
+            observed.host_rss =
+                if touches { observed.actual.min(Bytes::mib(7000)) } else { Bytes::mib(1000) };
             world.tick();
             if [110, 499].contains(&second) {
                 buffer.push(world.target(0).saturating_sub(Bytes::mib(2900)).0 >> 20);

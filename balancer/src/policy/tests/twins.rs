@@ -41,14 +41,14 @@ fn a_stuck_guest_is_found_in_time_and_costs_the_others_nothing() {
 fn a_guest_that_unplugs_first_has_time_for_its_balloon_too() {
     let found = |plugs: bool| {
         let mut world = with_a_stuck_guest(Guards::default());
-        world.guests[0].vm.said.plugs = plugs;
+        world.guests[0].vm.observed.plugs = plugs;
         (0..60).find(|_| {
             world.tick();
             world.guests[0].vm.standing() == Standing::Stuck
         })
     };
     let (inflates, unplugs) = (found(false).unwrap(), found(true).unwrap());
-    assert_eq!(unplugs - inflates, balloon::means::PATIENCE.as_secs());
+    assert_eq!(unplugs - inflates, api::status::UNPLUG_PATIENCE.as_secs());
 }
 
 #[test]
@@ -56,12 +56,12 @@ fn without_the_stuck_guard_what_it_owes_is_waited_for() {
     let served = |guards: Guards| {
         let mut world = with_a_stuck_guest(guards);
         world.run(60);
-        let stuck = &world.guests[0].vm.said;
+        let stuck = &world.guests[0].vm.observed;
         stuck.actual.saturating_sub(stuck.target)
     };
     let without = Guards { stuck_are_left_alone: false, ..Guards::default() };
     assert_eq!(served(Guards::default()), Bytes::ZERO, "nobody counts on memory that does not come");
-    assert!(served(without) > Bytes::mib(100), "the law counts on what the stuck guest owes");
+    assert!(served(without) > Bytes::mib(100), "the policy counts on what the stuck guest owes");
 }
 
 /// What a guest that is short has after a minute, beside one that owes gigabytes and gives up so little at a
@@ -225,7 +225,7 @@ fn over_when_balloons_open(guards: Guards) -> Bytes {
     let mut world = World::with(Bytes::mib(1000), guests, guards);
     world.run(30);
     for guest in &mut world.guests {
-        guest.vm.said.actual += guards::THERE;
+        guest.vm.observed.actual += guards::THERE;
     }
     world.round();
     world.balance.over
@@ -260,7 +260,7 @@ fn lowest_while_use_rises(guards: Guards) -> Bytes {
 #[test]
 fn memory_in_doubt_is_not_taken() {
     let spared = lowest_while_use_rises(Guards::default());
-    let taken = lowest_while_use_rises(Guards { doubt_is_spared: false, ..Guards::default() });
+    let taken = lowest_while_use_rises(Guards { uncertainty_is_spared: false, ..Guards::default() });
     assert!(taken < spared, "{taken} against {spared}");
 }
 

@@ -1,0 +1,8 @@
+//! The words that all parts of ballast speak, and the wire between them.
+
+pub mod agent;
+pub mod limits;
+pub mod report;
+pub mod runtime;
+pub mod status;
+pub mod units;

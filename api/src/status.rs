@@ -1,0 +1,349 @@
+//! The memory of one VM as its API tells it: the words between a VM and whoever balances it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::agent::AgentStatus;
+use crate::limits::Limits;
+use crate::report::Report;
+use crate::units::Bytes;
+
+/// How long a guest may unplug nothing until its balloon helps.
+///
+/// A driver answers within milliseconds; one block of 128 MiB that has to be
+/// emptied first takes longer.
+pub const UNPLUG_PATIENCE: Duration = Duration::from_secs(3);
+
+/// `GET /memory`: everything about one VM's memory at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// What the administrator set.
+    pub limits: Limits,
+    /// What the guest was last asked to have.
+    pub target: Bytes,
+    /// What the guest has: what it started with and what it has plugged, less the balloon, as
+    /// its driver says.
+    pub actual: Bytes,
+    /// The guest could not reach the target: it stays at `actual` until a target is set anew.
+    #[serde(default)]
+    pub settled: bool,
+    /// Whether the guest has been at a target since its driver started; `None` where the VMM does
+    /// not tell. Before that it is on its way from all of its map to the first target, and has not
+    /// touched most of what it gives up; after that it may have touched all that it has.
+    #[serde(default)]
+    pub followed: Option<bool>,
+    /// Who paused the VM; `None` for one that is not paused, or whose VMM does not tell.
+    #[serde(default)]
+    pub paused_by: Option<Pauser>,
+    /// Guest memory that the host really holds (resident pages of the mapping).
+    pub host_rss: Bytes,
+    /// How much of that lies in huge pages of the host and is mapped as such, which makes every
+    /// walk of the second-level page tables shorter; `None` where it is not known.
+    #[serde(default)]
+    pub host_huge: Option<Bytes>,
+    /// How the guest's balloon driver is doing.
+    pub driver: DriverState,
+    /// The guest's last report, if it ever sent one.
+    pub report: Option<AgedReport>,
+    /// The guest's agent, if it was ever heard.
+    #[serde(default)]
+    pub agent: Option<AgentStatus>,
+    /// What the balloon has counted since the VM started.
+    pub counters: BalloonCounters,
+    /// How the guest's memory is plugged; `None` for a VM that grows by its balloon alone.
+    #[serde(default)]
+    pub plug: Option<PlugStatus>,
+}
+
+impl MemoryStatus {
+    /// The most that the guest can have with the drivers that it has: its limit, or, in a VM
+    /// that grows by plugging and whose guest lacks the driver for it, what it has already.
+    pub fn ceiling(&self) -> Bytes {
+        let max = self.limits.max();
+        match &self.plug {
+            Some(plug) if plug.driver != DriverState::Active => {
+                max.min(plug.boot.saturating_add(plug.plugged))
+            }
+            _ => max,
+        }
+    }
+
+    /// What the guest uses and can't give up without pain, as it last said.
+    ///
+    /// Counted from `actual`, not from the guest's own total: a Linux driver with
+    /// deflate-on-OOM leaves the balloon in `MemTotal`
+    /// (`drivers/virtio/virtio_balloon.c`: `adjust_managed_page_count`).
+    pub fn used(&self) -> Option<Bytes> {
+        let (_, spare) = self.spare()?;
+        Some(self.actual.saturating_sub(spare))
+    }
+
+    /// What the guest could give up without pain, and how old that news is: the agent's word or the
+    /// balloon driver's, whichever is newer. Both read the same figure of the guest's kernel.
+    pub fn spare(&self) -> Option<(Duration, Bytes)> {
+        let report = self.report.as_ref();
+        let report = report.and_then(|aged| Some((aged.age_ms, aged.statistics.spare()?)));
+        let agent = self.agent.as_ref().and_then(|agent| Some((agent.age_ms, agent.figures.available?)));
+        let (age, spare) = report.into_iter().chain(agent).min_by_key(|(age, _)| *age)?;
+        Some((Duration::from_millis(age), spare))
+    }
+
+    /// The share of what the host holds that lies in huge pages, in percent.
+    pub fn huge_percent(&self) -> Option<u8> {
+        let huge = u128::from(self.host_huge?.0);
+        let whole = u128::from(self.host_rss.0);
+        if whole == 0 {
+            return None;
+        }
+        // The two are counted one after the other.
+        Some(u8::try_from(huge * 100 / whole).unwrap_or(100).min(100))
+    }
+}
+
+/// A report and how long ago it came.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgedReport {
+    /// Milliseconds since the guest handed it over.
+    pub age_ms: u64,
+    /// What it says.
+    pub statistics: Report,
+}
+
+/// How far a guest's balloon driver can be relied on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverState {
+    /// No driver has set the device up: no target can be reached.
+    Absent,
+    /// Set up, and answers statistics requests (or offers no statistics).
+    Active,
+    /// Set up, but a statistics request has gone unanswered for too long.
+    Silent,
+    /// It broke the protocol; the device asked for a reset and waits.
+    Broken,
+}
+
+/// Memory that is plugged into a guest and unplugged again (virtio-mem).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlugStatus {
+    /// How the guest's virtio-mem driver is doing.
+    pub driver: DriverState,
+    /// What the guest booted with, which can't be unplugged.
+    pub boot: Bytes,
+    /// What is plugged and unplugged in.
+    pub block: Bytes,
+    /// What the guest was last asked to have plugged.
+    pub requested: Bytes,
+    /// What it has plugged, by the device's own count. More than `requested` is what the guest
+    /// has not unplugged yet, or can't.
+    pub plugged: Bytes,
+    /// What the device has counted since the VM started.
+    pub counters: PlugCounters,
+}
+
+/// What the virtio-mem device has counted since the VM started; monotonic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlugCounters {
+    /// Memory plugged by the guest, in bytes.
+    pub plugged: Bytes,
+    /// Memory unplugged by the guest, in bytes.
+    pub unplugged: Bytes,
+    /// Unplugged memory given back to the host, in bytes.
+    pub discarded: Bytes,
+    /// Discards the host refused.
+    pub discard_failures: u64,
+    /// Requests that the host could not carry out.
+    pub refused: u64,
+    /// Malformed descriptor chains handed back to the guest.
+    pub malformed: u64,
+}
+
+/// What the balloon device has counted since the VM started; monotonic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BalloonCounters {
+    /// Pages taken from the guest, in bytes.
+    pub inflated: Bytes,
+    /// Pages given back to the guest, in bytes.
+    pub deflated: Bytes,
+    /// Free pages reported by the guest, in bytes.
+    pub reported: Bytes,
+    /// Memory given back to the host, in bytes.
+    pub discarded: Bytes,
+    /// Ranges those discards were merged into.
+    pub discard_ranges: u64,
+    /// System calls they took.
+    pub discard_calls: u64,
+    /// Discards the host refused.
+    pub discard_failures: u64,
+    /// Blocks of 2 MiB that went back in one go, so that no huge page was split.
+    pub huge_pages_whole: u64,
+    /// Blocks of 2 MiB of which only a part went back, so that a huge page there was split.
+    pub huge_pages_broken: u64,
+    /// Malformed descriptor chains handed back to the guest.
+    pub malformed: u64,
+    /// Requests for statistics sent to the guest.
+    pub statistics_requests: u64,
+    /// Reports received.
+    pub reports: u64,
+}
+
+/// `PUT /memory/target`: what the guest should have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetRequest {
+    /// Wanted memory; must lie in the limits.
+    pub target: Bytes,
+}
+
+/// Who paused a VM, and so who may let it run on: the balancer only what it paused itself, an
+/// operator any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pauser {
+    /// Somebody who steers this VM by hand or by a program of their own.
+    #[default]
+    Operator,
+    /// The balancer, as memory ran out.
+    Balancer,
+}
+
+/// The body of `POST /vm/pause` and `POST /vm/resume`: in whose name. No body is an operator's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PauseRequest {
+    /// Who asks.
+    pub by: Pauser,
+}
+
+/// Where a VM stands in its life. Written as the field `state`, beside `paused_by` where it is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum VmState {
+    /// Set up, its vCPUs have not run yet.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still; its memory stays.
+    Paused {
+        /// Who paused it.
+        #[serde(rename = "paused_by", default)]
+        by: Pauser,
+    },
+    /// It has ended; the process is about to.
+    Stopped,
+}
+
+impl VmState {
+    /// Who paused it; `None` where it is not paused.
+    pub const fn paused_by(self) -> Option<Pauser> {
+        match self {
+            Self::Paused { by } => Some(by),
+            Self::Created | Self::Running | Self::Stopped => None,
+        }
+    }
+}
+
+/// `GET /vm`: what this VM is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Its name, which is also its socket's.
+    pub name: String,
+    /// The process that is it.
+    pub pid: u32,
+    /// Where it stands.
+    #[serde(flatten)]
+    pub state: VmState,
+    /// Its vCPUs.
+    pub cpus: u8,
+    /// Milliseconds since it started.
+    pub uptime_ms: u64,
+    /// ballast's version.
+    pub version: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> MemoryStatus {
+        MemoryStatus {
+            limits: "256M,max=1G".parse().unwrap(),
+            target: Bytes::mib(300),
+            actual: Bytes::mib(300),
+            settled: false,
+            followed: Some(true),
+            paused_by: None,
+            host_rss: Bytes::mib(200),
+            host_huge: None,
+            driver: DriverState::Active,
+            report: None,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+        }
+    }
+
+    #[test]
+    fn used_is_what_the_guest_has_less_what_it_could_spare() {
+        let mut status = status();
+        assert_eq!(status.used(), None);
+        // The guest's total still holds the balloon.
+        let mut statistics =
+            Report { total: Some(Bytes::mib(500)), available: Some(Bytes::mib(180)), ..Report::default() };
+        status.report = Some(AgedReport { age_ms: 1, statistics: statistics.clone() });
+        assert_eq!(status.used(), Some(Bytes::mib(120)));
+        statistics.available = Some(Bytes(u64::MAX));
+        status.report = Some(AgedReport { age_ms: 1, statistics });
+        assert_eq!(status.used(), Some(Bytes::ZERO), "a liar can't make it wrap");
+        assert_eq!(status.huge_percent(), None);
+        for (huge, percent) in [(0, 0), (50, 25), (200, 100), (300, 100)] {
+            status.host_huge = Some(Bytes::mib(huge));
+            assert_eq!(status.huge_percent(), Some(percent));
+        }
+        status.host_rss = Bytes::ZERO;
+        assert_eq!(status.huge_percent(), None);
+    }
+
+    #[test]
+    fn the_state_is_one_word_and_who_paused_stands_beside_it() {
+        let mut vm = VmStatus {
+            name: "web".to_owned(),
+            pid: 1,
+            state: VmState::Running,
+            cpus: 1,
+            uptime_ms: 1,
+            version: "0".to_owned(),
+        };
+        let json = serde_json::to_value(&vm).unwrap();
+        assert_eq!((json["state"].as_str(), json.get("paused_by")), (Some("running"), None));
+        assert_eq!(serde_json::from_value::<VmStatus>(json).unwrap(), vm);
+        vm.state = VmState::Paused { by: Pauser::Balancer };
+        let mut json = serde_json::to_value(&vm).unwrap();
+        assert_eq!((json["state"].as_str(), json["paused_by"].as_str()), (Some("paused"), Some("balancer")));
+        assert_eq!(serde_json::from_value::<VmStatus>(json.clone()).unwrap(), vm);
+        json.as_object_mut().unwrap().remove("paused_by");
+        let told_by_an_older_one: VmStatus = serde_json::from_value(json).unwrap();
+        assert_eq!(told_by_an_older_one.state.paused_by(), Some(Pauser::Operator));
+    }
+
+    #[test]
+    fn a_guest_without_the_driver_grows_no_further() {
+        let plug = PlugStatus {
+            driver: DriverState::Active,
+            boot: Bytes::mib(256),
+            block: Bytes::mib(2),
+            requested: Bytes::mib(300),
+            plugged: Bytes::mib(64),
+            counters: PlugCounters::default(),
+        };
+        let mut status = status();
+        assert_eq!(status.ceiling(), Bytes::gib(1));
+        status.plug = Some(plug);
+        assert_eq!(status.ceiling(), Bytes::gib(1));
+        status.plug = Some(PlugStatus { driver: DriverState::Absent, ..plug });
+        assert_eq!(status.ceiling(), Bytes::mib(320));
+    }
+}

@@ -1,0 +1,288 @@
+//! Which VMs there are: the sockets in the runtime directory and those that the configuration
+//! names, and word of their coming and going.
+
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use api::limits::Wanted;
+use api::runtime;
+use inotify::{Inotify, WatchMask};
+use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::config::ForeignVms;
+use super::log_limiter::LogLimiter;
+use crate::driver::cloud_hypervisor::CloudHypervisor;
+use crate::driver::firecracker::Firecracker;
+use crate::driver::qemu::Qemu;
+use crate::driver::{Driver, Kind, ballast};
+
+/// How long after one change the next is told: a directory that is not ours may change all the time.
+const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
+
+/// Tells a socket from another one that took its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incarnation {
+    device: u64,
+    inode: u64,
+    /// When it was made: an inode number may be given anew at once. Of file systems that don't tell, when
+    /// it was changed last, as by a chmod.
+    born: Option<SystemTime>,
+    changed: Option<(i64, i64)>,
+}
+
+impl Incarnation {
+    /// The socket at `path`; `None` where none is.
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        let born = metadata.created().ok();
+        metadata.file_type().is_socket().then(|| Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            born,
+            changed: born.is_none().then(|| (metadata.ctime(), metadata.ctime_nsec())),
+        })
+    }
+}
+
+/// A socket that may be a VM's.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The VM's name.
+    pub name: String,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// Which one of that name.
+    pub incarnation: Incarnation,
+    /// Which VMM it is.
+    pub kind: Kind,
+    /// What it may have, where its VMM does not say.
+    pub memory: Option<Wanted>,
+}
+
+impl Found {
+    /// The way to it.
+    pub fn driver(&self) -> Box<dyn Driver> {
+        let Self { name, socket, memory, .. } = self;
+        match self.kind {
+            Kind::Ballast => Box::new(ballast::Client::new(socket)),
+            Kind::Qemu => Box::new(Qemu::new(name, socket, *memory)),
+            Kind::Firecracker => Box::new(Firecracker::new(socket, *memory)),
+            Kind::CloudHypervisor => Box::new(CloudHypervisor::new(socket, *memory)),
+        }
+    }
+}
+
+/// Where VMs are looked for.
+pub struct Discovery {
+    directory: PathBuf,
+    foreign: Vec<ForeignVms>,
+    clash_logs: BTreeMap<PathBuf, LogLimiter>,
+    /// Nobody has looked yet.
+    new: bool,
+}
+
+impl Discovery {
+    /// Looks in ballast's own directory, and where other VMMs' sockets are.
+    pub fn new(directory: PathBuf, foreign: Vec<ForeignVms>) -> Self {
+        Self { directory, foreign, clash_logs: BTreeMap::new(), new: true }
+    }
+
+    /// ballast's own directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Every socket there is. Of two VMs of one name the second is left out, which is said; and so is, the
+    /// first time, for which entry of the configuration there is none.
+    ///
+    /// # Errors
+    /// Where ballast's own directory can't be read.
+    pub fn scan(&mut self, now: Duration) -> Result<Vec<Found>, runtime::RuntimeError> {
+        let own = runtime::sockets(&self.directory)?;
+        let mut found = BTreeMap::new();
+        for (name, socket) in own {
+            self.add(&mut found, now, name, socket, Kind::Ballast, None);
+        }
+        for index in 0..self.foreign.len() {
+            let Some(ForeignVms { driver, sockets, memory }) = self.foreign.get(index) else { continue };
+            let (driver, memory) = (*driver, *memory);
+            let pattern = self.new.then(|| sockets.as_str().to_owned());
+            let mut any = false;
+            for (name, socket) in sockets.find() {
+                any |= self.add(&mut found, now, name, socket, driver, memory);
+            }
+            if let Some(pattern) = pattern.filter(|_| !any) {
+                info!("no VM of {driver} has a socket at {pattern} yet; looking for one from now on");
+            }
+        }
+        self.new = false;
+        self.clash_logs.retain(|socket, _| socket.exists());
+        Ok(found.into_values().collect())
+    }
+
+    /// False where there is no socket.
+    fn add(
+        &mut self,
+        found: &mut BTreeMap<String, Found>,
+        now: Duration,
+        name: String,
+        socket: PathBuf,
+        kind: Kind,
+        memory: Option<Wanted>,
+    ) -> bool {
+        // It may be no socket, or have gone since.
+        let Some(incarnation) = Incarnation::of(&socket) else { return false };
+        match found.entry(name) {
+            Entry::Vacant(place) => {
+                let name = place.key().clone();
+                self.clash_logs.remove(&socket);
+                place.insert(Found { name, socket, incarnation, kind, memory });
+            }
+            // Two entries of the configuration may well name one socket: the first counts.
+            Entry::Occupied(first) if first.get().socket == socket => {}
+            Entry::Occupied(first) => {
+                let (name, other) = (first.key(), &first.get().socket);
+                if self.clash_logs.entry(socket.clone()).or_default().is_due(now, "clash") {
+                    warn!(
+                        "the VM at {} is LEFT OUT, and its memory not counted: it would be called {name}, \
+                         as the one at {} is; give its socket another name",
+                        socket.display(),
+                        other.display()
+                    );
+                }
+            }
+        }
+        true
+    }
+
+    /// Watches all of it.
+    ///
+    /// # Errors
+    /// As [`DirectoryWatch::new`].
+    pub fn watch(&self) -> io::Result<DirectoryWatch> {
+        DirectoryWatch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
+    }
+}
+
+/// Word of changes in directories.
+pub struct DirectoryWatch {
+    inotify: AsyncFd<Inotify>,
+    quiet: Instant,
+}
+
+impl DirectoryWatch {
+    /// Watches `directory`, and of the others those that exist.
+    ///
+    /// # Errors
+    /// Where `directory` does not exist, or the user has no inotify watches left.
+    pub fn new(directory: &Path, others: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
+        let inotify = Inotify::init()?;
+        let changes = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::DELETE_SELF;
+        inotify.watches().add(directory, changes)?;
+        for other in others {
+            // Looked for again with the next watch; until then the rescans see it.
+            let _ = inotify.watches().add(other, changes);
+        }
+        // SAFETY: `Inotify` owns its descriptor until it is dropped, and nothing here replaces it.
+        let inotify = unsafe { AsyncFd::register(inotify) }?;
+        Ok(Self { inotify, quiet: Instant::now() })
+    }
+
+    /// Waits for a change. What changed is left to [`Discovery::scan`].
+    ///
+    /// # Errors
+    /// Where the watch is lost; make a new one.
+    pub async fn changed(&mut self) -> io::Result<()> {
+        sleep_until(self.quiet).await;
+        let mut buffer = [0; 4096];
+        loop {
+            let mut ready = self.inotify.readable_mut().await?;
+            match ready.try_io(|inotify| inotify.get_mut().read_events(&mut buffer).map(drop)) {
+                Ok(result) => {
+                    self.quiet = Instant::now() + BETWEEN_CHANGES;
+                    return result;
+                }
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::daemon::config::Sockets;
+
+    fn foreign(pattern: String) -> ForeignVms {
+        ForeignVms { driver: Kind::Qemu, sockets: Sockets::new(&pattern).unwrap(), memory: None }
+    }
+
+    #[test]
+    fn names_are_unique_over_all_vmms() {
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let listen = |path: PathBuf| UnixListener::bind(path).unwrap();
+        let _sockets = [
+            listen(own.path().join("web.sock")),
+            listen(other.path().join("web.qmp")),
+            listen(other.path().join("db.qmp")),
+        ];
+        fs::write(other.path().join("file.qmp"), "").unwrap();
+        let pattern = format!("{}/*.qmp", other.path().display());
+        // The same sockets twice: that is no clash.
+        let entries = vec![foreign(pattern.clone()), foreign(pattern)];
+        let mut discovery = Discovery::new(own.path().to_owned(), entries);
+        let found = discovery.scan(Duration::ZERO).unwrap();
+        let names: Vec<_> = found.iter().map(|found| (found.name.as_str(), found.kind)).collect();
+        assert_eq!(names, [("db", Kind::Qemu), ("web", Kind::Ballast)]);
+        assert_eq!(discovery.clash_logs.keys().collect::<Vec<_>>(), [&other.path().join("web.qmp")]);
+
+        // Its name is free again.
+        fs::remove_file(own.path().join("web.sock")).unwrap();
+        let found = discovery.scan(Duration::ZERO).unwrap();
+        assert!(found.iter().any(|found| found.name == "web" && found.kind == Kind::Qemu));
+        assert!(discovery.clash_logs.is_empty());
+    }
+
+    #[test]
+    fn a_socket_whose_mode_is_changed_is_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("web.sock");
+        let _first = UnixListener::bind(&path).unwrap();
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.created().is_err() {
+            eprintln!("not tested: {} does not tell when files were made", directory.path().display());
+            return;
+        }
+        let first = Incarnation::of(&path).unwrap();
+        // Until the clock by which files are stamped has gone on.
+        while fs::symlink_metadata(&path).unwrap().ctime_nsec() == metadata.ctime_nsec() {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).unwrap();
+        }
+        assert_eq!(Incarnation::of(&path), Some(first));
+
+        let other = directory.path().join("other.sock");
+        let _second = UnixListener::bind(&other).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(Incarnation::of(&path), Some(first));
+    }
+
+    #[tokio::test]
+    async fn changes_in_every_directory_are_told() {
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let missing = other.path().join("missing");
+        let mut watch = DirectoryWatch::new(own.path(), [missing, other.path().to_owned()]).unwrap();
+        for directory in [&own, &other] {
+            fs::write(directory.path().join("file"), "").unwrap();
+            tokio::time::timeout(Duration::from_secs(60), watch.changed()).await.unwrap().unwrap();
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! One VM as the daemon knows it: its client, what it said, what was said about it.
+
+use std::time::Duration;
+
+use api::limits::{Limits, Wanted};
+use api::status::Pauser;
+use api::units::Bytes;
+use tracing::{info, warn};
+
+use super::account::Account;
+use super::discovery::{Found, Incarnation};
+use super::last_resort::LastResortState;
+use super::log_limiter::LogLimiter;
+use super::response_times::ResponseTimes;
+use super::state::{MemoryView, VmView};
+use crate::driver::process::ResidentMemory;
+use crate::driver::{Driver, Error, Kind, Status};
+use crate::policy::guards::Standing;
+use crate::policy::reason::{Reason, Rule};
+use crate::policy::{Observation, Vcpus, Vm};
+
+/// A guest may say that it uses twice what the host holds for it and this much more before it
+/// is doubted: the two are not counted at the same moment, nor in the same way.
+const USE_TOLERANCE: Bytes = Bytes::mib(256);
+
+/// What a VM was asked, and what came back.
+pub enum RequestOutcome {
+    /// How it stands.
+    Reported(Result<Box<Status>, Error>),
+    /// Whether it took a new target.
+    TargetSet(Reason, Result<(), Error>),
+    /// Whether it is paused, or runs on.
+    PauseSet(Reason, Result<(), Error>),
+    /// Somebody else asked for something, and was told.
+    LimitsSet,
+}
+
+/// One VM.
+pub struct ManagedVm {
+    /// Its name.
+    pub name: String,
+    /// Which VMM it runs in.
+    pub vmm: Kind,
+    /// Which socket of that name this is.
+    pub incarnation: Incarnation,
+    /// `None` while a request is under way.
+    pub driver: Option<Box<dyn Driver>>,
+    /// What the configuration allows it, where its VMM does not say.
+    memory: Option<Wanted>,
+    /// Its driver has not heard of `memory` yet.
+    unconfigured: bool,
+    /// What the policy knows; `None` until it first answered.
+    pub vm: Option<Vm>,
+    /// What its administrator set; the policy knows no more of it than the guest has drivers for.
+    limits: Option<Limits>,
+    /// Nobody listens: its process has ended.
+    pub gone: bool,
+    /// What the host holds for its VMM beside guest memory.
+    overhead: Bytes,
+    /// What is known of its memory without its word.
+    account: Account,
+    /// That it lies in reserved huge pages was said.
+    told_apart: bool,
+    /// The share of what the host holds for its guest that lies in huge pages.
+    huge_percent: Option<u8>,
+    id: u64,
+    pid: Option<u32>,
+    started: Duration,
+    answered: Option<Duration>,
+    errs: bool,
+    heard: Option<(Duration, Bytes)>,
+    start_log: LogLimiter,
+    /// How soon it answers.
+    pub response_times: ResponseTimes,
+    error_log: LogLimiter,
+    standing_log: LogLimiter,
+    use_log: LogLimiter,
+    /// What the balancer does or advises as a last resort.
+    pub last_resort: LastResortState,
+    last_reason: Option<Reason>,
+    grows: u64,
+    shrinks: u64,
+    errors: u64,
+}
+
+impl ManagedVm {
+    /// A socket that was just found.
+    pub fn new(id: u64, found: Found) -> Self {
+        let driver = found.driver();
+        let Found { name, kind: vmm, incarnation, memory, .. } = found;
+        Self {
+            id,
+            name,
+            vmm,
+            incarnation,
+            driver: Some(driver),
+            memory,
+            unconfigured: false,
+            vm: None,
+            limits: None,
+            gone: false,
+            overhead: Bytes::ZERO,
+            account: Account::default(),
+            told_apart: false,
+            huge_percent: None,
+            pid: None,
+            started: Duration::ZERO,
+            answered: None,
+            errs: false,
+            heard: None,
+            start_log: LogLimiter::default(),
+            response_times: ResponseTimes::default(),
+            error_log: LogLimiter::default(),
+            standing_log: LogLimiter::default(),
+            use_log: LogLimiter::default(),
+            last_resort: LastResortState::default(),
+            last_reason: None,
+            grows: 0,
+            shrinks: 0,
+            errors: 0,
+        }
+    }
+
+    /// Whether this is still the VM that was found.
+    pub fn is(&self, found: &Found) -> bool {
+        self.name == found.name && self.incarnation == found.incarnation && self.vmm == found.kind
+    }
+
+    /// The configuration may allow it something else than before.
+    pub fn configure(&mut self, memory: Option<Wanted>) {
+        if memory != self.memory {
+            info!(vm = self.name, "{} may have other memory from now on", self.name);
+            self.memory = memory;
+            self.unconfigured = true;
+        }
+    }
+
+    /// The way to it for one request; `None` while another is under way.
+    pub fn take_driver(&mut self) -> Option<Box<dyn Driver>> {
+        let mut driver = self.driver.take()?;
+        if std::mem::take(&mut self.unconfigured) {
+            driver.configure(self.memory);
+        }
+        Some(driver)
+    }
+
+    /// Puts the driver back after a request, and looks at the process that it found, as `resident_memory` tells
+    /// what the host holds for one.
+    pub fn put_back(
+        &mut self,
+        driver: Box<dyn Driver>,
+        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
+    ) {
+        self.account.look(driver.process(), resident_memory);
+        self.driver = Some(driver);
+    }
+
+    /// Looks anew at what the host holds for it if it did not answer when it was asked last: what it said
+    /// before is old by now, and its guest may go on without its API.
+    pub fn look_if_silent(
+        &mut self,
+        total: Bytes,
+        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
+    ) {
+        if self.gone || !(self.errs || self.driver.is_none()) {
+            return;
+        }
+        self.account.look_again(resident_memory);
+        if let Some(vm) = &mut self.vm {
+            self.account.renew(&mut vm.observed, total);
+        }
+    }
+
+    /// What of the host's memory is known to be held for its guest.
+    pub fn resident(&self) -> Bytes {
+        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(self.vmm, &vm.observed))
+    }
+
+    /// What the host holds for a VM that is there and never gave an answer that could be used: that is
+    /// its charge until it does. Of reserved huge pages none.
+    pub fn unheard(&self) -> Bytes {
+        if self.gone || self.vm.is_some() { Bytes::ZERO } else { self.account.ordinary() }
+    }
+
+    /// What the host holds for its VMM beside guest memory; of a VM on reserved huge pages, all of its
+    /// process's ordinary memory.
+    pub fn overhead(&self) -> Bytes {
+        if self.is_reserved() { self.account.ordinary() } else { self.overhead }
+    }
+
+    /// Whether it was heard, and its memory lies in the host's reserved huge pages. It is no part of the
+    /// budget, and nobody moves it.
+    pub fn is_reserved(&self) -> bool {
+        self.vm.is_some() && self.account.is_reserved()
+    }
+
+    /// Notes that it asked for room as a VM on reserved huge pages.
+    pub fn reserves(&mut self) {
+        self.account.reserves();
+    }
+
+    /// Takes in what came back, on a host with `total` memory.
+    pub fn take(&mut self, now: Duration, total: Bytes, outcome: RequestOutcome) {
+        match outcome {
+            RequestOutcome::Reported(Ok(status)) => self.answered(now, total, &status),
+            RequestOutcome::Reported(Err(error)) => self.failed(now, &error),
+            RequestOutcome::LimitsSet => {}
+            RequestOutcome::PauseSet(reason, Ok(())) => {
+                let vcpus =
+                    if reason.rule == Rule::Pause { Vcpus::Paused(Pauser::Balancer) } else { Vcpus::Run };
+                self.last_reason = Some(reason);
+                if let Some(vm) = &mut self.vm {
+                    vm.observed.vcpus = vcpus;
+                }
+            }
+            RequestOutcome::PauseSet(reason, Err(error)) => {
+                if reason.rule == Rule::Pause && matches!(error, Error::Refused { .. }) {
+                    self.last_resort.refused(now);
+                }
+                self.failed(now, &error);
+            }
+            RequestOutcome::TargetSet(reason, Ok(())) => self.took(&reason),
+            RequestOutcome::TargetSet(reason, Err(error)) => {
+                // A refusal changed nothing; after any other error either target may hold,
+                // and the larger stays charged until the VM says which.
+                if let (Error::Refused { .. }, Some(vm)) = (&error, &mut self.vm) {
+                    vm.observed.target = reason.old;
+                }
+                self.failed(now, &error);
+            }
+        }
+    }
+
+    fn answered(&mut self, now: Duration, total: Bytes, status: &Status) {
+        let name = &self.name;
+        let Status { pid, uptime, overhead, memory } = status;
+        if pid.is_some() {
+            if self.pid.is_some() && self.pid != *pid {
+                if self.start_log.is_due(now, "anew") {
+                    info!(vm = name, "{name} was started anew");
+                }
+                self.vm = None;
+            }
+            self.pid = *pid;
+        }
+        if let Some(uptime) = uptime {
+            self.started = now.saturating_sub(*uptime);
+        }
+        self.overhead = *overhead;
+        self.limits = Some(memory.limits);
+        self.huge_percent = memory.huge_percent();
+        self.gone = false;
+        if self.error_log.end() {
+            info!(vm = name, "{name} answers again");
+        }
+        let observed = self.account.believe(now, name, Observation::from(memory), total);
+        if !std::mem::replace(&mut self.told_apart, self.account.is_reserved()) && self.told_apart {
+            info!(
+                vm = name,
+                "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
+            );
+        }
+        self.heard = observed.spare;
+        self.answered = Some(now);
+        self.errs = false;
+        let uptime = now.saturating_sub(self.started);
+        match &mut self.vm {
+            Some(vm) => vm.observed = observed,
+            None => {
+                if self.start_log.is_due(now, "found") {
+                    info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
+                }
+                self.vm = Some(Vm::new(self.id, uptime, observed));
+            }
+        }
+    }
+
+    fn failed(&mut self, now: Duration, error: &Error) {
+        self.errs = true;
+        let name = &self.name;
+        if matches!(error, Error::NoSuchVm { .. }) {
+            self.gone = true;
+            // A socket that is left behind is tried again and again.
+            if self.answered.take().is_some() && self.error_log.is_due(now, error.word()) {
+                info!(vm = name, "{name} has ended");
+            }
+            self.vm = None;
+            self.pid = None;
+            self.overhead = Bytes::ZERO;
+            self.account = Account::default();
+            return;
+        }
+        self.errors += 1;
+        let kind = error.word();
+        if self.error_log.is_due(now, kind) {
+            match &self.vm {
+                Some(vm) => {
+                    let charge = vm.observed.target.max(vm.observed.actual);
+                    warn!(vm = name, kind, "{name} is left as it is, charged {charge}: {error}");
+                }
+                None => match self.account.ordinary() {
+                    Bytes::ZERO => {
+                        warn!(vm = name, kind, "{name} is left out, and what it holds is unknown: {error}");
+                    }
+                    held => warn!(
+                        vm = name,
+                        kind,
+                        "{name} is left out, and charged the {held} that the host holds for its process: {error}"
+                    ),
+                },
+            }
+        }
+    }
+
+    fn took(&mut self, reason: &Reason) {
+        let name = &self.name;
+        info!(vm = name, rule = ?reason.rule, "{name}: {reason}");
+        if let Some(vm) = &mut self.vm {
+            vm.observed.target = reason.new;
+        }
+        self.account.granted(reason.new);
+        self.last_reason = Some(*reason);
+        if reason.new > reason.old {
+            self.grows += 1;
+        } else if reason.new < reason.old {
+            self.shrinks += 1;
+        }
+    }
+
+    /// Whether its guest is on the way to its target.
+    pub fn moves(&self) -> bool {
+        self.vm.as_ref().is_some_and(|vm| vm.observed.actual != vm.observed.target)
+    }
+
+    /// Hands the VM over for a round's decision, with its news as old as it is by now.
+    /// With `pauses`, the balancer may pause it if its VMM lets it.
+    ///
+    /// `None` where there is nothing to decide: it was never heard, or lies in reserved huge pages.
+    pub fn lend(&mut self, now: Duration, patience: Duration, pauses: bool) -> Option<Vm> {
+        if self.is_reserved() {
+            return None;
+        }
+        let mut vm = self.vm.take()?;
+        let silent = self.answered.map_or(Duration::MAX, |answered| now.saturating_sub(answered));
+        vm.uptime = now.saturating_sub(self.started);
+        vm.answers = !self.errs && silent <= patience;
+        vm.observed.since = silent;
+        vm.observed.pausable = pauses && self.vmm.knows_who_paused() && self.last_resort.may_pause(now);
+        vm.observed.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
+        Some(vm)
+    }
+
+    /// Takes the VM back, and says what the round found wrong with its guest.
+    pub fn settle(&mut self, now: Duration, vm: Vm) {
+        let name = &self.name;
+        let trouble = match vm.standing() {
+            Standing::Stale => Some("stale"),
+            Standing::NoDriver => Some("no-driver"),
+            Standing::Stuck => Some("stuck"),
+            // Of these the log has another line, or none is due.
+            Standing::Following
+            | Standing::Static
+            | Standing::Booting
+            | Standing::Leaving
+            | Standing::NotAnswering
+            | Standing::Paused => None,
+        };
+        match trouble {
+            None => {
+                if vm.standing() == Standing::Following && self.standing_log.end() {
+                    info!(vm = name, "{name} reports and follows again");
+                }
+            }
+            Some(kind) if self.standing_log.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
+                (Standing::NoDriver, _) => warn!(
+                    vm = name,
+                    "no balloon driver runs in {name}: it is charged its full {}",
+                    vm.charge()
+                ),
+                (Standing::Stuck, _) => warn!(
+                    vm = name,
+                    "{name} does not give up what it was asked for: it keeps {} and is left alone for a while",
+                    vm.observed.actual
+                ),
+                (_, Some((age, _))) => warn!(
+                    vm = name,
+                    "no reports from {name} since {} s ago: it is not shrunk until its guest reports again",
+                    age.as_secs()
+                ),
+                (_, None) => {
+                    warn!(vm = name, "no reports from {name} ever: it is not shrunk until its guest reports")
+                }
+            },
+            Some(_) => {}
+        }
+        self.check_use(now, &vm);
+        self.last_resort.remind(now, &self.name, &vm);
+        self.vm = Some(vm);
+    }
+
+    /// A guest has touched what it uses, so that the host holds it. One that says far more lies,
+    /// which costs others no more than its limits and its weight allow, and is said.
+    fn check_use(&mut self, now: Duration, vm: &Vm) {
+        let (name, held) = (&self.name, vm.observed.host_rss);
+        let most = held.saturating_add(held).saturating_add(USE_TOLERANCE);
+        match vm.used() {
+            Some(used) if held > Bytes::ZERO && used > most => {
+                if self.use_log.is_due(now, "use") {
+                    warn!(
+                        vm = name,
+                        "{name} says that it uses {used}, but the host holds {held} for it: \
+                         its reports are wrong, or its memory is swapped out"
+                    );
+                }
+            }
+            _ => drop(self.use_log.end()),
+        }
+    }
+
+    /// Whether it has answered in any way, be it with an error.
+    pub fn is_heard(&self) -> bool {
+        self.gone || self.errs || self.vm.is_some()
+    }
+
+    /// What it keeps whatever others need, as things stand.
+    pub fn floor(&self) -> Bytes {
+        if self.is_reserved() {
+            return Bytes::ZERO;
+        }
+        self.vm.as_ref().map_or(self.unheard(), |vm| match vm.standing() {
+            Standing::Following | Standing::Booting => vm.observed.limits.min(),
+            Standing::Static
+            | Standing::Leaving
+            | Standing::NoDriver
+            | Standing::NotAnswering
+            | Standing::Stale
+            | Standing::Stuck => vm.charge(),
+            // Whoever starts takes no room from one that waits to be resumed.
+            Standing::Paused if vm.is_paused_by_balancer() => vm.charge().saturating_add(vm.untouched()),
+            Standing::Paused => vm.charge(),
+        })
+    }
+
+    /// How it is shown.
+    pub fn view(&self) -> VmView {
+        let reserved = self.is_reserved();
+        let memory = self.vm.as_ref().zip(self.limits).map(|(vm, limits)| MemoryView {
+            limits,
+            used: vm.used(),
+            demand: vm.demand(),
+            entitlement: vm.entitlement(),
+            target: vm.observed.target,
+            actual: vm.observed.actual,
+            host_rss: vm.observed.host_rss,
+            huge_percent: self.huge_percent,
+            overhead: self.overhead(),
+            charge: if reserved { Bytes::ZERO } else { vm.charge() },
+            reserved_huge_pages: reserved,
+        });
+        let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.observed.vcpus {
+            _ if !reserved => vm.standing(),
+            _ if self.errs => Standing::NotAnswering,
+            Vcpus::Paused(_) => Standing::Paused,
+            Vcpus::Run | Vcpus::NotYet => Standing::Static,
+        });
+        VmView {
+            name: self.name.clone(),
+            vmm: self.vmm,
+            standing,
+            paused_by: self.vm.as_ref().and_then(|vm| vm.observed.vcpus.paused_by()),
+            held: self.vm.is_none().then(|| self.unheard()).filter(|held| *held > Bytes::ZERO),
+            memory,
+            report_age_ms: self
+                .vm
+                .as_ref()
+                .and_then(|vm| vm.observed.spare)
+                .map(|(age, _)| age.as_millis() as u64),
+            last_reason: self.last_reason,
+            grows: self.grows,
+            shrinks: self.shrinks,
+            errors: self.errors,
+        }
+    }
+}

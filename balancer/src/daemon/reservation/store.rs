@@ -1,0 +1,128 @@
+//! What was granted to VMs that have not come yet, on file.
+//!
+//! All else a new daemon learns from the VMs. A VM that starts has no socket yet, and may be touching the
+//! memory that the daemon before this one promised: for a moment only this file knows of it. It lies in the
+//! runtime directory, which is gone with the host's next boot.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use api::units::Bytes;
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use super::LIFE;
+use super::starting_process::StartingProcess;
+
+/// One line of the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredReservation {
+    /// The VM that is about to start.
+    pub name: String,
+    /// What it was granted.
+    pub size: Bytes,
+    /// Who touches it meanwhile, where that is known.
+    #[serde(default)]
+    pub starting: Option<StartingProcess>,
+    /// When it is dropped, in milliseconds since the host's boot.
+    until_boot_ms: u64,
+}
+
+impl StoredReservation {
+    /// A reservation that stands for `left` from now on.
+    pub fn new(name: &str, size: Bytes, starting: Option<StartingProcess>, left: Duration) -> Self {
+        let until = since_boot().saturating_add(left).as_millis();
+        Self {
+            name: name.to_owned(),
+            size,
+            starting,
+            until_boot_ms: u64::try_from(until).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// For how long it stands yet: never longer than any does. Zero where its time is over.
+    pub fn left(&self) -> Duration {
+        Duration::from_millis(self.until_boot_ms).saturating_sub(since_boot()).min(LIFE)
+    }
+}
+
+/// The file.
+#[derive(Debug)]
+pub struct ReservationStore {
+    path: PathBuf,
+}
+
+impl ReservationStore {
+    /// The one in the daemon's own directory.
+    pub fn in_directory(own: &Path) -> Self {
+        Self { path: own.join("reservations.json") }
+    }
+
+    /// What the daemon before this one had promised; nothing where there is no file.
+    ///
+    /// # Errors
+    /// It can't be read, or makes no sense.
+    pub fn read(&self) -> io::Result<Vec<StoredReservation>> {
+        match fs::read(&self.path) {
+            Ok(text) => Ok(serde_json::from_slice(&text)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Replaces it as a whole: who is killed in the middle leaves the old one.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn write(&self, kept: &[StoredReservation]) -> io::Result<()> {
+        if kept.is_empty() {
+            return match fs::remove_file(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            };
+        }
+        let new = self.path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(kept)?)?;
+        fs::rename(&new, &self.path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn since_boot() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::Process;
+
+    #[test]
+    fn what_was_written_is_read_and_nothing_leaves_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = ReservationStore::in_directory(directory.path());
+        assert_eq!(store.read().unwrap(), []);
+        let starting = Process::own().map(StartingProcess::new);
+        let kept = [StoredReservation::new("web", Bytes::mib(266), starting, Duration::from_secs(30))];
+        store.write(&kept).unwrap();
+        assert_eq!(store.read().unwrap(), kept);
+        assert!(kept[0].left() > Duration::from_secs(20) && kept[0].left() <= Duration::from_secs(30));
+        store.write(&[]).unwrap();
+        assert!(!store.path().exists());
+        fs::write(store.path(), "[{").unwrap();
+        assert!(store.read().is_err());
+    }
+
+    #[test]
+    fn no_promise_outlives_its_time() {
+        assert_eq!(StoredReservation::new("web", Bytes::mib(1), None, Duration::MAX).left(), LIFE);
+        assert_eq!(StoredReservation::new("web", Bytes::mib(1), None, Duration::ZERO).left(), Duration::ZERO);
+    }
+}

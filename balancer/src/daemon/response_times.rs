@@ -1,0 +1,71 @@
+//! How soon one VM answers: whoever is slow may not hold up a round, as others' guests wait meanwhile.
+
+use std::time::Duration;
+
+/// An answer that takes longer than this is a slow one. A VM waits 100 ms for its guest at most.
+const SLOW: Duration = Duration::from_millis(200);
+
+/// What one slow answer adds; each that is not takes one away.
+const PENALTY: u8 = 5;
+
+/// From this on nobody waits for the VM: two slow answers of five. One alone may be the host's fault.
+const ENOUGH: u8 = 6;
+
+/// The most: after some ten good answers it is waited for again.
+const MOST: u8 = 15;
+
+/// How a VM's last answers came.
+#[derive(Debug, Default)]
+pub struct ResponseTimes {
+    asked: Option<Duration>,
+    penalty: u8,
+}
+
+impl ResponseTimes {
+    /// It is asked for something.
+    pub fn asked(&mut self, now: Duration) {
+        self.asked = Some(now);
+    }
+
+    /// It has answered, if only by its silence until the time limit.
+    pub fn answered(&mut self, now: Duration) {
+        let Some(asked) = self.asked.take() else { return };
+        self.penalty = if now.saturating_sub(asked) > SLOW {
+            self.penalty.saturating_add(PENALTY).min(MOST)
+        } else {
+            self.penalty.saturating_sub(1)
+        };
+    }
+
+    /// Whether rounds go on without its answer, and take it when it comes.
+    pub fn is_slow(&self) -> bool {
+        self.penalty >= ENOUGH
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(answers: &[u64]) -> bool {
+        let mut pace = ResponseTimes::default();
+        for (number, milliseconds) in answers.iter().enumerate() {
+            let asked = Duration::from_secs(number as u64);
+            pace.asked(asked);
+            pace.answered(asked + Duration::from_millis(*milliseconds));
+            // What it was not asked for counts for nothing.
+            pace.answered(Duration::MAX);
+        }
+        pace.is_slow()
+    }
+
+    #[test]
+    fn who_is_slow_again_and_again_is_not_waited_for_until_it_is_quick_for_a_while() {
+        assert!(!after(&[]) && !after(&[490]) && !after(&[100; 50]));
+        assert!(after(&[490, 490]) && after(&[490, 1, 1, 490]));
+        // Not even who takes turns: this is the pattern that costs others most.
+        assert!(after(&[490, 1, 490]) && after(&[490, 1, 490, 1, 490, 1]));
+        assert!(after(&[[490; 60].as_slice(), &[1; 5]].concat()));
+        assert!(!after(&[[490; 60].as_slice(), &[1; 10]].concat()));
+    }
+}

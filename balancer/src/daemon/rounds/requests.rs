@@ -1,0 +1,93 @@
+//! Carrying out what was decided.
+
+use std::collections::BTreeSet;
+
+use api::status::Pauser;
+use tracing::warn;
+
+use super::Daemon;
+use crate::daemon::config::LastResort;
+use crate::daemon::history::Fate;
+use crate::daemon::managed_vm::{ManagedVm, RequestOutcome};
+use crate::policy::reason::{Decision, Reason, Rule};
+use crate::policy::{Vcpus, Vm};
+
+impl Daemon {
+    /// Tells those about whom something was decided; gives those that were told.
+    pub(super) fn tell(&mut self) -> BTreeSet<u64> {
+        let mut told = BTreeSet::new();
+        let now = self.now();
+        for Decision { vm, reason } in self.decisions.drain(..) {
+            let Some(managed) = self.managed_vms.get_mut(&vm) else { continue };
+            if reason.rule.keeps_target() && !is_carried_out(&reason, managed, self.config.last_resort) {
+                managed.last_resort.advise(now, &managed.name, managed.vmm, &reason);
+                self.shared.history().decided(&managed.name, reason, Fate::Advised, None);
+                continue;
+            }
+            // While an earlier request is under way, the decision is made anew next time.
+            let Some(mut driver) = managed.take_driver() else {
+                self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
+                continue;
+            };
+            told.insert(vm);
+            managed.response_times.asked(now);
+            if reason.rule.keeps_target() {
+                warn!(vm = managed.name, rule = ?reason.rule, "{}: {reason}", managed.name);
+                if let (Rule::Resume, Some(vm)) = (reason.rule, &mut managed.vm) {
+                    // Until it is known that it does not run, it is charged as if it did.
+                    vm.observed.vcpus = Vcpus::Run;
+                }
+                self.requests.spawn(async move {
+                    let result = match driver.set_paused(reason.rule == Rule::Pause) {
+                        Some(result) => Some(result.await),
+                        None => None,
+                    };
+                    let outcome = result
+                        .map_or(RequestOutcome::LimitsSet, |result| RequestOutcome::PauseSet(reason, result));
+                    (vm, driver, outcome)
+                });
+                continue;
+            }
+            if let Some(vm) = &mut managed.vm {
+                // Until it is known to be done, the larger of both is what it may hold.
+                vm.observed.target = reason.old.max(reason.new);
+            }
+            self.requests.spawn(async move {
+                let result = driver.set_target(reason.new).await;
+                (vm, driver, RequestOutcome::TargetSet(reason, result))
+            });
+        }
+        told
+    }
+
+    /// Names those that the balancer paused and that nobody resumes from now on. They are left so:
+    /// there was no room for them a moment ago, and the next daemon goes on from there.
+    pub fn log_who_stays_paused(&self) {
+        for managed in self
+            .managed_vms
+            .values()
+            .filter(|managed| paused_by(managed.vm.as_ref()) == Some(Pauser::Balancer))
+        {
+            let name = &managed.name;
+            warn!(
+                vm = name,
+                "{name} stays PAUSED, as there is no room for it: the next balancer resumes it when there is, \
+                 `ballast resume {name}` does so at once"
+            );
+        }
+    }
+}
+
+fn paused_by(vm: Option<&Vm>) -> Option<Pauser> {
+    vm.and_then(|vm| vm.observed.vcpus.paused_by())
+}
+
+/// Whether a last resort is the balancer's to carry out: a pause where it was told to and the VM lets
+/// it, and the end of its own pause always.
+fn is_carried_out(reason: &Reason, managed: &ManagedVm, set: LastResort) -> bool {
+    match reason.rule {
+        Rule::Pause => set == LastResort::Pause && managed.vm.as_ref().is_some_and(|vm| vm.observed.pausable),
+        Rule::Resume => paused_by(managed.vm.as_ref()) == Some(Pauser::Balancer),
+        _ => false,
+    }
+}

@@ -1,0 +1,73 @@
+//! Who is there: slots for VMs that come, and none for those that went.
+
+use tracing::{debug, info, warn};
+
+use super::{Daemon, RESCAN};
+use crate::daemon::discovery::DirectoryWatch;
+use crate::daemon::managed_vm::ManagedVm;
+
+impl Daemon {
+    /// Word of VMs that come and go; `None` where the kernel gives none, which is said.
+    pub(super) fn watch(&mut self) -> Option<DirectoryWatch> {
+        match self.discovery.watch() {
+            Ok(watch) => {
+                self.watch_log.end();
+                Some(watch)
+            }
+            Err(error) => {
+                if self.watch_log.is_due(self.now(), "watch") {
+                    warn!(
+                        "VMs that come or go are seen only every {} s, as the kernel tells of no changes: {error} \
+                         (where that is too many: fs.inotify.max_user_instances is the limit)",
+                        RESCAN.as_secs()
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// Finds out who came and who went; with `revive`, tries those again that had ended.
+    pub(super) fn rescan(&mut self, revive: bool) {
+        let found = match self.discovery.scan(self.now()) {
+            Ok(found) => found,
+            Err(error) => {
+                if self.read_log.is_due(self.now(), "directory") {
+                    warn!("VMs that come or go are not seen: {error}");
+                }
+                return;
+            }
+        };
+        self.read_log.end();
+        self.managed_vms.retain(|&id, managed| {
+            let stays = found.iter().any(|found| managed.is(found));
+            if !stays && managed.vm.is_some() {
+                info!(vm = managed.name, "{} has gone", managed.name);
+            }
+            if !stays {
+                self.shared.history().forget(&managed.name);
+                self.waiting.remove(&id);
+            }
+            stays
+        });
+        self.subscriptions.retain(|id| self.managed_vms.contains_key(&id));
+        for found in found {
+            match self.managed_vms.values_mut().find(|managed| managed.name == found.name) {
+                Some(managed) => {
+                    managed.gone &= !revive;
+                    managed.configure(found.memory);
+                }
+                None => {
+                    let id = self.next_id;
+                    self.next_id += 1;
+                    debug!(vm = found.name, "found {}", found.socket.display());
+                    let managed = ManagedVm::new(id, found);
+                    if let Some(events) = managed.driver.as_ref().and_then(|driver| driver.events()) {
+                        self.subscriptions.subscribe(id, events);
+                    }
+                    self.managed_vms.insert(id, managed);
+                }
+            }
+        }
+    }
+}

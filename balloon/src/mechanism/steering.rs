@@ -1,0 +1,270 @@
+//! Moves one guest's memory towards its target, by the means that [`steps`] finds.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::{Standing, steps};
+use crate::device::{Handle, TargetError};
+use crate::plug;
+use api::status::{DriverState, PlugStatus};
+use api::units::Bytes;
+
+/// Why a target can't be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SteeringError {
+    /// It lies below the boot memory, or the VM has a balloon alone, and nobody is there to inflate it.
+    #[error(
+        "the guest has no working balloon driver: wait until it has booted, or load virtio_balloon in it"
+    )]
+    NoBalloon,
+    /// It lies above what the guest has, and nobody is there to plug more.
+    #[error(
+        "the guest has no working virtio-mem driver, so it can't have more than {has}: wait until it has \
+         booted, load virtio_mem in it (Linux 5.17 or later), or start the VM with --grow balloon"
+    )]
+    NoPlug {
+        /// What it has.
+        has: Bytes,
+    },
+    /// More than the VM was made for, or nothing at all.
+    #[error("target {target} must be more than nothing and at most the {map} that this VM was started with")]
+    OutOfMap {
+        /// As asked.
+        target: Bytes,
+        /// The most that the guest could have.
+        map: Bytes,
+    },
+}
+
+impl From<TargetError> for SteeringError {
+    fn from(error: TargetError) -> Self {
+        match error {
+            TargetError::NoDriver => Self::NoBalloon,
+            TargetError::OutOfMap { target, map } => Self::OutOfMap { target, map },
+        }
+    }
+}
+
+/// A guest's pluggable memory and where its way has led so far.
+struct Pluggable {
+    plug: plug::Handle,
+    boot: Bytes,
+    timer: Mutex<TimerFd>,
+    course: Mutex<Course>,
+}
+
+struct Course {
+    target: Bytes,
+    /// What the balloon was last asked to hold.
+    held: Bytes,
+    plugged: Bytes,
+    /// When the guest last moved, was asked for something new, or ran again.
+    since: Instant,
+    /// Its processors stand still.
+    resting: bool,
+}
+
+/// Steers one guest's memory, from any thread.
+#[derive(Clone)]
+pub struct Steering {
+    balloon: Handle,
+    pluggable: Option<Arc<Pluggable>>,
+}
+
+/// What [`Steering::events`] are for.
+const MOVED: usize = 0;
+const TIMER: usize = 1;
+
+impl Steering {
+    /// By the balloon alone.
+    pub fn by_balloon(balloon: Handle) -> Self {
+        Self { balloon, pluggable: None }
+    }
+
+    /// By plugging first: the guest has booted with `boot`, and the balloon's
+    /// map is `boot` and all that `plug` may request.
+    ///
+    /// # Errors
+    /// No timerfd can be had.
+    pub fn by_plug(balloon: Handle, plug: plug::Handle, boot: Bytes) -> io::Result<Self> {
+        let timer = TimerFd::new()?;
+        // A look may rearm it between its expiry and the read of it, which must not wait then.
+        // SAFETY: fcntl on a descriptor that we own, with no pointer.
+        if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let course = Course {
+            target: boot,
+            held: Bytes::ZERO,
+            plugged: Bytes::ZERO,
+            since: Instant::now(),
+            resting: false,
+        };
+        let pluggable = Pluggable { plug, boot, timer: Mutex::new(timer), course: Mutex::new(course) };
+        Ok(Self { balloon, pluggable: Some(Arc::new(pluggable)) })
+    }
+
+    /// The balloon, for what it reports and counts.
+    pub fn balloon(&self) -> &Handle {
+        &self.balloon
+    }
+
+    /// Asks the guest to have `target`; how far it gets shows in [`actual`](Self::actual).
+    /// Above the boot memory it is rounded down to whole blocks.
+    ///
+    /// # Errors
+    /// [`SteeringError`] where no driver could move the guest there; nothing has changed then.
+    pub fn set_target(&self, target: Bytes) -> Result<(), SteeringError> {
+        let Some(pluggable) = &self.pluggable else {
+            return Ok(self.balloon.set_target(target)?);
+        };
+        let Pluggable { plug, boot, .. } = &**pluggable;
+        pluggable.check(target)?;
+        let above = plug.whole_blocks(target.saturating_sub(*boot));
+        let has = boot.saturating_add(plug.plugged());
+        if boot.saturating_add(above) > has && plug.driver() != DriverState::Active {
+            return Err(SteeringError::NoPlug { has });
+        }
+        let absent = matches!(self.balloon.driver(), DriverState::Absent | DriverState::Broken);
+        if target < *boot && absent {
+            return Err(SteeringError::NoBalloon);
+        }
+        pluggable.aim(target, &self.balloon);
+        Ok(())
+    }
+
+    /// As [`set_target`](Self::set_target), whatever drivers there are: those that come find it there.
+    ///
+    /// # Errors
+    /// [`SteeringError::OutOfMap`]; nothing has changed then.
+    pub fn retarget(&self, target: Bytes) -> Result<(), SteeringError> {
+        let Some(pluggable) = &self.pluggable else {
+            return Ok(self.balloon.retarget(target)?);
+        };
+        pluggable.check(target)?;
+        pluggable.aim(target, &self.balloon);
+        Ok(())
+    }
+
+    /// The guest's processors stand still from now on, or, without `resting`, run again. It is given no less
+    /// time for what it was asked because of that.
+    pub fn rest(&self, resting: bool) {
+        self.balloon.rest(resting);
+        if let Some(pluggable) = &self.pluggable {
+            let mut course = pluggable.course.lock();
+            course.resting = resting;
+            course.since = Instant::now();
+            pluggable.step(&mut course, &self.balloon, false);
+        }
+    }
+
+    /// What the guest was last asked to have.
+    pub fn target(&self) -> Bytes {
+        self.pluggable
+            .as_ref()
+            .map_or_else(|| self.balloon.target(), |pluggable| pluggable.course.lock().target)
+    }
+
+    /// What the guest has: boot memory and what is plugged, less what its driver says that the balloon holds.
+    pub fn actual(&self) -> Bytes {
+        // The balloon counts from all that could be plugged.
+        let unplugged = self
+            .pluggable
+            .as_ref()
+            .map_or(Bytes::ZERO, |pluggable| pluggable.plug.most().saturating_sub(pluggable.plug.plugged()));
+        self.balloon.actual().saturating_sub(unplugged)
+    }
+
+    /// How the guest's plugged memory stands; `None` where it has a balloon alone.
+    pub fn plug(&self) -> Option<PlugStatus> {
+        let Pluggable { plug, boot, .. } = &**self.pluggable.as_ref()?;
+        Some(PlugStatus {
+            driver: plug.driver(),
+            boot: *boot,
+            block: plug.block(),
+            requested: plug.requested(),
+            plugged: plug.plugged(),
+            counters: plug.counters(),
+        })
+    }
+
+    /// Descriptors that an event loop shall watch for reading; none where there is nothing to steer.
+    pub fn events(&self) -> Vec<RawFd> {
+        self.pluggable.as_ref().map_or_else(Vec::new, |pluggable| {
+            vec![pluggable.plug.moved().as_raw_fd(), pluggable.timer.lock().as_raw_fd()]
+        })
+    }
+
+    /// One of [`events`](Self::events), by its place there, is readable.
+    pub fn event(&self, index: usize) {
+        let Some(pluggable) = &self.pluggable else { return };
+        match index {
+            MOVED => drop(pluggable.plug.moved().read()),
+            // Not expired after all where another look has rearmed it.
+            TIMER => drop(pluggable.timer.lock().wait()),
+            _ => return,
+        }
+        let mut course = pluggable.course.lock();
+        let plugged = pluggable.plug.plugged();
+        if std::mem::replace(&mut course.plugged, plugged) != plugged {
+            course.since = Instant::now();
+        }
+        pluggable.step(&mut course, &self.balloon, false);
+    }
+}
+
+impl Pluggable {
+    /// Whether there can be such a target.
+    fn check(&self, target: Bytes) -> Result<(), SteeringError> {
+        let map = self.boot.saturating_add(self.plug.most());
+        // A part of a block beyond the map is rounded away, as any other is.
+        let is_out = target == Bytes::ZERO || target.saturating_sub(map) >= self.plug.block();
+        if is_out { Err(SteeringError::OutOfMap { target, map }) } else { Ok(()) }
+    }
+
+    fn aim(&self, target: Bytes, balloon: &Handle) {
+        let above = self.plug.whole_blocks(target.saturating_sub(self.boot));
+        let mut course = self.course.lock();
+        course.target = if target < self.boot { target } else { self.boot.saturating_add(above) };
+        course.since = Instant::now();
+        self.step(&mut course, balloon, true);
+    }
+
+    /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked
+    /// for before it is asked for again only `anew`.
+    fn step(&self, course: &mut Course, balloon: &Handle, anew: bool) {
+        let standing = Standing {
+            boot: self.boot,
+            plugged: self.plug.plugged(),
+            driver: self.plug.driver() == DriverState::Active,
+            waited: if course.resting { Duration::ZERO } else { course.since.elapsed() },
+            held: course.held,
+        };
+        let steps = steps(standing, course.target);
+        self.plug.request(steps.requested);
+        let map = self.boot.saturating_add(self.plug.most());
+        let asks = anew || steps.held != course.held;
+        // A driver that is away finds it when it comes back: nobody looks again because of that.
+        if asks && balloon.retarget(map.saturating_sub(steps.held)).is_ok() {
+            course.held = steps.held;
+        }
+        self.look_again(steps.look_again);
+    }
+
+    fn look_again(&self, after: Option<Duration>) {
+        let mut timer = self.timer.lock();
+        let set = match after {
+            // Zero would disarm it.
+            Some(after) => timer.reset(after.max(Duration::from_millis(1)), None),
+            None => timer.clear(),
+        };
+        if let Err(error) = set {
+            tracing::warn!("the balloon can't help a guest that does not unplug: no timer: {error}");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! What would happen: memory policies under the same guests, demand and faults.
+//!
+//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a policy: no
+//! clock, no I/O, no randomness of its own. So two runs of the same seed are
+//! equal to the bit, and the difference between two policies is the policies'.
+//!
+//! [`trace`] makes demand, [`recorded`] reads it from files, [`guest`] is how a
+//! VM lives with what it has, [`faults`] what goes wrong, [`policies`] who decides,
+//! [`world`] brings them together, [`score`] judges, [`bound`] tells what nobody can do
+//! better than, [`sweep`] runs many, and [`plot`] draws.
+//!
+//! Ours is [`balancer::policy`] itself, the code the daemon runs.
+
+pub mod bound;
+pub mod faults;
+pub mod guest;
+pub mod plot;
+pub mod policies;
+pub mod random;
+pub mod recorded;
+pub mod report;
+pub mod score;
+pub mod sweep;
+pub mod trace;
+pub mod world;
+
+use std::time::Duration;
+
+use api::limits::Limits;
+use api::units::Bytes;
+use serde::{Deserialize, Serialize};
+
+use faults::Fault;
+
+/// The length of one step of the simulated world.
+pub const STEP: Duration = Duration::from_millis(250);
+
+/// The simulated host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SimulatedHost {
+    /// All its memory.
+    pub total: Bytes,
+    /// What it keeps for itself; the rest is the budget of all VMs.
+    pub reserve: Bytes,
+}
+
+impl Default for SimulatedHost {
+    fn default() -> Self {
+        Self { total: Bytes::gib(64), reserve: Bytes::gib(2) }
+    }
+}
+
+impl SimulatedHost {
+    /// What all VMs together may hold.
+    pub fn budget(&self) -> Bytes {
+        self.total.saturating_sub(self.reserve)
+    }
+}
+
+/// How fast memory moves, in bytes a second. Read from a file, or [`Speeds::default`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Speeds {
+    /// A guest gives up free memory.
+    pub inflate: Bytes,
+    /// A guest takes memory back.
+    pub deflate: Bytes,
+    /// Memory is plugged into a guest (virtio-mem).
+    pub plug: Bytes,
+    /// A guest gives up free memory that was plugged into it.
+    pub unplug: Bytes,
+    /// A guest drops page cache to give it up.
+    pub reclaim: Bytes,
+    /// A guest swaps, out or in.
+    pub swap: Bytes,
+    /// A guest reads files into its page cache.
+    pub read: Bytes,
+}
+
+/// Guesses for a current server and a balloon of 4 KiB pages: the guest's allocator
+/// and the virtqueue bound inflation, an SSD bounds swap. Plugging moves whole blocks: in the
+/// lab it took a fifth to a third of a balloon's time.
+impl Default for Speeds {
+    fn default() -> Self {
+        Self {
+            inflate: Bytes::mib(512),
+            deflate: Bytes::gib(1),
+            plug: Bytes::gib(4),
+            unplug: Bytes::gib(2),
+            reclaim: Bytes::mib(256),
+            swap: Bytes::mib(100),
+            read: Bytes::mib(40),
+        }
+    }
+}
+
+/// By what guests grow beyond what they start with, as `ballast run --grow` has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Grow {
+    /// They have all of their memory map from the start, and a balloon in it.
+    #[default]
+    Balloon,
+    /// They start with what they start with, and more is plugged in. A balloon takes what goes below that.
+    Plug,
+}
+
+impl Grow {
+    /// How fast a guest of these limits that has `actual` takes more, and gives memory up.
+    pub fn speeds(self, speeds: &Speeds, limits: &Limits, actual: Bytes) -> (Bytes, Bytes) {
+        let startup = limits.startup();
+        match self {
+            Self::Balloon => (speeds.deflate, speeds.inflate),
+            Self::Plug if actual < startup => (speeds.deflate, speeds.inflate),
+            Self::Plug if actual == startup => (speeds.plug, speeds.inflate),
+            Self::Plug => (speeds.plug, speeds.unplug),
+        }
+    }
+}
+
+/// When guests tell of themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reports {
+    /// When a policy is about to look, as a VM of ballast's asks its guest (`GET /memory?max_age_ms=20`), and
+    /// by their own clock. One that waits for memory answers late.
+    #[default]
+    Asked,
+    /// By their own clock alone, as under a VMM that can't be told to ask.
+    Timed,
+}
+
+/// Everything about a run but the demand and the policy.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// The host.
+    pub host: SimulatedHost,
+    /// How fast memory moves.
+    pub speeds: Speeds,
+    /// By what guests grow.
+    pub grow: Grow,
+    /// When guests tell of themselves, to all policies alike.
+    pub reports: Reports,
+    /// What is wrong with the first VMs, one each.
+    pub faults: Vec<Fault>,
+}
+
+#[cfg(test)]
+mod tests;

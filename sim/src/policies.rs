@@ -1,0 +1,221 @@
+//! Who decides: ours and the others, behind one interface.
+//!
+//! The others are written from what their makers and sources say they do. Each
+//! file names its source and says what had to be guessed. None is handicapped
+//! knowingly: all see the same reports, have the same limits, the same budget
+//! and the same balloon, and where a system's hypervisor refuses memory that is
+//! not there (Xen, ESXi, Hyper-V), so does the simulated one.
+
+pub mod ballast;
+pub mod esxi;
+pub mod fixed;
+pub mod hyperv;
+pub mod mom;
+pub mod proxmox;
+pub mod selfballoon;
+pub mod squeezed;
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use api::limits::Limits;
+use api::units::Bytes;
+use serde::Serialize;
+
+use super::guest::Report;
+use balancer::policy::guards;
+
+/// What a policy sees of one VM.
+#[derive(Clone, Debug)]
+pub struct VmInput {
+    /// Which VM.
+    pub id: usize,
+    /// Its limits.
+    pub limits: Limits,
+    /// Its target.
+    pub target: Bytes,
+    /// What its balloon leaves it.
+    pub actual: Bytes,
+    /// What the host holds for it.
+    pub resident: Bytes,
+    /// Whether its balloon driver runs.
+    pub driver: bool,
+    /// Whether its API answers.
+    pub answers: bool,
+    /// How long it has run.
+    pub uptime: Duration,
+    /// Its last report.
+    pub report: Option<Report>,
+}
+
+impl VmInput {
+    /// What it may hold: one that starts has not touched what its balloon is to take.
+    pub fn held(&self) -> Bytes {
+        let starts = !self.driver && self.uptime < guards::BOOT;
+        let may = if starts { self.target } else { self.actual };
+        may.max(self.resident).min(self.limits.max())
+    }
+}
+
+/// What a policy sees of the host.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyInput<'a> {
+    /// Time since the run began.
+    pub now: Duration,
+    /// What all VMs together may hold.
+    pub budget: Bytes,
+    /// What VMs that wait for their start need.
+    pub reserved: Bytes,
+    /// The running VMs.
+    pub vms: &'a [VmInput],
+}
+
+impl PolicyInput<'_> {
+    /// What the VMs hold now.
+    pub fn held(&self) -> Bytes {
+        self.vms.iter().map(VmInput::held).sum()
+    }
+}
+
+/// A memory policy.
+pub trait MemoryPolicy {
+    /// The time between two decisions.
+    fn cadence(&self) -> Duration;
+
+    /// Whether the system's hypervisor refuses memory that is not free.
+    fn is_refused_what_is_not_there(&self) -> bool {
+        false
+    }
+
+    /// Pushes new targets. They are clamped to the VM's limits.
+    fn decide(&mut self, view: &PolicyInput, targets: &mut Vec<(usize, Bytes)>);
+}
+
+/// The policies there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyName {
+    /// [`balancer::policy`].
+    Ballast,
+    /// [`fixed`].
+    Static,
+    /// [`hyperv`].
+    HyperV,
+    /// [`esxi`].
+    Esxi,
+    /// [`selfballoon`].
+    Selfballoon,
+    /// [`mom`].
+    Mom,
+    /// [`proxmox`].
+    Proxmox,
+    /// [`squeezed`].
+    Squeezed,
+}
+
+impl PolicyName {
+    /// All of them, ours first.
+    pub const ALL: [Self; 8] = [
+        Self::Ballast,
+        Self::HyperV,
+        Self::Esxi,
+        Self::Selfballoon,
+        Self::Mom,
+        Self::Proxmox,
+        Self::Squeezed,
+        Self::Static,
+    ];
+
+    /// Its word on the command line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Ballast => "ballast",
+            Self::Static => "static",
+            Self::HyperV => "hyper-v",
+            Self::Esxi => "esxi",
+            Self::Selfballoon => "selfballoon",
+            Self::Mom => "mom",
+            Self::Proxmox => "proxmox",
+            Self::Squeezed => "squeezed",
+        }
+    }
+
+    /// Its name for people.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Ballast => "ballast",
+            Self::Static => "static",
+            Self::HyperV => "Hyper-V-like",
+            Self::Esxi => "ESXi-like",
+            Self::Selfballoon => "Xen selfballoon",
+            Self::Mom => "oVirt MoM",
+            Self::Proxmox => "Proxmox VE",
+            Self::Squeezed => "Xen squeezed",
+        }
+    }
+
+    /// The policy itself, at its start.
+    pub fn make(self) -> Box<dyn MemoryPolicy> {
+        match self {
+            Self::Ballast => Box::new(ballast::Ballast::default()),
+            Self::Static => Box::new(fixed::Static::default()),
+            Self::HyperV => Box::new(hyperv::HyperV::default()),
+            Self::Esxi => Box::new(esxi::Esxi::default()),
+            Self::Selfballoon => Box::new(selfballoon::Selfballoon),
+            Self::Mom => Box::new(mom::Mom::default()),
+            Self::Proxmox => Box::new(proxmox::Proxmox),
+            Self::Squeezed => Box::new(squeezed::Squeezed::default()),
+        }
+    }
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.word())
+    }
+}
+
+/// A word that names no policy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no policy: use ballast, hyper-v, esxi, selfballoon, mom, proxmox, squeezed or static")]
+pub struct UnknownPolicy(String);
+
+impl FromStr for PolicyName {
+    type Err = UnknownPolicy;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
+        Self::ALL.into_iter().find(|name| name.word() == text).ok_or_else(|| UnknownPolicy(text.to_owned()))
+    }
+}
+
+/// Gives each of `floors` (what it keeps, what it wants at most, its share) its part of
+/// `capacity`: everyone the smaller of what it wants and its share of what is left.
+fn fill(capacity: Bytes, claims: &[(Bytes, Bytes, u64)]) -> Vec<Bytes> {
+    let mut given: Vec<Bytes> = claims.iter().map(|&(floor, _, _)| floor).collect();
+    let mut left = capacity.saturating_sub(given.iter().copied().sum());
+    let mut open: Vec<usize> =
+        (0..claims.len()).filter(|&i| claims[i].1 > claims[i].0 && claims[i].2 > 0).collect();
+    while !open.is_empty() {
+        let shares: u128 = open.iter().map(|&i| u128::from(claims[i].2)).sum();
+        let part = |i: usize| Bytes((u128::from(left.0) * u128::from(claims[i].2) / shares) as u64);
+        let missing = |i: usize| claims[i].1.saturating_sub(claims[i].0);
+        let (full, rest): (Vec<usize>, Vec<usize>) = open.iter().partition(|&&i| missing(i) <= part(i));
+        if full.is_empty() {
+            for i in rest {
+                given[i] += part(i);
+            }
+            break;
+        }
+        let taken: Bytes = full.iter().map(|&i| missing(i)).sum();
+        for i in full {
+            given[i] = claims[i].1;
+        }
+        left = left.saturating_sub(taken);
+        open = rest;
+    }
+    given
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,303 @@
+//! The API's thread: one event loop over the listening socket and a few clients.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::connection::{Answering, Connection, Next};
+use super::routes::route;
+use super::socket::{BindError, SocketFile, listen};
+use crate::control::Control;
+
+/// Clients at a time. A new one takes the place of the one whose turn has been over for longest; while
+/// something is done for all of them, or each still has its turn, it waits.
+pub const MOST_CONNECTIONS: usize = 16;
+
+/// Tokens below this are slots of connections.
+const LISTENER: u64 = MOST_CONNECTIONS as u64;
+const STOP: u64 = LISTENER + 1;
+const EVENTS: u64 = STOP + 1;
+
+/// How long to leave new clients alone after the kernel could not accept one.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// An API that clients can connect to; [`Server::run`] answers them.
+#[derive(Debug)]
+pub struct Server {
+    // Dropped before the listener, whose life keeps the file's inode from being given to another.
+    _file: SocketFile,
+    listener: UnixListener,
+    stop: EventFd,
+}
+
+impl Server {
+    /// Listens at `path`, mode 0600 from its first moment.
+    ///
+    /// # Errors
+    /// [`BindError`]; a socket that a dead VM left behind is none.
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|source| BindError::Io { path: path.to_owned(), source })?;
+        let (listener, file) = listen(path)?;
+        Ok(Self { listener, stop, _file: file })
+    }
+
+    /// A descriptor that ends [`Server::run`] when it is written to.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn stopper(&self) -> io::Result<EventFd> {
+        self.stop.try_clone()
+    }
+
+    /// Serves `control` until the stopper is written to, then removes the socket.
+    ///
+    /// # Errors
+    /// When the kernel refuses the event loop itself. What clients do is no error.
+    pub fn run(self, control: &Control) -> io::Result<()> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        control.events().wake_with(wake.try_clone()?);
+        self.serve(&wake, &|request, waited| route(request, waited, control))
+    }
+
+    fn serve(self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
+        let epoll = Epoll::new()?;
+        let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
+        watch(self.stop.as_raw_fd(), STOP)?;
+        watch(self.listener.as_raw_fd(), LISTENER)?;
+        watch(wake.as_raw_fd(), EVENTS)?;
+        let mut clients = Clients::new(&epoll);
+        let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
+        let mut door = Door::Open;
+        loop {
+            let count = match epoll.wait(clients.timeout(&door, Instant::now()), &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let now = Instant::now();
+            let mut knocked = false;
+            for event in events.iter().take(count) {
+                match event.data() {
+                    STOP => {
+                        clients.finish();
+                        return Ok(());
+                    }
+                    LISTENER => knocked = true,
+                    EVENTS => {
+                        // Empty already where an earlier event has read it.
+                        let _ = wake.read();
+                        clients.pass_on(now, answer);
+                    }
+                    slot => clients.stir(slot as usize, now, answer),
+                }
+            }
+            clients.go_on(now, answer);
+            // After the others' turn: a client that has just asked something is not idle.
+            if knocked {
+                door = clients.accept(&self.listener, now);
+            }
+            door = self.tend_door(&epoll, door, &clients, now)?;
+        }
+    }
+
+    /// Watches the listening socket only while a client could be taken on:
+    /// it is level-triggered, and would keep the loop spinning otherwise.
+    fn tend_door(&self, epoll: &Epoll, door: Door, clients: &Clients<'_>, now: Instant) -> io::Result<Door> {
+        let (next, events) = match door {
+            Door::Full if clients.has_room(now) => (Door::Open, EventSet::IN),
+            Door::Resting { until, .. } if until <= now => (Door::Open, EventSet::IN),
+            Door::Full => (Door::Full, EventSet::empty()),
+            Door::Resting { until, watched: true } => {
+                (Door::Resting { until, watched: false }, EventSet::empty())
+            }
+            door => return Ok(door),
+        };
+        epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), EpollEvent::new(events, LISTENER))?;
+        Ok(next)
+    }
+}
+
+/// Whether new clients are taken on.
+#[derive(Clone, Copy, Debug)]
+enum Door {
+    Open,
+    /// Every place is taken by a client that has its turn.
+    Full,
+    /// The kernel could not accept (no descriptors left, most likely).
+    Resting {
+        until: Instant,
+        watched: bool,
+    },
+}
+
+struct Client {
+    connection: Connection,
+    watched: EventSet,
+    again: bool,
+}
+
+struct Clients<'a> {
+    epoll: &'a Epoll,
+    slots: [Option<Client>; MOST_CONNECTIONS],
+}
+
+impl<'a> Clients<'a> {
+    fn new(epoll: &'a Epoll) -> Self {
+        Self { epoll, slots: [const { None }; MOST_CONNECTIONS] }
+    }
+
+    /// Milliseconds that nothing will happen for by itself; -1 is for ever.
+    fn timeout(&self, door: &Door, now: Instant) -> i32 {
+        let clients = self.slots.iter().flatten();
+        let rest = match door {
+            Door::Resting { until, .. } => Some(*until),
+            Door::Full => self.turns().map(|(ends, _)| ends).min(),
+            Door::Open => None,
+        };
+        let soonest = clients
+            .map(|client| if client.again { now } else { client.connection.deadline() })
+            .chain(rest)
+            .min();
+        let Some(soonest) = soonest else {
+            return -1;
+        };
+        // Rounded up, or the loop would spin through the last millisecond.
+        let wait = soonest.saturating_duration_since(now).as_nanos().div_ceil(1_000_000);
+        i32::try_from(wait).unwrap_or(i32::MAX)
+    }
+
+    fn has_room(&self, now: Instant) -> bool {
+        self.slots.iter().any(Option::is_none) || self.turns().any(|(ends, _)| ends <= now)
+    }
+
+    /// When the turns of the clients end that may have to give their places away, and which places.
+    fn turns(&self) -> impl Iterator<Item = (Instant, usize)> {
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(index, slot)| Some((slot.as_ref()?.connection.turn_ends()?, index)))
+    }
+
+    /// A free place, if need be that of the client whose turn ended first.
+    fn place(&mut self, now: Instant) -> Option<usize> {
+        if let Some(free) = self.slots.iter().position(Option::is_none) {
+            return Some(free);
+        }
+        let (_, index) = self.turns().min().filter(|(ends, _)| *ends <= now)?;
+        self.close(index);
+        Some(index)
+    }
+
+    fn accept(&mut self, listener: &UnixListener, now: Instant) -> Door {
+        let Some(index) = self.place(now) else {
+            return Door::Full;
+        };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                return match error.kind() {
+                    // The client left before it was let in.
+                    io::ErrorKind::WouldBlock
+                    | io::ErrorKind::Interrupted
+                    | io::ErrorKind::ConnectionAborted => Door::Open,
+                    _ => {
+                        tracing::warn!("the API can't take on a client: {error}");
+                        Door::Resting { until: now + ACCEPT_PAUSE, watched: true }
+                    }
+                };
+            }
+        };
+        if let Ok(connection) = Connection::new(stream, now) {
+            let watched = connection.interest();
+            let event = EpollEvent::new(watched, index as u64);
+            if self.epoll.ctl(ControlOperation::Add, connection.fd(), event).is_ok()
+                && let Some(slot) = self.slots.get_mut(index)
+            {
+                *slot = Some(Client { connection, watched, again: false });
+            }
+        }
+        Door::Open
+    }
+
+    fn waits(&self, index: usize) -> bool {
+        self.slots.get(index).and_then(Option::as_ref).is_some_and(|client| client.connection.is_waiting())
+    }
+
+    /// A client's socket has something.
+    fn stir(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
+        // Of one that waits nothing is wanted: all that comes is its end.
+        if self.waits(index) {
+            self.close(index);
+        } else {
+            self.advance(index, now, answer);
+        }
+    }
+
+    fn advance(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
+        let Some(Some(client)) = self.slots.get_mut(index) else {
+            return;
+        };
+        let next = client.connection.advance(now, answer);
+        client.again = next == Next::Again;
+        let interest = client.connection.interest();
+        let gone = next == Next::Close
+            || (interest != client.watched && {
+                client.watched = interest;
+                watch_anew(self.epoll, client.connection.fd(), interest, index).is_err()
+            });
+        if gone {
+            self.close(index);
+        }
+    }
+
+    /// Something has happened that some clients wait for.
+    fn pass_on(&mut self, now: Instant, answer: &Answering<'_>) {
+        for index in 0..MOST_CONNECTIONS {
+            let connection = self.slots.get(index).and_then(Option::as_ref).map(|client| &client.connection);
+            if connection.is_some_and(|connection| connection.is_stream() || connection.is_waiting()) {
+                self.advance(index, now, answer);
+            }
+        }
+    }
+
+    /// Serves those with work left over and those that have waited long enough, and closes the others
+    /// whose time is over.
+    fn go_on(&mut self, now: Instant, answer: &Answering<'_>) {
+        for index in 0..MOST_CONNECTIONS {
+            let Some(Some(client)) = self.slots.get(index) else {
+                continue;
+            };
+            let is_over = client.connection.deadline() <= now;
+            if is_over && !client.connection.is_waiting() {
+                self.close(index);
+            } else if is_over || client.again {
+                self.advance(index, now, answer);
+            }
+        }
+    }
+
+    fn close(&mut self, index: usize) {
+        // Closing the only descriptor of a socket takes it out of the epoll set.
+        if let Some(slot) = self.slots.get_mut(index) {
+            *slot = None;
+        }
+    }
+
+    fn finish(&mut self) {
+        for client in self.slots.iter_mut().filter_map(Option::take) {
+            client.connection.finish();
+        }
+    }
+}
+
+fn watch_anew(epoll: &Epoll, fd: RawFd, events: EventSet, index: usize) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(events, index as u64))
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -1,0 +1,220 @@
+//! The devices of a VM, as data.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+
+text!(DeviceId, ThreadName, Console);
+
+/// One device of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceConfig {
+    /// Its name among the devices of this VM.
+    pub id: DeviceId,
+    /// The thread on which it works, where that is not the usual one of its kind. Devices that name the
+    /// same thread share it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<ThreadName>,
+    /// What it is.
+    #[serde(flatten)]
+    pub device: Device,
+}
+
+impl DeviceConfig {
+    /// `device` on the usual thread of its kind.
+    pub fn new(id: DeviceId, device: Device) -> Self {
+        Self { id, thread: None, device }
+    }
+}
+
+/// A kind of device, with its settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Device {
+    /// The first serial port.
+    Serial(SerialOptions),
+    /// virtio-balloon: takes memory from the guest and gives it back. Each VM has one.
+    Balloon(BalloonOptions),
+    /// virtio-mem: the guest starts with its startup memory and plugs the rest. It needs the driver for it,
+    /// and can't reach memory that it was not given. Without this device it boots with all of it in its
+    /// memory map, and the balloon holds back what is above startup.
+    Memory,
+    /// virtio-rng: the host's randomness.
+    Rng,
+    /// A virtio-console port for the guest's agent.
+    Agent,
+    /// A device that only tests know.
+    #[cfg(test)]
+    Note(devices::testing::note::NoteOptions),
+}
+
+impl Device {
+    /// Its word in a configuration, of those of which a VM has one at most.
+    pub(super) const fn only_one(&self) -> Option<&'static str> {
+        match self {
+            Self::Serial(_) => Some("serial"),
+            Self::Balloon(_) => Some("balloon"),
+            Self::Memory => Some("memory"),
+            Self::Agent => Some("agent"),
+            _ => None,
+        }
+    }
+}
+
+/// The name of a device in its VM: 1 to 63 of a-z, 0-9 and `-`, not `-` first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DeviceId(String);
+
+impl DeviceId {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for DeviceId {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        api::runtime::check_name(text).map_err(|_| ConfigError::DeviceId(text.to_owned()))?;
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// The name of a thread: 1 to 15 of a-z, 0-9 and `-`, not `-` first, as the kernel keeps no more.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ThreadName(String);
+
+impl ThreadName {
+    /// Bytes of a thread's name that the kernel keeps (TASK_COMM_LEN, less the final zero).
+    const LONGEST: usize = 15;
+
+    /// The thread of devices that have little to do.
+    pub fn shared() -> Self {
+        Self("devices".to_owned())
+    }
+
+    /// The thread of what moves the guest's memory.
+    pub fn memory() -> Self {
+        Self("balloon".to_owned())
+    }
+
+    /// A thread for this device alone.
+    pub fn own(id: &DeviceId) -> Self {
+        Self(id.as_str().chars().take(Self::LONGEST).collect())
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ThreadName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for ThreadName {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        if text.len() > Self::LONGEST || api::runtime::check_name(text).is_err() {
+            return Err(ConfigError::ThreadName(text.to_owned()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// The serial port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialOptions {
+    /// Where its line ends.
+    pub console: Console,
+}
+
+/// Where the guest's first serial port goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Console {
+    /// Standard input and output, a terminal or pipes.
+    Stdio,
+    /// Output into a file, made anew; no input.
+    File(PathBuf),
+    /// A Unix socket that the VM listens on; one client at a time, both ways.
+    Socket(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl FromStr for Console {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "none" => Ok(Self::None),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(ConfigError::Console(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Socket(path) => write!(f, "socket:{}", path.display()),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+/// How the balloon behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BalloonOptions {
+    /// Offer VIRTIO_BALLOON_F_DEFLATE_ON_OOM: a guest that runs out of memory takes pages back.
+    pub deflate_on_oom: bool,
+    /// Offer VIRTIO_BALLOON_F_PAGE_REPORTING: a guest hands over free pages without being asked.
+    #[serde(rename = "free_page_reporting")]
+    pub reporting: bool,
+    /// How often the guest is asked for statistics; zero asks never.
+    #[serde(rename = "statistics_interval_ms", with = "milliseconds")]
+    pub statistics_interval: Duration,
+}
+
+impl Default for BalloonOptions {
+    fn default() -> Self {
+        Self { deflate_on_oom: true, reporting: true, statistics_interval: Duration::from_secs(1) }
+    }
+}
+
+/// A span of time as a number of milliseconds.
+mod milliseconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}
