@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use super::device::{Active, Progress, VirtioDevice};
 use super::queue::{Budget, Chain, Faults, Verdict, serve};
@@ -209,17 +209,14 @@ fn encode(event: u16, value: u16) -> [u8; CONTROL] {
     [a, b, c, d, e, f, g, h]
 }
 
-/// Writes a message to the first buffer of a chain that has no other purpose.
+/// Writes a message to a chain that has no other purpose, and room for all of it.
 fn write(memory: &GuestMemoryMmap, chain: &Chain, message: &[u8]) -> Verdict {
-    let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
-    match chain.writable().first() {
-        Some(buffer) if chain.readable().is_empty() && buffer.len >= length => {
-            match memory.write_slice(message, buffer.address) {
-                Ok(()) => Verdict::Used(length),
-                Err(_) => Verdict::Malformed,
-            }
-        }
-        _ => Verdict::Malformed,
+    let mut writer = chain.writer(memory);
+    let fits = chain.readable().is_empty() && writer.left() >= message.len() as u64;
+    if fits && writer.write(message) == message.len() {
+        Verdict::Used(writer.written())
+    } else {
+        Verdict::Malformed
     }
 }
 
