@@ -7,7 +7,7 @@ use balloon::device::saved::{BalloonState, Run};
 use balloon::device::{Handle, MUST_TELL_HOST};
 use devices::state::StateError;
 use devices::testing::{BUFFERS, Guest, HIGH, LOW, REGION, RUNNING};
-use devices::virtio::mmio::saved::MmioState;
+use devices::virtio::saved::VirtioState;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::json;
@@ -30,13 +30,13 @@ const ACTUAL: u32 = VIRTIO_MMIO_CONFIG + 4;
 const ALL: u64 = MAP.0 / PAGE_SIZE;
 const FIRST: u64 = HIGH / PAGE_SIZE;
 
-fn restore(guest: Guest, state: MmioState) -> Result<(Guest, Handle), StateError> {
+fn restore(guest: Guest, state: VirtioState) -> Result<(Guest, Handle), StateError> {
     let (balloon, handle) = device(&guest.ram, config());
     Ok((guest.restore(Box::new(balloon), state)?, handle))
 }
 
 /// Its own state, through text, as a file or a socket would carry it.
-fn own(state: &MmioState) -> BalloonState {
+fn own(state: &VirtioState) -> BalloonState {
     serde_json::from_str(&state.device.to_string()).unwrap()
 }
 

@@ -6,7 +6,7 @@ use balloon::plug::UNPLUGGED_INACCESSIBLE;
 use balloon::plug::saved::{PlugState, Run};
 use devices::state::StateError;
 use devices::testing::{BUFFERS, HIGH, REGION, RUNNING};
-use devices::virtio::mmio::saved::MmioState;
+use devices::virtio::saved::VirtioState;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::json;
@@ -23,7 +23,7 @@ use yard::{ACK, BLOCK, PLUG, Yard};
 const REQUESTED_SIZE: u32 = VIRTIO_MMIO_CONFIG + 48;
 
 /// Through text, as a file or a socket would carry it.
-fn carried(state: &MmioState) -> MmioState {
+fn carried(state: &VirtioState) -> VirtioState {
     serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap()
 }
 

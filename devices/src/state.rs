@@ -38,6 +38,14 @@ pub enum StateError {
         /// The number of the device.
         expected: u32,
     },
+    /// It was saved from a device on another transport.
+    #[error("the saved state is of a virtio device on {found}, and this one is on {expected}")]
+    OtherTransport {
+        /// The transport in the state.
+        found: &'static str,
+        /// The transport of the device.
+        expected: &'static str,
+    },
     /// It was saved from a device with other queues.
     #[error("the saved state has {found} queues, and the device has {expected}")]
     OtherQueues {
@@ -66,7 +74,7 @@ pub enum StateError {
     /// A register holds what it never can.
     #[error("{register} of the saved state is {value:#x}, which it never can be")]
     Register {
-        /// Its name in virtio 1.2, section 4.2.2.
+        /// What it is called.
         register: &'static str,
         /// In the state.
         value: u32,

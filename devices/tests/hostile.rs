@@ -1,7 +1,7 @@
 //! A hostile guest against the transport and the entropy device.
 
 use devices::testing::hostile::{Act, any_act, chain_act};
-use devices::testing::{BUFFERS, Guest, NEEDS_RESET, RUNNING};
+use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, NEEDS_RESET, RUNNING};
 use devices::virtio::queue::MOST_MALFORMED;
 use devices::virtio::rng::MOST_BYTES;
 use proptest::collection::vec;
@@ -11,12 +11,19 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 mod attack;
 use attack::{SIZE, assert_usable, guest};
 
+fn carrier() -> impl Strategy<Value = Carrier> {
+    prop::sample::select(CARRIERS.to_vec())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn anything_a_guest_does_ends_with_a_device_that_works(acts in vec(any_act(1, SIZE), 1..64)) {
-        let mut guest = guest();
+    fn anything_a_guest_does_ends_with_a_device_that_works(
+        carrier in carrier(),
+        acts in vec(any_act(1, SIZE), 1..64),
+    ) {
+        let mut guest = guest(carrier);
         for act in &acts {
             act.apply(&mut guest);
         }
@@ -24,8 +31,11 @@ proptest! {
     }
 
     #[test]
-    fn any_chains_leave_memory_outside_the_guest_alone(acts in vec(chain_act(1, SIZE), 1..128)) {
-        let mut guest = guest();
+    fn any_chains_leave_memory_outside_the_guest_alone(
+        carrier in carrier(),
+        acts in vec(chain_act(1, SIZE), 1..128),
+    ) {
+        let mut guest = guest(carrier);
         guest.start(0);
         for act in &acts {
             act.apply(&mut guest);
@@ -36,10 +46,11 @@ proptest! {
 
     #[test]
     fn a_whole_table_of_noise_is_answered_or_needs_a_reset(
+        carrier in carrier(),
         table in vec((any::<u64>(), any::<u32>(), 0u32..8, 0u16..SIZE), SIZE as usize),
         heads in vec(0u16..SIZE, 1..SIZE as usize),
     ) {
-        let mut guest = guest();
+        let mut guest = guest(carrier);
         guest.start(0);
         for (place, (address, len, flags, next)) in table.iter().enumerate() {
             guest.describe(0, place as u16, *address, *len, *flags, *next);
@@ -55,14 +66,15 @@ proptest! {
 }
 
 /// Sends the chain at descriptor 0 and expects it back with nothing in it.
-fn assert_malformed(describe: impl FnOnce(&Guest)) {
-    let mut guest = guest();
-    guest.start(0);
-    describe(&guest);
-    guest.send(0, 0);
-    assert_eq!(guest.used(0), [(0, 0)]);
-    assert_eq!(guest.status(), RUNNING);
-    assert_usable(&mut guest);
+fn assert_malformed(describe: impl Fn(&Guest)) {
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        describe(&guest);
+        guest.send(0, 0);
+        assert_eq!(guest.used(0), [(0, 0)]);
+        assert_eq!(guest.status(), RUNNING);
+        assert_usable(&mut guest);
+    }
 }
 
 const WRITE: u32 = VRING_DESC_F_WRITE;
@@ -113,63 +125,69 @@ fn malformed_chains_come_back_empty() {
 
 #[test]
 fn indirect_tables_are_honoured() {
-    let mut guest = guest();
-    guest.start(0);
-    guest.describe(0, 0, BUFFERS, 32, INDIRECT, 0);
-    guest.describe_at(BUFFERS, BUFFERS + 0x1000, 10, WRITE | NEXT, 1);
-    guest.describe_at(BUFFERS + 16, BUFFERS + 0x2000, 20, WRITE, 0);
-    guest.send(0, 0);
-    assert_eq!(guest.used(0), [(0, 30)]);
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(0, 0, BUFFERS, 32, INDIRECT, 0);
+        guest.describe_at(BUFFERS, BUFFERS + 0x1000, 10, WRITE | NEXT, 1);
+        guest.describe_at(BUFFERS + 16, BUFFERS + 0x2000, 20, WRITE, 0);
+        guest.send(0, 0);
+        assert_eq!(guest.used(0), [(0, 30)]);
+    }
 }
 
 #[test]
 fn a_request_gets_a_bounded_answer() {
-    let mut guest = guest();
-    guest.start(0);
-    guest.describe(0, 0, BUFFERS, 0x4_0000, WRITE, 0);
-    guest.send(0, 0);
-    assert_eq!(guest.used(0), [(0, MOST_BYTES as u32)]);
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(0, 0, BUFFERS, 0x4_0000, WRITE, 0);
+        guest.send(0, 0);
+        assert_eq!(guest.used(0), [(0, MOST_BYTES as u32)]);
+    }
 }
 
 #[test]
 fn too_many_malformed_chains_need_a_reset() {
-    let mut guest = guest();
-    guest.start(0);
-    guest.describe(0, 0, BUFFERS, 0, WRITE, 0);
-    for _ in 0..MOST_MALFORMED {
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(0, 0, BUFFERS, 0, WRITE, 0);
+        for _ in 0..MOST_MALFORMED {
+            guest.send(0, 0);
+            assert_eq!(guest.status(), RUNNING);
+        }
         guest.send(0, 0);
-        assert_eq!(guest.status(), RUNNING);
-    }
-    guest.send(0, 0);
-    assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
-    assert_usable(&mut guest);
-    // A driver that starts anew starts with nothing against it.
-    guest.describe(0, 0, BUFFERS, 0, WRITE, 0);
-    for _ in 0..MOST_MALFORMED {
-        guest.send(0, 0);
-        assert_eq!(guest.status(), RUNNING);
+        assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
+        assert_usable(&mut guest);
+        // A driver that starts anew starts with nothing against it.
+        guest.describe(0, 0, BUFFERS, 0, WRITE, 0);
+        for _ in 0..MOST_MALFORMED {
+            guest.send(0, 0);
+            assert_eq!(guest.status(), RUNNING);
+        }
     }
 }
 
 #[test]
 fn rings_that_would_feed_themselves_are_refused() {
-    for (used, available) in [(0x2_0000, 0x2_0000), (0x2_0000, 0x2_0080), (0x2_0000, 0x1_ffc0)] {
-        let mut guest = guest();
-        Act::StartOddly { queues: vec![(64, [0x1_0000, available, used])] }.apply(&mut guest);
-        assert_eq!(guest.status(), 11 | NEEDS_RESET);
-        assert_usable(&mut guest);
+    for carrier in CARRIERS {
+        for (used, available) in [(0x2_0000, 0x2_0000), (0x2_0000, 0x2_0080), (0x2_0000, 0x1_ffc0)] {
+            let mut guest = guest(carrier);
+            Act::StartOddly { queues: vec![(64, [0x1_0000, available, used])] }.apply(&mut guest);
+            assert_eq!(guest.status(), 11 | NEEDS_RESET);
+            assert_usable(&mut guest);
+        }
     }
 }
 
 #[test]
 fn a_full_queue_of_large_requests_is_served_over_several_events() {
-    let mut guest = guest();
-    guest.start(0);
-    guest.describe(0, 0, BUFFERS, MOST_BYTES as u32, WRITE, 0);
-    for _ in 0..SIZE {
-        guest.offer(0, 0);
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(0, 0, BUFFERS, MOST_BYTES as u32, WRITE, 0);
+        for _ in 0..SIZE {
+            guest.offer(0, 0);
+        }
+        guest.write(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        assert!(guest.run() > 8, "one event did it all");
+        assert_eq!(guest.used(0).len(), usize::from(SIZE));
     }
-    guest.write(virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY, 0);
-    assert!(guest.run() > 8, "one event did it all");
-    assert_eq!(guest.used(0).len(), usize::from(SIZE));
 }

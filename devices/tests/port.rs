@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use devices::state::{StateError, Version};
 use devices::testing::hostile::{any_act, chain_act};
 use devices::testing::{BUFFERS, Guest, NEEDS_RESET, RUNNING};
-use devices::virtio::mmio::saved::MmioState;
 use devices::virtio::port::{Acquaintance, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
 use devices::virtio::queue::MOST_MALFORMED;
+use devices::virtio::saved::VirtioState;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::json;
@@ -50,7 +50,7 @@ fn guest() -> (Guest, Arc<Mutex<Vec<Heard>>>) {
 }
 
 /// Moves the guest to a new device: what it hears of goes to the same ears.
-fn moved(guest: Guest, heard: &Arc<Mutex<Vec<Heard>>>, state: MmioState) -> Result<Guest, StateError> {
+fn moved(guest: Guest, heard: &Arc<Mutex<Vec<Heard>>>, state: VirtioState) -> Result<Guest, StateError> {
     guest.restore(Box::new(port(heard.clone())), state)
 }
 
@@ -199,7 +199,7 @@ fn too_many_malformed_chains_need_a_reset() {
 }
 
 /// The guest's state, through text, as a file or a socket would carry it.
-fn saved(guest: &Guest) -> MmioState {
+fn saved(guest: &Guest) -> VirtioState {
     serde_json::from_str(&serde_json::to_string(&guest.save().unwrap()).unwrap()).unwrap()
 }
 

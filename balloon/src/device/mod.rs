@@ -297,7 +297,7 @@ impl Balloon {
         }
         if self.pace.asked() != self.told {
             self.told = self.pace.asked();
-            active.interrupt.config_changed();
+            active.config_interrupt.raise();
         }
         // One that broke the protocol gets nowhere until it starts anew.
         let broken = self.shared.state().driver == Driver::Broken;

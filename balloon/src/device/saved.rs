@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use devices::state::{self, StateError, Version};
 use devices::virtio::device::Active;
-use devices::virtio::queue::{Faults, Head, has_taken};
+use devices::virtio::queue::{Faults, Head, retake};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
@@ -88,10 +88,17 @@ impl Balloon {
     }
 
     /// Goes on where the balloon stood. What the guest had given up, and is in its memory again, goes.
-    pub(super) fn take_in(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
+    pub(super) fn take_in(
+        &mut self,
+        state: Value,
+        mut active: Option<&mut Active>,
+    ) -> Result<(), StateError> {
         let state: BalloonState = state::from_value::<_, 1>(DEVICE, state)?;
         let answers = active.as_ref().is_some_and(|active| active.features & 1 << STATS_VQ != 0);
-        let has_buffer = active.as_ref().is_some_and(|active| has_taken(active, STATISTICS));
+        let has_buffer = match (active.as_deref_mut(), state.statistics_buffer) {
+            (Some(active), Some(head)) => retake(active, STATISTICS, head),
+            _ => false,
+        };
         let given_up = self
             .check(&state, answers, has_buffer)
             .map_err(|what| StateError::Unreadable { device: DEVICE, what })?;

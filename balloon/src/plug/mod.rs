@@ -339,7 +339,7 @@ impl VirtioDevice for Plug {
         let requested = self.shared.state().requested;
         let changed = std::mem::replace(&mut self.requested, requested) != requested;
         if let (Some(active), true) = (active, changed) {
-            active.interrupt.config_changed();
+            active.config_interrupt.raise();
         }
     }
 

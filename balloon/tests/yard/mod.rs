@@ -10,7 +10,7 @@ use balloon::plug::{Access, Config, Handle, Plug};
 use balloon::ranges::Range;
 use devices::state::StateError;
 use devices::testing::{BUFFERS, Guest, GuestRam, HIGH, REGION};
-use devices::virtio::mmio::saved::MmioState;
+use devices::virtio::saved::VirtioState;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -81,12 +81,12 @@ impl Yard {
     }
 
     /// The same guest with a new device that was restored from `state`.
-    pub fn restore(self, state: MmioState) -> Result<Self, StateError> {
+    pub fn restore(self, state: VirtioState) -> Result<Self, StateError> {
         self.restore_on(state, false)
     }
 
     /// The same, on a host that opens nothing if it `refuses`.
-    pub fn restore_on(self, state: MmioState, refuses: bool) -> Result<Self, StateError> {
+    pub fn restore_on(self, state: VirtioState, refuses: bool) -> Result<Self, StateError> {
         let (device, handle, gate) = device(&self.guest.ram);
         gate.lock().unwrap().refuses = refuses;
         let guest = self.guest.restore(Box::new(device), state)?;

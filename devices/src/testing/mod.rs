@@ -5,23 +5,25 @@
 
 pub mod hostile;
 pub mod note;
+pub mod pci;
+mod ram;
+mod registers;
 
-use std::ptr;
 use std::sync::{Arc, Mutex};
 
-use event_manager::{EventManager, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use virtio_bindings::virtio_mmio::*;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use vm_device::MutDeviceMmio;
-use vm_device::bus::MmioAddress;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::state::StateError;
+use crate::virtio::Transport;
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::mmio::Mmio;
-use crate::virtio::mmio::saved::MmioState;
+use crate::virtio::saved::VirtioState;
+use pci::PciRegisters;
+pub use ram::GuestRam;
+use registers::{MmioRegisters, Registers};
 
 /// Bytes in each of the two regions of RAM.
 pub const REGION: usize = 1 << 20;
@@ -41,10 +43,6 @@ pub const RUNNING: u32 = 15;
 /// DEVICE_NEEDS_RESET in Status.
 pub const NEEDS_RESET: u32 = 64;
 
-const CANARY: usize = 16 << 10;
-const CANARY_BYTE: u8 = 0xa5;
-const ARENA: usize = 3 * CANARY + 2 * REGION;
-
 /// Events after which a device that still isn't quiet counts as spinning: every
 /// queue full, one chain an event.
 const MOST_EVENTS: usize = 1000;
@@ -60,126 +58,83 @@ pub struct Rings {
     pub used: u64,
 }
 
-/// RAM of a guest that lies between canaries in one mapping.
-pub struct GuestRam {
-    arena: *mut u8,
-    /// The guest's view.
-    pub memory: Arc<GuestMemoryMmap>,
+/// Which transport carries the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// Memory-mapped registers.
+    Mmio,
+    /// A PCI function with MSI-X.
+    Pci,
 }
 
-// SAFETY: the mapping belongs to this value, and only its owner changes what the pointer says.
-unsafe impl Send for GuestRam {}
+/// All of them.
+pub const CARRIERS: [Carrier; 2] = [Carrier::Mmio, Carrier::Pci];
 
-impl Default for GuestRam {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl GuestRam {
-    /// Two regions of zeros.
-    pub fn new() -> Self {
-        let (read_write, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
-        // SAFETY: a new anonymous mapping, wherever the kernel likes.
-        let arena =
-            unsafe { libc::mmap(ptr::null_mut(), ARENA, read_write, private | libc::MAP_ANONYMOUS, -1, 0) };
-        assert_ne!(arena, libc::MAP_FAILED);
-        let arena: *mut u8 = arena.cast();
-        for canary in Self::canaries() {
-            // SAFETY: inside the arena, which nobody else knows yet.
-            unsafe { ptr::write_bytes(arena.add(canary), CANARY_BYTE, CANARY) };
-        }
-        let regions = Self::regions().map(|(guest, offset)| {
-            // SAFETY: inside the arena, which lives as long as this value.
-            let mapping = unsafe { MmapRegion::build_raw(arena.add(offset), REGION, read_write, private) };
-            GuestRegionMmap::new(mapping.unwrap(), GuestAddress(guest)).unwrap()
-        });
-        let memory = Arc::new(GuestMemoryMmap::from_regions(regions.into()).unwrap());
-        Self { arena, memory }
-    }
-
-    fn canaries() -> [usize; 3] {
-        [0, CANARY + REGION, 2 * (CANARY + REGION)]
-    }
-
-    /// Guest address and offset in the arena of each region.
-    fn regions() -> [(u64, usize); 2] {
-        [(LOW, CANARY), (HIGH, 2 * CANARY + REGION)]
-    }
-
-    /// Panics where anything beside guest RAM was written or dropped.
-    pub fn assert_canaries(&self) {
-        for canary in Self::canaries() {
-            // SAFETY: inside the arena, and canaries are only read after they were made.
-            let bytes = unsafe { std::slice::from_raw_parts(self.arena.add(canary), CANARY) };
-            assert!(bytes.iter().all(|byte| *byte == CANARY_BYTE), "memory outside the guest was touched");
-        }
-    }
-
-    /// Where the byte at `guest` is mapped in this process.
-    pub fn host(&self, guest: u64) -> *mut u8 {
-        self.memory.get_host_address(GuestAddress(guest)).unwrap()
-    }
-
-    /// Whether the host has a page for the byte at `guest` (`mincore(2)`).
-    pub fn resident(&self, guest: u64) -> bool {
-        let page = self.host(guest & !4095);
-        let mut resident = 0u8;
-        // SAFETY: asks for one page inside the arena, one byte of answer.
-        let result = unsafe { libc::mincore(page.cast(), 4096, &mut resident) };
-        assert_eq!(result, 0);
-        resident & 1 != 0
-    }
-}
-
-impl Drop for GuestRam {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`; whoever kept a clone of `memory` past this broke the test.
-        unsafe { libc::munmap(self.arena.cast(), ARENA) };
-    }
-}
-
-/// A guest with one virtio-mmio device and its driver.
+/// A guest with one virtio device and its driver.
+///
+/// Registers go by their names in virtio-mmio (virtio 1.2, section 4.2.2), on PCI too: there the
+/// driver finds what has the same meaning.
 pub struct Guest {
-    mmio: Arc<Mutex<Mmio>>,
-    events: EventManager<Arc<Mutex<Mmio>>>,
-    irq: EventFd,
+    registers: Box<dyn Registers>,
+    events: EventManager<Arc<Mutex<dyn MutEventSubscriber + Send>>>,
+    sizes: Vec<u16>,
     available: Vec<u16>,
     used: Vec<u16>,
     /// Dropped last: the device works in it.
     pub ram: GuestRam,
 }
 
+fn watch(registers: &dyn Registers) -> EventManager<Arc<Mutex<dyn MutEventSubscriber + Send>>> {
+    let mut events = EventManager::new().unwrap();
+    events.add_subscriber(registers.subscriber());
+    events
+}
+
 impl Guest {
-    /// Puts the device that `make` makes for this RAM behind registers.
+    /// Puts the device that `make` makes for this RAM behind memory-mapped registers.
     pub fn new(make: impl FnOnce(&GuestRam) -> Box<dyn VirtioDevice>) -> Self {
+        Self::on(Carrier::Mmio, make)
+    }
+
+    /// Puts the device that `make` makes for this RAM behind registers that the driver can reach.
+    pub fn on(carrier: Carrier, make: impl FnOnce(&GuestRam) -> Box<dyn VirtioDevice>) -> Self {
         let ram = GuestRam::new();
         let device = make(&ram);
-        let queues = device.queue_sizes().len();
-        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mmio = Mmio::new(device, ram.memory.clone(), irq.try_clone().unwrap()).unwrap();
-        let mmio = Arc::new(Mutex::new(mmio));
-        let mut events = EventManager::new().unwrap();
-        events.add_subscriber(mmio.clone());
-        Self { mmio, events, irq, available: vec![0; queues], used: vec![0; queues], ram }
+        let sizes = device.queue_sizes().to_vec();
+        let mut registers: Box<dyn Registers> = match carrier {
+            Carrier::Mmio => Box::new(MmioRegisters::new(device, &ram)),
+            Carrier::Pci => Box::new(PciRegisters::new(device, &ram)),
+        };
+        registers.open();
+        let events = watch(&*registers);
+        Self { registers, events, available: vec![0; sizes.len()], used: vec![0; sizes.len()], sizes, ram }
     }
 
     /// The device's state, as it goes to another process.
-    pub fn save(&self) -> Result<MmioState, StateError> {
-        self.mmio.lock().unwrap().save()
+    ///
+    /// # Errors
+    /// As [`Transport::save`].
+    pub fn save(&self) -> Result<VirtioState, StateError> {
+        self.transport().lock().unwrap().save()
     }
 
     /// The same guest with a new device that was restored from `state`.
     ///
     /// # Errors
-    /// As [`Mmio::restore`].
-    pub fn restore(self, device: Box<dyn VirtioDevice>, state: MmioState) -> Result<Self, StateError> {
-        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mmio = Mmio::restore(device, self.ram.memory.clone(), irq.try_clone().unwrap(), state)?;
-        let mmio = Arc::new(Mutex::new(mmio));
-        let mut events = EventManager::new().unwrap();
-        events.add_subscriber(mmio.clone());
-        Ok(Self { mmio, events, irq, ..self })
+    /// As the transport's.
+    pub fn restore(self, device: Box<dyn VirtioDevice>, state: VirtioState) -> Result<Self, StateError> {
+        let registers = self.registers.restore(device, &self.ram, state)?;
+        Ok(Self { events: watch(&*registers), registers, ..self })
+    }
+
+    /// The device, as its owner sees it.
+    pub fn transport(&self) -> Arc<Mutex<dyn Transport>> {
+        self.registers.transport()
+    }
+
+    /// What is special to PCI, where the device is carried by it.
+    pub fn pci(&mut self) -> Option<&mut PciRegisters> {
+        self.registers.pci()
     }
 
     /// How many queues the device has.
@@ -187,26 +142,24 @@ impl Guest {
         self.available.len()
     }
 
-    /// Any read of the window.
+    /// Any read of the window, or of the BAR.
     pub fn raw_read(&self, offset: u64, data: &mut [u8]) {
-        self.mmio.lock().unwrap().mmio_read(MmioAddress(0), offset, data);
+        self.registers.raw_read(offset, data);
     }
 
-    /// Any write to the window.
+    /// Any write to the window, or to the BAR.
     pub fn raw_write(&self, offset: u64, data: &[u8]) {
-        self.mmio.lock().unwrap().mmio_write(MmioAddress(0), offset, data);
+        self.registers.raw_write(offset, data);
     }
 
     /// A register, or 4 bytes of the configuration space from 0x100 on.
     pub fn read(&self, register: u32) -> u32 {
-        let mut data = [0; 4];
-        self.raw_read(u64::from(register), &mut data);
-        u32::from_le_bytes(data)
+        self.registers.read(register)
     }
 
     /// A register, or 4 bytes of the configuration space from 0x100 on.
     pub fn write(&self, register: u32, value: u32) {
-        self.raw_write(u64::from(register), &value.to_le_bytes());
+        self.registers.write(register, value);
     }
 
     /// The Status register.
@@ -237,8 +190,10 @@ impl Guest {
 
     /// Takes the device from reset to FEATURES_OK.
     pub fn agree(&mut self, refused: u64) {
+        self.registers.open();
         self.reset();
         assert_eq!(self.status(), 0);
+        self.registers.ask_for_interrupts(self.queues());
         self.write(VIRTIO_MMIO_STATUS, 1);
         self.write(VIRTIO_MMIO_STATUS, 3);
         let features = self.offered() & !refused;
@@ -260,6 +215,12 @@ impl Guest {
 
     /// Describes queue `index` at its usual place, at its largest size, and enables it.
     pub fn set_up(&self, index: usize) {
+        self.lay_out(index);
+        self.write(VIRTIO_MMIO_QUEUE_READY, 1);
+    }
+
+    /// Describes queue `index` at its usual place, at its largest size.
+    pub fn lay_out(&self, index: usize) {
         let rings = self.rings(index);
         self.write(VIRTIO_MMIO_QUEUE_SEL, index as u32);
         self.write(VIRTIO_MMIO_QUEUE_NUM, u32::from(self.size(index)));
@@ -271,7 +232,6 @@ impl Guest {
             self.write(register, address as u32);
             self.write(register + 4, (address >> 32) as u32);
         }
-        self.write(VIRTIO_MMIO_QUEUE_READY, 1);
     }
 
     fn queue_base(&self, index: usize) -> GuestAddress {
@@ -280,8 +240,7 @@ impl Guest {
 
     /// The largest size of queue `index`.
     pub fn size(&self, index: usize) -> u16 {
-        self.write(VIRTIO_MMIO_QUEUE_SEL, index as u32);
-        self.read(VIRTIO_MMIO_QUEUE_NUM_MAX) as u16
+        self.sizes[index]
     }
 
     /// Where the rings of queue `index` stand: as close together as they may (section 2.7.2).
@@ -371,6 +330,6 @@ impl Guest {
 
     /// Interrupts since the last call.
     pub fn interrupts(&self) -> u64 {
-        self.irq.read().unwrap_or(0)
+        self.registers.interrupts()
     }
 }

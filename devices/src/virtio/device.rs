@@ -4,28 +4,22 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use serde_json::Value;
-use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
+use super::interrupt::Interrupt;
+use super::queue::ActiveQueue;
 use crate::sandbox::SandboxNeeds;
 use crate::state::StateError;
-
-/// How a device asks for the guest's attention; the transport implements it.
-pub trait Interrupt: Send + Sync {
-    /// Used buffers stand in a queue (virtio 1.2, section 2.3).
-    fn used_buffers(&self);
-    /// The configuration space has changed (section 2.3).
-    fn config_changed(&self);
-}
 
 /// What a device works on from DRIVER_OK until it is reset.
 pub struct Active {
     /// The guest's memory.
     pub memory: Arc<GuestMemoryMmap>,
-    /// The queues as the driver set them up; one that it did not enable is not `ready`.
-    pub queues: Vec<Queue>,
-    /// The way back to the guest.
-    pub interrupt: Arc<dyn Interrupt>,
+    /// The queues as the driver set them up, each with the interrupt that tells of its used buffers.
+    /// One that the driver did not enable is not ready.
+    pub queues: Vec<ActiveQueue>,
+    /// Tells the driver that the configuration space has changed.
+    pub config_interrupt: Interrupt,
     /// The features that both sides agreed on.
     pub features: u64,
 }
@@ -66,8 +60,17 @@ pub trait VirtioDevice: Send {
     /// The driver has set DRIVER_OK.
     fn activate(&mut self, active: &mut Active);
 
-    /// The driver lets go of the device, or gives up on it; may come at any time.
+    /// The driver lets go of the device, or gives up on it; may come at any time. Nothing is in flight.
     fn reset(&mut self);
+
+    /// Finishes, or gives up on, every chain that is being worked on elsewhere, in a thread or in the
+    /// host's kernel, and gives it back: when this returns nobody touches guest memory for this device.
+    /// Comes before a reset, and before the VM is paused, saved or ended; then no queue event and no own
+    /// event comes until the device goes on.
+    ///
+    /// A device that has done with a chain when its event returns need not do anything, nor one that
+    /// keeps a chain only to answer it later.
+    fn drain(&mut self, _active: &mut Active) {}
 
     /// The driver has put buffers into queue `index`.
     ///

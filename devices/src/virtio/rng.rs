@@ -72,7 +72,7 @@ impl VirtioDevice for Rng {
     }
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
-        serve(active, index, &mut self.faults, BUDGET, answer)
+        serve(active, index, &mut self.faults, BUDGET, |memory, chain| answer(memory, chain))
     }
 
     fn save(&self) -> Result<Value, StateError> {

@@ -1,7 +1,7 @@
 //! A hostile guest's room: the transport with the entropy device behind it.
 //! Shared by the property tests and the fuzz target.
 
-use devices::testing::{BUFFERS, Guest, RUNNING};
+use devices::testing::{BUFFERS, Carrier, Guest, RUNNING};
 use devices::virtio::rng::Rng;
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use vm_memory::{Bytes, GuestAddress};
@@ -10,8 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 pub const SIZE: u16 = 64;
 
 /// A guest with an entropy device.
-pub fn guest() -> Guest {
-    let guest = Guest::new(|_| Box::new(Rng::new()));
+pub fn guest(carrier: Carrier) -> Guest {
+    let guest = Guest::on(carrier, |_| Box::new(Rng::new()));
     assert_eq!(guest.size(0), SIZE);
     guest
 }

@@ -4,17 +4,35 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::saved::QueueState;
+use crate::virtio::queue::ActiveQueue;
 
 /// Which half of a 64-bit register an access means.
 #[derive(Clone, Copy)]
-pub(super) enum Half {
+pub(in crate::virtio) enum Half {
     Low,
     High,
 }
 
 impl Half {
+    /// The half that a driver selects by its number; there are no feature bits past 63.
+    pub(in crate::virtio) fn of(select: u32) -> Option<Self> {
+        match select {
+            0 => Some(Self::Low),
+            1 => Some(Self::High),
+            _ => None,
+        }
+    }
+
+    /// This half of `register`.
+    pub(in crate::virtio) fn get(self, register: u64) -> u32 {
+        match self {
+            Self::Low => register as u32,
+            Self::High => (register >> 32) as u32,
+        }
+    }
+
     /// `register` with this half replaced.
-    pub(super) fn put(self, register: &mut u64, value: u32) {
+    pub(in crate::virtio) fn put(self, register: &mut u64, value: u32) {
         *register = match self {
             Self::Low => *register & !u64::from(u32::MAX) | u64::from(value),
             Self::High => *register & u64::from(u32::MAX) | u64::from(value) << 32,
@@ -35,35 +53,39 @@ impl Area {
     }
 }
 
-/// The registers of one queue (virtio 1.2, section 4.2.2) before DRIVER_OK.
-pub(super) struct QueueSetup {
-    pub(super) max_size: u16,
-    pub(super) size: u32,
-    pub(super) descriptors: u64,
-    pub(super) available: u64,
-    pub(super) used: u64,
-    /// Built and checked once the driver has said that it is ready.
-    ready: Option<Queue>,
+/// The registers of one queue (virtio 1.2, sections 4.1.4.3 and 4.2.2).
+pub(in crate::virtio) struct QueueSetup {
+    pub(in crate::virtio) max_size: u16,
+    pub(in crate::virtio) size: u32,
+    pub(in crate::virtio) descriptors: u64,
+    pub(in crate::virtio) available: u64,
+    pub(in crate::virtio) used: u64,
+    ready: bool,
+    /// Built and checked once the driver has said that it is ready; the device has it from DRIVER_OK on.
+    built: Option<Queue>,
 }
 
 impl QueueSetup {
     pub(super) fn new(max_size: u16) -> Self {
-        Self { max_size, size: u32::from(max_size), descriptors: 0, available: 0, used: 0, ready: None }
+        let size = u32::from(max_size);
+        Self { max_size, size, descriptors: 0, available: 0, used: 0, ready: false, built: None }
     }
 
-    pub(super) fn is_ready(&self) -> bool {
-        self.ready.is_some()
+    pub(in crate::virtio) fn is_ready(&self) -> bool {
+        self.ready
     }
 
     pub(super) fn disable(&mut self) {
-        self.ready = None;
+        self.ready = false;
+        self.built = None;
     }
 
-    /// QueueReady = 1. Returns whether size, alignment and addresses make a
+    /// The driver says that the queue is ready. Returns whether size, alignment and addresses make a
     /// queue inside guest memory whose parts overlap nothing in `taken`.
     pub(super) fn enable(&mut self, memory: &GuestMemoryMmap, taken: &[Area]) -> bool {
-        self.ready = self.build(memory).filter(|_| self.is_apart_from(taken));
-        self.ready.is_some()
+        self.built = self.build(memory).filter(|_| self.is_apart_from(taken));
+        self.ready = self.built.is_some();
+        self.ready
     }
 
     /// What the queue's three parts cover (virtio 1.2, section 2.7).
@@ -97,14 +119,14 @@ impl QueueSetup {
     }
 
     /// The registers and, of a queue that is ready, how far it has come.
-    pub(super) fn save(&self, running: Option<&Queue>) -> QueueState {
-        let queue = running.or(self.ready.as_ref()).filter(|queue| queue.ready());
+    pub(super) fn save(&self, running: Option<&ActiveQueue>) -> QueueState {
+        let queue = running.map(|queue| &queue.queue).or(self.built.as_ref()).filter(|_| self.ready);
         QueueState {
             size: self.size,
             descriptors: self.descriptors,
             available: self.available,
             used: self.used,
-            ready: queue.is_some(),
+            ready: self.ready,
             next_available: queue.map_or(0, Queue::next_avail),
             next_used: queue.map_or(0, Queue::next_used),
         }
@@ -125,7 +147,7 @@ impl QueueSetup {
         if u32::from(taken_chains) > state.size || !self.enable(memory, taken) {
             return false;
         }
-        if let Some(queue) = &mut self.ready {
+        if let Some(queue) = &mut self.built {
             queue.set_next_avail(state.next_available);
             queue.set_next_used(state.next_used);
         }
@@ -134,7 +156,7 @@ impl QueueSetup {
 
     /// The queue for the device; one that was never enabled is not `ready`.
     pub(super) fn take(&mut self, event_idx: bool) -> Queue {
-        let mut queue = self.ready.take().unwrap_or_default();
+        let mut queue = self.built.take().unwrap_or_default();
         queue.set_event_idx(event_idx);
         queue
     }
