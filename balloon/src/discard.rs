@@ -313,7 +313,6 @@ impl Discard {
 
     /// Gives all that waits back to the host.
     pub fn finish(&mut self) {
-        // Asked for with every piece that a guest takes back, mostly for nothing.
         if self.waiting() == Bytes::ZERO {
             return;
         }
@@ -323,23 +322,22 @@ impl Discard {
         self.batch.flush();
     }
 
-    /// The guest takes the pages `pfns` (of 4 KiB) out of its balloon; the host
-    /// gives it memory when it touches them. Returns how much of it is guest RAM; a
-    /// page that is named twice may count twice.
+    /// The guest takes the pages `pfns` (of 4 KiB) out of its balloon: those that wait stay, and the
+    /// host gives it memory for the others when it touches them. Makes no system call. Returns how much
+    /// of it is guest RAM; a page that is named twice counts twice.
     pub fn take_back(&mut self, pfns: &mut [u32]) -> Bytes {
-        // Nothing may go any more once the driver has its pages.
-        self.finish();
         let mut taken = Bytes::ZERO;
         for Mapped { place, given } in &mut self.regions {
-            let Given::Huge(bits) = given else {
-                // Nothing to do: the host brings memory in when it is touched.
-                taken += ranges::pages_inside(pfns, &place.range).bytes();
-                continue;
-            };
-            for range in ranges::of_pages(pfns) {
-                let Some(part) = range.within(&place.range) else { continue };
-                taken += part.len;
-                bits.take_back(Range { start: GuestAddress(part.offset_in(&place.range)), len: part.len });
+            taken += ranges::pages_inside(pfns, &place.range).bytes();
+            match given {
+                Given::Soon(pending) if pending.waiting() == Bytes::ZERO => {}
+                Given::Soon(pending) => ranges::of_pages(pfns).for_each(|range| pending.remove(range)),
+                Given::Huge(bits) => {
+                    for part in ranges::of_pages(pfns).filter_map(|range| range.within(&place.range)) {
+                        let from_start = GuestAddress(part.offset_in(&place.range));
+                        bits.take_back(Range { start: from_start, len: part.len });
+                    }
+                }
             }
         }
         taken

@@ -25,8 +25,8 @@ pub struct Pending {
     words: Vec<u64>,
     /// How many pages wait, for each block.
     counts: Vec<u32>,
-    /// The blocks of which any page waits, in the order in which they came.
-    touched: Vec<usize>,
+    /// A bit for each block of which any page waits.
+    touched: Vec<u64>,
     /// How many blocks wait whole.
     whole: u64,
     waiting: Pages,
@@ -44,7 +44,7 @@ impl Pending {
             block,
             words: vec![0; region.len.pages().0.div_ceil(64) as usize],
             counts: vec![0; blocks as usize],
-            touched: Vec::new(),
+            touched: vec![0; blocks.div_ceil(64) as usize],
             whole: 0,
             waiting: Pages(0),
         }
@@ -55,35 +55,48 @@ impl Pending {
         self.waiting.bytes()
     }
 
-    /// Puts the whole pages of `range` in the region down; returns whether it is time to
+    /// Has the whole pages of `range` in the region wait; returns whether it is time to
     /// [`take_ready`](Self::take_ready).
     pub fn push(&mut self, range: Range) -> bool {
-        let pages = range.within(&self.region).and_then(|range| range.whole_pages(Bytes(PAGE_SIZE)));
-        if let Some(pages) = pages {
-            let first = pages.offset_in(&self.region) >> PAGE_SHIFT;
-            for piece in pieces(first..first.saturating_add(pages.len.pages().0), self.block.pages().0) {
-                self.push_piece(&piece);
-            }
-        }
+        self.set(range, true);
         self.is_full()
     }
 
-    fn push_piece(&mut self, piece: &Piece) {
+    /// The guest uses the whole pages of `range` again: none of them waits any more.
+    pub fn remove(&mut self, range: Range) {
+        self.set(range, false);
+    }
+
+    fn set(&mut self, range: Range, waits: bool) {
+        let pages = range.within(&self.region).and_then(|range| range.whole_pages(Bytes(PAGE_SIZE)));
+        let Some(pages) = pages else { return };
+        let first = pages.offset_in(&self.region) >> PAGE_SHIFT;
+        for piece in pieces(first..first.saturating_add(pages.len.pages().0), self.block.pages().0) {
+            self.set_piece(&piece, waits);
+        }
+    }
+
+    fn set_piece(&mut self, piece: &Piece, waits: bool) {
         let (Some(word), Some(count)) = (self.words.get_mut(piece.word), self.counts.get_mut(piece.block))
         else {
             return;
         };
-        let new = (piece.bits & !*word).count_ones();
-        if new == 0 {
-            return;
+        let changed = piece.bits & if waits { !*word } else { *word };
+        let (pages, before) = (changed.count_ones(), *count);
+        *word ^= changed;
+        *count = if waits { before.saturating_add(pages) } else { before.saturating_sub(pages) };
+        let (pages, was_whole) = (u64::from(pages), u64::from(is_whole(before, self.block)));
+        self.whole =
+            self.whole.saturating_add(u64::from(is_whole(*count, self.block))).saturating_sub(was_whole);
+        self.waiting = Pages(if waits {
+            self.waiting.0.saturating_add(pages)
+        } else {
+            self.waiting.0.saturating_sub(pages)
+        });
+        if let Some(touched) = self.touched.get_mut(piece.block / 64) {
+            let bit = 1 << (piece.block % 64);
+            *touched = if *count > 0 { *touched | bit } else { *touched & !bit };
         }
-        *word |= piece.bits;
-        if *count == 0 {
-            self.touched.push(piece.block);
-        }
-        *count += new;
-        self.whole += u64::from(is_whole(*count, self.block));
-        self.waiting = Pages(self.waiting.0.saturating_add(u64::from(new)));
     }
 
     fn is_full(&self) -> bool {
@@ -104,34 +117,31 @@ impl Pending {
     }
 
     fn take(&mut self, goes: impl Fn(u32) -> bool, gone: impl FnMut(Range)) {
-        self.touched.sort_unstable();
-        let taken: Vec<usize> =
-            self.touched.iter().copied().filter(|number| goes(self.count(*number))).collect();
-        self.ranges_of(&taken).for_each(gone);
+        let taken: Vec<usize> = self.touched().filter(|number| goes(self.count(*number))).collect();
+        self.ranges_of(taken.iter().copied()).for_each(gone);
         for number in taken {
             self.forget(number);
         }
-        let counts = &self.counts;
-        self.touched.retain(|number| counts.get(*number).is_some_and(|count| *count > 0));
     }
 
     /// All that waits, in merged ranges upwards, which goes on waiting.
     pub fn ranges(&self) -> Vec<Range> {
-        let mut touched = self.touched.clone();
-        touched.sort_unstable();
-        self.ranges_of(&touched).collect()
+        self.ranges_of(self.touched()).collect()
     }
 
     /// Forgets what waits: the guest uses it again.
     pub fn clear(&mut self) {
-        for number in std::mem::take(&mut self.touched) {
-            self.forget(number);
-        }
+        self.take_all(drop);
+    }
+
+    /// The blocks of which any page waits, upwards.
+    fn touched(&self) -> impl Iterator<Item = usize> {
+        ranges::runs(&self.touched, 0..self.counts.len() as u64).flatten().map(|number| number as usize)
     }
 
     /// What waits in these blocks, which are sorted.
-    fn ranges_of(&self, blocks: &[usize]) -> impl Iterator<Item = Range> {
-        let runs = blocks.iter().flat_map(|number| ranges::runs(&self.words, self.pages_of(*number)));
+    fn ranges_of(&self, blocks: impl Iterator<Item = usize>) -> impl Iterator<Item = Range> {
+        let runs = blocks.flat_map(|number| ranges::runs(&self.words, self.pages_of(number)));
         ranges::merged(runs.map(|run| {
             let start = self.region.start.0.saturating_add(run.start << PAGE_SHIFT);
             Range { start: GuestAddress(start), len: Pages(run.end.saturating_sub(run.start)).bytes() }
@@ -140,12 +150,8 @@ impl Pending {
 
     fn forget(&mut self, number: usize) {
         for piece in pieces(self.pages_of(number), self.block.pages().0) {
-            let Some(word) = self.words.get_mut(piece.word) else { continue };
-            *word &= !piece.bits;
+            self.set_piece(&piece, false);
         }
-        let count = self.counts.get_mut(number).map(std::mem::take).unwrap_or(0);
-        self.whole = self.whole.saturating_sub(u64::from(is_whole(count, self.block)));
-        self.waiting = Pages(self.waiting.0.saturating_sub(u64::from(count)));
     }
 
     fn count(&self, number: usize) -> u32 {
@@ -272,16 +278,23 @@ mod tests {
     proptest! {
         #[test]
         fn each_page_goes_once_and_whole_blocks_first(
-            given in vec((0u64..200, 1u64..12), 1..60),
+            given in vec((0u64..200, 1u64..12, prop::bool::weighted(0.8)), 1..60),
             pieces in 1usize..4,
         ) {
             let mut pending = Pending::new(range(0, 212), BLOCK);
             let (mut given_up, mut gone) = (BTreeSet::new(), BTreeSet::new());
             for part in given.chunks(given.len().div_ceil(pieces)) {
                 let mut waits: BTreeSet<u64> = pages_of(&pending.ranges());
-                for (first, count) in part {
-                    pending.push(range(*first, *count));
-                    waits.extend(*first..first + count);
+                for (first, count, gives) in part {
+                    let named = *first..first + count;
+                    if *gives {
+                        pending.push(range(*first, *count));
+                        waits.extend(named);
+                    } else {
+                        pending.remove(range(*first, *count));
+                        waits.retain(|page| !named.contains(page));
+                        given_up.retain(|page| gone.contains(page) || !named.contains(page));
+                    }
                 }
                 given_up.extend(&waits);
                 prop_assert_eq!(pending.waiting().pages().0, waits.len() as u64);

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use api::status::DriverState;
 use api::units::{Bytes, PAGE_SIZE};
 use balloon::device::{Config, Handle, MUST_TELL_HOST, PAGE_POISON};
 use devices::testing::{BUFFERS, Guest, HIGH, RUNNING};
@@ -109,7 +110,45 @@ fn nothing_goes_once_the_guest_has_it_back() {
     std::thread::sleep(Duration::from_millis(250));
     guest.run();
     assert_eq!(resident(&guest), 64);
-    assert_eq!(handle.counters().discarded, Bytes(16 * PAGE_SIZE), "what went before the deflate");
+    assert_eq!(handle.counters().discarded, Bytes::ZERO);
+}
+
+/// A notification for the deflate queue is served by the vCPU that makes it.
+#[test]
+fn a_vcpu_that_takes_pages_back_gives_none_to_the_host() {
+    let (mut guest, handle) = guest(config());
+    guest.start(0);
+    let pfns = touched(&guest, 0, 64);
+    send(&mut guest, INFLATE, &pfns[..32]);
+    // Where it should be: what waits need not wait any longer.
+    guest.write(ACTUAL, 256);
+    for (place, pfn) in pfns[..16].iter().enumerate() {
+        guest.ram.memory.write_obj(pfn.to_le(), GuestAddress(BUFFERS + 4 * place as u64)).unwrap();
+    }
+    guest.describe(DEFLATE, 0, BUFFERS, 64, 0, 0);
+    guest.offer(DEFLATE, 0);
+    guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, DEFLATE as u32);
+    assert_eq!(guest.used(DEFLATE), [(0, 0)], "it was served before the vCPU went on");
+    assert_eq!((handle.counters().discard_calls, resident(&guest)), (0, 64));
+    guest.run();
+    assert_eq!(handle.counters().discarded, Bytes(16 * PAGE_SIZE), "the rest of what waited");
+    assert_eq!(resident(&guest), 48);
+    assert!((0..16).all(|page| guest.ram.resident(HIGH + page * PAGE_SIZE)), "what it has back");
+}
+
+/// Nor does it where it breaks the protocol by that: the event loop cleans up.
+#[test]
+fn what_a_broken_driver_gave_up_goes() {
+    let (mut guest, handle) = guest(config());
+    guest.start(0);
+    let pfns = touched(&guest, 0, 64);
+    send(&mut guest, INFLATE, &pfns[..16]);
+    guest.set_available(DEFLATE, 1000);
+    guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, DEFLATE as u32);
+    assert_eq!((handle.driver(), handle.counters().discard_calls), (DriverState::Broken, 0));
+    guest.run();
+    assert_eq!(resident(&guest), 48);
+    assert!(!guest.wait(300), "a balloon whose driver is broken asks for no time");
 }
 
 #[test]

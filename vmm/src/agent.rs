@@ -3,12 +3,13 @@
 
 mod bucket;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::agent::wire::{Decoder, Frame, Kind};
 use api::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
 use devices::virtio::port::{Port, PortEvent};
+use parking_lot::Mutex;
 
 use self::bucket::Bucket;
 use crate::event_stream::EventStream;
@@ -71,25 +72,20 @@ impl Agent {
 
     /// How it stands at `now`; `None` where it was never heard.
     pub fn status(&self, now: Instant) -> Option<AgentStatus> {
-        self.listener().state.status(now)
+        self.listener.lock().state.status(now)
     }
 
     /// The guest's driver says that it waits for memory. What it says goes to the events no more often than an
     /// agent's words: both are the guest's to send, and too many would drive every reader away.
     pub fn stalls(&self, now: Instant) {
-        let mut listener = self.listener();
+        let mut listener = self.listener.lock();
         if listener.state.bucket.take(now) {
             self.events.push(EventKind::Stalls, listener.state.status(now));
         }
     }
 
-    fn listener(&self) -> MutexGuard<'_, Listener> {
-        // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
-        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn take(&self, event: PortEvent<'_>, now: Instant) {
-        let mut listener = self.listener();
+        let mut listener = self.listener.lock();
         let Listener { decoder, state } = &mut *listener;
         match event {
             PortEvent::Opened => {

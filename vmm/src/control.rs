@@ -1,7 +1,7 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use api::agent::AgentStatus;
@@ -9,6 +9,7 @@ use api::limits::Limits;
 use api::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
@@ -157,7 +158,7 @@ impl Control {
 
     /// Lets the vCPUs run for the first time.
     pub fn start(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if let (VmState::Created, Some(parts)) = (*state, self.parts.get()) {
             parts.vcpu_set.run();
             *state = VmState::Running;
@@ -166,7 +167,7 @@ impl Control {
 
     /// Takes note that the VM has ended.
     pub fn ended(&self) {
-        *lock(&self.state) = VmState::Stopped;
+        *self.state.lock() = VmState::Stopped;
     }
 
     /// What this VM is and where it stands.
@@ -174,7 +175,7 @@ impl Control {
         VmStatus {
             name: self.name.as_str().to_owned(),
             pid: std::process::id(),
-            state: *lock(&self.state),
+            state: *self.state.lock(),
             cpus: self.cpus.get(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -183,7 +184,7 @@ impl Control {
 
     /// Everything about this VM's memory now.
     pub fn memory(&self) -> MemoryStatus {
-        let limits = *lock(&self.limits);
+        let limits = *self.limits.lock();
         let Some(parts) = self.parts.get() else {
             return MemoryStatus {
                 limits,
@@ -213,7 +214,7 @@ impl Control {
             actual: steering.actual(),
             settled: balloon.settled(),
             followed: Some(balloon.followed()),
-            paused_by: lock(&self.state).paused_by(),
+            paused_by: self.state.lock().paused_by(),
             host_rss: held.map(|held| held.resident).unwrap_or_default(),
             host_huge: held.map(|held| held.huge),
             driver: balloon.driver(),
@@ -228,7 +229,7 @@ impl Control {
     /// be expected: then whoever listens to the [`EventStream`] is woken when it is there.
     pub fn expects_report(&self, max_age: Duration) -> bool {
         // A guest that stands still answers nobody, and would pass for silent.
-        let (Some(parts), VmState::Running) = (self.parts.get(), *lock(&self.state)) else { return false };
+        let (Some(parts), VmState::Running) = (self.parts.get(), *self.state.lock()) else { return false };
         let balloon = parts.steering.balloon();
         if balloon.report_age().is_some_and(|age| age <= max_age) {
             return false;
@@ -271,7 +272,7 @@ impl Control {
     /// [`ControlError::OutsideLimits`], and [`ControlError::NoDriver`] where nothing would follow.
     pub fn set_target(&self, target: Bytes) -> Result<(), ControlError> {
         // Held until the target is set, so that it can't slip past new limits.
-        let limits = lock(&self.limits);
+        let limits = self.limits.lock();
         let (min, max) = (limits.min(), limits.max());
         if !(min..=max).contains(&target) {
             return Err(ControlError::OutsideLimits { target, min, max });
@@ -292,7 +293,7 @@ impl Control {
         if limits.max() > self.map {
             return Err(ControlError::BeyondMap { max: limits.max(), map: self.map });
         }
-        let mut current = lock(&self.limits);
+        let mut current = self.limits.lock();
         *current = limits;
         if let Some(parts) = self.parts.get() {
             let target = parts.steering.target();
@@ -329,7 +330,7 @@ impl Control {
     /// [`ControlError::State`] unless the VM runs.
     pub fn power_button(&self) -> Result<(), ControlError> {
         const ACTION: &str = "take a press of the power button";
-        let state = lock(&self.state);
+        let state = self.state.lock();
         match self.parts.get() {
             Some(parts) if *state == VmState::Running => {
                 // The one failure is a full counter: a press that is pending already.
@@ -357,7 +358,7 @@ impl Control {
         &self,
         decide: impl FnOnce(VmState) -> Result<Change, &'static str>,
     ) -> Result<(), ControlError> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let refused = |action| ControlError::State { state: *state, action };
         let change = decide(*state).map_err(refused)?;
         // Whoever runs or is paused has its parts.
@@ -378,11 +379,6 @@ impl Control {
     }
 
     fn parts(&self, action: &'static str) -> Result<&Parts, ControlError> {
-        self.parts.get().ok_or_else(|| ControlError::State { state: *lock(&self.state), action })
+        self.parts.get().ok_or_else(|| ControlError::State { state: *self.state.lock(), action })
     }
-}
-
-/// The value behind `mutex`; a panic elsewhere must not take this VM's control away.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

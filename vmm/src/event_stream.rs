@@ -5,9 +5,10 @@
 //! some, and is sent away: nobody's slowness costs the VM memory or time.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use api::agent::{AgentStatus, EventKind, MemoryEvent};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Events that are kept for readers.
@@ -41,19 +42,14 @@ impl State {
 pub struct EventStream(Mutex<State>);
 
 impl EventStream {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Events are pushed whole or not at all: nothing to distrust after a panic elsewhere.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Has `wake` written to whenever there is something for a reader.
     pub fn wake_with(&self, wake: EventFd) {
-        self.state().wake = Some(wake);
+        self.0.lock().wake = Some(wake);
     }
 
     /// Something has happened.
     pub fn push(&self, event: EventKind, agent: Option<AgentStatus>) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         state.newest = state.newest.saturating_add(1);
         let event = MemoryEvent { sequence: state.newest, event, agent };
         if state.events.len() >= MOST_EVENTS {
@@ -67,12 +63,12 @@ impl EventStream {
 
     /// The next report wakes those who wait.
     pub fn expect_report(&self) {
-        self.state().report_expected = true;
+        self.0.lock().report_expected = true;
     }
 
     /// The guest has sent a report.
     pub fn report_came(&self) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         if std::mem::take(&mut state.report_expected) {
             state.wake();
         }
@@ -81,7 +77,7 @@ impl EventStream {
     /// A reader of what happens from now on, whose first event tells how the agent stands;
     /// `None` where there are [`MOST_READERS`] already.
     pub fn subscribe(self: &Arc<Self>, agent: Option<AgentStatus>) -> Option<Subscription> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         if state.readers >= MOST_READERS {
             return None;
         }
@@ -109,7 +105,7 @@ impl Subscription {
     /// # Errors
     /// [`FellBehind`], again and again.
     pub fn read(&mut self) -> Result<Vec<MemoryEvent>, FellBehind> {
-        let state = self.events.state();
+        let state = self.events.0.lock();
         let oldest = state.events.front().map_or(state.newest, |event| event.sequence);
         if self.seen.saturating_add(1) < oldest {
             return Err(FellBehind);
@@ -123,7 +119,7 @@ impl Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        let mut state = self.events.state();
+        let mut state = self.events.0.lock();
         state.readers = state.readers.saturating_sub(1);
     }
 }

@@ -1,11 +1,12 @@
 //! All vCPUs of one VM, stopped and started from outside.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{io, ptr};
 
 use kvm_ioctls::VcpuFd;
+use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::exit::Exit;
@@ -109,7 +110,7 @@ impl VcpuSet {
 
     /// Lets the vCPUs enter the guest. An ended VM stays so.
     pub fn run(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.order == Order::Hold {
             state.order = Order::Run;
             state.resumes += 1;
@@ -122,14 +123,13 @@ impl VcpuSet {
     /// # Errors
     /// [`Stuck`] when one does not come out within [`PATIENCE`]; all run on then.
     pub fn hold(&self) -> Result<(), Stuck> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.order == Order::Run {
             state.order = Order::Hold;
             state.kick_all();
         }
         let inside = |state: &mut State| state.inside > 0 && state.order == Order::Hold;
-        let (mut state, _) =
-            self.changed.wait_timeout_while(state, PATIENCE, inside).unwrap_or_else(PoisonError::into_inner);
+        self.changed.wait_while_for(&mut state, inside, PATIENCE);
         if inside(&mut state) {
             state.order = Order::Run;
             self.changed.notify_all();
@@ -140,7 +140,7 @@ impl VcpuSet {
 
     /// Ends the VM, unless it has ended already. Returns at once.
     pub fn end(&self, exit: Exit) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if !matches!(state.order, Order::End(_)) {
             state.order = Order::End(exit);
             state.kick_all();
@@ -163,7 +163,7 @@ impl VcpuSet {
     ) -> Result<T, VisitError> {
         let (sender, receiver) = mpsc::sync_channel(1);
         {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             if matches!(state.order, Order::End(_)) {
                 return Err(VisitError::Ended);
             }
@@ -185,23 +185,23 @@ impl VcpuSet {
 
     /// Whether the VM has ended.
     pub fn has_ended(&self) -> bool {
-        matches!(self.lock().order, Order::End(_))
+        matches!(self.state.lock().order, Order::End(_))
     }
 
     /// Waits until the VM ends.
     pub fn wait_for_end(&self) -> Exit {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             if let Order::End(exit) = &state.order {
                 return exit.clone();
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut state);
         }
     }
 
     /// Waits until the vCPU of this number has something to do.
     pub(crate) fn admit(&self, index: u8) -> Admission {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             let place = state.places.get_mut(usize::from(index));
             if let Some(visit) = place.and_then(|place| place.visit.take()) {
@@ -213,14 +213,14 @@ impl VcpuSet {
                     return Admission::Enter { resumes: state.resumes };
                 }
                 Order::End(_) => return Admission::Leave,
-                Order::Hold => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Order::Hold => self.changed.wait(&mut state),
             }
         }
     }
 
     /// One that was let in has come out.
     pub(crate) fn left(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.inside -= 1;
         // While all run nobody waits for that, and a guest comes here with each byte for its console.
         if state.order != Order::Run {
@@ -230,13 +230,9 @@ impl VcpuSet {
 
     /// How to call the vCPU of this number out from now on; `None` before its thread or mapping goes.
     pub(crate) fn set_kick(&self, index: u8, kick: Option<Kick>) {
-        if let Some(place) = self.lock().places.get_mut(usize::from(index)) {
+        if let Some(place) = self.state.lock().places.get_mut(usize::from(index)) {
             place.kick = kick;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -292,7 +288,7 @@ mod tests {
             let vcpu_set = Arc::clone(&vcpu_set);
             move || vcpu_set.hold()
         });
-        while vcpu_set.lock().order != Order::Hold {
+        while vcpu_set.state.lock().order != Order::Hold {
             std::thread::yield_now();
         }
         assert!(!holder.is_finished());
@@ -310,7 +306,7 @@ mod tests {
             let vcpu_set = Arc::clone(&vcpu_set);
             move || vcpu_set.visit(0, |_| ())
         });
-        while vcpu_set.lock().places[0].visit.is_none() {
+        while vcpu_set.state.lock().places[0].visit.is_none() {
             std::thread::yield_now();
         }
         vcpu_set.end(Exit::Stopped);

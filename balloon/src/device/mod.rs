@@ -460,7 +460,12 @@ impl VirtioDevice for Balloon {
         if broken {
             self.shared.state().driver = Driver::Broken;
         }
-        self.follow_up(active, broken);
+        // On a vCPU's thread no memory goes to the host: that is left to the event loop.
+        if role != Role::Deflate {
+            self.follow_up(active, broken);
+        } else if broken {
+            let _ = self.shared.wake.write(1);
+        }
         self.publish(broken);
         progress
     }
@@ -484,9 +489,13 @@ impl VirtioDevice for Balloon {
         self.note_emptied();
         let (is_new, is_asked) = (self.take_request(), self.take_question());
         let Some(active) = active else {
-            // Nobody to ask: a driver that comes finds it in the configuration space.
+            // Nobody to ask: a driver that comes finds it in the configuration space. One that broke the
+            // protocol takes nothing back before a reset.
             self.told = self.pace.asked();
-            return;
+            self.discard.finish();
+            // Disarming fails only for a bad descriptor.
+            let _ = self.timer.run(false);
+            return self.publish(false);
         };
         if index == TIMER && !self.shared.state().resting {
             self.pace.tick();

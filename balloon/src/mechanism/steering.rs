@@ -2,9 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Standing, steps};
@@ -155,7 +156,7 @@ impl Steering {
     pub fn rest(&self, resting: bool) {
         self.balloon.rest(resting);
         if let Some(pluggable) = &self.pluggable {
-            let mut course = pluggable.course();
+            let mut course = pluggable.course.lock();
             course.resting = resting;
             course.since = Instant::now();
             pluggable.step(&mut course, &self.balloon, false);
@@ -164,7 +165,9 @@ impl Steering {
 
     /// What the guest was last asked to have.
     pub fn target(&self) -> Bytes {
-        self.pluggable.as_ref().map_or_else(|| self.balloon.target(), |pluggable| pluggable.course().target)
+        self.pluggable
+            .as_ref()
+            .map_or_else(|| self.balloon.target(), |pluggable| pluggable.course.lock().target)
     }
 
     /// What the guest has: boot memory and what is plugged, less what its driver says that the balloon holds.
@@ -193,7 +196,7 @@ impl Steering {
     /// Descriptors that an event loop shall watch for reading; none where there is nothing to steer.
     pub fn events(&self) -> Vec<RawFd> {
         self.pluggable.as_ref().map_or_else(Vec::new, |pluggable| {
-            vec![pluggable.plug.moved().as_raw_fd(), pluggable.timer().as_raw_fd()]
+            vec![pluggable.plug.moved().as_raw_fd(), pluggable.timer.lock().as_raw_fd()]
         })
     }
 
@@ -203,10 +206,10 @@ impl Steering {
         match index {
             MOVED => drop(pluggable.plug.moved().read()),
             // Not expired after all where another look has rearmed it.
-            TIMER => drop(pluggable.timer().wait()),
+            TIMER => drop(pluggable.timer.lock().wait()),
             _ => return,
         }
-        let mut course = pluggable.course();
+        let mut course = pluggable.course.lock();
         let plugged = pluggable.plug.plugged();
         if std::mem::replace(&mut course.plugged, plugged) != plugged {
             course.since = Instant::now();
@@ -216,15 +219,6 @@ impl Steering {
 }
 
 impl Pluggable {
-    fn course(&self) -> MutexGuard<'_, Course> {
-        // Plain values, each whole at any moment: nothing to distrust after a panic elsewhere.
-        self.course.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn timer(&self) -> MutexGuard<'_, TimerFd> {
-        self.timer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether there can be such a target.
     fn check(&self, target: Bytes) -> Result<(), SteeringError> {
         let map = self.boot.saturating_add(self.plug.most());
@@ -235,7 +229,7 @@ impl Pluggable {
 
     fn aim(&self, target: Bytes, balloon: &Handle) {
         let above = self.plug.whole_blocks(target.saturating_sub(self.boot));
-        let mut course = self.course();
+        let mut course = self.course.lock();
         course.target = if target < self.boot { target } else { self.boot.saturating_add(above) };
         course.since = Instant::now();
         self.step(&mut course, balloon, true);
@@ -263,7 +257,7 @@ impl Pluggable {
     }
 
     fn look_again(&self, after: Option<Duration>) {
-        let mut timer = self.timer();
+        let mut timer = self.timer.lock();
         let set = match after {
             // Zero would disarm it.
             Some(after) => timer.reset(after.max(Duration::from_millis(1)), None),

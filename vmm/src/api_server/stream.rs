@@ -1,6 +1,8 @@
 //! A response without an end: lines of JSON, written as events come.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::event_stream::{FellBehind, Subscription};
 
@@ -28,7 +30,7 @@ impl Stream {
     /// # Errors
     /// [`FellBehind`] where the client was too slow to get all of them.
     pub fn lines(&self) -> Result<Vec<u8>, FellBehind> {
-        let events = self.0.lock().unwrap_or_else(PoisonError::into_inner).read()?;
+        let events = self.0.lock().read()?;
         let mut lines = Vec::new();
         for event in events {
             // Plain numbers and words can always be encoded; a Vec takes all that is written.

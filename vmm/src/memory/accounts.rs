@@ -10,11 +10,12 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::units::{Bytes, Pages};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// From one count to the next there are so many times what it took, so that asking costs at most a
 /// tenth of a processor, however often anyone asks.
@@ -109,7 +110,7 @@ impl Accounts {
         let first = self.count()?;
         let accounts = Arc::clone(self);
         Builder::new().name("accounts".to_owned()).stack_size(STACK).spawn(move || accounts.serve())?;
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.last = Some(first);
         state.counter = Counter::Idle;
         Ok(())
@@ -121,7 +122,7 @@ impl Accounts {
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn held(&self) -> io::Result<Held> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         // Whoever asks meanwhile waits for the same count.
         if state.counter == Counter::Asker {
             let good = state.last.filter(|count| count.is_kept(Instant::now()));
@@ -139,10 +140,7 @@ impl Accounts {
         {
             let patience = (since + PATIENCE).saturating_duration_since(now);
             let busy = |state: &mut State| matches!(state.counter, Counter::Busy { .. });
-            (state, _) = self
-                .changed
-                .wait_timeout_while(state, patience, busy)
-                .unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait_while_for(&mut state, busy, patience);
         }
         let last = state.last;
         drop(state);
@@ -155,13 +153,11 @@ impl Accounts {
 
     /// Counts when asked to.
     fn serve(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         loop {
             let idle = |state: &mut State| !matches!(state.counter, Counter::Busy { .. });
-            state = self.changed.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner);
-            drop(state);
-            let count = self.count();
-            state = self.state();
+            self.changed.wait_while(&mut state, idle);
+            let count = MutexGuard::unlocked(&mut state, || self.count());
             match count {
                 Ok(count) => state.last = Some(count),
                 Err(error) => {
@@ -188,14 +184,10 @@ impl Accounts {
         self.mappings.iter().map(|all| Bytes(all.end.saturating_sub(all.start))).sum()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Forgets what was counted, for a test that asks for this moment.
     #[cfg(test)]
     pub(super) fn forget(&self) {
-        self.state().last = None;
+        self.state.lock().last = None;
     }
 
     /// What the host holds at this moment.
@@ -325,7 +317,7 @@ ShmemPmdMapped:     2048 kB
         let told = tell(100);
         accounts.start().unwrap();
         told.join().unwrap();
-        if let Some(last) = &mut accounts.state().last {
+        if let Some(last) = &mut accounts.state.lock().last {
             assert_eq!(last.held.resident, Bytes::mib(100));
             last.took = Duration::ZERO;
         }
@@ -337,7 +329,7 @@ ShmemPmdMapped:     2048 kB
         let held = answer.recv_timeout(LONG).expect("it waits for no count").resident;
         // Each processor may keep some pages of the kernel's counters to itself, and a test has a heap.
         assert!((Bytes::mib(156)..Bytes::mib(172)).contains(&held), "{held}");
-        assert!(matches!(accounts.state().counter, Counter::Busy { .. }), "nothing was told");
+        assert!(matches!(accounts.state.lock().counter, Counter::Busy { .. }), "nothing was told");
 
         tell(7).join().unwrap();
         let deadline = Instant::now() + LONG;
@@ -361,7 +353,7 @@ ShmemPmdMapped:     2048 kB
             ram.guest().write_obj(1u8, GuestAddress(page * 4096)).unwrap();
         }
         // An old count, and one that the thread will be waited for.
-        if let Some(last) = &mut ram.accounts.state().last {
+        if let Some(last) = &mut ram.accounts.state.lock().last {
             last.took = Duration::ZERO;
         }
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -369,7 +361,7 @@ ShmemPmdMapped:     2048 kB
             assert!(Instant::now() < deadline, "{:?}", ram.held());
             std::thread::yield_now();
         }
-        let state = ram.accounts.state();
+        let state = ram.accounts.state.lock();
         assert_eq!(state.last.map(|count| count.held.resident), Some(Bytes::mib(8)));
     }
 
