@@ -1,19 +1,24 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
 
 use crate::api_server;
+use crate::arch::x86_64::layout::{self, NoPciWindow};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
-use crate::arch::x86_64::{acpi, reset};
-use crate::boot::kernel::{self, Files, KernelError};
+use crate::arch::x86_64::{acpi, cpuid, reset};
+use crate::boot::kernel::{self, Boot, KernelError};
 use crate::builder::{BuildError, Builder, Threads};
 use crate::bus::Buses;
-use crate::config::{ConfigError, ThreadName, VmConfig, plug_cmdline};
+use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
 use crate::console::Console;
 use crate::control::{Control, Parts};
 use crate::events::{self, EventThread};
@@ -42,6 +47,9 @@ pub enum MachineError {
     /// Its configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// There is no room for its devices.
+    #[error(transparent)]
+    NoPciWindow(#[from] NoPciWindow),
     /// A device.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -121,18 +129,29 @@ impl Machine {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
         let ram = Arc::new(ram(&config)?);
-        let cmdline = match ram.pluggable() {
-            Some(_) => plug_cmdline(&config.cmdline),
-            None => config.cmdline.clone(),
+        let supported = kvm_fd
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm::refused("tell what CPUID it supports"))?;
+        let pci = pci_window(&config, &ram, &supported)?;
+        if config.hides_devices() {
+            tracing::warn!(
+                "`pci=off` hides all of the guest's devices: take it off the kernel's command line, or use \
+                 --transport mmio"
+            );
+        }
+        let boot = Boot {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_deref(),
+            cmdline: &config.kernel_cmdline(),
+            reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
-        let files = Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline };
-        let entry = kernel::load(files, ram.guest(), ram.boot())?;
+        let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
         let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
         let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
-        let mut builder = Builder::new(Arc::clone(&vm), config.limits, &ram, &control, &vcpu_set)?;
+        let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;
         add(builder.buses()).map_err(BuildError::from)?;
         for device in &config.devices {
             builder.add(device)?;
@@ -142,7 +161,7 @@ impl Machine {
         reset::write(ram.guest())?;
 
         let buses = Arc::new(devices.buses);
-        let vcpus = vcpu::create_all(&kvm_fd, &vm, config.cpus, ram.guest(), entry)?;
+        let vcpus = vcpu::create_all(&vm, &supported, config.cpus, ram.guest(), entry)?;
         let vcpus = (0..)
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
@@ -264,6 +283,16 @@ fn ram(config: &VmConfig) -> Result<Ram, MemoryError> {
         Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory)
     } else {
         Ram::new(max, config.memory)
+    }
+}
+
+/// Where the BARs of its devices are to lie, in a guest that reaches them by PCI.
+fn pci_window(config: &VmConfig, ram: &Ram, supported: &CpuId) -> Result<Option<Range<u64>>, NoPciWindow> {
+    let ends = ram.regions().iter().map(|region| region.guest.0.saturating_add(region.size.0));
+    let end = GuestAddress(ends.max().unwrap_or_default());
+    match config.transport {
+        Transport::Pci => layout::pci_window(end, cpuid::address_bits(supported)).map(Some),
+        Transport::Mmio => Ok(None),
     }
 }
 
