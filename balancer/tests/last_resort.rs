@@ -53,7 +53,7 @@ fn config(directory: &TempDir, last_resort: LastResort) -> Config {
 fn vm(directory: &TempDir, name: &str, weight: u64) -> FakeVm {
     let limits = format!("512M,min=512M,max=1G,weight={weight}");
     let vm = FakeVm::start(directory.path(), name, &limits, Bytes::mib(400));
-    vm.state().memory.host_rss = Bytes::mib(100);
+    vm.state().memory.host_rss = Some(Bytes::mib(100));
     vm
 }
 

@@ -296,7 +296,7 @@ impl Daemon {
         let Ok((id, driver, outcome)) = done else { return };
         let now = self.now();
         let Some(managed) = self.managed_vms.get_mut(&id) else { return };
-        managed.put_back(driver, |pid| self.reader.resident_memory(pid));
+        managed.put_back(now, driver, &self.reader);
         managed.response_times.answered(now);
         // It was told when its turn to be asked came.
         let owes = managed.response_times.is_slow() && !matches!(outcome, RequestOutcome::Reported(_));
@@ -320,9 +320,10 @@ impl Daemon {
     }
 
     fn read_host(&mut self) {
-        self.reservations.look(self.now(), Process::held);
+        let now = self.now();
+        self.reservations.look(now, Process::held);
         for managed in self.managed_vms.values_mut() {
-            managed.look_if_silent(self.host.total, |pid| self.reader.resident_memory(pid));
+            managed.look_if_silent(now, self.host.total, &self.reader);
         }
         self.pressure = self.reader.pressure();
         match self.reader.memory() {

@@ -121,7 +121,7 @@ impl FakeVm {
             settled: false,
             followed: Some(true),
             paused_by: None,
-            host_rss: limits.startup(),
+            host_rss: Some(limits.startup()),
             host_huge: None,
             driver: DriverState::Active,
             report: None,
@@ -214,7 +214,7 @@ impl State {
             };
         }
         // What the guest gave up the host no longer holds.
-        self.memory.host_rss = self.memory.host_rss.min(self.memory.actual);
+        self.memory.host_rss = self.memory.host_rss.map(|held| held.min(self.memory.actual));
         if let Some(journal) = &self.journal {
             journal.write(name, self.memory.target.max(self.memory.actual));
         }
