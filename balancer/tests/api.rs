@@ -368,7 +368,7 @@ async fn what_a_vm_touches_before_it_has_a_socket_is_not_counted_twice() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let old = FakeVm::start(path, "old", "1G,min=1G,max=1G", Bytes::mib(200));
-    old.state().memory.host_rss = Bytes::gib(1);
+    old.state().memory.host_rss = Some(Bytes::gib(1));
     let meminfo = path.join("meminfo");
     let available = |free: Bytes| {
         let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 4 << 20, free.0 >> 10);

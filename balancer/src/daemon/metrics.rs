@@ -41,7 +41,7 @@ const OF_MEMORY: [MemoryGauge; 7] = [
     ("vm_entitlement_bytes", "What it may have now", |m| Some(m.entitlement.0)),
     ("vm_target_bytes", "What it is asked to have", |m| Some(m.target.0)),
     ("vm_actual_bytes", "What it has", |m| Some(m.actual.0)),
-    ("vm_resident_bytes", "What the host holds for it", |m| Some(m.host_rss.0)),
+    ("vm_resident_bytes", "What the host holds for it", |m| m.host_rss.map(|held| held.0)),
     ("vm_charge_bytes", "What it is charged", |m| Some(m.charge.0)),
 ];
 

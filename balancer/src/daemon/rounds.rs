@@ -8,6 +8,7 @@ mod urgent;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -176,14 +177,11 @@ impl Daemon {
                     }
                     self.round().await;
                 }
-                change = changed(&mut watch) => {
-                    if change.is_err() {
-                        (watch, anew) = (None, true);
-                        tokio::time::sleep(self.tick).await;
-                    } else {
-                        self.rescan(false);
-                    }
-                }
+                change = changed(&mut watch) => match change {
+                    Ok(()) => self.rescan(false),
+                    // The next rescan makes another.
+                    Err(_) => watch = None,
+                },
                 // A watch on a directory that was removed and made again hears nothing.
                 _ = rescans.tick() => (anew, revive) = (true, true),
                 () = heard(&mut hangup) => {
@@ -199,7 +197,7 @@ impl Daemon {
                 urgent = self.subscriptions.next() => self.answer(&urgent).await,
                 () = due(gives_up) => self.give_up(),
                 () = due(self.follow_up.map(FollowUp::next)) => self.answer(&BTreeSet::new()).await,
-                Some(done) = self.requests.join_next() => self.take(done),
+                Some(done) = self.requests.join_next() => self.take(finished(done)),
             }
         }
     }
@@ -283,20 +281,17 @@ impl Daemon {
         while !awaited.is_empty()
             && let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await
         {
-            if let Ok((id, ..)) = &done {
-                awaited.remove(id);
-            }
+            let done = finished(done);
+            awaited.remove(&done.0);
             self.take(done);
         }
     }
 
     /// Takes in what one request came to.
-    fn take(&mut self, done: Result<Done, JoinError>) {
-        // A panic in a request is a bug, and costs that VM its driver.
-        let Ok((id, driver, outcome)) = done else { return };
+    fn take(&mut self, (id, driver, outcome): Done) {
         let now = self.now();
         let Some(managed) = self.managed_vms.get_mut(&id) else { return };
-        managed.put_back(driver, |pid| self.reader.resident_memory(pid));
+        managed.put_back(now, driver, &self.reader);
         managed.response_times.answered(now);
         // It was told when its turn to be asked came.
         let owes = managed.response_times.is_slow() && !matches!(outcome, RequestOutcome::Reported(_));
@@ -320,9 +315,10 @@ impl Daemon {
     }
 
     fn read_host(&mut self) {
-        self.reservations.look(self.now(), Process::held);
+        let now = self.now();
+        self.reservations.look(now, Process::held);
         for managed in self.managed_vms.values_mut() {
-            managed.look_if_silent(self.host.total, |pid| self.reader.resident_memory(pid));
+            managed.look_if_silent(now, self.host.total, &self.reader);
         }
         self.pressure = self.reader.pressure();
         match self.reader.memory() {
@@ -443,6 +439,15 @@ impl Daemon {
 /// A request that is over: whose, the driver that made it, and what came of it.
 type Done = (u64, Box<dyn Driver>, RequestOutcome);
 
+/// What a request came to. A panic in one ends the daemon, also where panics unwind: the VM's driver is lost
+/// with the request, and the next daemon asks that VM again.
+fn finished(done: Result<Done, JoinError>) -> Done {
+    match done {
+        Ok(done) => done,
+        Err(error) => resume_unwind(error.into_panic()),
+    }
+}
+
 /// Keeps what became of a decision, for those who ask why.
 fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error>) {
     let (fate, error) = match result {
@@ -483,3 +488,6 @@ async fn changed(watch: &mut Option<DirectoryWatch>) -> io::Result<()> {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -203,7 +203,7 @@ fn a_full_answer_is_as_described() {
             settled: true,
             followed: Some(true),
             paused_by: Some(Pauser::Balancer),
-            host_rss: Bytes::ZERO,
+            host_rss: Some(Bytes::ZERO),
             host_huge: Some(Bytes::ZERO),
             driver,
             report: Some(AgedReport { age_ms: u64::MAX, statistics: statistics.clone() }),

@@ -93,7 +93,9 @@ impl Snapshot {
         page.bytes("memory_max", "Memory that the guest is never grown above.", limits.max())?;
         page.bytes("memory_target", "Memory that the guest was last asked to have.", self.memory.target)?;
         page.bytes("memory_actual", "Memory that the guest has.", self.memory.actual)?;
-        page.bytes("memory_host_rss", "Guest memory that the host really holds.", self.memory.host_rss)?;
+        if let Some(host_rss) = self.memory.host_rss {
+            page.bytes("memory_host_rss", "Guest memory that the host really holds.", host_rss)?;
+        }
         if let Some(huge) = self.memory.host_huge {
             page.bytes("memory_host_huge", "Guest memory that the host holds in huge pages.", huge)?;
         }
