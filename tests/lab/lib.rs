@@ -27,6 +27,7 @@ mod kernels;
 mod modules;
 mod output;
 mod packages;
+pub mod promtool;
 mod qemu;
 mod vm;
 

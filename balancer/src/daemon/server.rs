@@ -175,10 +175,7 @@ async fn release(Given(api): Given<Api>, Named(name): Named) -> Result<StatusCod
 }
 
 async fn metrics(Given(api): Given<Api>) -> Response {
-    match metrics::page(api.shared) {
-        Ok(page) => ([(CONTENT_TYPE, metrics::OPENMETRICS)], page).into_response(),
-        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
-    }
+    ([(CONTENT_TYPE, api::metrics::CONTENT_TYPE)], metrics::page(&api.shared)).into_response()
 }
 
 /// The name in a path.
