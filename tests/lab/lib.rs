@@ -29,6 +29,7 @@ mod output;
 mod packages;
 pub mod promtool;
 mod qemu;
+pub mod schemathesis;
 mod vm;
 
 pub use artifacts::{agent, ballast};
