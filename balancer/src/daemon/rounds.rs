@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use api::units::Bytes;
@@ -173,7 +174,7 @@ impl Daemon {
                 biased;
                 planned = ticks.tick() => {
                     if planned.elapsed() > self.tick / 10 {
-                        self.shared.timings().late.inc();
+                        self.shared.timings().late.fetch_add(1, Ordering::Relaxed);
                     }
                     self.round().await;
                 }
@@ -230,7 +231,7 @@ impl Daemon {
         if self.knows_enough() {
             let deciding = Instant::now();
             self.decide();
-            self.shared.timings().policy.observe(deciding.elapsed().as_secs_f64());
+            self.shared.timings().policy.observe(deciding.elapsed());
             // Only here: its share of the rounds is what people look at, and looks between them are none.
             self.rounds_over_budget += u64::from(self.balance.over > Bytes::ZERO);
             let told = self.tell();
@@ -238,7 +239,7 @@ impl Daemon {
         }
         self.ask(PATIENCE, |_, managed| managed.response_times.is_slow());
         self.rounds += 1;
-        self.shared.timings().round.observe(began.elapsed().as_secs_f64());
+        self.shared.timings().round.observe(began.elapsed());
         self.publish();
         let (vms, Balance { charged, .. }, budget) = (self.managed_vms.len(), self.balance, self.budget_now);
         self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
@@ -302,7 +303,7 @@ impl Daemon {
             remember(&self.shared, &managed.name, *reason, result);
             let served = result.is_ok() && reason.new.saturating_add(DEADBAND) >= reason.demand;
             if let Some(since) = served.then(|| self.waiting.remove(&id)).flatten() {
-                self.shared.timings().grant.observe(now.saturating_sub(since).as_secs_f64());
+                self.shared.timings().grant.observe(now.saturating_sub(since));
             }
         }
         managed.take(now, self.host.total, outcome);
