@@ -16,9 +16,10 @@ mod uart;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
@@ -195,14 +196,14 @@ impl Port {
         self.resume(resumes);
     }
 
-    /// The reader has left, and none will come: output is lost from now on.
+    /// The reader that the chunk was for has left, and none will come: output is lost from now on.
     pub fn reader_gone(&self) {
         let resumes = self.output.reader_gone();
         self.resume(resumes);
     }
 
     /// Has a reader who is there take all output, and waits for it, but for no longer than
-    /// `patience` while it takes nothing. No more is to come.
+    /// `patience` while it takes nothing, and three times that in all. No more is to come.
     pub fn finish(&self, patience: Duration) {
         self.output.finish(patience);
     }
@@ -237,8 +238,7 @@ impl Port {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // The registers are plain bytes, none of which makes another wrong.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

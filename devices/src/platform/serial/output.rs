@@ -6,9 +6,9 @@
 //! room for the newest: it is counted, and a mark stands in the stream where it is missing.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 /// The most output that waits for a reader who is slow, in bytes.
@@ -214,13 +214,12 @@ impl Output {
                 Step::Wait(wait, until) => (wait, until),
             };
             state.wait = wait;
-            state = match until {
-                None => self.more.wait(state).unwrap_or_else(PoisonError::into_inner),
+            match until {
+                None => self.more.wait(&mut state),
                 Some(until) => {
-                    let time = until.saturating_duration_since(now);
-                    self.more.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner).0
+                    let _ = self.more.wait_until(&mut state, until);
                 }
-            };
+            }
             state.wait = Wait::No;
         }
     }
@@ -277,9 +276,10 @@ impl Output {
         self.turn_to(Reader::Awaited)
     }
 
-    /// The reader has left, and none will come. Returns as [`written`](Self::written).
+    /// The reader has left with the chunk, and none will come. Returns as [`written`](Self::written).
     #[must_use]
     pub(super) fn reader_gone(&self) -> bool {
+        self.lock().land();
         self.turn_to(Reader::Gone)
     }
 
@@ -300,23 +300,23 @@ impl Output {
     }
 
     /// Nothing more is to come. Waits until a reader who is there has taken all, but no longer than
-    /// `patience` while it takes nothing.
+    /// `patience` while it takes nothing, and no longer than three times that.
     pub(super) fn finish(&self, patience: Duration) {
         let mut state = self.lock();
         state.ended = true;
         self.more.notify_all();
         let mut written = state.written;
         let mut deadline = Instant::now() + patience;
+        let last = deadline + patience * 2;
         while state.reader == Reader::Present && !state.is_empty() {
             let now = Instant::now();
             if state.written != written {
-                (written, deadline) = (state.written, now + patience);
+                (written, deadline) = (state.written, last.min(now + patience));
             }
             if now >= deadline {
                 return;
             }
-            let waited = self.less.wait_timeout(state, deadline - now);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let _ = self.less.wait_until(&mut state, deadline);
         }
     }
 
@@ -326,7 +326,7 @@ impl Output {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -382,7 +382,8 @@ impl State {
             most = most.min(self.gap_at);
         } else if self.gap > 0 && self.mark.is_empty() {
             let gap = std::mem::take(&mut self.gap);
-            self.mark = format!("\r\n[ballast: {gap} bytes of console output are missing here]\r\n").into_bytes();
+            self.mark =
+                format!("\r\n[ballast: {gap} bytes of console output are missing here]\r\n").into_bytes();
         }
         if !self.mark.is_empty() {
             chunk.extend_from_slice(&self.mark);

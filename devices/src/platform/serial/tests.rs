@@ -51,7 +51,10 @@ fn what_is_lost_is_whole_lines_counted_and_marked() {
     assert!(text[..lost].ends_with(b"\n"));
     let read = take_all(&output);
     assert!(read == [mark(lost), text[lost..].to_vec()].concat());
-    assert_eq!(output.counts(), OutputCounts { written: (text.len() - lost) as u64, waiting: 0, lost: lost as u64 });
+    assert_eq!(
+        output.counts(),
+        OutputCounts { written: (text.len() - lost) as u64, waiting: 0, lost: lost as u64 }
+    );
 }
 
 #[test]
