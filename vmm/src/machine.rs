@@ -100,7 +100,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
-    _console: Option<Console>,
+    console: Option<Console>,
     api: Option<api_server::Server>,
     threads: Threads,
     /// What stays possible; `None` is no sandbox.
@@ -179,7 +179,7 @@ impl Machine {
             vcpu_set,
             vcpus,
             buses,
-            _console: devices.console,
+            console: devices.console,
             api,
             threads: devices.threads,
             sandbox: config.sandbox.then_some(needs),
@@ -209,6 +209,9 @@ impl Machine {
             let started = EventThread::start(name.as_str(), subscribers, vcpu_set);
             loops.push(started.map_err(refused("a thread for devices"))?);
         }
+        if let Some(console) = &mut self.console {
+            console.start(vcpu_set).map_err(refused("a thread for the console"))?;
+        }
         for vcpu in self.vcpus {
             events::spawn(&format!("vcpu{}", vcpu.index), vcpu_set, move || {
                 vcpu.run();
@@ -234,9 +237,11 @@ impl Machine {
         if let Some(api) = api {
             api.stop();
         }
+        if let Some(console) = &self.console {
+            console.finish(&exit);
+        }
         loops.into_iter().for_each(EventThread::stop);
-        // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
-        // reads. None can enter the guest again, and what they use stays until the process ends.
+        // vCPU threads are not waited for. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
         tracing::debug!(
             "exits: {} ports ({} unclaimed), {} memory ({} unclaimed)",
