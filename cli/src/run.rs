@@ -8,7 +8,7 @@ use api::limits::Limits;
 use api::runtime;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
-    MemoryOptions, Name, SerialOptions, VmConfig,
+    MemoryOptions, Name, SerialOptions, Transport, VmConfig,
 };
 use vmm::machine::Machine;
 
@@ -62,6 +62,9 @@ pub struct Args {
     /// How the guest gets memory beyond what it starts with
     #[arg(long, value_name = "HOW", default_value = "balloon")]
     grow: GrowBy,
+    /// How the guest reaches its devices
+    #[arg(long, value_name = "HOW", default_value = "pci")]
+    transport: Carrier,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -119,6 +122,14 @@ enum GrowBy {
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
+enum Carrier {
+    /// On a PCI bus, with an interrupt for each of their queues; the guest needs the module virtio_pci
+    Pci,
+    /// By registers in memory, without a bus: the guest starts sooner; it needs the module virtio_mmio
+    Mmio,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
 enum MemoryBacking {
     Anonymous,
     Memfd,
@@ -146,6 +157,10 @@ impl Args {
             limits: self.memory,
             cpus: self.cpus,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
+            transport: match self.transport {
+                Carrier::Pci => Transport::Pci,
+                Carrier::Mmio => Transport::Mmio,
+            },
             devices,
             socket,
             sandbox: !self.no_sandbox,

@@ -5,6 +5,7 @@ mod memory;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -32,7 +33,7 @@ use crate::memory::Ram;
 use crate::memory::fault_guard::FaultGuard;
 use crate::steering::Steered;
 use crate::vcpu_set::VcpuSet;
-use crate::wiring::{Wiring, WiringError};
+use crate::wiring::{Virtio, Wiring, WiringError};
 
 /// Why a VM's devices could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +73,8 @@ pub struct Devices {
     pub platform: Platform,
     /// Where they work.
     pub threads: Threads,
+    /// Those that have queues: they are held while the VM is paused.
+    pub virtio: Vec<Virtio>,
     /// What they need of the sandbox.
     pub needs: SandboxNeeds,
     /// What moves the guest's memory.
@@ -91,6 +94,7 @@ pub struct Builder<'a> {
     wiring: Wiring,
     power: EventFd,
     threads: Threads,
+    virtio: Vec<Virtio>,
     needs: SandboxNeeds,
     balloon: Option<Handle>,
     plug: Option<plug::Handle>,
@@ -98,12 +102,14 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    /// A VM with no devices but those that each has.
+    /// A VM with no devices but those that each has. Its virtio devices go on a PCI bus whose BARs lie in
+    /// `pci`, and without it behind memory-mapped registers.
     ///
     /// # Errors
     /// [`BuildError`] says what could not be had.
     pub fn new(
         vm: Arc<VmFd>,
+        pci: Option<Range<u64>>,
         limits: Limits,
         ram: &'a Ram,
         control: &'a Control,
@@ -111,7 +117,7 @@ impl<'a> Builder<'a> {
     ) -> Result<Self, BuildError> {
         let ended = Arc::clone(vcpu_set);
         let on_end: OnEnd = Arc::new(move |end| ended.end(Exit::from(end)));
-        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end)?;
+        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end, pci)?;
         Ok(Self {
             limits,
             ram,
@@ -120,6 +126,7 @@ impl<'a> Builder<'a> {
             wiring,
             power,
             threads: Threads::new(),
+            virtio: Vec::new(),
             needs: SandboxNeeds::default(),
             balloon: None,
             plug: None,
@@ -167,6 +174,7 @@ impl<'a> Builder<'a> {
     ) -> Result<(), BuildError> {
         self.needs.add(device.sandbox_needs());
         let device = self.wiring.virtio(Box::new(device))?;
+        self.virtio.push(Arc::clone(&device));
         self.serve(config.thread.clone().unwrap_or(usual), device);
         Ok(())
     }
@@ -180,9 +188,7 @@ impl<'a> Builder<'a> {
         let console = Console::open(&options.console, interrupt, self.vcpu_set)?;
         self.wiring.serial(Arc::clone(&console.port))?;
         self.needs.add(console::sandbox_needs(&options.console));
-        if let Some(input) = &console.input {
-            self.serve(config.thread.clone().unwrap_or_else(ThreadName::shared), input.clone());
-        }
+        self.serve(config.thread.clone().unwrap_or_else(ThreadName::shared), console.input.clone());
         self.console = Some(console);
         Ok(())
     }
@@ -224,6 +230,7 @@ impl<'a> Builder<'a> {
             buses,
             platform,
             threads: self.threads,
+            virtio: self.virtio,
             needs: self.needs,
             steering,
             power: self.power,
@@ -244,14 +251,14 @@ mod tests {
     use crate::kvm;
 
     /// The devices of a VM with `json` beside a balloon; `None` where there is no KVM.
-    fn devices(json: &str) -> Option<(Devices, Arc<VcpuSet>)> {
+    fn devices(pci: Option<Range<u64>>, json: &str) -> Option<(Devices, Arc<VcpuSet>)> {
         let kvm = Kvm::new().ok()?;
         let limits: Limits = "64M,max=128M".parse().expect("limits");
         let ram = Ram::new(limits.max(), MemoryOptions::default()).expect("guest memory");
         let vm = kvm::create_vm(&kvm, ram.regions()).expect("a VM");
         let vcpu_set = VcpuSet::new(1).expect("a signal");
         let control = Control::new("test".parse().expect("a name"), Cpus::ONE, limits);
-        let mut builder = Builder::new(vm, limits, &ram, &control, &vcpu_set).expect("a bus");
+        let mut builder = Builder::new(vm, pci, limits, &ram, &control, &vcpu_set).expect("a bus");
         let list = format!(r#"[{{"id": "balloon", "type": "balloon"}}, {json}]"#);
         let list: Vec<DeviceConfig> = serde_json::from_str(&list).expect("a list of devices");
         for device in &list {
@@ -261,12 +268,16 @@ mod tests {
         Some((devices, vcpu_set))
     }
 
+    const NOTE: &str = r#"{"id": "note0", "type": "note", "text": "hello", "file": "/etc/motd"}"#;
+    const RNG: &str = r#"{"id": "rng", "type": "rng"}"#;
+
     /// A device of a kind that nobody knew before: what made it one is its file (`devices::testing::note`),
     /// its variant of `Device`, and its line in `Builder::add`.
     #[test]
     fn a_new_kind_of_device_is_a_file_a_variant_and_a_line() {
-        let json = r#"{"id": "note0", "type": "note", "text": "hello", "file": "/etc/motd"}"#;
-        let Some((devices, _)) = devices(json) else { return eprintln!("SKIPPED: this host has no KVM") };
+        let Some((devices, _)) = devices(None, NOTE) else {
+            return eprintln!("SKIPPED: this host has no KVM");
+        };
         assert_eq!(devices.needs.read, ["/etc/motd"].map(std::path::PathBuf::from));
         assert!(devices.needs.calls.contains(&Call::any(libc::SYS_preadv)));
         let threads: Vec<_> = devices.threads.keys().map(ThreadName::as_str).collect();
@@ -280,18 +291,79 @@ mod tests {
         assert_eq!(slot.size, mmio::WINDOW);
     }
 
+    /// The same device on the bus, whose configuration it is found by.
+    #[test]
+    fn a_device_is_found_on_the_pci_bus_by_both_ways() {
+        let window = 4 << 30..5 << 30;
+        let found = devices(Some(window.clone()), NOTE);
+        let Some((devices, _)) = found else { return eprintln!("SKIPPED: this host has no KVM") };
+        assert_eq!(devices.platform.virtio, []);
+        let bridge = devices.platform.pci.clone().expect("a bridge");
+        assert_eq!(bridge.window, window);
+        let by_memory = |slot: u64, register: u64| {
+            let mut dword = [0; 4];
+            devices.buses.read_memory(bridge.ecam.0 + (slot << 15) + register, &mut dword);
+            u32::from_le_bytes(dword)
+        };
+        let by_ports = |slot: u32, register: u32| {
+            let mut dword = [0; 4];
+            devices.buses.write_port(0xcf8, 4, &(1 << 31 | slot << 11 | register).to_le_bytes());
+            devices.buses.read_port(0xcfc, 4, &mut dword);
+            u32::from_le_bytes(dword)
+        };
+        // The bridge, the balloon and the note.
+        assert_eq!(by_memory(0, 8) >> 16, 0x0600);
+        let expected = (0x1040 + note::DEVICE_ID) << 16 | 0x1af4;
+        assert_eq!((by_memory(2, 0), by_ports(2, 0), by_memory(3, 0)), (expected, expected, u32::MAX));
+        // It decodes once it is told to, where its BAR says.
+        let bar = u64::from(by_memory(2, 0x14)) << 32 | u64::from(by_memory(2, 0x10)) & !0xf;
+        assert!(bridge.window.contains(&bar));
+        let text = || {
+            let mut text = [0; 5];
+            devices.buses.read_memory(bar + 0x2000, &mut text);
+            text
+        };
+        assert_eq!(text(), [0xff; 5]);
+        devices.buses.write_memory(bridge.ecam.0 + (2 << 15) + 4, &[6, 0]);
+        assert_eq!(&text(), b"hello");
+    }
+
+    #[test]
+    fn a_bus_full_of_devices_is_told() {
+        let more = (0..40).map(|n| format!(r#"{{"id": "rng{n}", "type": "rng"}}"#));
+        let list: Vec<DeviceConfig> =
+            more.map(|json| serde_json::from_str(&json).expect("a device")).collect();
+        let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: this host has no KVM") };
+        let limits: Limits = "64M".parse().expect("limits");
+        let ram = Ram::new(limits.max(), MemoryOptions::default()).expect("guest memory");
+        let vcpu_set = VcpuSet::new(1).expect("a signal");
+        let control = Control::new("test".parse().expect("a name"), Cpus::ONE, limits);
+        for (pci, most, why) in [(Some(4 << 30..5 << 30), 31, "PCI bus is full"), (None, 7, "interrupt line")]
+        {
+            let vm = kvm::create_vm(&kvm, ram.regions()).expect("a VM");
+            let mut builder = Builder::new(vm, pci, limits, &ram, &control, &vcpu_set).expect("a bus");
+            let refused = list.iter().position(|device| {
+                builder
+                    .add(device)
+                    .inspect_err(|error| assert!(error.to_string().contains(why), "{error}"))
+                    .is_err()
+            });
+            assert_eq!(refused, Some(most));
+        }
+    }
+
     #[test]
     fn each_way_out_ends_the_vm() {
-        for (port, value, exit) in [
-            (0x505, 1, Exit::Panicked),
-            (0x600, 0x34, Exit::PoweredOff),
-            (0x602, 1, Exit::Reboot),
-            (0x64, 0xfe, Exit::Reboot),
+        let pci = Some(4 << 30..5 << 30);
+        for (pci, port, value, exit) in [
+            (None, 0x505, 1, Exit::Panicked),
+            (None, 0x600, 0x34, Exit::PoweredOff),
+            (None, 0x602, 1, Exit::Reboot),
+            (None, 0x64, 0xfe, Exit::Reboot),
+            (pci, 0xcf9, 6, Exit::Reboot),
         ] {
-            let json = r#"{"id": "rng", "type": "rng"}"#;
-            let Some((devices, vcpu_set)) = devices(json) else {
-                return eprintln!("SKIPPED: this host has no KVM");
-            };
+            let found = devices(pci, RNG);
+            let Some((devices, vcpu_set)) = found else { return eprintln!("SKIPPED: this host has no KVM") };
             devices.buses.write_port(port, 1, &[0]);
             assert!(!vcpu_set.has_ended());
             devices.buses.write_port(port, 1, &[value]);
@@ -302,7 +374,9 @@ mod tests {
     #[test]
     fn devices_work_where_the_configuration_says() {
         let json = r#"{"id": "rng", "type": "rng", "thread": "slow"}, {"id": "agent", "type": "agent"}"#;
-        let Some((devices, _)) = devices(json) else { return eprintln!("SKIPPED: this host has no KVM") };
+        let Some((devices, _)) = devices(None, json) else {
+            return eprintln!("SKIPPED: this host has no KVM");
+        };
         let threads: Vec<_> = devices.threads.iter().map(|(name, all)| (name.as_str(), all.len())).collect();
         assert_eq!(threads, [("balloon", 2), ("devices", 1), ("slow", 1)]);
     }

@@ -55,6 +55,9 @@ pub struct VmConfig {
     /// What the guest's memory is made of.
     #[serde(default)]
     pub memory: MemoryOptions,
+    /// How the guest reaches its virtio devices.
+    #[serde(default)]
+    pub transport: Transport,
     /// The devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceConfig>,
     /// Where the API listens; `None` is a VM without an API.
@@ -90,10 +93,19 @@ impl VmConfig {
     }
 }
 
-/// A command line for a guest whose console is the serial port, whose panic ends the
-/// process at once, and which does not look for a PCI bus that is not there (that would
-/// be some 300 exits).
-pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+/// A command line for a guest whose console is the serial port, and whose panic ends the process at once.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// How a guest reaches its virtio devices (virtio 1.2, section 4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// On a PCI bus: up to 31 devices, with an interrupt for each queue.
+    #[default]
+    Pci,
+    /// By memory-mapped registers: up to seven devices, with one interrupt each. The guest starts sooner.
+    Mmio,
+}
 
 /// Why a part of a configuration can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -234,14 +246,33 @@ impl Backing {
 /// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
 /// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
 /// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
-/// A word that the user gave as well stays as it is.
-pub fn plug_cmdline(cmdline: &str) -> String {
-    let words = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
-    words.iter().fold(cmdline.to_owned(), |line, word| {
-        let name = word.split_once('=').map_or(*word, |(name, _)| name);
-        let given = line.split_whitespace().any(|other| other.split('=').next() == Some(name));
-        if given { line } else { format!("{line} {word}") }
-    })
+const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
+
+/// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
+const NO_PCI_WORD: &str = "pci=off";
+
+impl VmConfig {
+    /// The command line that the guest gets: the user's, and what its devices ask for. A word that the user
+    /// gave as well stays as it is.
+    pub fn kernel_cmdline(&self) -> String {
+        let plug: &[&str] = if self.plugs_memory() { &PLUG_WORDS } else { &[] };
+        let pci: &[&str] = if self.transport == Transport::Mmio { &[NO_PCI_WORD] } else { &[] };
+        plug.iter().chain(pci).fold(self.cmdline.clone(), |line, word| {
+            let name = name_of(word);
+            let given = line.split_whitespace().any(|other| name_of(other) == name);
+            if given { line } else { format!("{line} {word}") }
+        })
+    }
+
+    /// Whether the user's command line hides the bus that all virtio devices are on.
+    pub fn hides_devices(&self) -> bool {
+        self.transport == Transport::Pci && self.cmdline.split_whitespace().any(|word| word == NO_PCI_WORD)
+    }
+}
+
+/// What a word of a command line is about.
+fn name_of(word: &str) -> &str {
+    word.split_once('=').map_or(word, |(name, _)| name)
 }
 
 #[cfg(test)]
@@ -259,10 +290,21 @@ mod tests {
     }
 
     #[test]
-    fn what_the_user_says_about_plugged_memory_stands() {
-        let line = plug_cmdline("quiet memhp_default_state=online_movable");
-        let expected = "quiet memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable";
-        assert_eq!(line, expected);
+    fn what_the_user_says_on_the_command_line_stands() {
+        let mut config = config(r#"{"id": "balloon", "type": "balloon"}"#).expect("it is whole");
+        assert_eq!(config.kernel_cmdline(), "quiet");
+        config.transport = Transport::Mmio;
+        assert_eq!(config.kernel_cmdline(), "quiet pci=off");
+        config.cmdline = "pci=nocrs memhp_default_state=online_movable".to_owned();
+        config.devices.push(DeviceConfig::new("memory".parse().unwrap(), Device::Memory));
+        assert_eq!(
+            config.kernel_cmdline(),
+            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable"
+        );
+        config.cmdline = "pci=off".to_owned();
+        assert!(!config.hides_devices());
+        config.transport = Transport::Pci;
+        assert!(config.hides_devices());
     }
 
     #[test]

@@ -1,22 +1,27 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder as ThreadBuilder, JoinHandle};
+use std::thread::JoinHandle;
 
+use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
 
 use crate::api_server;
+use crate::arch::x86_64::layout::{self, NoPciWindow};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
-use crate::arch::x86_64::{acpi, reset};
-use crate::boot::kernel::{self, Files, KernelError};
+use crate::arch::x86_64::{acpi, cpuid, reset};
+use crate::boot::kernel::{self, Boot, KernelError};
 use crate::builder::{BuildError, Builder, Threads};
 use crate::bus::Buses;
-use crate::config::{ConfigError, ThreadName, VmConfig, plug_cmdline};
+use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
 use crate::console::Console;
 use crate::control::{Control, Parts};
-use crate::events::{EventLoop, STACK};
+use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
 use crate::kvm::{self, KvmError};
@@ -42,6 +47,9 @@ pub enum MachineError {
     /// Its configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// There is no room for its devices.
+    #[error(transparent)]
+    NoPciWindow(#[from] NoPciWindow),
     /// A device.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -92,7 +100,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
-    _console: Option<Console>,
+    console: Option<Console>,
     api: Option<api_server::Server>,
     threads: Threads,
     /// What stays possible; `None` is no sandbox.
@@ -121,18 +129,29 @@ impl Machine {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
         let ram = Arc::new(ram(&config)?);
-        let cmdline = match ram.pluggable() {
-            Some(_) => plug_cmdline(&config.cmdline),
-            None => config.cmdline.clone(),
+        let supported = kvm_fd
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm::refused("tell what CPUID it supports"))?;
+        let pci = pci_window(&config, &ram, &supported)?;
+        if config.hides_devices() {
+            tracing::warn!(
+                "`pci=off` hides all of the guest's devices: take it off the kernel's command line, or use \
+                 --transport mmio"
+            );
+        }
+        let boot = Boot {
+            kernel: &config.kernel,
+            initrd: config.initrd.as_deref(),
+            cmdline: &config.kernel_cmdline(),
+            reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
-        let files = Files { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &cmdline };
-        let entry = kernel::load(files, ram.guest(), ram.boot())?;
+        let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
         let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
         let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
-        let mut builder = Builder::new(Arc::clone(&vm), config.limits, &ram, &control, &vcpu_set)?;
+        let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;
         add(builder.buses()).map_err(BuildError::from)?;
         for device in &config.devices {
             builder.add(device)?;
@@ -142,7 +161,7 @@ impl Machine {
         reset::write(ram.guest())?;
 
         let buses = Arc::new(devices.buses);
-        let vcpus = vcpu::create_all(&kvm_fd, &vm, config.cpus, ram.guest(), entry)?;
+        let vcpus = vcpu::create_all(&vm, &supported, config.cpus, ram.guest(), entry)?;
         let vcpus = (0..)
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
@@ -160,7 +179,7 @@ impl Machine {
             vcpu_set,
             vcpus,
             buses,
-            _console: devices.console,
+            console: devices.console,
             api,
             threads: devices.threads,
             sandbox: config.sandbox.then_some(needs),
@@ -184,22 +203,26 @@ impl Machine {
         }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
         self.threads.entry(ThreadName::shared()).or_default().push(Arc::new(Mutex::new(signals)));
+        let vcpu_set = &self.vcpu_set;
         let mut loops = Vec::new();
         for (name, subscribers) in self.threads {
-            let started = EventLoop::start(name.as_str(), subscribers);
+            let started = EventThread::start(name.as_str(), subscribers, vcpu_set);
             loops.push(started.map_err(refused("a thread for devices"))?);
         }
+        if let Some(console) = &mut self.console {
+            console.start(vcpu_set).map_err(refused("a thread for the console"))?;
+        }
         for vcpu in self.vcpus {
-            ThreadBuilder::new()
-                .name(format!("vcpu{}", vcpu.index))
-                .stack_size(STACK)
-                .spawn(move || vcpu.run())
-                .map_err(refused("a thread for a vCPU"))?;
+            events::spawn(&format!("vcpu{}", vcpu.index), vcpu_set, move || {
+                vcpu.run();
+                Ok(())
+            })
+            .map_err(refused("a thread for a vCPU"))?;
         }
         // Before someone can ask for it, and before the guest makes it long.
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
-        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
+        let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
         if let Some(needs) = &self.sandbox
             && let Err(error) = sandbox::close_calls(&needs.calls)
         {
@@ -214,9 +237,11 @@ impl Machine {
         if let Some(api) = api {
             api.stop();
         }
-        loops.into_iter().for_each(EventLoop::stop);
-        // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
-        // reads. None can enter the guest again, and what they use stays until the process ends.
+        if let Some(console) = &self.console {
+            console.finish(&exit);
+        }
+        loops.into_iter().for_each(EventThread::stop);
+        // vCPU threads are not waited for. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
         tracing::debug!(
             "exits: {} ports ({} unclaimed), {} memory ({} unclaimed)",
@@ -232,26 +257,26 @@ impl Machine {
 /// The API's thread, and the way to end it.
 struct ApiThread {
     stop: vmm_sys_util::eventfd::EventFd,
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl ApiThread {
     fn stop(self) {
         // The one failure is a full counter, which stops it as well.
         let _ = self.stop.write(1);
-        if let Ok(Err(error)) = self.thread.join() {
-            tracing::warn!("the API had ended early: {error}");
-        }
+        // A panic ends the process.
+        let _ = self.thread.join();
     }
 }
 
-fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+fn serve(
+    server: api_server::Server,
+    control: &Arc<Control>,
+    vcpu_set: &Arc<VcpuSet>,
+) -> Result<ApiThread, MachineError> {
     let stop = server.stopper().map_err(refused("an event for the API"))?;
     let control = Arc::clone(control);
-    let thread = ThreadBuilder::new()
-        .name("api".to_owned())
-        .stack_size(STACK)
-        .spawn(move || server.run(&control))
+    let thread = events::spawn("api", vcpu_set, move || server.run(&control))
         .map_err(refused("a thread for the API"))?;
     Ok(ApiThread { stop, thread })
 }
@@ -263,6 +288,16 @@ fn ram(config: &VmConfig) -> Result<Ram, MemoryError> {
         Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory)
     } else {
         Ram::new(max, config.memory)
+    }
+}
+
+/// Where the BARs of its devices are to lie, in a guest that reaches them by PCI.
+fn pci_window(config: &VmConfig, ram: &Ram, supported: &CpuId) -> Result<Option<Range<u64>>, NoPciWindow> {
+    let ends = ram.regions().iter().map(|region| region.guest.0.saturating_add(region.size.0));
+    let end = GuestAddress(ends.max().unwrap_or_default());
+    match config.transport {
+        Transport::Pci => layout::pci_window(end, cpuid::address_bits(supported)).map(Some),
+        Transport::Mmio => Ok(None),
     }
 }
 

@@ -1,9 +1,13 @@
 //! Interrupts and addresses that are given out to a VM's devices.
 
+use std::ops::Range;
+
+use kvm_bindings::KVM_MAX_IRQ_ROUTES;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::GuestAddress;
 
 use crate::arch::x86_64::layout;
+use crate::kvm::routing;
 
 /// Something that devices share has run out.
 #[derive(Debug, thiserror::Error)]
@@ -13,43 +17,68 @@ pub enum ResourceError {
         "there is no interrupt line left for one more device: the {} of a VM are taken",
         layout::FREE_PINS.end() - layout::FREE_PINS.start() + 1
     )]
-    NoPin,
-    /// The hole in RAM is full, or could not be made.
+    Pins,
+    /// There is no number for one more message-signalled interrupt.
+    #[error("there is no message-signalled interrupt left for one more device")]
+    Messages,
+    /// The addresses for devices are taken, or there are none.
     #[error("there is no address left for one more device: {0}")]
-    NoAddress(#[from] vm_allocator::Error),
+    Addresses(#[from] vm_allocator::Error),
 }
 
 /// What is left.
 pub struct Resources {
     pins: IdAllocator,
+    messages: IdAllocator,
     windows: AddressAllocator,
+    bars: Option<AddressAllocator>,
 }
 
 impl Resources {
-    /// All that a VM has.
+    /// All that a VM has, with BARs in `bars` where it has a PCI bus.
     ///
     /// # Errors
-    /// [`ResourceError::NoAddress`] where the layout is none.
-    pub fn new() -> Result<Self, ResourceError> {
-        let windows = layout::WINDOWS;
+    /// [`ResourceError::Addresses`] where the layout is none.
+    pub fn new(bars: Option<&Range<u64>>) -> Result<Self, ResourceError> {
+        let addresses =
+            |range: &Range<u64>| AddressAllocator::new(range.start, range.end.saturating_sub(range.start));
         Ok(Self {
             pins: IdAllocator::new(*layout::FREE_PINS.start(), *layout::FREE_PINS.end())?,
-            windows: AddressAllocator::new(windows.start, windows.end - windows.start)?,
+            messages: IdAllocator::new(routing::PINS, KVM_MAX_IRQ_ROUTES as u32 - 1)?,
+            windows: addresses(&layout::WINDOWS)?,
+            bars: bars.map(addresses).transpose()?,
         })
     }
 
     /// A pin of the IOAPIC that nobody has; its number is the interrupt's.
     ///
     /// # Errors
-    /// [`ResourceError::NoPin`].
+    /// [`ResourceError::Pins`].
     pub fn pin(&mut self) -> Result<u32, ResourceError> {
-        self.pins.allocate_id().map_err(|_| ResourceError::NoPin)
+        self.pins.allocate_id().map_err(|_| ResourceError::Pins)
+    }
+
+    /// The number of a message-signalled interrupt that nobody has.
+    ///
+    /// # Errors
+    /// [`ResourceError::Messages`].
+    pub fn message(&mut self) -> Result<u32, ResourceError> {
+        self.messages.allocate_id().map_err(|_| ResourceError::Messages)
+    }
+
+    /// `size` bytes for a BAR, aligned to their size, which is a power of two.
+    ///
+    /// # Errors
+    /// [`ResourceError::Addresses`].
+    pub fn bar(&mut self, size: u64) -> Result<GuestAddress, ResourceError> {
+        let bars = self.bars.as_mut().ok_or(vm_allocator::Error::ResourceNotAvailable)?;
+        Ok(GuestAddress(bars.allocate(size, size, AllocPolicy::FirstMatch)?.start()))
     }
 
     /// `size` bytes for registers below 4 GiB, aligned to their size, which is a power of two.
     ///
     /// # Errors
-    /// [`ResourceError::NoAddress`].
+    /// [`ResourceError::Addresses`].
     pub fn window(&mut self, size: u64) -> Result<GuestAddress, ResourceError> {
         let range = self.windows.allocate(size, size, AllocPolicy::FirstMatch)?;
         Ok(GuestAddress(range.start()))
@@ -62,7 +91,7 @@ mod tests {
 
     #[test]
     fn nothing_is_given_out_twice_and_an_end_is_told() {
-        let mut resources = Resources::new().expect("a layout");
+        let mut resources = Resources::new(None).expect("a layout");
         let pins: Vec<_> = std::iter::from_fn(|| resources.pin().ok()).collect();
         assert_eq!(pins, (16..24).collect::<Vec<_>>());
         assert!(resources.pin().unwrap_err().to_string().contains("the 8 of a VM"));

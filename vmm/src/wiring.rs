@@ -1,13 +1,18 @@
 //! Puts devices on the bus and connects their queues and interrupts with KVM.
 
+mod pci;
+
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use devices::pci::SlotError;
 use devices::platform::OnEnd;
 use devices::platform::acpi_power::{self, AcpiPower};
 use devices::platform::i8042::{self, ResetLine};
 use devices::platform::pvpanic::{self, PvPanic};
 use devices::platform::serial;
+use devices::virtio::Transport;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio, QUEUE_NOTIFY, WINDOW};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -17,10 +22,10 @@ use vm_device::device_manager::{MmioManager, PioManager};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::pci::PciBus;
 use crate::arch::x86_64::acpi::{Platform, VirtioSlot};
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
-use crate::events::Subscriber;
 use crate::kvm::{KvmError, refused};
 use crate::resources::{ResourceError, Resources};
 
@@ -30,6 +35,9 @@ pub enum WiringError {
     /// There is no interrupt or no address left.
     #[error(transparent)]
     Resources(#[from] ResourceError),
+    /// The PCI bus has no slot left.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     /// Two devices want the same address.
     #[error("a device's addresses are taken: {0}")]
     Bus(#[from] vm_device::bus::Error),
@@ -45,6 +53,9 @@ fn event() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
+/// A virtio device behind its transport.
+pub type Virtio = Arc<Mutex<dyn Transport>>;
+
 /// Wires up one VM's devices, one after the other.
 pub struct Wiring {
     vm: Arc<VmFd>,
@@ -52,13 +63,16 @@ pub struct Wiring {
     buses: Buses,
     resources: Resources,
     platform: Platform,
+    /// Where virtio devices go, if not behind memory-mapped registers of their own.
+    pci: Option<PciBus>,
     /// Takes acknowledgements that say nothing: KVM has done with them then.
     sink_event: EventFd,
 }
 
 impl Wiring {
     /// A bus with what every machine has: the ways in which its guest ends it, told to `on_end`, and a
-    /// power button, the line to which is returned too.
+    /// power button, the line to which is returned too. Virtio devices go on a PCI bus whose BARs lie in
+    /// `pci`, and without it behind memory-mapped registers.
     ///
     /// # Errors
     /// [`WiringError`] says what could not be had.
@@ -66,13 +80,18 @@ impl Wiring {
         vm: Arc<VmFd>,
         memory: Arc<GuestMemoryMmap>,
         on_end: &OnEnd,
+        pci: Option<Range<u64>>,
     ) -> Result<(Self, EventFd), WiringError> {
+        let resources = Resources::new(pci.as_ref())?;
+        let mut buses = Buses::default();
+        let pci = pci.map(|window| PciBus::new(&vm, &mut buses, window, on_end)).transpose()?;
         let mut wiring = Self {
             vm,
             memory,
-            buses: Buses::default(),
-            resources: Resources::new()?,
-            platform: Platform::default(),
+            buses,
+            resources,
+            platform: Platform { pci: pci.as_ref().map(PciBus::description), ..Platform::default() },
+            pci,
             sink_event: event()?,
         };
         wiring.ports(layout::PVPANIC, pvpanic::PORTS, Arc::new(PvPanic::new(on_end.clone())))?;
@@ -129,7 +148,14 @@ impl Wiring {
     ///
     /// # Errors
     /// [`WiringError`] says what could not be had.
-    pub fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Subscriber, WiringError> {
+    pub fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Virtio, WiringError> {
+        match &self.pci {
+            Some(pci) => pci.add(device, &self.memory, &mut self.resources),
+            None => self.virtio_mmio(device),
+        }
+    }
+
+    fn virtio_mmio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Virtio, WiringError> {
         let irq = self.resources.pin()?;
         let slot = VirtioSlot { window: self.resources.window(WINDOW)?, size: WINDOW, irq };
         let device = Mmio::new(device, Arc::clone(&self.memory), self.interrupt(irq)?)?;

@@ -7,6 +7,9 @@ use vm_device::bus::{PioAddress, PioAddressOffset};
 
 use super::{GuestEnd, OnEnd};
 
+/// Where PC chipsets have it.
+pub const PORT: u16 = 0xcf9;
+
 /// A reset, when set, of the whole machine rather than of its processors.
 const SYSTEM_RESET: u8 = 1 << 1;
 /// Resets where it goes from 0 to 1.

@@ -13,7 +13,7 @@ use vm_device::MutDevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
 use vm_device::device_manager::PioManager;
 use vmm::config::{
-    BalloonOptions, Console, Cpus, Device, DeviceConfig, MemoryOptions, SerialOptions, VmConfig,
+    BalloonOptions, Console, Cpus, Device, DeviceConfig, MemoryOptions, SerialOptions, Transport, VmConfig,
 };
 use vmm::machine::Machine;
 
@@ -116,7 +116,7 @@ fn cmdline(words: &[String]) -> String {
     // interrupt: just where QEMU 7.2 may interrupt it again (`vmm::cpuid`). It would wait for itself for ever.
     let tick = if words.iter().any(|word| word == SESSIONS) { "nohz=off " } else { "" };
     format!(
-        "console=ttyS0 quiet panic=-1 pci=off norandmaps random.trust_cpu=off {tick}rdinit=/ballast -- slat guest {} nokaslr",
+        "console=ttyS0 quiet panic=-1 norandmaps random.trust_cpu=off {tick}rdinit=/ballast -- slat guest {} nokaslr",
         words.join(" ")
     )
 }
@@ -139,6 +139,8 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         limits: guest.memory.parse().map_err(|e| text(&e))?,
         cpus: Cpus::ONE,
         memory: MemoryOptions::default(),
+        // As before, so that what was counted can be compared.
+        transport: Transport::Mmio,
         devices: vec![
             device("serial", Device::Serial(SerialOptions { console }))?,
             device("balloon", Device::Balloon(BalloonOptions::default()))?,

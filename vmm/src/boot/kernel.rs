@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
@@ -15,7 +16,10 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
-use crate::arch::x86_64::layout;
+use crate::arch::x86_64::layout::{self, MapEntry};
+
+/// Bytes in a command line, without its final zero.
+const LONGEST_CMDLINE: usize = layout::CMDLINE_CAPACITY - 1;
 
 /// Why a guest's kernel could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +65,26 @@ pub enum KernelError {
         /// Memory in which it would fit.
         needed: Bytes,
     },
+    /// A part of the file is missing.
+    #[error("the kernel {} is cut off: by its header it has {whole} bytes, and {there} are there", path.display())]
+    CutOff {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it should have.
+        whole: u64,
+        /// Bytes that it has.
+        there: u64,
+    },
+    /// Nothing is in it.
+    #[error("the initramfs {} is empty: give the right file, or none", .0.display())]
+    EmptyInitrd(PathBuf),
+    /// The command line has no place.
+    #[error(
+        "the kernel's command line is too long: with what ballast adds it has {0} bytes, and Linux takes {LONGEST_CMDLINE}"
+    )]
+    CmdlineTooLong(usize),
     /// The command line can't be used.
-    #[error("the kernel's command line can't be used: {0} (it may have up to {max} bytes)", max = layout::CMDLINE_CAPACITY - 1)]
+    #[error("the kernel's command line can't be used: {0}")]
     Cmdline(String),
     /// Guest memory refused a write that should fit.
     #[error("boot data could not be written to guest memory: {0}")]
@@ -78,15 +100,17 @@ pub enum Entry {
     Pvh(GuestAddress),
 }
 
-/// What the user gave to boot.
-#[derive(Clone, Copy, Debug)]
-pub struct Files<'a> {
+/// What a guest boots.
+#[derive(Clone, Debug)]
+pub struct Boot<'a> {
     /// The kernel.
     pub kernel: &'a Path,
     /// The initramfs.
     pub initrd: Option<&'a Path>,
     /// The command line.
     pub cmdline: &'a str,
+    /// Addresses in the hole in RAM that the guest is told to keep off; empty for none.
+    pub reserved: Range<u64>,
 }
 
 /// A piece of guest memory with something in it.
@@ -100,18 +124,18 @@ struct Placed {
 ///
 /// # Errors
 /// [`KernelError`] names the file and what is wrong with it.
-pub fn load(files: Files<'_>, memory: &GuestMemoryMmap, size: Bytes) -> Result<Entry, KernelError> {
-    let mut kernel = open("kernel", files.kernel)?;
+pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, size: Bytes) -> Result<Entry, KernelError> {
+    let mut kernel = open("kernel", boot.kernel)?;
     let mut magic = [0u8; 4];
     kernel.read_exact(&mut magic).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => KernelError::NotAKernel(files.kernel.to_owned()),
-        _ => read_error("kernel", files.kernel, error),
+        io::ErrorKind::UnexpectedEof => KernelError::NotAKernel(boot.kernel.to_owned()),
+        _ => read_error("kernel", boot.kernel, error),
     })?;
-    write_cmdline(files.cmdline, memory)?;
+    write_cmdline(boot.cmdline, memory)?;
     if magic == *b"\x7fELF" {
-        load_elf(files, &mut kernel, memory, size)
+        load_elf(boot, &mut kernel, memory, size)
     } else {
-        load_bzimage(files, &mut kernel, memory, size)
+        load_bzimage(boot, &mut kernel, memory, size)
     }
 }
 
@@ -133,53 +157,58 @@ fn write_error(error: impl std::fmt::Display) -> KernelError {
 }
 
 fn write_cmdline(text: &str, memory: &GuestMemoryMmap) -> Result<(), KernelError> {
+    if text.len() > LONGEST_CMDLINE {
+        return Err(KernelError::CmdlineTooLong(text.len()));
+    }
     let cmdline = Cmdline::try_from(text, layout::CMDLINE_CAPACITY)
         .map_err(|error| KernelError::Cmdline(error.to_string()))?;
     load_cmdline(memory, layout::CMDLINE, &cmdline).map_err(|error| KernelError::Cmdline(error.to_string()))
 }
 
 fn load_elf(
-    files: Files<'_>,
+    boot: &Boot<'_>,
     kernel: &mut File,
     memory: &GuestMemoryMmap,
     size: Bytes,
 ) -> Result<Entry, KernelError> {
     let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(|error| {
-        KernelError::Load { path: files.kernel.to_owned(), memory: size, why: error.to_string() }
+        KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
     })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(KernelError::NoPvhEntry(files.kernel.to_owned()));
+        return Err(KernelError::NoPvhEntry(boot.kernel.to_owned()));
     };
     // The loader copies what is in the file; what is only reserved (.bss) must be RAM as well.
     check_kernel_fits(Bytes(loaded.kernel_end), size)?;
-    let initrd =
-        load_initrd(files.initrd, memory, size, Bytes(loaded.kernel_end), Bytes(layout::HOLE.start))?;
-    write_pvh(memory, size, initrd)?;
+    let initrd = load_initrd(boot.initrd, memory, size, Bytes(loaded.kernel_end), Bytes(layout::HOLE.start))?;
+    write_pvh(memory, &layout::memory_map(size, boot.reserved.clone()), initrd)?;
     Ok(Entry::Pvh(entry))
 }
 
 fn load_bzimage(
-    files: Files<'_>,
+    boot: &Boot<'_>,
     kernel: &mut File,
     memory: &GuestMemoryMmap,
     size: Bytes,
 ) -> Result<Entry, KernelError> {
-    let not_a_kernel = || KernelError::NotAKernel(files.kernel.to_owned());
-    let length = kernel.seek(SeekFrom::End(0)).map_err(|error| read_error("kernel", files.kernel, error))?;
-    // The header's magic, from Documentation/arch/x86/boot.rst.
-    let mut magic = [0u8; 4];
-    let has_magic = kernel.seek(SeekFrom::Start(0x202)).is_ok() && kernel.read_exact(&mut magic).is_ok();
-    if !has_magic || magic != *b"HdrS" {
+    let not_a_kernel = || KernelError::NotAKernel(boot.kernel.to_owned());
+    let length = kernel.seek(SeekFrom::End(0)).map_err(|error| read_error("kernel", boot.kernel, error))?;
+    let mut head = [0u8; HEADER_MAGIC + 4];
+    let is_read = kernel.rewind().is_ok() && kernel.read_exact(&mut head).is_ok();
+    if !is_read || !head.ends_with(b"HdrS") {
         return Err(not_a_kernel());
+    }
+    let whole = image_length(&head);
+    if length < whole {
+        return Err(KernelError::CutOff { path: boot.kernel.to_owned(), whole, there: length });
     }
     check_kernel_fits(Bytes(layout::HIGH_MEMORY.0 + length), size)?;
     let loaded = BzImage::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(|error| {
-        KernelError::Load { path: files.kernel.to_owned(), memory: size, why: error.to_string() }
+        KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
     })?;
     let header = loaded.setup_header.ok_or_else(not_a_kernel)?;
     // XLF_KERNEL_64: the legacy 64-bit entry point at 0x200 exists.
     if header.version < 0x20c || header.xloadflags & 1 == 0 {
-        return Err(KernelError::No64BitEntry(files.kernel.to_owned()));
+        return Err(KernelError::No64BitEntry(boot.kernel.to_owned()));
     }
     // The kernel unpacks itself to where it prefers to run, and needs init_size from there on.
     let unpacked =
@@ -187,9 +216,25 @@ fn load_bzimage(
     let end = unpacked.max(Bytes(loaded.kernel_end));
     check_kernel_fits(end, size)?;
     let highest = Bytes(u64::from(header.initrd_addr_max).saturating_add(1).min(layout::HOLE.start));
-    let initrd = load_initrd(files.initrd, memory, size, end, highest)?;
-    write_zero_page(memory, size, header, initrd)?;
+    let initrd = load_initrd(boot.initrd, memory, size, end, highest)?;
+    write_zero_page(memory, &layout::memory_map(size, boot.reserved.clone()), header, initrd)?;
     Ok(Entry::Linux64(GuestAddress(loaded.kernel_load.0.saturating_add(0x200))))
+}
+
+// Fields of a bzImage's header (Documentation/arch/x86/boot.rst).
+const SETUP_SECTORS: usize = 0x1f1;
+const PAYLOAD_PARAGRAPHS: usize = 0x1f4;
+const HEADER_MAGIC: usize = 0x202;
+
+/// How long a bzImage is by its header: the boot sector, the real-mode code and the rest. Signatures may follow.
+fn image_length(head: &[u8; HEADER_MAGIC + 4]) -> u64 {
+    let sectors = match head.get(SETUP_SECTORS) {
+        // "For backwards compatibility".
+        None | Some(0) => 4,
+        Some(&sectors) => u64::from(sectors),
+    };
+    let paragraphs = head.get(PAYLOAD_PARAGRAPHS..).and_then(|rest| rest.first_chunk()).copied();
+    (sectors + 1) * 512 + u64::from(paragraphs.map_or(0, u32::from_le_bytes)) * 16
 }
 
 fn check_kernel_fits(end: Bytes, memory: Bytes) -> Result<(), KernelError> {
@@ -217,6 +262,9 @@ fn load_initrd(
     // A pipe has no length; it could be read into memory only by guessing one.
     let length = file.seek(SeekFrom::End(0)).map_err(|error| read_error("initramfs", path, error))?;
     file.rewind().map_err(|error| read_error("initramfs", path, error))?;
+    if length == 0 {
+        return Err(KernelError::EmptyInitrd(path.to_owned()));
+    }
     let size = Bytes(length);
     let start = ram.min(highest).saturating_sub(size).page_floor();
     if start < lowest {
@@ -233,7 +281,7 @@ fn load_initrd(
 
 fn write_zero_page(
     memory: &GuestMemoryMmap,
-    ram: Bytes,
+    map: &[MapEntry],
     header: setup_header,
     initrd: Option<Placed>,
 ) -> Result<(), KernelError> {
@@ -247,8 +295,7 @@ fn write_zero_page(
         params.hdr.ramdisk_size = initrd.size.0 as u32;
     }
     params.acpi_rsdp_addr = layout::ACPI.0;
-    let map = layout::memory_map(ram);
-    for (slot, entry) in params.e820_table.iter_mut().zip(&map) {
+    for (slot, entry) in params.e820_table.iter_mut().zip(map) {
         *slot = boot_e820_entry {
             addr: entry.start.0,
             size: entry.size.0,
@@ -267,8 +314,8 @@ const E820_RESERVED: u32 = 2;
 /// XEN_HVM_START_MAGIC_VALUE.
 const PVH_MAGIC: u32 = 0x336e_c578;
 
-fn write_pvh(memory: &GuestMemoryMmap, ram: Bytes, initrd: Option<Placed>) -> Result<(), KernelError> {
-    let map: Vec<_> = layout::memory_map(ram)
+fn write_pvh(memory: &GuestMemoryMmap, map: &[MapEntry], initrd: Option<Placed>) -> Result<(), KernelError> {
+    let map: Vec<_> = map
         .iter()
         .map(|entry| hvm_memmap_table_entry {
             addr: entry.start.0,
@@ -307,13 +354,17 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    fn boot<'a>(kernel: &'a Path, cmdline: &'a str) -> Boot<'a> {
+        Boot { kernel, initrd: None, cmdline, reserved: 0..0 }
+    }
+
     fn refused(contents: &[u8]) -> KernelError {
         let mut file = tempfile::NamedTempFile::new().expect("temporary file");
         file.write_all(contents).expect("written");
         let size = Bytes::mib(64);
         let memory =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size.0 as usize)]).expect("guest memory");
-        load(Files { kernel: file.path(), initrd: None, cmdline: "" }, &memory, size).expect_err("no kernel")
+        load(&boot(file.path(), ""), &memory, size).expect_err("no kernel")
     }
 
     #[test]
@@ -337,9 +388,43 @@ mod tests {
     fn a_missing_file_and_a_directory_are_named() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("guest memory");
         for path in ["/nowhere/vmlinuz", "/"] {
-            let files = Files { kernel: Path::new(path), initrd: None, cmdline: "" };
-            let error = load(files, &memory, Bytes::mib(64)).expect_err("no file").to_string();
+            let error =
+                load(&boot(Path::new(path), ""), &memory, Bytes::mib(64)).expect_err("no file").to_string();
             assert!(error.contains(path), "{error}");
         }
+    }
+
+    /// A header says how long the image is; what is missing would be zeros to the guest.
+    #[test]
+    fn an_image_that_is_cut_off_is_refused() {
+        let mut image = vec![0u8; 8192];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x1f1] = 3;
+        image[0x1f4..0x1f8].copy_from_slice(&(6145u32 / 16 + 1).to_le_bytes());
+        let error = refused(&image);
+        assert!(matches!(error, KernelError::CutOff { whole: 8208, there: 8192, .. }), "{error}");
+        image.extend([0; 16]);
+        assert!(matches!(refused(&image), KernelError::Load { .. } | KernelError::No64BitEntry(_)));
+        image[0x1f1] = 0;
+        assert!(matches!(refused(&image), KernelError::CutOff { whole: 8720, there: 8208, .. }));
+        image[0x1f4..0x1f8].fill(0xff);
+        assert!(matches!(refused(&image), KernelError::CutOff { .. }));
+    }
+
+    #[test]
+    fn an_empty_initramfs_is_refused() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("guest memory");
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        let (ram, lowest, highest) = (Bytes::mib(64), Bytes::mib(1), Bytes::mib(64));
+        let error = load_initrd(Some(file.path()), &memory, ram, lowest, highest).expect_err("empty");
+        assert!(matches!(error, KernelError::EmptyInitrd(_)), "{error}");
+    }
+
+    #[test]
+    fn a_command_line_that_is_too_long_is_told_with_the_limit() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("guest memory");
+        write_cmdline(&"x".repeat(2047), &memory).expect("as long as Linux takes");
+        let error = write_cmdline(&"x".repeat(2048), &memory).expect_err("one more").to_string();
+        assert!(error.contains("2048 bytes") && error.contains("2047"), "{error}");
     }
 }

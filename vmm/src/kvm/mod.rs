@@ -1,4 +1,7 @@
-//! What is asked of KVM for a whole VM: its memory and interrupt controllers.
+//! What is asked of KVM for a whole VM: its memory, interrupt controllers and the routes of interrupts.
+
+pub mod routing;
+pub mod vectors;
 
 use std::sync::Arc;
 

@@ -2,6 +2,8 @@
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no PM timer, no fixed events, no SCI.
 
+mod pci;
+
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
     ResourceTemplate, Scope,
@@ -18,6 +20,7 @@ use api::units::Bytes;
 use devices::platform::acpi_power;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
+pub use self::pci::PciHostBridge;
 use crate::arch::x86_64::layout;
 use crate::config::Cpus;
 
@@ -48,6 +51,8 @@ pub struct VirtioSlot {
 pub struct Platform {
     /// virtio-mmio devices.
     pub virtio: Vec<VirtioSlot>,
+    /// The PCI bus, if there is one.
+    pub pci: Option<PciHostBridge>,
     /// Whether there is a first serial port.
     pub serial: bool,
     /// The power button's interrupt.
@@ -84,15 +89,14 @@ pub fn write(
         address
     };
     let dsdt = place(dsdt(platform));
-    let fadt = place(fadt(dsdt));
+    let fadt = place(fadt(dsdt, platform.pci.is_some()));
     let madt = place(madt(cpus));
+    let mcfg = platform.pci.as_ref().map(|bridge| place(pci::mcfg(bridge)));
     let srat = domain.iter().any(|memory| memory.pluggable).then(|| place(srat(domain)));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    if let Some(srat) = srat {
-        xsdt.add_entry(srat);
-    }
+    mcfg.into_iter().chain(srat).for_each(|table| xsdt.add_entry(table));
     let xsdt = place(bytes(&xsdt));
     memory.write_slice(&bytes(&Rsdp::new(OEM, xsdt)), layout::ACPI)?;
     memory.write_slice(&tables, GuestAddress(first))
@@ -104,7 +108,7 @@ fn bytes(object: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, has_pci: bool) -> Vec<u8> {
     let port = |register: u16| {
         let address = layout::ACPI_POWER + register;
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into())
@@ -117,7 +121,8 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         // A fixed button would need the PM1 block; this one is a device in the DSDT.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | NO_MSI | NO_ASPM | NO_CMOS_RTC).into();
+    let no_msi = if has_pci { 0 } else { NO_MSI };
+    fadt.iapc_boot_arch = (LEGACY_DEVICES | NO_VGA | no_msi | NO_ASPM | NO_CMOS_RTC).into();
     fadt.reset_reg = port(acpi_power::RESET);
     fadt.reset_value = acpi_power::RESET_VALUE;
     fadt.sleep_control_reg = port(acpi_power::SLEEP_CONTROL);
@@ -150,6 +155,9 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
     let mut body = Vec::new();
     for (uid, slot) in (0..).zip(&platform.virtio) {
         virtio_device(uid, *slot, &mut body);
+    }
+    if let Some(bridge) = &platform.pci {
+        pci::describe(bridge, &mut body);
     }
     if platform.serial {
         serial_port(&mut body);
@@ -244,7 +252,9 @@ mod tests {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("guest memory");
         let slot = |window, irq| VirtioSlot { window: GuestAddress(window), size: 0x1000, irq };
         let virtio = vec![slot(0xd000_0000, 17), slot(0xd000_1000, 18)];
-        let platform = Platform { virtio, serial: true, power_button: 16 };
+        let ecam = layout::ECAM;
+        let pci = Some(PciHostBridge { ecam, ecam_size: 1 << 20, window: 4 << 30..5 << 30 });
+        let platform = Platform { virtio, pci, serial: true, power_button: 16 };
         let domain = [
             Domain { start: GuestAddress(0), size: Bytes::mib(1), pluggable: false },
             Domain { start: GuestAddress(1 << 27), size: Bytes::mib(128), pluggable: true },
@@ -267,7 +277,10 @@ mod tests {
         let xsdt = table(pointer(&root, 24));
         let names: Vec<_> =
             xsdt[36..].chunks(8).map(|entry| table(pointer(entry, 0))[..4].to_vec()).collect();
-        assert_eq!(names, [b"FACP", b"APIC", b"SRAT"]);
+        assert_eq!(names, [b"FACP", b"APIC", b"MCFG", b"SRAT"]);
+        // One ECAM, of segment 0 and bus 0 alone, behind 8 reserved bytes (PCI Firmware 3.2, table 4-3).
+        let mcfg = table(pointer(&xsdt, 52));
+        assert_eq!((mcfg.len(), pointer(&mcfg, 44), pointer(&mcfg, 52)), (60, ecam.0, 0));
         let dsdt = table(pointer(&table(pointer(&xsdt, 36)), 140));
         assert_eq!(dsdt.windows(8).filter(|text| text == b"LNRO0005").count(), 2);
     }

@@ -105,6 +105,18 @@ const RULES: &[Rule] = &[
     Rule { leaf: 0x8000_0022, register: Eax, clear: ALL, set: 0, reason: "no PMU (AMD version 2)" },
 ];
 
+/// Bits in a guest physical address, as far as the processor and the tables that translate it go.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    // The architecture's least where nobody says (SDM volume 2, CPUID, leaf 80000008H).
+    const LEAST: u32 = 36;
+    let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.map_or(LEAST, |leaf| {
+        let (physical, guest) = (leaf.eax & 0xff, leaf.eax >> 16 & 0xff);
+        // KVM tells the second where its tables have fewer levels than the processor's addresses ask for.
+        if guest == 0 { physical } else { physical.min(guest) }
+    })
+}
+
 /// Whether this host is a machine that QEMU emulates in software.
 pub fn host_is_emulated() -> bool {
     let hypervisor = __cpuid(0x1).ecx >> 31 == 1;
@@ -238,6 +250,16 @@ mod tests {
             assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx), (2, 4));
             assert_eq!(find(0x8000_001e, 0).eax, u32::from(index));
         }
+    }
+
+    #[test]
+    fn addresses_end_where_the_tables_do() {
+        let bits = |eax| {
+            let leaf = kvm_cpuid_entry2 { eax, ..entry(0x8000_0008) };
+            address_bits(&CpuId::from_entries(&[leaf]).expect("fits"))
+        };
+        assert_eq!([0x3028, 0x30_3034, 0x34_3030].map(bits), [40, 48, 48]);
+        assert_eq!(address_bits(&CpuId::from_entries(&[]).expect("fits")), 36);
     }
 
     #[test]

@@ -32,6 +32,10 @@ pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
 /// The windows of virtio-mmio devices.
 pub const WINDOWS: Range<u64> = 0xd000_0000..0xd010_0000;
+/// PCI's configuration space as memory.
+pub const ECAM: GuestAddress = GuestAddress(0xe000_0000);
+/// Room for the registers of PCI devices, above all memory. Linux maps nothing of it that is not used.
+pub const PCI_WINDOW: Bytes = Bytes::gib(1);
 /// KVM's in-kernel IOAPIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs (SDM volume 3, section 11.4.1).
@@ -86,6 +90,30 @@ pub fn pluggable(boot: Bytes, more: Bytes) -> (GuestAddress, Bytes) {
     (GuestAddress(up(HOLE.end.saturating_add(high.0))), size)
 }
 
+/// The guest's processor can't address PCI devices above so much memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "there is no room for PCI devices above the guest's memory, as its processor's addresses have {bits} bits: \
+     give it less memory, or its devices `--transport mmio`"
+)]
+pub struct NoPciWindow {
+    /// Bits in a guest physical address.
+    pub bits: u32,
+}
+
+/// Where the registers of PCI devices are, in a guest whose memory (with what may be plugged) ends at `end`.
+///
+/// # Errors
+/// [`NoPciWindow`] where that lies beyond what the processor can address.
+pub fn pci_window(end: GuestAddress, bits: u32) -> Result<Range<u64>, NoPciWindow> {
+    let no_room = NoPciWindow { bits };
+    let size = PCI_WINDOW.0;
+    let start = end.0.max(HOLE.end).checked_next_multiple_of(size).ok_or(no_room)?;
+    let end = start.checked_add(size).ok_or(no_room)?;
+    let reachable = 1u64.checked_shl(bits).is_none_or(|limit| end <= limit);
+    if reachable { Ok(start..end) } else { Err(no_room) }
+}
+
 /// One range of the guest's memory map, and whether it is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapEntry {
@@ -97,21 +125,22 @@ pub struct MapEntry {
     pub usable: bool,
 }
 
-/// The memory map that the guest is told (e820, or PVH's).
-pub fn memory_map(size: Bytes) -> Vec<MapEntry> {
-    let mut map = vec![
-        MapEntry { start: GuestAddress(0), size: Bytes(LOW_END.0), usable: true },
-        MapEntry { start: ACPI, size: Bytes(HIGH_MEMORY.0 - ACPI.0), usable: false },
-    ];
+/// The memory map that the guest is told (e820, or PVH's), with devices at `reserved` where that is not
+/// empty: Linux takes no ECAM that the map leaves out.
+pub fn memory_map(size: Bytes, reserved: Range<u64>) -> Vec<MapEntry> {
+    let entry = |range: Range<u64>, usable| MapEntry {
+        start: GuestAddress(range.start),
+        size: Bytes(range.end.saturating_sub(range.start)),
+        usable,
+    };
+    let mut map = vec![entry(0..LOW_END.0, true), entry(ACPI.0..HIGH_MEMORY.0, false)];
     for (start, size) in ram(size) {
-        let begin = start.0.max(HIGH_MEMORY.0);
-        let end = start.0.saturating_add(size.0);
-        map.push(MapEntry {
-            start: GuestAddress(begin),
-            size: Bytes(end.saturating_sub(begin)),
-            usable: true,
-        });
+        map.push(entry(start.0.max(HIGH_MEMORY.0)..start.0.saturating_add(size.0), true));
     }
+    if !reserved.is_empty() {
+        map.push(entry(reserved, false));
+    }
+    map.sort_by_key(|entry| entry.start);
     map
 }
 
@@ -140,6 +169,22 @@ mod tests {
         assert_eq!((start.0, size), (64 << 30, Bytes::gib(2)));
     }
 
+    #[test]
+    fn devices_in_the_hole_keep_apart() {
+        let ecam = ECAM.0..ECAM.0 + devices::pci::access::ECAM_SIZE;
+        assert!(HOLE.start <= WINDOWS.start && WINDOWS.end <= ecam.start && ecam.end <= u64::from(IOAPIC));
+    }
+
+    #[test]
+    fn pci_devices_find_room_above_memory_or_say_why_not() {
+        let gib = |range: Result<Range<u64>, NoPciWindow>| range.map(|r| (r.start >> 30, r.end >> 30));
+        assert_eq!(gib(pci_window(GuestAddress(0), 36)), Ok((4, 5)));
+        assert_eq!(gib(pci_window(GuestAddress((63 << 30) - 4096), 36)), Ok((63, 64)));
+        assert_eq!(gib(pci_window(GuestAddress((63 << 30) + 4096), 36)), Err(NoPciWindow { bits: 36 }));
+        assert_eq!(gib(pci_window(GuestAddress((63 << 30) + 4096), 40)), Ok((64, 65)));
+        assert!(pci_window(GuestAddress(u64::MAX), 64).is_err());
+    }
+
     proptest! {
         #[test]
         fn pluggable_memory_stands_apart(mib in 64u64..1 << 20, more in 1u64..1 << 20) {
@@ -156,13 +201,15 @@ mod tests {
         #[test]
         fn the_map_covers_ram_and_leaves_the_hole(mib in 64u64..1 << 20) {
             let size = Bytes::mib(mib);
+            let ecam = ECAM.0..ECAM.0 + (1 << 20);
             let regions = ram(size);
             prop_assert_eq!(regions.iter().map(|(_, size)| *size).sum::<Bytes>(), size);
-            let map = memory_map(size);
+            let map = memory_map(size, ecam.clone());
+            prop_assert!(map.iter().any(|entry| !entry.usable && entry.start == ECAM && entry.size == Bytes::mib(1)));
             for entry in &map {
                 let end = entry.start.0 + entry.size.0;
-                prop_assert!(end <= HOLE.start || entry.start.0 >= HOLE.end);
                 if entry.usable {
+                    prop_assert!(end <= HOLE.start || entry.start.0 >= HOLE.end);
                     prop_assert!(regions.iter().any(|(start, size)| start.0 <= entry.start.0 && end <= start.0 + size.0));
                 }
             }

@@ -1,7 +1,7 @@
 //! vCPUs as they are before the guest runs.
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
+use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
 
 use crate::arch::x86_64::{cpuid, registers};
@@ -27,25 +27,23 @@ pub enum VcpuError {
     Tables(#[from] GuestMemoryError),
 }
 
-/// All vCPUs of a VM. The first starts at `entry`, with its tables in `memory`; the others wait in their
+/// All vCPUs of a VM, of what KVM has `supported`. The first starts at `entry`, with its tables in `memory`; the others wait in their
 /// local APICs until the guest starts them.
 ///
 /// # Errors
 /// [`VcpuError`] says what could not be had.
 pub fn create_all(
-    kvm: &Kvm,
     vm: &VmFd,
+    supported: &CpuId,
     cpus: Cpus,
     memory: &GuestMemoryMmap,
     entry: Entry,
 ) -> Result<Vec<VcpuFd>, VcpuError> {
-    let supported =
-        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell what CPUID it supports"))?;
     let emulated = cpuid::host_is_emulated();
     let mut vcpus = Vec::new();
     for index in 0..cpus.get() {
         let vcpu = vm.create_vcpu(index.into()).map_err(refused("create a vCPU"))?;
-        let cpuid = cpuid::of_vcpu(&supported, index, cpus, emulated);
+        let cpuid = cpuid::of_vcpu(supported, index, cpus, emulated);
         vcpu.set_cpuid2(&cpuid).map_err(refused("set a vCPU's CPUID"))?;
         set_msrs(&vcpu)?;
         vcpu.set_fpu(&registers::floating_point()).map_err(refused("set a vCPU's FPU"))?;
