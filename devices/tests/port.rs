@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use devices::state::{StateError, Version};
 use devices::testing::hostile::{any_act, chain_act};
 use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, NEEDS_RESET, RUNNING};
-use devices::virtio::port::{Acquaintance, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
+use devices::virtio::port::{Handshake, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
 use devices::virtio::queue::MOST_MALFORMED;
 use devices::virtio::saved::VirtioState;
 use proptest::collection::vec;
@@ -245,7 +245,7 @@ fn what_the_driver_is_to_be_told_is_told_after_the_move() {
 #[test]
 fn a_port_that_is_open_without_a_driver_is_refused() {
     for carrier in CARRIERS {
-        for spoilt in [json!({"open": true}), json!({"acquaintance": "complete"}), json!({"version": 9})] {
+        for spoilt in [json!({"open": true}), json!({"handshake": "complete"}), json!({"version": 9})] {
             let (guest, heard) = guest(carrier);
             let mut state = saved(&guest);
             for (field, value) in spoilt.as_object().unwrap() {
@@ -258,8 +258,8 @@ fn a_port_that_is_open_without_a_driver_is_refused() {
     }
 }
 
-fn acquaintance() -> impl Strategy<Value = Acquaintance> {
-    use Acquaintance::*;
+fn handshake() -> impl Strategy<Value = Handshake> {
+    use Handshake::*;
     prop_oneof![Just(None), Just(Adding), Just(Added), Just(Naming), Just(Opening), Just(Complete)]
 }
 
@@ -278,13 +278,13 @@ proptest! {
 
     /// Whatever is restored, the driver gets no more than the messages that are left.
     #[test]
-    fn no_state_breaks_a_port(carrier in carrier(), acquaintance in acquaintance(), open: bool, total: u64, since: u32) {
+    fn no_state_breaks_a_port(carrier in carrier(), handshake in handshake(), open: bool, total: u64, since: u32) {
         let (mut guest, heard) = guest(carrier);
         guest.start(0);
         (0..3).for_each(|place| room(&mut guest, place));
         let mut state = saved(&guest);
         let faults = serde_json::from_value(json!({"total": total, "since_reset": since})).unwrap();
-        state.device = serde_json::to_value(PortState { version: Version, acquaintance, open, faults }).unwrap();
+        state.device = serde_json::to_value(PortState { version: Version, handshake, open, faults }).unwrap();
         let mut guest = moved(guest, &heard, state).unwrap();
         guest.run();
         prop_assert!(told(&mut guest).len() <= 2);

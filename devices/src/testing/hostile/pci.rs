@@ -106,7 +106,7 @@ fn check(pci: &PciRegisters) {
     let bar = u64::from_le_bytes(register) & !0xf;
     let decodes = pci.config_word(COMMAND) & 0b10 != 0;
     let connected = pci.host.connected.lock().unwrap();
-    let is_inside = bar >= WINDOW.start && bar <= WINDOW.end - BAR_SIZE;
+    let is_inside = (WINDOW.start..=WINDOW.end - BAR_SIZE).contains(&bar);
     assert!(connected.is_empty() || decodes && is_inside, "{bar:#x} is no place to notify a queue");
     for address in connected.keys() {
         assert!((bar + NOTIFY..bar + TABLE).contains(address), "{address:#x} is not in the BAR at {bar:#x}");
