@@ -1,6 +1,6 @@
 //! A hostile guest against the transport and the entropy device.
 
-use devices::testing::hostile::{Act, any_act, chain_act};
+use devices::testing::hostile::{Act, any_act, any_pci_act, chain_act};
 use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, NEEDS_RESET, RUNNING};
 use devices::virtio::queue::MOST_MALFORMED;
 use devices::virtio::rng::MOST_BYTES;
@@ -28,6 +28,17 @@ proptest! {
             act.apply(&mut guest);
         }
         assert_usable(&mut guest);
+    }
+
+    #[test]
+    fn anything_a_guest_does_to_pci_ends_with_a_device_that_works(acts in vec(any_pci_act(1, SIZE), 1..96)) {
+        let mut guest = guest(Carrier::Pci);
+        for act in &acts {
+            act.apply(&mut guest);
+        }
+        guest.transport().lock().unwrap().resume();
+        assert_usable(&mut guest);
+        prop_assert!(guest.interrupts() > 0);
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use devices::state::{StateError, Version};
 use devices::testing::hostile::{any_act, chain_act};
-use devices::testing::{BUFFERS, Guest, NEEDS_RESET, RUNNING};
-use devices::virtio::port::{Acquaintance, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
+use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, NEEDS_RESET, RUNNING};
+use devices::virtio::port::{Handshake, MOST_BYTES, MULTIPORT, Port, PortEvent, PortState};
 use devices::virtio::queue::MOST_MALFORMED;
 use devices::virtio::saved::VirtioState;
 use proptest::collection::vec;
@@ -43,10 +43,14 @@ fn port(ears: Arc<Mutex<Vec<Heard>>>) -> Port {
 }
 
 /// A guest with a port, and what was heard on it.
-fn guest() -> (Guest, Arc<Mutex<Vec<Heard>>>) {
+fn guest(carrier: Carrier) -> (Guest, Arc<Mutex<Vec<Heard>>>) {
     let heard = Arc::new(Mutex::new(Vec::new()));
     let port = port(heard.clone());
-    (Guest::new(|_| Box::new(port)), heard)
+    (Guest::on(carrier, |_| Box::new(port)), heard)
+}
+
+fn carrier() -> impl Strategy<Value = Carrier> {
+    prop::sample::select(CARRIERS.to_vec())
 }
 
 /// Moves the guest to a new device: what it hears of goes to the same ears.
@@ -114,88 +118,95 @@ fn open(guest: &mut Guest) {
 
 #[test]
 fn a_program_is_heard_once_it_has_opened_the_port() {
-    let (mut guest, heard) = guest();
-    assert_eq!(guest.read(0x104), 1, "one port");
-    open(&mut guest);
-    send(&mut guest, b"hello");
-    send(&mut guest, b", host");
-    control(&mut guest, PORT_OPEN, 0);
-    send(&mut guest, b"not heard");
-    let expected =
-        [Heard::Opened, Heard::Data(b"hello".into()), Heard::Data(b", host".into()), Heard::Closed];
-    assert_eq!(*heard.lock().unwrap(), expected);
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        assert_eq!(guest.read(0x104), 1, "one port");
+        open(&mut guest);
+        send(&mut guest, b"hello");
+        send(&mut guest, b", host");
+        control(&mut guest, PORT_OPEN, 0);
+        send(&mut guest, b"not heard");
+        let expected =
+            [Heard::Opened, Heard::Data(b"hello".into()), Heard::Data(b", host".into()), Heard::Closed];
+        assert_eq!(*heard.lock().unwrap(), expected);
+    }
 }
 
 #[test]
 fn messages_wait_for_room() {
-    let (mut guest, _) = guest();
-    guest.start(0);
-    control(&mut guest, DEVICE_READY, 1);
-    assert!(told(&mut guest).is_empty());
-    room(&mut guest, 0);
-    assert_eq!(told(&mut guest).len(), 1, "the port is added");
-    control(&mut guest, PORT_READY, 1);
-    room(&mut guest, 0);
-    room(&mut guest, 1);
-    assert_eq!(told(&mut guest).len(), 2, "named and open");
-    room(&mut guest, 2);
-    assert!(told(&mut guest).is_empty(), "there is nothing more to say");
+    for (mut guest, _) in CARRIERS.map(guest) {
+        guest.start(0);
+        control(&mut guest, DEVICE_READY, 1);
+        assert!(told(&mut guest).is_empty());
+        room(&mut guest, 0);
+        assert_eq!(told(&mut guest).len(), 1, "the port is added");
+        control(&mut guest, PORT_READY, 1);
+        room(&mut guest, 0);
+        room(&mut guest, 1);
+        assert_eq!(told(&mut guest).len(), 2, "named and open");
+        room(&mut guest, 2);
+        assert!(told(&mut guest).is_empty(), "there is nothing more to say");
+    }
 }
 
 #[test]
 fn a_reset_closes_the_port_and_a_driver_that_comes_anew_finds_it() {
-    let (mut guest, heard) = guest();
-    open(&mut guest);
-    guest.reset();
-    open(&mut guest);
-    assert_eq!(*heard.lock().unwrap(), [Heard::Opened, Heard::Closed, Heard::Opened]);
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        open(&mut guest);
+        guest.reset();
+        open(&mut guest);
+        assert_eq!(*heard.lock().unwrap(), [Heard::Opened, Heard::Closed, Heard::Opened]);
+    }
 }
 
 #[test]
 fn a_driver_without_ports_is_not_heard() {
-    let (mut guest, heard) = guest();
-    guest.start(1 << MULTIPORT);
-    send(&mut guest, b"console output");
-    assert!(heard.lock().unwrap().is_empty());
-    assert_eq!(guest.status(), RUNNING);
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        guest.start(1 << MULTIPORT);
+        send(&mut guest, b"console output");
+        assert!(heard.lock().unwrap().is_empty());
+        assert_eq!(guest.status(), RUNNING);
+    }
 }
 
 #[test]
 fn a_large_buffer_is_heard_in_part() {
-    let (mut guest, heard) = guest();
-    open(&mut guest);
-    guest.describe(FROM_GUEST, 0, BUFFERS, 0x4_0000, 0, 0);
-    guest.send(FROM_GUEST, 0);
-    assert_eq!(data(&heard).len(), MOST_BYTES);
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        open(&mut guest);
+        guest.describe(FROM_GUEST, 0, BUFFERS, 0x4_0000, 0, 0);
+        guest.send(FROM_GUEST, 0);
+        assert_eq!(data(&heard).len(), MOST_BYTES);
+    }
 }
 
 #[test]
 fn room_that_is_too_small_or_not_writable_is_malformed() {
-    let (mut guest, _) = guest();
-    guest.start(0);
-    guest.describe(CONTROL_TO_GUEST, 0, BUFFERS, 7, VRING_DESC_F_WRITE, 0);
-    guest.describe(CONTROL_TO_GUEST, 1, BUFFERS, 64, 0, 0);
-    guest.offer(CONTROL_TO_GUEST, 0);
-    guest.offer(CONTROL_TO_GUEST, 1);
-    control(&mut guest, DEVICE_READY, 1);
-    assert_eq!(guest.used(CONTROL_TO_GUEST), [(0, 0), (1, 0)]);
-    room(&mut guest, 2);
-    assert_eq!(told(&mut guest).len(), 1, "the message was not lost");
+    for (mut guest, _) in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(CONTROL_TO_GUEST, 0, BUFFERS, 7, VRING_DESC_F_WRITE, 0);
+        guest.describe(CONTROL_TO_GUEST, 1, BUFFERS, 64, 0, 0);
+        guest.offer(CONTROL_TO_GUEST, 0);
+        guest.offer(CONTROL_TO_GUEST, 1);
+        control(&mut guest, DEVICE_READY, 1);
+        assert_eq!(guest.used(CONTROL_TO_GUEST), [(0, 0), (1, 0)]);
+        room(&mut guest, 2);
+        assert_eq!(told(&mut guest).len(), 1, "the message was not lost");
+    }
 }
 
 #[test]
 fn too_many_malformed_chains_need_a_reset() {
-    let (mut guest, _) = guest();
-    guest.start(0);
-    guest.describe(CONTROL_FROM_GUEST, 0, BUFFERS, 4, 0, 0);
-    for _ in 0..MOST_MALFORMED {
+    for (mut guest, _) in CARRIERS.map(guest) {
+        guest.start(0);
+        guest.describe(CONTROL_FROM_GUEST, 0, BUFFERS, 4, 0, 0);
+        for _ in 0..MOST_MALFORMED {
+            guest.send(CONTROL_FROM_GUEST, 0);
+            assert_eq!(guest.status(), RUNNING);
+        }
         guest.send(CONTROL_FROM_GUEST, 0);
-        assert_eq!(guest.status(), RUNNING);
+        assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
+        guest.describe(FROM_GUEST, 0, BUFFERS, 8, VRING_DESC_F_NEXT, 0);
+        open(&mut guest);
     }
-    guest.send(CONTROL_FROM_GUEST, 0);
-    assert_eq!(guest.status(), RUNNING | NEEDS_RESET);
-    guest.describe(FROM_GUEST, 0, BUFFERS, 8, VRING_DESC_F_NEXT, 0);
-    open(&mut guest);
 }
 
 /// The guest's state, through text, as a file or a socket would carry it.
@@ -205,46 +216,50 @@ fn saved(guest: &Guest) -> VirtioState {
 
 #[test]
 fn a_program_is_heard_after_a_move_as_before() {
-    let (mut guest, heard) = guest();
-    open(&mut guest);
-    send(&mut guest, b"here");
-    let state = saved(&guest);
-    let mut guest = moved(guest, &heard, state.clone()).unwrap();
-    assert_eq!(saved(&guest), state, "nothing is lost on the way");
-    send(&mut guest, b"and there");
-    let before = [Heard::Opened, Heard::Data(b"here".into())];
-    let after = [Heard::Opened, Heard::Data(b"and there".into())];
-    assert_eq!(*heard.lock().unwrap(), [before, after].concat(), "the new host hears that it is open");
-    assert_usable(&mut guest, &heard);
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        open(&mut guest);
+        send(&mut guest, b"here");
+        let state = saved(&guest);
+        let mut guest = moved(guest, &heard, state.clone()).unwrap();
+        assert_eq!(saved(&guest), state, "nothing is lost on the way");
+        send(&mut guest, b"and there");
+        let before = [Heard::Opened, Heard::Data(b"here".into())];
+        let after = [Heard::Opened, Heard::Data(b"and there".into())];
+        assert_eq!(*heard.lock().unwrap(), [before, after].concat(), "the new host hears that it is open");
+        assert_usable(&mut guest, &heard);
+    }
 }
 
 #[test]
 fn what_the_driver_is_to_be_told_is_told_after_the_move() {
-    let (mut guest, heard) = guest();
-    guest.start(0);
-    control(&mut guest, DEVICE_READY, 1);
-    let state = saved(&guest);
-    let mut guest = moved(guest, &heard, state).unwrap();
-    room(&mut guest, 0);
-    assert_eq!(told(&mut guest), [vec![0, 0, 0, 0, 1, 0, 1, 0]], "a port is added");
+    for (mut guest, heard) in CARRIERS.map(guest) {
+        guest.start(0);
+        control(&mut guest, DEVICE_READY, 1);
+        let state = saved(&guest);
+        let mut guest = moved(guest, &heard, state).unwrap();
+        room(&mut guest, 0);
+        assert_eq!(told(&mut guest), [vec![0, 0, 0, 0, 1, 0, 1, 0]], "a port is added");
+    }
 }
 
 #[test]
 fn a_port_that_is_open_without_a_driver_is_refused() {
-    for spoilt in [json!({"open": true}), json!({"acquaintance": "complete"}), json!({"version": 9})] {
-        let (guest, heard) = guest();
-        let mut state = saved(&guest);
-        for (field, value) in spoilt.as_object().unwrap() {
-            state.device[field] = value.clone();
+    for carrier in CARRIERS {
+        for spoilt in [json!({"open": true}), json!({"handshake": "complete"}), json!({"version": 9})] {
+            let (guest, heard) = guest(carrier);
+            let mut state = saved(&guest);
+            for (field, value) in spoilt.as_object().unwrap() {
+                state.device[field] = value.clone();
+            }
+            let error = moved(guest, &heard, state).err().expect("it is refused").to_string();
+            assert!(error.contains("the port to the guest"), "{error}");
+            assert!(heard.lock().unwrap().is_empty());
         }
-        let error = moved(guest, &heard, state).err().expect("it is refused").to_string();
-        assert!(error.contains("the port to the guest"), "{error}");
-        assert!(heard.lock().unwrap().is_empty());
     }
 }
 
-fn acquaintance() -> impl Strategy<Value = Acquaintance> {
-    use Acquaintance::*;
+fn handshake() -> impl Strategy<Value = Handshake> {
+    use Handshake::*;
     prop_oneof![Just(None), Just(Adding), Just(Added), Just(Naming), Just(Opening), Just(Complete)]
 }
 
@@ -263,13 +278,13 @@ proptest! {
 
     /// Whatever is restored, the driver gets no more than the messages that are left.
     #[test]
-    fn no_state_breaks_a_port(acquaintance in acquaintance(), open: bool, total: u64, since: u32) {
-        let (mut guest, heard) = guest();
+    fn no_state_breaks_a_port(carrier in carrier(), handshake in handshake(), open: bool, total: u64, since: u32) {
+        let (mut guest, heard) = guest(carrier);
         guest.start(0);
         (0..3).for_each(|place| room(&mut guest, place));
         let mut state = saved(&guest);
         let faults = serde_json::from_value(json!({"total": total, "since_reset": since})).unwrap();
-        state.device = serde_json::to_value(PortState { version: Version, acquaintance, open, faults }).unwrap();
+        state.device = serde_json::to_value(PortState { version: Version, handshake, open, faults }).unwrap();
         let mut guest = moved(guest, &heard, state).unwrap();
         guest.run();
         prop_assert!(told(&mut guest).len() <= 2);
@@ -278,8 +293,11 @@ proptest! {
     }
 
     #[test]
-    fn anything_a_guest_does_ends_with_a_device_that_works(acts in vec(any_act(4, QUEUE_SIZE), 1..64)) {
-        let (mut guest, heard) = guest();
+    fn anything_a_guest_does_ends_with_a_device_that_works(
+        carrier in carrier(),
+        acts in vec(any_act(4, QUEUE_SIZE), 1..64),
+    ) {
+        let (mut guest, heard) = guest(carrier);
         for act in &acts {
             act.apply(&mut guest);
         }
@@ -287,8 +305,11 @@ proptest! {
     }
 
     #[test]
-    fn any_chains_leave_memory_outside_the_guest_alone(acts in vec(chain_act(4, QUEUE_SIZE), 1..128)) {
-        let (mut guest, heard) = guest();
+    fn any_chains_leave_memory_outside_the_guest_alone(
+        carrier in carrier(),
+        acts in vec(chain_act(4, QUEUE_SIZE), 1..128),
+    ) {
+        let (mut guest, heard) = guest(carrier);
         guest.start(0);
         for act in &acts {
             act.apply(&mut guest);
@@ -299,9 +320,10 @@ proptest! {
 
     #[test]
     fn any_control_message_leaves_a_device_that_works(
+        carrier in carrier(),
         messages in vec((0u16..12, 0u16..3, any::<bool>()), 1..64),
     ) {
-        let (mut guest, heard) = guest();
+        let (mut guest, heard) = guest(carrier);
         guest.start(0);
         let mut rooms = 0;
         for (event, value, make_room) in messages {

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use parking_lot::RwLock;
 
 use super::{BARS, BarRange, Function, SLOTS};
 
@@ -37,17 +39,22 @@ struct Placed {
 /// other one goes.
 pub struct Bus {
     window: Range<u64>,
-    slots: Mutex<[Option<SharedFunction>; SLOTS as usize]>,
+    slots: RwLock<[Option<SharedFunction>; SLOTS as usize]>,
     placed: RwLock<BTreeMap<u64, Placed>>,
     /// Held over every change of configuration space, and taken before any function's lock: what is
     /// placed follows what is programmed, in the same order.
-    changes: Mutex<()>,
+    changes: parking_lot::Mutex<()>,
 }
 
 impl Bus {
     /// A bus without functions, whose BARs are to lie in `window`, in guest physical addresses.
     pub fn new(window: Range<u64>) -> Self {
-        Self { window, slots: Mutex::default(), placed: RwLock::default(), changes: Mutex::default() }
+        Self {
+            window,
+            slots: RwLock::default(),
+            placed: RwLock::default(),
+            changes: parking_lot::Mutex::default(),
+        }
     }
 
     /// Where BARs can be reached.
@@ -60,8 +67,8 @@ impl Bus {
     /// # Errors
     /// [`SlotError`] says what is in the way.
     pub fn insert(&self, slot: u8, function: Arc<Mutex<dyn Function>>) -> Result<(), SlotError> {
-        let _changes = lock(&self.changes);
-        match lock(&self.slots).get_mut(usize::from(slot)) {
+        let _changes = self.changes.lock();
+        match self.slots.write().get_mut(usize::from(slot)) {
             None => return Err(SlotError::NoSlot(slot)),
             Some(Some(_)) => return Err(SlotError::Taken(slot)),
             Some(free) => *free = Some(function),
@@ -82,7 +89,7 @@ impl Bus {
     }
 
     fn function(&self, slot: usize) -> Option<SharedFunction> {
-        lock(&self.slots).get(slot)?.clone()
+        self.slots.read().get(slot)?.clone()
     }
 
     /// Reads configuration space of function 0 in `slot`; all ones where there is none, or where the
@@ -97,7 +104,7 @@ impl Bus {
     /// Writes configuration space of function 0 in `slot`, and moves what moves by it.
     pub(super) fn write_config(&self, slot: usize, offset: u16, data: &[u8]) {
         let Some(function) = self.function(slot).filter(|_| is_carried(offset, data.len())) else { return };
-        let _changes = lock(&self.changes);
+        let _changes = self.changes.lock();
         let before = bars(&*function);
         lock(&*function).write_config(offset, data);
         if bars(&*function) != before {
@@ -122,7 +129,7 @@ impl Bus {
 
     fn find(&self, address: u64, len: usize) -> Option<(SharedFunction, usize, u64)> {
         let (start, placed) = {
-            let all = self.placed.read().unwrap_or_else(PoisonError::into_inner);
+            let all = self.placed.read();
             let (start, placed) = all.range(..=address).next_back()?;
             (*start, *placed)
         };
@@ -138,7 +145,7 @@ impl Bus {
         let functions: Vec<_> = (0..usize::from(SLOTS)).map(|slot| self.function(slot)).collect();
         let wanted: Vec<_> = functions.iter().map(|function| function.as_deref().map(bars)).collect();
         let wanted = |slot: usize, bar: usize| *wanted.get(slot)?.as_ref()?.get(bar)?;
-        let before = self.placed.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let before = self.placed.read().clone();
         let mut after: BTreeMap<u64, Placed> = before
             .iter()
             .filter(|(start, placed)| {
@@ -157,7 +164,7 @@ impl Bus {
         // Off first: two that change places must not both be told of the same address at once.
         let gone = before.iter().filter(|entry| after.get(entry.0) != Some(entry.1));
         let come = after.iter().filter(|entry| before.get(entry.0) != Some(entry.1));
-        *self.placed.write().unwrap_or_else(PoisonError::into_inner) = after.clone();
+        *self.placed.write() = after.clone();
         let tell = |placed: &Placed, address| {
             if let Some(Some(function)) = functions.get(placed.slot) {
                 lock(&**function).place_bar(placed.bar, address);
@@ -185,6 +192,7 @@ fn bars(function: &Mutex<dyn Function>) -> [Option<BarRange>; BARS] {
     std::array::from_fn(|bar| function.bar(bar))
 }
 
+/// A lock of the standard library's, as functions are served by event loops too.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

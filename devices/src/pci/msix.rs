@@ -117,7 +117,10 @@ impl Msix {
         // Bounded by the size of the table, 2048.
         let number = index as u16;
         let done = match wanted {
-            Some(message) => self.vectors.unmask(number, message),
+            Some(message) => self.vectors.unmask(number, message).inspect_err(|_| {
+                // The old message must not be sent for the new one.
+                let _ = self.vectors.mask(number);
+            }),
             None => self.vectors.mask(number),
         };
         vector.delivers = wanted.filter(|_| done.is_ok());

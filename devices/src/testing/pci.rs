@@ -216,20 +216,15 @@ impl PciRegisters {
         self.bar = address;
     }
 
-    /// The capability of this ID that `is` right, by its place.
-    pub fn capability(&self, id: u8, is: impl Fn(&[u8; 20]) -> bool) -> Option<u16> {
-        let mut pointer = [0];
-        self.read_config(0x34, &mut pointer);
-        while pointer[0] != 0 {
-            let at = u16::from(pointer[0]);
-            let mut capability = [0; 20];
-            for (offset, byte) in (at..).zip(&mut capability) {
-                self.read_config(offset, std::slice::from_mut(byte));
-            }
-            if capability[0] == id && is(&capability) {
+    /// The capability of this ID of whose fourth byte `is` says that it is the right one, by its place.
+    pub fn capability(&self, id: u8, is: impl Fn(u8) -> bool) -> Option<u16> {
+        let mut at = self.config_word(0x34) & 0xff;
+        while at != 0 {
+            let [found, next, _, kind] = self.config_dword(at).to_le_bytes();
+            if found == id && is(kind) {
                 return Some(at);
             }
-            pointer[0] = capability[1];
+            at = u16::from(next);
         }
         None
     }

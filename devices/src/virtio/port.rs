@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use super::device::{Active, Progress, VirtioDevice};
 use super::queue::{Budget, Chain, Faults, Verdict, serve};
@@ -60,7 +60,7 @@ pub enum PortEvent<'a> {
 /// How far the driver knows the port; each state names what it is told next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Acquaintance {
+pub enum Handshake {
     /// The driver has not asked for ports yet.
     None,
     /// It has: the port is to be added.
@@ -82,7 +82,7 @@ pub struct PortState {
     /// Of this struct.
     pub version: Version<1>,
     /// How far the driver knows the port.
-    pub acquaintance: Acquaintance,
+    pub handshake: Handshake,
     /// Whether a program in the guest has opened it.
     pub open: bool,
     /// Malformed chains so far.
@@ -95,7 +95,7 @@ const DEVICE: &str = "the port to the guest";
 pub struct Port {
     name: &'static str,
     hear: Box<dyn FnMut(PortEvent<'_>) + Send>,
-    acquaintance: Acquaintance,
+    handshake: Handshake,
     open: bool,
     faults: Faults,
 }
@@ -106,7 +106,7 @@ impl Port {
         Self {
             name,
             hear: Box::new(hear),
-            acquaintance: Acquaintance::None,
+            handshake: Handshake::None,
             open: false,
             faults: Faults::default(),
         }
@@ -138,7 +138,7 @@ impl Port {
                 verdict
             });
             if told {
-                self.acquaintance = next;
+                self.handshake = next;
             }
             if progress != Progress::More {
                 return progress;
@@ -147,12 +147,12 @@ impl Port {
     }
 
     /// Writes the message that is due; gives its length and what the driver knows after it.
-    fn next_message(&self, message: &mut [u8; CONTROL + LONGEST_NAME]) -> Option<(usize, Acquaintance)> {
-        let (event, value, name, next) = match self.acquaintance {
-            Acquaintance::Adding => (DEVICE_ADD, 1, "", Acquaintance::Added),
-            Acquaintance::Naming => (PORT_NAME, 1, self.name, Acquaintance::Opening),
-            Acquaintance::Opening => (PORT_OPEN, 1, "", Acquaintance::Complete),
-            Acquaintance::None | Acquaintance::Added | Acquaintance::Complete => return None,
+    fn next_message(&self, message: &mut [u8; CONTROL + LONGEST_NAME]) -> Option<(usize, Handshake)> {
+        let (event, value, name, next) = match self.handshake {
+            Handshake::Adding => (DEVICE_ADD, 1, "", Handshake::Added),
+            Handshake::Naming => (PORT_NAME, 1, self.name, Handshake::Opening),
+            Handshake::Opening => (PORT_OPEN, 1, "", Handshake::Complete),
+            Handshake::None | Handshake::Added | Handshake::Complete => return None,
         };
         let (control, place) = message.split_at_mut(CONTROL);
         control.copy_from_slice(&encode(event, value));
@@ -193,9 +193,9 @@ impl Port {
         let port = u32::from_le_bytes([a, b, c, d]);
         let value = u16::from_le_bytes([value_low, value_high]);
         match u16::from_le_bytes([event_low, event_high]) {
-            DEVICE_READY if value == 1 => self.acquaintance = Acquaintance::Adding,
-            PORT_READY if port == PORT && value == 1 && self.acquaintance == Acquaintance::Added => {
-                self.acquaintance = Acquaintance::Naming;
+            DEVICE_READY if value == 1 => self.handshake = Handshake::Adding,
+            PORT_READY if port == PORT && value == 1 && self.handshake == Handshake::Added => {
+                self.handshake = Handshake::Naming;
             }
             PORT_OPEN if port == PORT => self.set_open(value == 1),
             _ => {}
@@ -209,17 +209,14 @@ fn encode(event: u16, value: u16) -> [u8; CONTROL] {
     [a, b, c, d, e, f, g, h]
 }
 
-/// Writes a message to the first buffer of a chain that has no other purpose.
+/// Writes a message to a chain that has no other purpose, and room for all of it.
 fn write(memory: &GuestMemoryMmap, chain: &Chain, message: &[u8]) -> Verdict {
-    let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
-    match chain.writable().first() {
-        Some(buffer) if chain.readable().is_empty() && buffer.len >= length => {
-            match memory.write_slice(message, buffer.address) {
-                Ok(()) => Verdict::Used(length),
-                Err(_) => Verdict::Malformed,
-            }
-        }
-        _ => Verdict::Malformed,
+    let mut writer = chain.writer(memory);
+    let fits = chain.readable().is_empty() && writer.left() >= message.len() as u64;
+    if fits && writer.write(message) == message.len() {
+        Verdict::Used(writer.written())
+    } else {
+        Verdict::Malformed
     }
 }
 
@@ -251,7 +248,7 @@ impl VirtioDevice for Port {
 
     fn reset(&mut self) {
         self.set_open(false);
-        self.acquaintance = Acquaintance::None;
+        self.handshake = Handshake::None;
         self.faults.forgive();
     }
 
@@ -271,17 +268,17 @@ impl VirtioDevice for Port {
     }
 
     fn save(&self) -> Result<Value, StateError> {
-        let (acquaintance, open, faults) = (self.acquaintance, self.open, self.faults);
-        state::to_value(&PortState { version: Version, acquaintance, open, faults })
+        let (handshake, open, faults) = (self.handshake, self.open, self.faults);
+        state::to_value(&PortState { version: Version, handshake, open, faults })
     }
 
     fn restore(&mut self, state: Value, active: Option<&mut Active>) -> Result<(), StateError> {
         let state: PortState = state::from_value::<_, 1>(DEVICE, state)?;
-        if active.is_none() && (state.open || state.acquaintance != Acquaintance::None) {
+        if active.is_none() && (state.open || state.handshake != Handshake::None) {
             let what = "a driver knows it, and there is no driver".to_owned();
             return Err(StateError::Unreadable { device: DEVICE, what });
         }
-        self.acquaintance = state.acquaintance;
+        self.handshake = state.handshake;
         self.faults = state.faults;
         self.set_open(state.open);
         Ok(())

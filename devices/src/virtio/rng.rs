@@ -5,10 +5,10 @@ use std::io;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use super::device::{Active, Progress, VirtioDevice};
-use super::queue::{Budget, Buffer, Chain, Faults, Verdict, serve};
+use super::queue::{Budget, Chain, Faults, Verdict, serve};
 use crate::state::{self, StateError, Version};
 
 /// Bytes that one request gets at most; the driver sees from the used length
@@ -91,32 +91,16 @@ fn answer(memory: &GuestMemoryMmap, chain: &Chain) -> Verdict {
     if !chain.readable().is_empty() {
         return Verdict::Malformed;
     }
-    let mut written = 0;
-    for buffer in chain.writable() {
-        let wanted = usize::try_from(buffer.len).unwrap_or(usize::MAX).min(MOST_BYTES - written);
-        let count = fill(memory, *buffer, wanted);
-        written += count;
-        if count < wanted || written == MOST_BYTES {
-            break;
-        }
-    }
-    // Bounded by MOST_BYTES.
-    Verdict::Used(written as u32)
-}
-
-/// Fills the first `wanted` bytes of a buffer; returns how many it could.
-fn fill(memory: &GuestMemoryMmap, buffer: Buffer, wanted: usize) -> usize {
+    let mut writer = chain.writer(memory);
     let mut piece = [0; PIECE];
-    let mut done = 0;
-    while done < wanted {
-        let Some(piece) = piece.get_mut(..PIECE.min(wanted - done)) else { break };
-        let address = GuestAddress(buffer.address.0.saturating_add(done as u64));
-        if random(piece).is_err() || memory.write_slice(piece, address).is_err() {
+    for _ in 0..MOST_BYTES / PIECE {
+        let wanted = usize::try_from(writer.left()).unwrap_or(PIECE).min(PIECE);
+        let Some(piece) = piece.get_mut(..wanted).filter(|piece| !piece.is_empty()) else { break };
+        if random(piece).is_err() || writer.write(piece) < piece.len() {
             break;
         }
-        done += piece.len();
     }
-    done
+    Verdict::Used(writer.written())
 }
 
 /// Waits only where the host itself has no entropy yet, early in its boot.

@@ -5,6 +5,8 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::vectors::IoVectors;
+
 /// One buffer of a chain: inside guest memory, not empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
@@ -118,7 +120,12 @@ impl Chain {
 
     /// Reads the chain's readable bytes from front to back.
     pub fn reader<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Reader<'a> {
-        Reader { memory, buffers: self.readable(), offset: 0 }
+        Reader { place: Place::start(memory, self.readable()) }
+    }
+
+    /// Writes the chain's writable bytes from front to back.
+    pub fn writer<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Writer<'a> {
+        Writer { place: Place::start(memory, self.writable()) }
     }
 }
 
@@ -128,36 +135,122 @@ impl Chain {
 #[serde(transparent)]
 pub struct Head(pub(super) u16);
 
+/// A place in some buffers of a chain.
+struct Place<'a> {
+    memory: &'a GuestMemoryMmap,
+    /// From the buffer that the place is in.
+    buffers: &'a [Buffer],
+    /// Bytes of that buffer that are behind the place.
+    offset: u32,
+    passed: u64,
+}
+
+impl<'a> Place<'a> {
+    fn start(memory: &'a GuestMemoryMmap, buffers: &'a [Buffer]) -> Self {
+        Self { memory, buffers, offset: 0, passed: 0 }
+    }
+
+    fn left(&self) -> u64 {
+        let all: u64 = self.buffers.iter().map(|buffer| u64::from(buffer.len)).sum();
+        all.saturating_sub(u64::from(self.offset))
+    }
+
+    /// Hands at most `most` bytes to `work`, piece by piece, and goes past those that it took: until it
+    /// takes less than it got. Returns how many it took.
+    fn walk(
+        &mut self,
+        most: usize,
+        mut work: impl FnMut(&GuestMemoryMmap, GuestAddress, usize) -> usize,
+    ) -> usize {
+        let mut done = 0;
+        while let Some((buffer, rest)) = self.buffers.split_first() {
+            let left = usize::try_from(buffer.len.saturating_sub(self.offset)).unwrap_or(usize::MAX);
+            let count = left.min(most.saturating_sub(done));
+            if count == 0 {
+                break;
+            }
+            let address = GuestAddress(buffer.address.0.saturating_add(u64::from(self.offset)));
+            let taken = work(self.memory, address, count).min(count);
+            done = done.saturating_add(taken);
+            self.passed = self.passed.saturating_add(taken as u64);
+            if taken == left {
+                (self.buffers, self.offset) = (rest, 0);
+            } else {
+                // Below the buffer's length.
+                self.offset = self.offset.saturating_add(taken as u32);
+            }
+            if taken < count {
+                break;
+            }
+        }
+        done
+    }
+
+    fn vectors(&mut self, most: usize, vectors: &mut IoVectors) -> usize {
+        self.walk(most, |_, address, count| if vectors.push(address, count) { count } else { 0 })
+    }
+}
+
 /// A place in the readable bytes of a chain.
 pub struct Reader<'a> {
-    memory: &'a GuestMemoryMmap,
-    buffers: &'a [Buffer],
-    /// Bytes of the first buffer that are read already.
-    offset: u32,
+    place: Place<'a>,
 }
 
 impl Reader<'_> {
     /// Fills `out` as far as the chain goes; returns how many bytes it got.
     pub fn read(&mut self, out: &mut [u8]) -> usize {
         let mut done = 0;
-        while let (Some((buffer, rest)), Some(space)) = (self.buffers.split_first(), out.get_mut(done..)) {
-            let left = buffer.len.saturating_sub(self.offset);
-            let count = space.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            if count == 0 && left > 0 {
-                break;
-            }
-            let address = GuestAddress(buffer.address.0.saturating_add(u64::from(self.offset)));
-            let Some(space) = space.get_mut(..count) else { break };
-            if self.memory.read_slice(space, address).is_err() {
-                break;
-            }
+        self.place.walk(out.len(), |memory, address, count| {
+            let part = out.get_mut(done..).and_then(|rest| rest.get_mut(..count));
+            let read = part.is_some_and(|part| memory.read_slice(part, address).is_ok());
             done += count;
-            self.offset = self.offset.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
-            if self.offset >= buffer.len {
-                self.buffers = rest;
-                self.offset = 0;
-            }
-        }
-        done
+            if read { count } else { 0 }
+        })
+    }
+
+    /// Bytes that are still to read.
+    pub fn left(&self) -> u64 {
+        self.place.left()
+    }
+
+    /// Goes past at most `most` bytes and adds where they are to `vectors`, to be written to somewhere
+    /// by the host's kernel; returns how many they are.
+    pub fn vectors(&mut self, most: usize, vectors: &mut IoVectors) -> usize {
+        self.place.vectors(most, vectors)
+    }
+}
+
+/// A place in the writable bytes of a chain.
+pub struct Writer<'a> {
+    place: Place<'a>,
+}
+
+impl Writer<'_> {
+    /// Writes `data` as far as the chain goes; returns how many bytes fitted.
+    pub fn write(&mut self, data: &[u8]) -> usize {
+        let mut done = 0;
+        self.place.walk(data.len(), |memory, address, count| {
+            let part = data.get(done..).and_then(|rest| rest.get(..count));
+            let written = part.is_some_and(|part| memory.write_slice(part, address).is_ok());
+            done += count;
+            if written { count } else { 0 }
+        })
+    }
+
+    /// Bytes that still fit.
+    pub fn left(&self) -> u64 {
+        self.place.left()
+    }
+
+    /// Bytes before this place: the length of what was written, for the used ring. A chain of more than
+    /// 4 GiB is none (section 2.7.5.2), so it fits.
+    pub fn written(&self) -> u32 {
+        u32::try_from(self.place.passed).unwrap_or(u32::MAX)
+    }
+
+    /// Goes past at most `most` bytes and adds where they are to `vectors`, to be filled by the host's
+    /// kernel; returns how many they are.
+    pub fn vectors(&mut self, most: usize, vectors: &mut IoVectors) -> usize {
+        self.place.vectors(most, vectors)
     }
 }

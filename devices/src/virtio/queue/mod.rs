@@ -8,6 +8,7 @@
 //! keeps is in flight, and a driver that offers such a chain once more has it back as malformed.
 
 mod chain;
+mod vectors;
 
 use std::sync::Arc;
 
@@ -17,7 +18,8 @@ use vm_memory::GuestMemoryMmap;
 
 use super::device::{Active, Progress};
 use super::interrupt::Interrupt;
-pub use chain::{Buffer, Chain, Head, Reader};
+pub use chain::{Buffer, Chain, Head, Reader, Writer};
+pub use vectors::IoVectors;
 
 /// Malformed chains that a driver may hand over before the device asks for a reset.
 pub const MOST_MALFORMED: u32 = 64;

@@ -1,6 +1,8 @@
 //! What a hostile guest may do to a device: acts for property tests, mostly
 //! nearly right, as those get furthest, and some of them noise.
 
+mod pci;
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -13,6 +15,7 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BUFFERS, Guest, HIGH, QUEUE_STRIDE, QUEUES, REGION, RUNNING};
+pub use pci::{PciAct, any_pci_act};
 
 /// Steps of the longest story.
 const MOST_STEPS: usize = 256;
