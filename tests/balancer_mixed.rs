@@ -55,7 +55,7 @@ fn state() -> Option<State> {
 fn actual(state: &State, name: &str) -> Option<Bytes> {
     let memory = |name: &str| state.vms.iter().find(|vm| vm.name == name)?.memory.as_ref();
     let held: Bytes =
-        state.vms.iter().filter_map(|vm| vm.memory.as_ref()).map(|m| m.host_rss + m.overhead).sum();
+        state.vms.iter().filter_map(|vm| vm.memory.as_ref()).map(|m| m.host_rss.unwrap() + m.overhead).sum();
     assert!(held <= BUDGET, "the host holds {held}, which is over the budget");
     Some(memory(name)?.actual)
 }

@@ -34,7 +34,7 @@ fn assert_moved(what: &str, change: Bytes) {
 /// every two seconds at most.
 fn rss(vm: &Vm) -> Bytes {
     wait_for("the API to count what the kernel counts", Duration::from_secs(3), || {
-        let (api, kernel) = (vm.memory().host_rss, vm.rss_by_kernel());
+        let (api, kernel) = (vm.memory().host_rss.unwrap(), vm.rss_by_kernel());
         (api.0.abs_diff(kernel.0) <= Bytes::mib(6).0).then_some(kernel)
     })
 }
@@ -93,7 +93,7 @@ fn huge_pages_go_back_whole() {
         let before = rss(&vm);
         vm.step("release", MOVING);
         vm.wait_for_memory("reported huge pages to be given back", MOVING, |memory| {
-            memory.host_rss < before.saturating_sub(MOVE)
+            memory.host_rss.unwrap() < before.saturating_sub(MOVE)
         });
         rss(&vm);
     });
@@ -150,7 +150,7 @@ fn freed_memory_comes_back_with_no_request() {
         let wanted = full.saturating_sub(Bytes::mib(128).percent(75));
         // One chain can report all of it: the memory is gone before the device has counted it.
         let memory = vm.wait_for_memory("reported pages to be given back", MOVING, |memory| {
-            memory.host_rss <= wanted && memory.counters.reported >= Bytes::mib(120)
+            memory.host_rss.unwrap() <= wanted && memory.counters.reported >= Bytes::mib(120)
         });
         assert_eq!(memory.target, Bytes::mib(512), "nobody asked for it");
         assert!(rss(&vm) <= wanted + Bytes::mib(6));

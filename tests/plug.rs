@@ -48,13 +48,16 @@ fn a_guest_plugs_uses_and_unplugs() {
             vm.set_target(Bytes::mib(768));
             assert_eq!(plug(&settled(&vm)).plugged, Bytes::mib(512));
             vm.step("grow:560M", MOVING);
-            vm.wait_for_memory("its use to show", MOVING, |memory| memory.host_rss > Bytes::mib(560));
+            vm.wait_for_memory("its use to show", MOVING, |memory| {
+                memory.host_rss.unwrap() > Bytes::mib(560)
+            });
             vm.step("release", MOVING);
 
             vm.set_target(Bytes::mib(200));
             settled(&vm);
-            let memory =
-                vm.wait_for_memory("the host's memory", MOVING, |memory| memory.host_rss <= Bytes::mib(208));
+            let memory = vm.wait_for_memory("the host's memory", MOVING, |memory| {
+                memory.host_rss.unwrap() <= Bytes::mib(208)
+            });
             let plug = plug(&memory);
             assert_eq!((plug.requested, plug.counters.discard_failures), (Bytes::ZERO, 0), "{memory:#?}");
             // What a kernel has put where it can't be moved stays, and the balloon makes up for it.
@@ -73,12 +76,12 @@ fn follows_the_host(name: &str, kernel: Kernel, startup: Bytes, arguments: &[&st
     let grown = plug(&settled(&vm));
     assert!(grown.plugged >= Bytes::mib(510) && grown.boot == startup, "{grown:#?}");
     vm.step("grow:560M", MOVING);
-    vm.wait_for_memory("its use to show", MOVING, |memory| memory.host_rss > Bytes::mib(560));
+    vm.wait_for_memory("its use to show", MOVING, |memory| memory.host_rss.unwrap() > Bytes::mib(560));
     vm.step("release", MOVING);
     vm.set_target(startup);
     settled(&vm);
     let memory = vm.wait_for_memory("the host's memory", MOVING, |memory| {
-        memory.host_rss <= startup + plug(memory).plugged + Bytes::mib(8)
+        memory.host_rss.unwrap() <= startup + plug(memory).plugged + Bytes::mib(8)
     });
     let plug = plug(&memory);
     // How much Linux finds movable differs; the balloon took the rest.
@@ -118,7 +121,10 @@ fn a_host_without_enough_huge_pages_gives_what_it_has() {
             plug(memory).counters.refused > 0 && plug(memory).plugged > Bytes::ZERO
         });
         assert!(plug(&memory).plugged <= Bytes::mib(400) - STARTUP, "{memory:#?}");
-        assert!(memory.host_rss <= STARTUP + plug(&memory).plugged, "pages are held for nobody: {memory:#?}");
+        assert!(
+            memory.host_rss.unwrap() <= STARTUP + plug(&memory).plugged,
+            "pages are held for nobody: {memory:#?}"
+        );
         vm.step("grow:200M", MOVING);
         vm.set_target(STARTUP);
         vm.step("release", MOVING);
@@ -139,7 +145,7 @@ fn grow_to_the_most(vm: &mut Vm, other: &Vm) {
     while vm.memory().actual < NEARLY_MAX {
         vm.step("grow:80M:1s", MOVING);
         vm.wait_for_memory("room for the next step", MOVING, |memory| {
-            let held = memory.host_rss + other.memory().host_rss;
+            let held = memory.host_rss.unwrap() + other.memory().host_rss.unwrap();
             assert!(held <= BUDGET, "{held} is over the budget");
             let spare = memory.report.as_ref().and_then(|report| report.statistics.spare());
             // The balancer leaves small wishes alone: less than the buffer, and enough for a step.

@@ -272,7 +272,7 @@ impl Soak {
         // What the host holds is counted every two seconds at most.
         let least = self.grown + self.kept;
         let memory = self.vm.wait_for_memory("the host's memory to follow the guest's", MOVING, |memory| {
-            let fits = memory.host_rss <= memory.actual + GRAIN && memory.host_rss >= least;
+            let fits = memory.host_rss.unwrap() <= memory.actual + GRAIN && memory.host_rss.unwrap() >= least;
             memory.actual == memory.target && fits
         });
         let held = memory.actual;
@@ -305,7 +305,7 @@ impl Soak {
         let status = fs::read_to_string(format!("/proc/{}/status", self.vm.pid())).expect("it runs");
         let kib = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"));
         let all = Bytes::kib(kib.and_then(|kib| kib.trim().parse().ok()).expect("a size"));
-        all.saturating_sub(self.vm.memory().host_rss)
+        all.saturating_sub(self.vm.memory().host_rss.unwrap())
     }
 
     fn run(mut self, time: Duration) {
@@ -329,7 +329,7 @@ impl Soak {
                 memory.target,
                 memory.actual,
                 memory.plug.map_or(Bytes::ZERO, |plug| plug.plugged),
-                memory.host_rss,
+                memory.host_rss.unwrap(),
                 self.grown,
                 self.kept,
             );

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod limits;
+pub mod metrics;
 pub mod report;
 pub mod runtime;
 pub mod status;

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, PAGE_SIZE, ParseBytesError};
+use crate::units::{Bytes, PAGE_SIZE, ParseBytesError, whole};
 
 /// The smallest memory a VM may be given; stock kernels don't boot in less.
 pub const SMALLEST: Bytes = Bytes::mib(64);
@@ -36,9 +36,9 @@ struct Unchecked {
     startup: Bytes,
     min: Bytes,
     max: Bytes,
-    #[serde(default = "default_buffer")]
+    #[serde(default = "default_buffer", deserialize_with = "whole")]
     buffer_percent: u32,
-    #[serde(default = "default_weight")]
+    #[serde(default = "default_weight", deserialize_with = "whole")]
     weight: u32,
 }
 

@@ -36,8 +36,9 @@ pub struct MemoryStatus {
     /// Who paused the VM; `None` for one that is not paused, or whose VMM does not tell.
     #[serde(default)]
     pub paused_by: Option<Pauser>,
-    /// Guest memory that the host really holds (resident pages of the mapping).
-    pub host_rss: Bytes,
+    /// Guest memory that the host really holds (resident pages of the mapping); `None` where it could not be
+    /// counted.
+    pub host_rss: Option<Bytes>,
     /// How much of that lies in huge pages of the host and is mapped as such, which makes every
     /// walk of the second-level page tables shorter; `None` where it is not known.
     #[serde(default)]
@@ -92,7 +93,7 @@ impl MemoryStatus {
     /// The share of what the host holds that lies in huge pages, in percent.
     pub fn huge_percent(&self) -> Option<u8> {
         let huge = u128::from(self.host_huge?.0);
-        let whole = u128::from(self.host_rss.0);
+        let whole = u128::from(self.host_rss?.0);
         if whole == 0 {
             return None;
         }
@@ -276,7 +277,7 @@ mod tests {
             settled: false,
             followed: Some(true),
             paused_by: None,
-            host_rss: Bytes::mib(200),
+            host_rss: Some(Bytes::mib(200)),
             host_huge: None,
             driver: DriverState::Active,
             report: None,
@@ -303,8 +304,10 @@ mod tests {
             status.host_huge = Some(Bytes::mib(huge));
             assert_eq!(status.huge_percent(), Some(percent));
         }
-        status.host_rss = Bytes::ZERO;
-        assert_eq!(status.huge_percent(), None);
+        for unknown in [Some(Bytes::ZERO), None] {
+            status.host_rss = unknown;
+            assert_eq!(status.huge_percent(), None);
+        }
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::iter::Sum;
+use std::marker::PhantomData;
 use std::ops::{Add, AddAssign, Sub, SubAssign};
 use std::str::FromStr;
 
+use serde::de::{Deserializer, Error, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// log2 of the size in which virtio-balloon counts, whatever the guest's or
@@ -22,7 +24,7 @@ const TIB: u64 = 1 << 40;
 /// An amount of memory in bytes; in JSON a plain number of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Bytes(pub u64);
+pub struct Bytes(#[serde(deserialize_with = "whole")] pub u64);
 
 impl Bytes {
     /// Nothing.
@@ -85,6 +87,62 @@ impl Pages {
     /// The same amount in bytes; saturates.
     pub const fn bytes(self) -> Bytes {
         Bytes(self.0.saturating_mul(PAGE_SIZE))
+    }
+}
+
+/// Reads a whole number, however it is written: to JSON's schemas 1.0 is one as well.
+///
+/// # Errors
+/// For anything else, and what `T` can't hold.
+pub fn whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(input: D) -> Result<T, D::Error> {
+    Whole::deserialize(input).map(|Whole(number)| number)
+}
+
+/// As [`whole`], where there may be none.
+///
+/// # Errors
+/// As [`whole`].
+pub fn optional_whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(input: D) -> Result<Option<T>, D::Error> {
+    let number: Option<Whole<T>> = Option::deserialize(input)?;
+    Ok(number.map(|Whole(number)| number))
+}
+
+struct Whole<T>(T);
+
+impl<'de, T: TryFrom<u64>> Deserialize<'de> for Whole<T> {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        input.deserialize_u64(WholeVisitor(PhantomData))
+    }
+}
+
+struct WholeVisitor<T>(PhantomData<T>);
+
+impl<T: TryFrom<u64>> Visitor<'_> for WholeVisitor<T> {
+    type Value = Whole<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a whole number of at most {} bits", 8 * size_of::<T>())
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<Whole<T>, E> {
+        let held = T::try_from(number).map(Whole);
+        held.map_err(|_| E::invalid_value(Unexpected::Unsigned(number), &self))
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<Whole<T>, E> {
+        match u64::try_from(number) {
+            Ok(number) => self.visit_u64(number),
+            Err(_) => Err(E::invalid_value(Unexpected::Signed(number), &self)),
+        }
+    }
+
+    fn visit_f64<E: Error>(self, number: f64) -> Result<Whole<T>, E> {
+        // 2^64 is exact in an f64; at and above it the cast would saturate silently.
+        if number.fract() == 0.0 && (0.0..u64::MAX as f64).contains(&number) {
+            self.visit_u64(number as u64)
+        } else {
+            Err(E::invalid_value(Unexpected::Float(number), &self))
+        }
     }
 }
 
@@ -223,6 +281,22 @@ mod tests {
             let error = text.parse::<Bytes>().expect_err(text).to_string();
             assert!(!error.is_empty());
         }
+    }
+
+    #[test]
+    fn a_whole_number_is_read_however_it_is_written() {
+        for (json, number) in
+            [("7", 7), ("7.0", 7), ("7e2", 700), ("-0", 0), ("18446744073709551615", u64::MAX)]
+        {
+            assert_eq!(serde_json::from_str::<Bytes>(json).unwrap(), Bytes(number), "{json}");
+        }
+        for json in ["7.5", "-1", "-1.0", "18446744073709551616", "1e300", "\"7\"", "null", "true", "[7]"] {
+            assert!(serde_json::from_str::<Bytes>(json).is_err(), "{json}");
+        }
+        let byte = |json| whole::<_, u8>(&mut serde_json::Deserializer::from_str(json));
+        assert_eq!((byte("255.0").unwrap(), byte("256").is_err()), (255, true));
+        let optional = |json| optional_whole::<_, u8>(&mut serde_json::Deserializer::from_str(json));
+        assert_eq!((optional("null").unwrap(), optional("1").unwrap()), (None, Some(1)));
     }
 
     proptest! {

@@ -17,7 +17,7 @@ fn vms(count: u64) -> Vec<Vm> {
             let limits: Limits = "512M,min=256M,max=4G".parse().expect("valid limits");
             let spare = Bytes::mib(if id % 2 == 0 { 10 } else { 300 } + id % 7);
             let observed = Observation {
-                host_rss: limits.startup(),
+                host_rss: Some(limits.startup()),
                 driver: DriverState::Active,
                 spare: Some((Duration::from_millis(500), spare)),
                 ..Observation::of(limits)

@@ -53,7 +53,7 @@ pub struct HostReader {
 impl HostReader {
     /// Finds out which control groups count; they don't change while a process lives.
     pub fn new(sources: &Sources) -> Self {
-        let groups = Groups::of(&sources.own_groups, &sources.groups);
+        let groups = Groups::beside(&sources.own_groups, &sources.groups);
         Self { sources: sources.clone(), groups }
     }
 
@@ -69,6 +69,12 @@ impl HostReader {
     /// What the host holds for a process; `None` where the kernel does not say.
     pub fn resident_memory(&self, pid: u32) -> Option<ResidentMemory> {
         process::resident_memory(&self.sources.processes, pid)
+    }
+
+    /// What the control groups of a process allow it, where one of them has a limit.
+    pub fn cgroup_limit(&self, pid: u32) -> Option<Bytes> {
+        let file = self.sources.processes.join(format!("{pid}/cgroup"));
+        Groups::of(&file, &self.sources.groups).limit()
     }
 
     /// How much of the last ten seconds some task on the host waited for memory, where the

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::status::Pauser;
 use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, ReservationRequest, State, VmView};
@@ -54,6 +55,13 @@ impl HostFiles {
         self.write("meminfo", &text);
     }
 
+    /// The control group of all VMs has this limit.
+    fn limits_vms_to(&self, limit: Bytes) {
+        self.write(&format!("{}/cgroup", std::process::id()), "0::/vms.slice\n");
+        fs::create_dir_all(self.kernel.path().join("groups/vms.slice")).unwrap();
+        self.write("groups/vms.slice/memory.max", &format!("{}\n", limit.0));
+    }
+
     fn holds_for_a_vm(&self, held: Bytes) {
         self.holds_in_huge_pages_too(held, Bytes::ZERO);
     }
@@ -73,6 +81,7 @@ impl HostFiles {
         };
         config.sources.meminfo = self.kernel.path().join("meminfo");
         config.sources.processes = self.kernel.path().to_owned();
+        config.sources.groups = self.kernel.path().join("groups");
         tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
     }
 
@@ -107,7 +116,7 @@ fn charge(state: &State, name: &str) -> Bytes {
 async fn no_vm_makes_memory_by_saying_that_it_holds_much() {
     let host = HostFiles::new();
     let liar = host.vm("liar", LIMITS, Bytes::mib(100));
-    liar.state().memory.host_rss = Bytes::gib(1024);
+    liar.state().memory.host_rss = Some(Bytes::gib(1024));
     liar.state().follows = false;
     host.holds_for_a_vm(Bytes::mib(200));
     // Other programs have all of the rest.
@@ -115,14 +124,67 @@ async fn no_vm_makes_memory_by_saying_that_it_holds_much() {
     host.balance(None);
     let state = host.until("it is known", |state| charge(state, "liar") > Bytes::ZERO).await;
     assert_eq!(state.host.budget, Bytes::mib(200 + 1024 - 512), "{:?}", state.host);
-    assert_eq!(view(&state, "liar").unwrap().memory.as_ref().unwrap().host_rss, Bytes::mib(200));
+    assert_eq!(view(&state, "liar").unwrap().memory.as_ref().unwrap().host_rss, Some(Bytes::mib(200)));
+}
+
+#[tokio::test]
+async fn no_vm_takes_memory_from_others_by_saying_that_it_holds_little() {
+    for told in [Some(Bytes::ZERO), None] {
+        let host = HostFiles::new();
+        let liar = host.vm("liar", "1G,min=128M,max=1G", Bytes::mib(100));
+        liar.state().memory.host_rss = told;
+        liar.state().follows = false;
+        host.holds_for_a_vm(Bytes::mib(1024));
+        host.has_left(Bytes::gib(1));
+        host.balance(None);
+        let state = host.until("it is known", |state| charge(state, "liar") > Bytes::ZERO).await;
+        let least = Bytes::mib(1024 - 64 + 1024 - 512);
+        assert!(state.host.budget >= least, "{told:?}: {} is less than {least}", state.host.budget);
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_says_that_it_is_paused_is_charged_what_the_kernel_holds() {
+    let host = HostFiles::new();
+    let liar = host.vm("liar", "1G,min=128M,max=2G", Bytes::mib(800));
+    {
+        let memory = &mut liar.state().memory;
+        (memory.paused_by, memory.host_rss) = (Some(Pauser::Balancer), Some(Bytes::ZERO));
+    }
+    host.holds_for_a_vm(Bytes::mib(700));
+    // Too little to resume it.
+    host.balance(Some(Bytes::mib(900)));
+    let paused = |state: &State| view(state, "liar").is_some_and(|vm| vm.standing == Standing::Paused);
+    let state = host.until("it is known", paused).await;
+    assert_eq!(charge(&state, "liar"), Bytes::mib(700 - 64));
+    host.holds_for_a_vm(Bytes::mib(900));
+    let state = host.until("it is found to run", |state| !paused(state)).await;
+    assert_eq!(charge(&state, "liar"), Bytes::gib(1), "all that it may touch");
+}
+
+#[tokio::test]
+async fn no_vm_is_given_more_than_its_control_group_allows() {
+    let host = HostFiles::new();
+    let vm = host.vm("web", LIMITS, Bytes::mib(900));
+    host.holds_for_a_vm(Bytes::mib(250));
+    host.limits_vms_to(Bytes::mib(512));
+    let allowed = Bytes::mib(512).saturating_sub(Bytes::mib(512).percent(3));
+    host.balance(Some(Bytes::gib(4)));
+    host.until("it is given all that it may have", |_| vm.state().memory.target == allowed.page_floor())
+        .await;
+    let state = host.goes_on().await;
+    assert_eq!(vm.state().memory.target, allowed.page_floor());
+    let memory = view(&state, "web").and_then(|vm| vm.memory.clone()).unwrap();
+    assert_eq!((memory.cgroup_limit, memory.limits.max()), (Some(allowed), Bytes::gib(1)));
+    let why = Client::new(host.path(), PATIENCE).why("web").await.unwrap();
+    assert!(why.sentence.contains("control group allows"), "{}", why.sentence);
 }
 
 #[tokio::test]
 async fn a_vm_that_hangs_is_looked_at_through_its_process() {
     let host = HostFiles::new();
     let vm = host.vm("web", "1G,min=1G,max=1G", Bytes::mib(100));
-    vm.state().memory.host_rss = Bytes::mib(300);
+    vm.state().memory.host_rss = Some(Bytes::mib(300));
     host.holds_for_a_vm(Bytes::mib(310));
     host.has_left(Bytes::gib(4));
     host.balance(None);
@@ -134,7 +196,8 @@ async fn a_vm_that_hangs_is_looked_at_through_its_process() {
     // Its guest goes on touching what is its own.
     host.holds_for_a_vm(Bytes::mib(810));
     host.has_left(Bytes::mib(4096 - 500));
-    let held = |state: &State| view(state, "web").and_then(|vm| vm.memory.as_ref()).map(|vm| vm.host_rss);
+    let held =
+        |state: &State| view(state, "web").and_then(|vm| vm.memory.as_ref()).and_then(|vm| vm.host_rss);
     host.until("that is seen", |state| held(state) == Some(Bytes::mib(800))).await;
     let state = host.goes_on().await;
     assert_eq!((state.host.budget, charge(&state, "web")), (budget, Bytes::gib(1)), "nothing changed");
@@ -144,7 +207,7 @@ async fn a_vm_that_hangs_is_looked_at_through_its_process() {
 async fn a_vm_that_says_it_has_more_than_the_host_takes_nothing_from_the_others() {
     let host = HostFiles::new();
     let liar = host.vm("liar", "1024G", Bytes::gib(1024));
-    liar.state().memory.host_rss = Bytes::gib(1024);
+    liar.state().memory.host_rss = Some(Bytes::gib(1024));
     let good = host.vm("good", LIMITS, Bytes::mib(250));
     host.holds_for_a_vm(Bytes::mib(400));
     host.balance(Some(Bytes::mib(1024)));
@@ -164,17 +227,16 @@ async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
     hangs.state().manner = Manner::Silent;
     host.holds_for_a_vm(Bytes::mib(500));
     let needy = host.vm("needy", LIMITS, Bytes::mib(900));
-    needy.state().memory.host_rss = Bytes::mib(256);
-    host.balance(Some(Bytes::mib(900)));
+    host.balance(Some(Bytes::mib(1000)));
     let state =
         host.until("it is charged", |state| view(state, "hangs").is_some_and(|vm| vm.held.is_some())).await;
     assert_eq!(view(&state, "hangs").unwrap().held, Some(Bytes::mib(500)));
     let state =
-        host.until("the other has what is left", |_| needy.state().memory.target >= Bytes::mib(384)).await;
-    assert_eq!((state.host.budget, state.host.over), (Bytes::mib(900), Bytes::ZERO));
+        host.until("the other has what is left", |_| needy.state().memory.target >= Bytes::mib(484)).await;
+    assert_eq!((state.host.budget, state.host.over), (Bytes::mib(1000), Bytes::ZERO));
     let state = host.goes_on().await;
-    assert!(needy.state().memory.target <= Bytes::mib(400), "{:?}", state.host);
-    assert!(state.host.charged > Bytes::mib(800) && state.host.over == Bytes::ZERO, "{:?}", state.host);
+    assert!(needy.state().memory.target <= Bytes::mib(500), "{:?}", state.host);
+    assert!(state.host.charged > Bytes::mib(900) && state.host.over == Bytes::ZERO, "{:?}", state.host);
     // Once it answers it is charged as any other.
     hangs.state().manner = Manner::Sound;
     host.until("it is heard", |state| charge(state, "hangs") > Bytes::ZERO).await;
@@ -184,7 +246,7 @@ async fn a_new_daemon_charges_who_is_there_and_does_not_answer() {
 async fn reserved_huge_pages_are_no_part_of_the_budget() {
     let host = HostFiles::new();
     let huge = host.vm("huge", "4G,min=1G,max=4G", Bytes::gib(1));
-    huge.state().memory.host_rss = Bytes::gib(3);
+    huge.state().memory.host_rss = Some(Bytes::gib(3));
     host.holds_in_huge_pages_too(Bytes::mib(20), Bytes::gib(3));
     host.has_left(Bytes::gib(1));
     host.balance(None);

@@ -157,6 +157,7 @@ async fn every_answer_is_as_described() {
         ("GET", "/vms/web/why", "/vms/{name}/why", "", 200),
         ("GET", "/vms/bad/why", "/vms/{name}/why", "", 200),
         ("GET", "/vms/nobody/why", "/vms/{name}/why", "", 404),
+        ("GET", "/vms/%ff/why", "/vms/{name}/why", "", 400),
         ("GET", "/metrics", "/metrics", "", 200),
         ("POST", "/reservations", "/reservations", "{}", 400),
         ("POST", "/reservations", "/reservations", &reservation("../x", "64M"), 400),
@@ -166,7 +167,9 @@ async fn every_answer_is_as_described() {
         ("GET", "/state", "/state", "", 200),
         ("DELETE", "/reservations/new", "/reservations/{name}", "", 204),
         ("DELETE", "/reservations/new", "/reservations/{name}", "", 404),
+        ("DELETE", "/reservations/%ff", "/reservations/{name}", "", 400),
         ("PUT", "/vms/web/limits", "/vms/{name}/limits", "", 400),
+        ("PUT", "/vms/%ff/limits", "/vms/{name}/limits", FIXED, 400),
         ("PUT", "/vms/web/limits", "/vms/{name}/limits", r#"{"startup":1,"min":2,"max":3}"#, 400),
         ("PUT", "/vms/nobody/limits", "/vms/{name}/limits", FIXED, 404),
         ("PUT", "/vms/web/limits", "/vms/{name}/limits", FIXED, 204),
@@ -179,6 +182,38 @@ async fn every_answer_is_as_described() {
     let answer = described(path, "PUT", "/vms/bad/limits", "/vms/{name}/limits", FIXED).await;
     // By chance it owes an answer just then, and is not asked at all.
     assert!([409, 502].contains(&answer.status), "{}", answer.body);
+}
+
+#[tokio::test]
+async fn what_somebody_asked_for_who_has_gone_is_not_done() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let web = FakeVm::start(path, "web", LIMITS, Bytes::mib(300));
+    let mute = FakeVm::start(path, "mute", LIMITS, Bytes::mib(300));
+    let config = Config {
+        directory: Some(path.to_owned()),
+        budget: Some(Bytes::gib(1)),
+        interval: Duration::from_secs(2),
+        ..Config::default()
+    };
+    let _daemon = tokio::spawn(async move { daemon::run(config, std::future::pending()).await.unwrap() });
+    let rounds = || async { client(path).state().await.map_or(0, |state| state.rounds) };
+    until("it decides", || async { rounds().await > 0 }).await;
+    mute.state().manner = Manner::Silent;
+    let asked = web.state().requests;
+    until("a round has begun", || async { web.state().requests > asked }).await;
+    let before = rounds().await;
+    // The round waits for the mute one, and this for the round.
+    let mut stream = UnixStream::connect(daemon::socket_in(path)).await.unwrap();
+    let length = FIXED.len();
+    let request =
+        format!("PUT /vms/web/limits HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{FIXED}");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(rounds().await, before, "the round was over before anybody could go");
+    drop(stream);
+    until("two more rounds are over", || async { rounds().await > before + 1 }).await;
+    assert_eq!(web.state().memory.limits, LIMITS.parse().unwrap());
 }
 
 const FIXED: &str = r#"{"startup":268435456,"min":134217728,"max":268435456}"#;
@@ -368,7 +403,7 @@ async fn what_a_vm_touches_before_it_has_a_socket_is_not_counted_twice() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let old = FakeVm::start(path, "old", "1G,min=1G,max=1G", Bytes::mib(200));
-    old.state().memory.host_rss = Bytes::gib(1);
+    old.state().memory.host_rss = Some(Bytes::gib(1));
     let meminfo = path.join("meminfo");
     let available = |free: Bytes| {
         let text = format!("MemTotal: {} kB\nMemAvailable: {} kB\n", 4 << 20, free.0 >> 10);

@@ -40,8 +40,21 @@ async fn every_request_reaches_the_vm_over_one_connection() {
     client.resume().await.unwrap();
     client.power_button().await.unwrap();
     client.shutdown().await.unwrap();
-    assert_eq!(vm.state().connections, 1);
     assert_eq!(vm.state().requests, 9);
+    // The power button has one of its own.
+    assert_eq!(vm.state().connections, 2);
+}
+
+#[tokio::test]
+async fn the_power_button_is_pressed_once_though_its_answer_is_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "vm", LIMITS, Bytes::mib(100));
+    let mut client = Client::new(vm.socket());
+    client.memory().await.unwrap();
+    vm.state().manner = Manner::ActsMutely;
+    let error = client.power_button().await.unwrap_err();
+    assert!(matches!(error, Error::HungUp { .. }), "{error}");
+    assert_eq!(vm.state().presses, 1);
 }
 
 #[tokio::test]

@@ -53,7 +53,7 @@ fn config(directory: &TempDir, last_resort: LastResort) -> Config {
 fn vm(directory: &TempDir, name: &str, weight: u64) -> FakeVm {
     let limits = format!("512M,min=512M,max=1G,weight={weight}");
     let vm = FakeVm::start(directory.path(), name, &limits, Bytes::mib(400));
-    vm.state().memory.host_rss = Bytes::mib(100);
+    vm.state().memory.host_rss = Some(Bytes::mib(100));
     vm
 }
 
@@ -208,7 +208,7 @@ async fn an_operators_pause_is_left_alone() {
 async fn a_daemon_that_was_killed_before_it_heard_of_a_pause_leaves_it_to_the_next() {
     let directory = tempfile::tempdir().unwrap();
     let (light, heavy) = (vm(&directory, "light", 50), vm(&directory, "heavy", 200));
-    light.state().manner = Manner::PausesMutely;
+    light.state().manner = Manner::ActsMutely;
     let daemon = Daemon::start(config(&directory, LastResort::Pause));
     until_paused_by(&light, Some(Pauser::Balancer)).await;
     daemon.kill().await;

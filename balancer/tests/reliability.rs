@@ -260,7 +260,7 @@ async fn each_that_misbehaves_is_named_in_the_log_and_costs_the_others_nothing()
     never_acts.state().place(Bytes::mib(256), Bytes::mib(900));
     // It uses 100 MiB and says 1 GiB; the host holds what it touched.
     lies.state().used = Bytes::gib(1);
-    lies.state().memory.host_rss = Bytes::mib(100);
+    lies.state().memory.host_rss = Some(Bytes::mib(100));
     let good = [start("good-a", Manner::Sound), start("good-b", Manner::Sound)];
     // 900 that one keeps, 256 for each other bad one that is heard, and 2 x 600 for the good ones.
     let daemon = Daemon::start(path, Bytes::mib(900 + 2 * 256 + 1024 + 2 * 640), Duration::from_millis(100));
@@ -324,7 +324,7 @@ async fn killed_at_random_it_forgets_nobody_that_it_paused() {
     let path = directory.path();
     let start = |name: &str, weight: u64| {
         let vm = FakeVm::start(path, name, &format!("512M,min=512M,max=1G,weight={weight}"), Bytes::mib(400));
-        vm.state().memory.host_rss = Bytes::mib(100);
+        vm.state().memory.host_rss = Some(Bytes::mib(100));
         vm
     };
     let paused_by = |vm: &FakeVm| vm.state().memory.paused_by;

@@ -319,6 +319,30 @@ fn a_guest_is_asked_what_it_has_free_when_that_matters() {
     assert_eq!(guest.read(NUM_PAGES), pages(Bytes::mib(800)));
 }
 
+/// A guest may have used since what it said was free: to ask for most of that at once would stall it.
+#[test]
+fn what_was_free_long_ago_or_in_another_guest_counts_for_nothing() {
+    let map = Bytes::gib(1);
+    let (mut guest, handle) = guest(Config { map, target: map, ..config() });
+    let target = map - Bytes::mib(800);
+    guest.start(0);
+    send_values(&mut guest, 0, &[(4, Bytes::mib(1000).0)]);
+    handle.set_target(target).unwrap();
+    guest.run();
+    assert_eq!(guest.read(NUM_PAGES), pages(Bytes::mib(800)));
+
+    guest.start(0);
+    assert_eq!((handle.report(), handle.report_age()), (None, None), "the driver that said it has gone");
+    assert_eq!(guest.read(NUM_PAGES), pages(Bytes::mib(64)), "a step");
+
+    send_values(&mut guest, 0, &[(4, Bytes::mib(1000).0)]);
+    std::thread::sleep(Duration::from_millis(2100));
+    handle.set_target(target).unwrap();
+    guest.run();
+    assert_eq!(guest.read(NUM_PAGES), pages(Bytes::mib(64)), "a step");
+    assert_eq!(guest.used(STATISTICS), [(0, 0)], "and a question");
+}
+
 #[test]
 fn whoever_asks_for_a_report_has_the_guest_asked_at_once_and_not_twice() {
     let (mut guest, handle) = guest(config());

@@ -1,9 +1,12 @@
 //! virtio-mem as a guest's driver and the host see it.
 
+use std::ptr;
+
 use api::status::DriverState;
 use api::units::Bytes;
-use balloon::plug::{ACPI_PXM, UNPLUGGED_INACCESSIBLE, block_size};
-use devices::testing::{BUFFERS, HIGH, NEEDS_RESET, REGION, RUNNING};
+use balloon::discard::{Backing, Discard, Region};
+use balloon::plug::{ACPI_PXM, Config, Plug, UNPLUGGED_INACCESSIBLE, block_size};
+use devices::testing::{BUFFERS, Guest, HIGH, NEEDS_RESET, REGION, RUNNING};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -101,8 +104,67 @@ fn what_is_unplugged_leaves_the_host_and_is_closed() {
     assert_eq!((counters.plugged, counters.unplugged), (Bytes(8 * BLOCK), Bytes(8 * BLOCK)));
     assert_eq!(counters.discard_failures, 0);
     yard.assert_books();
-    // With nothing plugged it is done at once.
+}
+
+#[test]
+fn unplugging_all_costs_no_more_than_what_is_plugged() {
+    let mut yard = Yard::new();
+    yard.guest.start(0);
+    yard.request(8);
     assert_eq!(yard.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
+    assert_eq!(yard.gate.lock().unwrap().closed, 0);
+    assert_eq!((yard.ask(PLUG, 0, 2), yard.ask(PLUG, 15, 1)), ((ACK, 0), (ACK, 0)));
+    assert_eq!(yard.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
+    assert_eq!(yard.gate.lock().unwrap().closed, 3);
+    yard.assert_books();
+}
+
+/// The event loop serves others in between, and a vCPU may wait for the device.
+#[test]
+fn one_event_moves_a_bounded_amount_of_memory() {
+    let (size, block) = (Bytes::gib(4), Bytes::mib(2));
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, wherever the kernel likes.
+    let host = unsafe { libc::mmap(ptr::null_mut(), size.0 as usize, libc::PROT_NONE, flags, -1, 0) };
+    assert_ne!(host, libc::MAP_FAILED);
+    let start = GuestAddress(1 << 40);
+    let region =
+        Region { guest: start, host: host.cast(), len: size, backing: Backing::Anonymous, collapses: None };
+    let mut handle = None;
+    let mut guest = Guest::new(|_| {
+        // SAFETY: the mapping stays until the test's process ends.
+        let discard = unsafe { Discard::new(vec![region]) };
+        let config = Config { address: start, size, most: size, block };
+        let (device, its_handle) = Plug::new(config, discard, Box::new(|_, _| Ok(()))).unwrap();
+        handle = Some(its_handle);
+        Box::new(device)
+    });
+    let handle = handle.unwrap();
+    guest.start(0);
+    handle.request(size);
+    guest.run();
+    for (kind, all, none) in [(PLUG, Bytes::gib(3), Bytes::ZERO), (UNPLUG, Bytes::ZERO, Bytes::gib(3))] {
+        for place in 0..3 {
+            let request = BUFFERS + 64 * place;
+            let mut bytes = [0; 24];
+            bytes[..2].copy_from_slice(&kind.to_le_bytes());
+            bytes[8..16].copy_from_slice(&(start.0 + (place << 30)).to_le_bytes());
+            bytes[16..18].copy_from_slice(&512u16.to_le_bytes());
+            guest.ram.memory.write_slice(&bytes, GuestAddress(request)).unwrap();
+            let head = 2 * place as u16;
+            guest.describe(0, head, request, 24, VRING_DESC_F_NEXT, head + 1);
+            guest.describe(0, head + 1, request + 32, 10, VRING_DESC_F_WRITE, 0);
+            guest.offer(0, head);
+        }
+        assert_eq!(handle.plugged(), none);
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        for done in 1..=3 {
+            assert!(guest.wait(0), "there is more to do");
+            assert_eq!(guest.used(0).len(), 1, "event {done}");
+        }
+        guest.run();
+        assert_eq!(handle.plugged(), all);
+    }
 }
 
 #[test]

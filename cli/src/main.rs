@@ -91,6 +91,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    abort_on_panic();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
@@ -118,6 +119,16 @@ fn main() -> ExitCode {
         Command::Completions(args) => done(completions::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
+}
+
+/// A VM runs whole or not at all: a thread that panics ends the process, in a debug build as well. (A profile
+/// would do it too, but would have every dependency built twice for tests, which unwind.)
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {

@@ -61,6 +61,11 @@ pub const fn driver(state: DriverState) -> &'static str {
     }
 }
 
+/// What the host holds of a guest's memory, as far as that is known.
+pub fn host_rss(host_rss: Option<Bytes>) -> String {
+    host_rss.map_or_else(|| "not known".to_owned(), |bytes| bytes.to_string())
+}
+
 /// The share of what the host holds that lies in huge pages.
 pub fn huge(memory: &MemoryStatus) -> String {
     memory.huge_percent().map_or_else(|| "-".to_owned(), |percent| format!("{percent}%"))
@@ -76,7 +81,7 @@ fn describe(memory: &MemoryStatus) -> String {
         ("weight", limits.weight().to_string()),
         ("target", memory.target.to_string()),
         ("actual", memory.actual.to_string()),
-        ("host rss", memory.host_rss.to_string()),
+        ("host rss", host_rss(memory.host_rss)),
         ("in huge pages", huge(memory)),
         ("driver", driver(memory.driver).to_owned()),
     ];

@@ -155,7 +155,7 @@ fn row(at: Duration, name: &str, memory: &MemoryStatus) -> Option<String> {
         Some(memory.target.0),
         bytes(report.available.or(agent.available)),
         bytes(report.free),
-        Some(memory.host_rss.0),
+        bytes(memory.host_rss),
         bytes(report.swap_in.or(agent.swap_in)),
         bytes(report.swap_out.or(agent.swap_out)),
         report.major_faults,

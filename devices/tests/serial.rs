@@ -1,16 +1,18 @@
-//! The serial port as a guest's 8250 driver and the host's terminal use it.
+//! The serial port as vCPUs, the host's event loop and the reader of its output share it.
 
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::AsRawFd;
-use std::sync::{Arc, Barrier, Mutex, mpsc};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use devices::platform::serial::{BACKLOG, Port, Serial};
+use devices::platform::serial::{
+    BACKLOG, CHUNK, FLUSH_AFTER, FirstReader, InputFlow, MOST_WAITING, Port, PortState,
+};
+use devices::state::Version;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use serde_json::json;
+use vm_device::DevicePio;
 use vm_device::bus::PioAddress;
-use vm_device::{DevicePio, MutDevicePio};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const BASE: PioAddress = PioAddress(0x3f8);
@@ -18,106 +20,203 @@ const DATA: u16 = 0;
 const INTERRUPT_ENABLE: u16 = 1;
 const MODEM_CONTROL: u16 = 4;
 const LINE_STATUS: u16 = 5;
+const RECEIVED: u8 = 1;
 const DATA_READY: u8 = 1;
+const RTS: u8 = 2;
 const LOOPBACK: u8 = 0x10;
 
-#[derive(Clone, Default)]
-struct Terminal(Arc<Mutex<Vec<u8>>>);
+/// Longer than anything here takes.
+const LONG: Duration = Duration::from_secs(60);
 
-impl Write for Terminal {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-struct Closed;
-
-impl Write for Closed {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::BrokenPipe.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn serial(output: impl Write + Send + 'static) -> (Serial, EventFd) {
+fn port(reader: FirstReader) -> (Arc<Port>, EventFd) {
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    (Serial::new(irq.try_clone().unwrap(), Box::new(output)).unwrap(), irq)
+    (Arc::new(Port::new(irq.try_clone().unwrap(), reader).unwrap()), irq)
 }
 
-fn read(serial: &mut Serial, register: u16) -> u8 {
+fn read(port: &Port, register: u16) -> u8 {
     let mut data = [0];
-    serial.pio_read(BASE, register, &mut data);
+    port.pio_read(BASE, register, &mut data);
     data[0]
 }
 
-fn read_all(serial: &mut Serial) -> Vec<u8> {
+fn write(port: &Port, register: u16, value: u8) {
+    port.pio_write(BASE, register, &[value]);
+}
+
+/// What a guest reads that polls.
+fn read_all(port: &Port) -> Vec<u8> {
     let mut input = Vec::new();
-    while read(serial, LINE_STATUS) & DATA_READY != 0 {
-        input.push(read(serial, DATA));
+    while read(port, LINE_STATUS) & DATA_READY != 0 {
+        input.push(read(port, DATA));
         assert!(input.len() <= 2 * BACKLOG, "input has no end");
     }
     input
 }
 
 #[test]
-fn what_the_guest_writes_comes_out() {
-    let terminal = Terminal::default();
-    let (mut serial, _) = serial(terminal.clone());
-    for byte in b"hello\n" {
-        serial.pio_write(BASE, DATA, &[*byte]);
+fn a_line_goes_out_together_and_a_prompt_soon() {
+    let (port, _) = port(FirstReader::Present);
+    let reader = thread::spawn({
+        let port = port.clone();
+        move || {
+            let (mut chunk, mut chunks) = (Vec::new(), Vec::new());
+            while port.next_output(&mut chunk) {
+                chunks.push(chunk.clone());
+                port.written(chunk.len());
+            }
+            chunks
+        }
+    });
+    let texts = ["a whole line\n", "login: ", "x"];
+    for text in texts {
+        text.bytes().for_each(|byte| write(&port, DATA, byte));
+        let said = Instant::now();
+        while port.output_counts().waiting > 0 {
+            assert!(said.elapsed() < LONG, "`{text}` stays where it is");
+            thread::yield_now();
+        }
+        // So that the reader has gone to sleep.
+        thread::sleep(FLUSH_AFTER * 3);
     }
-    assert_eq!(*terminal.0.lock().unwrap(), b"hello\n");
-    assert_eq!(serial.lost_output(), 0);
+    port.finish(LONG);
+    let chunks = reader.join().unwrap();
+    assert_eq!(chunks.concat(), texts.concat().as_bytes());
+    // Three, unless the host is busy.
+    assert!(chunks.len() < 10, "{chunks:?}");
 }
 
 #[test]
-fn a_closed_terminal_loses_output_and_nothing_else() {
-    let (mut serial, irq) = serial(Closed);
-    serial.pio_write(BASE, INTERRUPT_ENABLE, &[2]);
-    let _ = irq.read();
-    read(&mut serial, 2);
-    serial.pio_write(BASE, DATA, b"x");
-    assert_eq!(serial.lost_output(), 1);
-    assert_eq!(irq.read().unwrap(), 1, "the guest waits for its transmitter for ever");
+fn the_end_waits_for_a_reader_who_reads_and_for_no_other() {
+    let (port, _) = port(FirstReader::Present);
+    (0..10 * CHUNK).for_each(|_| write(&port, DATA, b'x'));
+    let reader = thread::spawn({
+        let port = port.clone();
+        move || {
+            let mut chunk = Vec::new();
+            for _ in 0..10 {
+                assert!(port.next_output(&mut chunk));
+                thread::sleep(Duration::from_millis(20));
+                port.written(chunk.len());
+            }
+            assert!(!port.next_output(&mut chunk), "nothing more comes");
+        }
+    });
+    port.finish(LONG);
+    assert_eq!(port.output_counts().waiting, 0);
+    reader.join().unwrap();
+
+    let (port, _) = self::port(FirstReader::Present);
+    write(&port, DATA, b'x');
+    port.finish(Duration::from_millis(20));
+    assert_eq!(port.output_counts().waiting, 1);
+}
+
+#[test]
+fn no_vcpu_waits_for_a_reader() {
+    let (port, _) = port(FirstReader::Present);
+    // One that has begun to read, and hangs.
+    write(&port, DATA, b'\n');
+    assert!(port.next_output(&mut Vec::new()));
+    let begin = Instant::now();
+    for _ in 0..2 * MOST_WAITING {
+        assert_eq!(read(&port, LINE_STATUS) & 0x60, 0x60, "the kernel waits for its transmitter");
+        write(&port, DATA, b'x');
+    }
+    assert!(begin.elapsed() < LONG);
+    let counts = port.output_counts();
+    assert!(counts.waiting <= MOST_WAITING as u64);
+    assert_eq!(counts.waiting + counts.lost, 2 * MOST_WAITING as u64 + 1);
+}
+
+/// The same without a guest's processor that polls: the driver's interrupt comes when the reader goes on.
+#[test]
+fn a_driver_that_was_held_back_is_told_when_the_reader_goes_on() {
+    let (port, irq) = port(FirstReader::Present);
+    (0..MOST_WAITING).for_each(|_| write(&port, DATA, b'x'));
+    write(&port, INTERRUPT_ENABLE, 2);
+    assert!(irq.read().is_err(), "there is no room");
+    assert_eq!(read(&port, LINE_STATUS) & 0x60, 0);
+    let mut chunk = Vec::new();
+    while read(&port, LINE_STATUS) & 0x60 == 0 {
+        assert!(port.next_output(&mut chunk));
+        port.written(chunk.len());
+    }
+    assert_eq!(irq.read().unwrap(), 1);
+    assert_eq!(port.output_counts().lost, 0);
 }
 
 #[test]
 fn input_reaches_the_guest_in_order_and_nobody_keeps_more_than_the_backlog() {
-    let (mut serial, irq) = serial(io::sink());
-    serial.pio_write(BASE, INTERRUPT_ENABLE, &[1]);
+    let (port, irq) = port(FirstReader::Nobody);
+    write(&port, MODEM_CONTROL, RTS);
     let input: Vec<u8> = (0..=255).cycle().take(3 * BACKLOG).collect();
-    let taken = serial.enqueue(&input);
-    assert_eq!(taken, BACKLOG);
+    assert_eq!(port.enqueue(&input), BACKLOG);
+    assert!(irq.read().is_err(), "nobody has asked for it");
+    write(&port, INTERRUPT_ENABLE, RECEIVED);
     assert_eq!(irq.read().unwrap(), 1);
-    // The port's own queue has drained 64, and no more than that is taken.
-    assert_eq!(serial.enqueue(&input[taken..]), 64);
-    assert!(serial.room_event().read().is_err());
-    let taken = taken + 64;
-    assert_eq!(read_all(&mut serial), input[..taken]);
-    assert_eq!(serial.room_event().read().unwrap(), 1);
-    assert_eq!(serial.enqueue(&input[taken..]), BACKLOG);
-    assert_eq!(read_all(&mut serial), input[taken..taken + BACKLOG]);
-    assert_eq!(serial.room_event().read().unwrap(), 1);
-    assert_eq!(serial.enqueue(b"x"), 1);
-    read_all(&mut serial);
-    assert!(serial.room_event().read().is_err(), "nobody was refused");
+    write(&port, INTERRUPT_ENABLE, 0);
+    assert_eq!(port.enqueue(&input[BACKLOG..]), 0);
+    assert!(port.room_event().read().is_err());
+    assert_eq!(read_all(&port), input[..BACKLOG]);
+    assert_eq!(port.room_event().read().unwrap(), 1);
+    assert_eq!(port.enqueue(&input[BACKLOG..]), BACKLOG);
+    assert_eq!(read_all(&port), input[BACKLOG..2 * BACKLOG]);
+    assert_eq!(port.room_event().read().unwrap(), 1);
+    assert_eq!(port.enqueue(b"x"), 1);
+    read_all(&port);
+    assert!(port.room_event().read().is_err(), "nobody was refused");
 }
 
 #[test]
-fn input_waits_while_the_line_is_looped_back() {
-    let (mut serial, _) = serial(io::sink());
-    serial.pio_write(BASE, MODEM_CONTROL, &[LOOPBACK]);
-    assert_eq!(serial.enqueue(b"abc"), 3);
-    assert_eq!(read_all(&mut serial), b"");
-    serial.pio_write(BASE, MODEM_CONTROL, &[0]);
-    assert_eq!(read_all(&mut serial), b"abc");
+fn input_waits_until_the_guest_asks() {
+    let (port, _) = port(FirstReader::Nobody);
+    assert_eq!(port.enqueue(b"abc"), 3);
+    // As a driver that looks for its device.
+    assert_eq!((read(&port, LINE_STATUS) & DATA_READY, read(&port, DATA)), (0, 0));
+    write(&port, MODEM_CONTROL, RTS | LOOPBACK);
+    assert_eq!(read_all(&port), b"");
+    write(&port, DATA, b'l');
+    assert_eq!(read_all(&port), b"l");
+    write(&port, MODEM_CONTROL, RTS);
+    assert_eq!((read(&port, LINE_STATUS) & DATA_READY, read(&port, DATA)), (1, b'a'));
+    // It does not keep up.
+    write(&port, MODEM_CONTROL, 0);
+    assert_eq!(read_all(&port), b"");
+    write(&port, MODEM_CONTROL, RTS);
+    assert_eq!(read_all(&port), b"bc");
+}
+
+#[test]
+fn a_guest_that_only_polls_gets_its_input() {
+    let (port, _) = port(FirstReader::Nobody);
+    assert_eq!(port.enqueue(b"abc"), 3);
+    let input = (0..1000).find_map(|_| (read(&port, LINE_STATUS) & DATA_READY != 0).then(|| read_all(&port)));
+    assert_eq!(input.as_deref(), Some(b"abc".as_slice()));
+}
+
+#[test]
+fn a_rest_ends_by_the_timer() {
+    let (port, irq) = port(FirstReader::Nobody);
+    write(&port, MODEM_CONTROL, RTS);
+    write(&port, INTERRUPT_ENABLE, RECEIVED);
+    let input: Vec<u8> = (0..=255).cycle().take(BACKLOG).collect();
+    assert_eq!(port.enqueue(&input), BACKLOG);
+    let (mut received, mut edges, begin) = (Vec::new(), 0, Instant::now());
+    while received.len() < BACKLOG {
+        assert!(begin.elapsed() < LONG, "the rest is stuck");
+        if irq.read().is_ok() {
+            edges += 1;
+            received.extend(read_all(&port));
+        } else {
+            let mut timer = libc::pollfd { fd: port.timer(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one whole `pollfd`, as the call is told.
+            let ready = unsafe { libc::poll(&mut timer, 1, 1000) };
+            assert_eq!(ready, 1, "nothing wakes the port");
+            port.wake();
+        }
+    }
+    assert_eq!(received, input);
+    assert!(edges > 4, "all came at once");
 }
 
 proptest! {
@@ -125,130 +224,97 @@ proptest! {
     fn any_access_of_any_width_is_harmless(
         accesses in vec((any::<bool>(), prop_oneof![4 => 0u16..8, 1 => any::<u16>()], vec(any::<u8>(), 0..9)), 0..200),
     ) {
-        let (mut serial, _) = serial(io::sink());
+        let (port, _) = port(FirstReader::Awaited);
         for (is_write, register, mut data) in accesses {
             if is_write {
-                serial.pio_write(BASE, register, &data);
+                port.pio_write(BASE, register, &data);
             } else {
-                serial.pio_read(BASE, register, &mut data);
+                port.pio_read(BASE, register, &mut data);
             }
-            let _ = serial.enqueue(&data);
+            let _ = port.enqueue(&data);
+            port.wake();
         }
         // The divisor's latch aside, an honest driver still gets through.
-        serial.pio_write(BASE, 3, &[3]);
-        serial.pio_write(BASE, MODEM_CONTROL, &[0]);
-        read_all(&mut serial);
-        prop_assert_eq!(serial.enqueue(b"x"), 1);
-        prop_assert_eq!(read_all(&mut serial), b"x");
-    }
-}
-
-/// A pipe into which nothing more goes, and where to read it.
-fn full_pipe() -> (PipeReader, PipeWriter) {
-    let (reader, writer) = io::pipe().unwrap();
-    let wait = |wait: bool| {
-        let flags = if wait { 0 } else { libc::O_NONBLOCK };
-        // SAFETY: sets flags of a descriptor that this test owns.
-        assert_eq!(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, flags) }, 0);
-    };
-    wait(false);
-    while (&writer).write_all(&[0; 512]).is_ok() {}
-    wait(true);
-    (reader, writer)
-}
-
-/// Tells when output begins.
-struct Telling(PipeWriter, mpsc::Sender<()>);
-
-impl Write for Telling {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.1.send(()).unwrap();
-        self.0.write(data)
+        write(&port, 3, 3);
+        write(&port, INTERRUPT_ENABLE, 0);
+        write(&port, MODEM_CONTROL, RTS);
+        read_all(&port);
+        prop_assert_eq!(port.enqueue(b"x"), 1);
+        prop_assert_eq!(read_all(&port), b"x");
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Longer than anything here takes.
-const LONG: Duration = Duration::from_secs(60);
-
-#[test]
-fn input_does_not_wait_for_output_that_nobody_reads_and_arrives_after_it() {
-    let (mut reader, writer) = full_pipe();
-    let (writes, writing) = mpsc::channel();
-    let (serial, irq) = serial(Telling(writer, writes));
-    let port = Arc::new(Port::new(serial));
-    port.pio_write(BASE, INTERRUPT_ENABLE, &[1]);
-    let vcpu = {
-        let port = port.clone();
-        thread::spawn(move || port.pio_write(BASE, DATA, b"x"))
-    };
-    writing.recv_timeout(LONG).unwrap();
-
-    let input: Vec<u8> = (0..=255).cycle().take(BACKLOG + 1).collect();
-    let (puts, put) = mpsc::channel();
-    thread::spawn({
-        let (port, input) = (port.clone(), input.clone());
-        move || puts.send(port.enqueue(&input)).unwrap()
-    });
-    assert_eq!(put.recv_timeout(LONG), Ok(BACKLOG), "it waits for no reader");
-    assert!(!vcpu.is_finished(), "the pipe is full");
-    assert!(irq.read().is_err(), "the guest learns of it when its output has gone out");
-
-    let mut output = vec![0; 1 << 20];
-    while !vcpu.is_finished() {
-        let count = reader.read(&mut output).unwrap();
-        if output[..count].ends_with(b"x") {
-            break;
-        }
-    }
-    vcpu.join().unwrap();
-    assert_eq!(irq.read().unwrap(), 1, "nobody but the vCPU could tell the guest of its input");
-    let mut arrived = Vec::new();
-    loop {
-        let mut data = [0];
-        port.pio_read(BASE, LINE_STATUS, &mut data);
-        if data[0] & DATA_READY == 0 {
-            break;
-        }
-        port.pio_read(BASE, DATA, &mut data);
-        arrived.push(data[0]);
-    }
-    assert_eq!(arrived, input[..BACKLOG]);
-    assert_eq!(port.room_event().read().unwrap(), 1, "there is room for the rest");
-}
-
-#[test]
-fn no_input_is_left_behind_where_a_vcpu_and_input_meet() {
-    const ROUNDS: usize = 100;
-    let (serial, irq) = serial(io::sink());
-    let port = Arc::new(Port::new(serial));
-    port.pio_write(BASE, INTERRUPT_ENABLE, &[1]);
-    let meet = Arc::new(Barrier::new(2));
-    let vcpu = {
-        let (port, meet) = (port.clone(), meet.clone());
-        thread::spawn(move || {
-            // No access to a 16550, so that it moves no input by itself; and one that takes its time.
-            let mut data = vec![0; 16 << 20];
-            for _ in 0..ROUNDS {
-                meet.wait();
-                port.pio_read(BASE, DATA, &mut data);
-                meet.wait();
+    #[test]
+    fn no_state_breaks_a_port(
+        registers: [u8; 6],
+        flags: [bool; 2],
+        flow in prop_oneof![Just(InputFlow::Unasked), Just(InputFlow::Polled), Just(InputFlow::ByRts)],
+        input in vec(any::<u8>(), 0..300),
+        looped in vec(any::<u8>(), 0..20),
+        accesses in vec((0_u16..8, any::<Option<u8>>()), 0..50),
+    ) {
+        let state = PortState {
+            version: Version,
+            divisor_low: registers[0],
+            divisor_high: registers[1],
+            interrupt_enable: registers[2],
+            fifos_enabled: flags[0],
+            line_control: registers[3],
+            modem_control: registers[4],
+            scratch: registers[5],
+            transmitter_interrupt: flags[1],
+            flow,
+            input,
+            looped,
+        };
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        match Port::restore(irq, FirstReader::Nobody, &state) {
+            Err(_) => prop_assert!(state.looped.len() > 16),
+            Ok(port) => {
+                for (register, value) in accesses {
+                    match value {
+                        Some(value) => write(&port, register, value),
+                        None => drop(read(&port, register)),
+                    }
+                }
+                port.enqueue(b"input");
+                let saved = port.save();
+                prop_assert!(saved.looped.len() <= 16 && saved.input.len() <= BACKLOG);
             }
-        })
-    };
-    for round in 0..ROUNDS {
-        meet.wait();
-        let taken = port.enqueue(b"i");
-        meet.wait();
-        assert_eq!(taken, 1);
-        // Whichever came second has taken it in: nothing else will touch the port.
-        assert_eq!(irq.read().ok(), Some(1), "round {round}");
-        let mut data = [0];
-        port.pio_read(BASE, DATA, &mut data);
-        assert_eq!(&data, b"i");
+        }
     }
-    vcpu.join().unwrap();
+}
+
+#[test]
+fn input_that_waits_moves_with_the_port() {
+    let (here, _) = port(FirstReader::Nobody);
+    write(&here, MODEM_CONTROL, RTS);
+    write(&here, INTERRUPT_ENABLE, RECEIVED);
+    let input: Vec<u8> = (0..200).collect();
+    assert_eq!(here.enqueue(&input), 200);
+    let text = serde_json::to_string(&here.save()).unwrap();
+    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+    let state: PortState = serde_json::from_str(&text).unwrap();
+    let there = Port::restore(irq.try_clone().unwrap(), FirstReader::Nobody, &state).unwrap();
+    assert_eq!(there.save(), state);
+    assert!(irq.read().unwrap() > 0, "the guest is told that input waits");
+    assert_eq!(read_all(&there), input);
+}
+
+#[test]
+fn a_port_has_room_for_so_much_input_only() {
+    let (port, _) = port(FirstReader::Nobody);
+    for (input, looped, fits) in [(BACKLOG, 16, true), (BACKLOG + 1, 0, false), (0, 17, false)] {
+        let state = PortState { input: vec![7; input], looped: vec![7; looped], ..port.save() };
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let restored = Port::restore(irq, FirstReader::Nobody, &state);
+        assert_eq!(restored.is_ok(), fits, "{input} and {looped} bytes");
+    }
+    let whole = serde_json::to_value(port.save()).unwrap();
+    let mut older = whole.clone();
+    older["version"] = json!(1);
+    let error = serde_json::from_value::<PortState>(older).unwrap_err().to_string();
+    assert!(error.contains("version 1"), "{error}");
+    let mut more = whole;
+    more["more"] = json!(1);
+    assert!(serde_json::from_value::<PortState>(more).is_err());
 }

@@ -1,9 +1,6 @@
 //! Devices that are saved in one process and restored in another, and states that nobody saved.
 
-use std::io;
-
 use devices::pci::{ConfigState, VectorState};
-use devices::platform::serial::{BACKLOG, PortState, Serial};
 use devices::state::{StateError, Version};
 use devices::testing::pci::{BAR, FUNCTION_MASK, MSIX_ENABLE, NOTIFY};
 use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, RUNNING};
@@ -15,9 +12,6 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_WRITE};
-use vm_device::MutDevicePio;
-use vm_device::bus::PioAddress;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 fn guest(carrier: Carrier) -> Guest {
     Guest::on(carrier, |_| Box::new(Rng::new()))
@@ -209,13 +203,6 @@ fn another_version_is_refused_with_a_sentence() {
     state["version"] = json!(7);
     let error = serde_json::from_value::<VirtioState>(state).unwrap_err().to_string();
     assert!(error.contains("version 7"), "{error}");
-    let port = serde_json::to_value(serial().0.save()).unwrap();
-    let mut other = port.clone();
-    other["version"] = json!(2);
-    assert!(serde_json::from_value::<PortState>(other).unwrap_err().to_string().contains("version 2"));
-    let mut more = port;
-    more["surprise"] = json!(1);
-    assert!(serde_json::from_value::<PortState>(more).is_err());
 }
 
 fn stage() -> impl Strategy<Value = Stage> {
@@ -339,83 +326,5 @@ proptest! {
             guest.send(0, 0);
             prop_assert_eq!(guest.used(0), [(0, 64)]);
         }
-    }
-
-    #[test]
-    fn no_state_breaks_a_port(
-        registers: [u8; 9],
-        input in prop::collection::vec(any::<u8>(), 0..80),
-        backlog in prop::collection::vec(any::<u8>(), 0..300),
-        accesses in prop::collection::vec((0_u16..8, any::<Option<u8>>()), 0..50),
-    ) {
-        let state = PortState {
-            version: Version,
-            divisor_low: registers[0],
-            divisor_high: registers[1],
-            interrupt_enable: registers[2],
-            interrupt_identification: registers[3],
-            line_control: registers[4],
-            line_status: registers[5],
-            modem_control: registers[6],
-            modem_status: registers[7],
-            scratch: registers[8],
-            input,
-            backlog,
-            lost_output: u64::MAX,
-        };
-        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        match Serial::restore(irq, Box::new(io::sink()), &state) {
-            Err(_) => prop_assert!(state.input.len() > 64),
-            Ok(mut serial) => {
-                for (register, value) in accesses {
-                    match value {
-                        Some(value) => serial.pio_write(BASE, register, &[value]),
-                        None => serial.pio_read(BASE, register, &mut [0]),
-                    }
-                }
-                serial.enqueue(b"input");
-                let saved = serial.save();
-                prop_assert!(saved.input.len() <= 64 && saved.backlog.len() <= BACKLOG);
-            }
-        }
-    }
-}
-
-const BASE: PioAddress = PioAddress(0x3f8);
-
-fn serial() -> (Serial, EventFd) {
-    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    (Serial::new(irq.try_clone().unwrap(), Box::new(io::sink())).unwrap(), irq)
-}
-
-#[test]
-fn input_that_waits_moves_with_the_port() {
-    let (mut here, _) = serial();
-    // Interrupts for input that has come.
-    here.pio_write(BASE, 1, &[1]);
-    let input: Vec<u8> = (0..200).collect();
-    assert_eq!(here.enqueue(&input), 200);
-    let text = serde_json::to_string(&here.save()).unwrap();
-    let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    let state: PortState = serde_json::from_str(&text).unwrap();
-    let mut there = Serial::restore(irq.try_clone().unwrap(), Box::new(io::sink()), &state).unwrap();
-    assert_eq!(there.save(), state);
-    assert!(irq.read().unwrap() > 0, "the guest is told that input waits");
-    let read = (0..200).map(|_| {
-        let mut byte = [0];
-        there.pio_read(BASE, 0, &mut byte);
-        byte[0]
-    });
-    assert_eq!(read.collect::<Vec<u8>>(), input);
-}
-
-#[test]
-fn a_port_has_room_for_so_much_input_only() {
-    let (port, _) = serial();
-    for (input, backlog, fits) in [(64, BACKLOG, true), (65, 0, false), (0, BACKLOG + 1, false)] {
-        let state = PortState { input: vec![7; input], backlog: vec![7; backlog], ..port.save() };
-        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let restored = Serial::restore(irq, Box::new(io::sink()), &state);
-        assert_eq!(restored.is_ok(), fits, "{input} and {backlog} bytes");
     }
 }

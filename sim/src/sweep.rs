@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::sync::Mutex;
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde::Serialize;
@@ -161,36 +161,33 @@ impl Sweep {
         let jobs: Vec<(u64, usize)> =
             self.vms.iter().rev().flat_map(|&vms| self.seeds.clone().map(move |seed| (seed, vms))).collect();
         let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let scores: Mutex<BTreeMap<(PolicyName, usize, u64), Score>> = Mutex::default();
-        let bounds: Mutex<BTreeMap<(usize, u64), Score>> = Mutex::default();
         let work = || {
+            let (mut scores, mut bounds) = (Vec::new(), Vec::new());
             while let Some(&(seed, vms)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let trace = self.trace(seed, vms);
-                let bound = bound::bound(&trace, &self.setup);
-                if let Ok(mut bounds) = bounds.lock() {
-                    bounds.insert((vms, seed), bound);
-                }
+                bounds.push(((vms, seed), bound::bound(&trace, &self.setup)));
                 for &policy in &self.policies {
                     if stop.load(Ordering::Relaxed) {
-                        return;
+                        return (scores, bounds);
                     }
                     let score = world::run(&trace, &self.setup, &mut *policy.make(), &mut |_| ());
-                    if let Ok(mut scores) = scores.lock() {
-                        scores.insert((policy, vms, seed), score);
-                    }
+                    scores.push(((policy, vms, seed), score));
                     done(finished.fetch_add(1, Ordering::Relaxed) + 1);
                 }
             }
+            (scores, bounds)
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
+        let (mut scores, mut bounds) = (BTreeMap::new(), BTreeMap::new());
         std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(work);
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            for worker in workers {
+                let (own_scores, own_bounds) = worker.join().unwrap_or_else(|panic| resume_unwind(panic));
+                scores.extend(own_scores);
+                bounds.extend(own_bounds);
             }
         });
-        let scores = scores.into_inner().unwrap_or_default();
         let complete = scores.len() == self.runs();
-        let bounds = bounds.into_inner().unwrap_or_default();
         let mut outcome = Outcome { complete, ..Outcome::default() };
         for (&(policy, vms, seed), score) in &scores {
             outcome.cells.entry((policy, vms)).or_default().add(score);

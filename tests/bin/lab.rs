@@ -94,6 +94,7 @@ fn fetch() -> Result<ExitCode> {
         let images = kernel.images()?;
         println!("{}: {} and {}", kernel.series(), images.bzimage.display(), images.initrd.display());
     }
+    println!("{}", lab::promtool::program()?.display());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -23,13 +23,17 @@ pub struct GuestSample {
 impl From<&MemoryStatus> for GuestSample {
     fn from(memory: &MemoryStatus) -> Self {
         // A guest that goes down resets its devices, and its balloon is empty then.
-        let given = if memory.driver == DriverState::Absent { memory.host_rss } else { memory.actual };
+        let given = if memory.driver == DriverState::Absent {
+            memory.host_rss.unwrap_or_default()
+        } else {
+            memory.actual
+        };
         Self {
             used: memory.used(),
             actual: memory.actual,
             given,
             target: memory.target,
-            rss: memory.host_rss,
+            rss: memory.host_rss.unwrap_or_default(),
         }
     }
 }

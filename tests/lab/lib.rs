@@ -27,7 +27,9 @@ mod kernels;
 mod modules;
 mod output;
 mod packages;
+pub mod promtool;
 mod qemu;
+pub mod schemathesis;
 mod vm;
 
 pub use artifacts::{agent, ballast};

@@ -188,9 +188,7 @@ impl<'a> Builder<'a> {
         let console = Console::open(&options.console, interrupt, self.vcpu_set)?;
         self.wiring.serial(Arc::clone(&console.port))?;
         self.needs.add(console::sandbox_needs(&options.console));
-        if let Some(input) = &console.input {
-            self.serve(config.thread.clone().unwrap_or_else(ThreadName::shared), input.clone());
-        }
+        self.serve(config.thread.clone().unwrap_or_else(ThreadName::shared), console.input.clone());
         self.console = Some(console);
         Ok(())
     }

@@ -28,6 +28,8 @@ pub enum Exit {
     VcpuFailed(String),
     /// Ctrl-A x on the console.
     ConsoleQuit,
+    /// A part of ballast itself could not go on.
+    Failed(String),
 }
 
 impl From<GuestEnd> for Exit {
@@ -50,6 +52,7 @@ impl Exit {
             Self::TripleFault => 12,
             Self::VcpuFailed(_) => 13,
             Self::ConsoleQuit => 14,
+            Self::Failed(_) => FAILED,
         }
     }
 }
@@ -68,6 +71,7 @@ impl fmt::Display for Exit {
             }
             Self::VcpuFailed(why) => write!(f, "KVM could not run the guest on: {why}"),
             Self::ConsoleQuit => f.write_str("The VM was killed from the console (Ctrl-A x)."),
+            Self::Failed(why) => write!(f, "The VM was ended, as a part of ballast failed: {why}"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What an onlooker may learn of a running VM: where its memory lies, and how a vCPU sees an
 //! address. The words of `GET /memory/map` and `POST /vm/translate`.
 
-use api::units::Bytes;
+use api::units::{Bytes, whole};
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
@@ -47,9 +47,10 @@ impl MemoryMap {
 #[serde(deny_unknown_fields)]
 pub struct TranslateRequest {
     /// Whose view.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "whole")]
     pub cpu: u8,
     /// A guest virtual address.
+    #[serde(deserialize_with = "whole")]
     pub address: u64,
 }
 

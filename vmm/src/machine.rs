@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::thread::{Builder as ThreadBuilder, JoinHandle};
+use std::thread::JoinHandle;
 
 use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
@@ -21,7 +21,7 @@ use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
 use crate::console::Console;
 use crate::control::{Control, Parts};
-use crate::events::{EventLoop, STACK};
+use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
 use crate::kvm::{self, KvmError};
@@ -100,7 +100,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     // Held until the end: the terminal and the sockets are given back when they go.
-    _console: Option<Console>,
+    console: Option<Console>,
     api: Option<api_server::Server>,
     threads: Threads,
     /// What stays possible; `None` is no sandbox.
@@ -180,7 +180,7 @@ impl Machine {
             vcpu_set,
             vcpus,
             buses,
-            _console: devices.console,
+            console: devices.console,
             api,
             threads: devices.threads,
             sandbox: config.sandbox.then_some(needs),
@@ -204,22 +204,26 @@ impl Machine {
         }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
         self.threads.entry(ThreadName::shared()).or_default().push(Arc::new(Mutex::new(signals)));
+        let vcpu_set = &self.vcpu_set;
         let mut loops = Vec::new();
         for (name, subscribers) in self.threads {
-            let started = EventLoop::start(name.as_str(), subscribers);
+            let started = EventThread::start(name.as_str(), subscribers, vcpu_set);
             loops.push(started.map_err(refused("a thread for devices"))?);
         }
+        if let Some(console) = &mut self.console {
+            console.start(vcpu_set).map_err(refused("a thread for the console"))?;
+        }
         for vcpu in self.vcpus {
-            ThreadBuilder::new()
-                .name(format!("vcpu{}", vcpu.index))
-                .stack_size(STACK)
-                .spawn(move || vcpu.run())
-                .map_err(refused("a thread for a vCPU"))?;
+            events::spawn(&format!("vcpu{}", vcpu.index), vcpu_set, move || {
+                vcpu.run();
+                Ok(())
+            })
+            .map_err(refused("a thread for a vCPU"))?;
         }
         // Before someone can ask for it, and before the guest makes it long.
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
-        let api = self.api.map(|server| serve(server, &self.control)).transpose()?;
+        let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
         if let Some(needs) = &self.sandbox
             && let Err(error) = sandbox::close_calls(&needs.calls)
         {
@@ -234,9 +238,11 @@ impl Machine {
         if let Some(api) = api {
             api.stop();
         }
-        loops.into_iter().for_each(EventLoop::stop);
-        // vCPU threads are not waited for at all: one may hang in a write to a console that nobody
-        // reads. None can enter the guest again, and what they use stays until the process ends.
+        if let Some(console) = &self.console {
+            console.finish(&exit);
+        }
+        loops.into_iter().for_each(EventThread::stop);
+        // vCPU threads are not waited for. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
         tracing::debug!(
             "exits: {} ports ({} unclaimed), {} memory ({} unclaimed)",
@@ -252,26 +258,26 @@ impl Machine {
 /// The API's thread, and the way to end it.
 struct ApiThread {
     stop: vmm_sys_util::eventfd::EventFd,
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl ApiThread {
     fn stop(self) {
         // The one failure is a full counter, which stops it as well.
         let _ = self.stop.write(1);
-        if let Ok(Err(error)) = self.thread.join() {
-            tracing::warn!("the API had ended early: {error}");
-        }
+        // A panic ends the process.
+        let _ = self.thread.join();
     }
 }
 
-fn serve(server: api_server::Server, control: &Arc<Control>) -> Result<ApiThread, MachineError> {
+fn serve(
+    server: api_server::Server,
+    control: &Arc<Control>,
+    vcpu_set: &Arc<VcpuSet>,
+) -> Result<ApiThread, MachineError> {
     let stop = server.stopper().map_err(refused("an event for the API"))?;
     let control = Arc::clone(control);
-    let thread = ThreadBuilder::new()
-        .name("api".to_owned())
-        .stack_size(STACK)
-        .spawn(move || server.run(&control))
+    let thread = events::spawn("api", vcpu_set, move || server.run(&control))
         .map_err(refused("a thread for the API"))?;
     Ok(ApiThread { stop, thread })
 }

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use api::status::Pauser;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use devices::events::Subscriber;
+use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 
 use crate::control::Control;
 
@@ -71,14 +72,12 @@ fn tell(said: &str) {
     }
 }
 
-impl MutEventSubscriber for Signals {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(&self.fd, EventSet::IN)) {
-            tracing::warn!("signals can't be watched: {error}");
-        }
+impl Subscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        ops.add(Events::new(&self.fd, EventSet::IN))
     }
 
-    fn process(&mut self, _: Events, _: &mut EventOps) {
+    fn process(&mut self, _: Events, _: &mut EventOps) -> EventResult<()> {
         while self.next() {
             // A paused guest hears no button: whoever ends its VM wants it to run to its end. One that runs
             // refuses to be resumed, and is pressed all the same.
@@ -93,5 +92,6 @@ impl MutEventSubscriber for Signals {
                 let _ = self.control.shutdown();
             }
         }
+        Ok(())
     }
 }

@@ -8,32 +8,62 @@ use vmm_sys_util::signal::register_signal_handler;
 
 /// The settings before raw mode. A process has one terminal, and a signal handler
 /// can find it only here.
-static BEFORE: OnceLock<libc::termios> = OnceLock::new();
+static BEFORE: OnceLock<Before> = OnceLock::new();
+
+struct Before {
+    settings: libc::termios,
+    /// This process's group.
+    group: libc::pid_t,
+}
+
+/// What standard input is.
+pub enum Terminal {
+    /// No terminal.
+    None,
+    /// A terminal that is another job's.
+    InBackground,
+    /// A terminal that passes on every key.
+    Raw(RawTerminal),
+}
 
 /// Standard input's terminal passes on every key while this lives.
 pub struct RawTerminal(());
 
-impl RawTerminal {
-    /// Sets raw mode; `None` when standard input is no terminal.
+impl Terminal {
+    /// Sets raw mode where standard input is a terminal and this process is in its foreground: from the
+    /// background the shell's terminal would be changed, or this process stopped.
     ///
     /// # Errors
     /// When the terminal's settings can't be read or set.
-    pub fn enter() -> io::Result<Option<Self>> {
+    pub fn enter() -> io::Result<Self> {
         // SAFETY: the call takes a descriptor and nothing else.
         if unsafe { libc::isatty(libc::STDIN_FILENO) } != 1 {
-            return Ok(None);
+            return Ok(Self::None);
         }
-        let before = settings()?;
-        let before = *BEFORE.get_or_init(|| before);
+        // SAFETY: the call has no preconditions.
+        let group = unsafe { libc::getpgrp() };
+        if is_anothers(group) {
+            return Ok(Self::InBackground);
+        }
+        let settings = settings()?;
+        let before = BEFORE.get_or_init(|| Before { settings, group });
         restore_on_fatal_ends();
-        let mut raw = before;
+        let mut raw = before.settings;
         // SAFETY: `raw` is a whole termios, which the call changes in place.
         unsafe { libc::cfmakeraw(&mut raw) };
         // Lines that ballast itself writes still start at the left.
         raw.c_oflag |= libc::OPOST;
         apply(&raw)?;
-        Ok(Some(Self(())))
+        Ok(Self::Raw(RawTerminal(())))
     }
+}
+
+/// Whether another process group is in the foreground of the terminal. One that does not control
+/// this session has none.
+fn is_anothers(group: libc::pid_t) -> bool {
+    // SAFETY: the call takes a descriptor and nothing else.
+    let foreground = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) };
+    foreground != -1 && foreground != group
 }
 
 impl Drop for RawTerminal {
@@ -60,11 +90,14 @@ fn apply(settings: &libc::termios) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the terminal back. May be called from a signal handler: tcsetattr(3) is
-/// async-signal-safe, and reading a set `OnceLock` is an atomic load.
+/// Gives the terminal back, unless another job has it by now: its settings are not ours. May be called from a
+/// signal handler: tcgetpgrp(3) and tcsetattr(3) are async-signal-safe, and reading a set `OnceLock`
+/// is an atomic load.
 fn restore() {
-    if let Some(before) = BEFORE.get() {
-        let _ = apply(before);
+    if let Some(before) = BEFORE.get()
+        && !is_anothers(before.group)
+    {
+        let _ = apply(&before.settings);
     }
 }
 

@@ -10,6 +10,9 @@ pub enum ApiError {
     /// No VM of that name.
     #[error("there is no VM `{0}` here: GET /state lists those that there are")]
     NoSuchVm(String),
+    /// The path has no name where one belongs.
+    #[error("the path names no VM: {0}")]
+    Name(String),
     /// The VM said no.
     #[error("{error}")]
     OfVm {

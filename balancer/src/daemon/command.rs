@@ -33,3 +33,13 @@ pub enum Command {
         answer: oneshot::Sender<Result<(), ApiError>>,
     },
 }
+
+impl Command {
+    /// Whether nobody waits for its answer any more.
+    pub fn is_abandoned(&self) -> bool {
+        match self {
+            Self::SetLimits { answer, .. } | Self::Release { answer, .. } => answer.is_closed(),
+            Self::Reserve { answer, .. } => answer.is_closed(),
+        }
+    }
+}

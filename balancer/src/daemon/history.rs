@@ -224,6 +224,19 @@ fn milliseconds(since: Instant) -> u64 {
 
 /// Why a VM has what it has at this moment.
 fn explain(vm: &VmView) -> String {
+    let mut sentence = explain_standing(vm);
+    if let Some(MemoryView { limits, cgroup_limit: Some(limit), .. }) = &vm.memory
+        && *limit < limits.max()
+    {
+        sentence += &format!(
+            " Its control group allows it {limit}, so it is given no more than that of its max of {}.",
+            limits.max()
+        );
+    }
+    sentence
+}
+
+fn explain_standing(vm: &VmView) -> String {
     let Some(memory) = &vm.memory else {
         return match vm.held {
             Some(held) => {
@@ -266,7 +279,7 @@ fn explain(vm: &VmView) -> String {
             format!("It did not give up what it was asked for: it keeps {actual} and is left alone a while.")
         }
         Standing::Paused => {
-            let more = (*target).max(*actual).max(*host_rss).saturating_sub(*charge);
+            let more = (*target).max(*actual).max(host_rss.unwrap_or_default()).saturating_sub(*charge);
             match vm.paused_by {
                 Some(Pauser::Balancer) => format!(
                     "The balancer paused it, as memory had run out: it touches no more than the {charge} that \
@@ -407,10 +420,11 @@ mod tests {
             entitlement: Bytes::mib(200),
             target: Bytes::mib(200),
             actual: Bytes::mib(200),
-            host_rss: Bytes::mib(190),
+            host_rss: Some(Bytes::mib(190)),
             huge_percent: None,
             overhead: Bytes::ZERO,
             charge: Bytes::mib(200),
+            cgroup_limit: None,
             reserved_huge_pages: false,
         };
         assert!(explain(&view("web")).contains("not answered yet"));
@@ -418,6 +432,10 @@ mod tests {
         assert!(explain(&unheard).contains("77 MiB"));
         let apart = Some(MemoryView { reserved_huge_pages: true, ..memory.clone() });
         assert!(explain(&VmView { memory: apart, ..view("web") }).contains("reserved huge pages"));
+        let limited = Some(MemoryView { cgroup_limit: Some(Bytes::mib(500)), ..memory.clone() });
+        assert!(
+            explain(&VmView { memory: limited, ..view("web") }).contains("control group allows it 500 MiB")
+        );
         for (standing, word) in [
             (Standing::Following, "memory is short"),
             (Standing::Static, "nothing to move"),

@@ -1,7 +1,7 @@
 //! Serving clients of whom some are slow, too many, or never done: none of them may cost the others
 //! their answers, or the daemon its descriptors, which it needs for its VMs.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -72,7 +73,7 @@ impl ClientPermit {
     #[must_use]
     pub fn wait(&self) -> bool {
         let Ok(permit) = Arc::clone(&self.0.waiting).try_acquire_owned() else { return false };
-        *self.0.permit.lock().unwrap_or_else(PoisonError::into_inner) = permit;
+        *self.0.permit.lock() = permit;
         true
     }
 }

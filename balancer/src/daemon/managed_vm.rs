@@ -13,8 +13,8 @@ use super::last_resort::LastResortState;
 use super::log_limiter::LogLimiter;
 use super::response_times::ResponseTimes;
 use super::state::{MemoryView, VmView};
-use crate::driver::process::ResidentMemory;
 use crate::driver::{Driver, Error, Kind, Status};
+use crate::host::HostReader;
 use crate::policy::guards::Standing;
 use crate::policy::reason::{Reason, Rule};
 use crate::policy::{Observation, Vcpus, Vm};
@@ -144,28 +144,19 @@ impl ManagedVm {
         Some(driver)
     }
 
-    /// Puts the driver back after a request, and looks at the process that it found, as `resident_memory` tells
-    /// what the host holds for one.
-    pub fn put_back(
-        &mut self,
-        driver: Box<dyn Driver>,
-        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
-    ) {
-        self.account.look(driver.process(), resident_memory);
+    /// Puts the driver back after a request, and looks at the process that it found.
+    pub fn put_back(&mut self, now: Duration, driver: Box<dyn Driver>, host: &HostReader) {
+        self.account.look(now, driver.process(), host);
         self.driver = Some(driver);
     }
 
     /// Looks anew at what the host holds for it if it did not answer when it was asked last: what it said
     /// before is old by now, and its guest may go on without its API.
-    pub fn look_if_silent(
-        &mut self,
-        total: Bytes,
-        resident_memory: impl FnOnce(u32) -> Option<ResidentMemory>,
-    ) {
+    pub fn look_if_silent(&mut self, now: Duration, total: Bytes, host: &HostReader) {
         if self.gone || !(self.errs || self.driver.is_none()) {
             return;
         }
-        self.account.look_again(resident_memory);
+        self.account.look_again(now, host);
         if let Some(vm) = &mut self.vm {
             self.account.renew(&mut vm.observed, total);
         }
@@ -173,7 +164,7 @@ impl ManagedVm {
 
     /// What of the host's memory is known to be held for its guest.
     pub fn resident(&self) -> Bytes {
-        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(self.vmm, &vm.observed))
+        self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(&vm.observed))
     }
 
     /// What the host holds for a VM that is there and never gave an answer that could be used: that is
@@ -253,7 +244,10 @@ impl ManagedVm {
         if self.error_log.end() {
             info!(vm = name, "{name} answers again");
         }
-        let observed = self.account.believe(now, name, Observation::from(memory), total);
+        let observed = self.account.believe(now, name, Observation::from(memory), *overhead, total);
+        if memory.paused_by == Some(Pauser::Balancer) && observed.vcpus == Vcpus::Run {
+            self.last_resort.refused(now);
+        }
         if !std::mem::replace(&mut self.told_apart, self.account.is_reserved()) && self.told_apart {
             info!(
                 vm = name,
@@ -401,10 +395,10 @@ impl ManagedVm {
     /// A guest has touched what it uses, so that the host holds it. One that says far more lies,
     /// which costs others no more than its limits and its weight allow, and is said.
     fn check_use(&mut self, now: Duration, vm: &Vm) {
-        let (name, held) = (&self.name, vm.observed.host_rss);
-        let most = held.saturating_add(held).saturating_add(USE_TOLERANCE);
-        match vm.used() {
-            Some(used) if held > Bytes::ZERO && used > most => {
+        let name = &self.name;
+        let most = |held: Bytes| held.saturating_add(held).saturating_add(USE_TOLERANCE);
+        match vm.used().zip(vm.observed.host_rss) {
+            Some((used, held)) if held > Bytes::ZERO && used > most(held) => {
                 if self.use_log.is_due(now, "use") {
                     warn!(
                         vm = name,
@@ -455,6 +449,7 @@ impl ManagedVm {
             huge_percent: self.huge_percent,
             overhead: self.overhead(),
             charge: if reserved { Bytes::ZERO } else { vm.charge() },
+            cgroup_limit: self.account.cgroup_limit(),
             reserved_huge_pages: reserved,
         });
         let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.observed.vcpus {

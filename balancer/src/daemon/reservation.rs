@@ -409,7 +409,7 @@ fn observed(size: Bytes, granted: Bytes) -> Option<Observation> {
     Some(Observation {
         target: granted,
         actual: granted,
-        host_rss: Bytes::ZERO,
+        host_rss: Some(Bytes::ZERO),
         driver: DriverState::Active,
         spare: Some((Duration::ZERO, Bytes::ZERO)),
         vcpus: Vcpus::NotYet,

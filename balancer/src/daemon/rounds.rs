@@ -8,7 +8,9 @@ mod urgent;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use api::units::Bytes;
@@ -172,18 +174,15 @@ impl Daemon {
                 biased;
                 planned = ticks.tick() => {
                     if planned.elapsed() > self.tick / 10 {
-                        self.shared.timings().late.inc();
+                        self.shared.timings().late.fetch_add(1, Ordering::Relaxed);
                     }
                     self.round().await;
                 }
-                change = changed(&mut watch) => {
-                    if change.is_err() {
-                        (watch, anew) = (None, true);
-                        tokio::time::sleep(self.tick).await;
-                    } else {
-                        self.rescan(false);
-                    }
-                }
+                change = changed(&mut watch) => match change {
+                    Ok(()) => self.rescan(false),
+                    // The next rescan makes another.
+                    Err(_) => watch = None,
+                },
                 // A watch on a directory that was removed and made again hears nothing.
                 _ = rescans.tick() => (anew, revive) = (true, true),
                 () = heard(&mut hangup) => {
@@ -199,7 +198,7 @@ impl Daemon {
                 urgent = self.subscriptions.next() => self.answer(&urgent).await,
                 () = due(gives_up) => self.give_up(),
                 () = due(self.follow_up.map(FollowUp::next)) => self.answer(&BTreeSet::new()).await,
-                Some(done) = self.requests.join_next() => self.take(done),
+                Some(done) = self.requests.join_next() => self.take(finished(done)),
             }
         }
     }
@@ -232,7 +231,7 @@ impl Daemon {
         if self.knows_enough() {
             let deciding = Instant::now();
             self.decide();
-            self.shared.timings().policy.observe(deciding.elapsed().as_secs_f64());
+            self.shared.timings().policy.observe(deciding.elapsed());
             // Only here: its share of the rounds is what people look at, and looks between them are none.
             self.rounds_over_budget += u64::from(self.balance.over > Bytes::ZERO);
             let told = self.tell();
@@ -240,7 +239,7 @@ impl Daemon {
         }
         self.ask(PATIENCE, |_, managed| managed.response_times.is_slow());
         self.rounds += 1;
-        self.shared.timings().round.observe(began.elapsed().as_secs_f64());
+        self.shared.timings().round.observe(began.elapsed());
         self.publish();
         let (vms, Balance { charged, .. }, budget) = (self.managed_vms.len(), self.balance, self.budget_now);
         self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
@@ -283,20 +282,17 @@ impl Daemon {
         while !awaited.is_empty()
             && let Ok(Some(done)) = timeout_at(deadline, self.requests.join_next()).await
         {
-            if let Ok((id, ..)) = &done {
-                awaited.remove(id);
-            }
+            let done = finished(done);
+            awaited.remove(&done.0);
             self.take(done);
         }
     }
 
     /// Takes in what one request came to.
-    fn take(&mut self, done: Result<Done, JoinError>) {
-        // A panic in a request is a bug, and costs that VM its driver.
-        let Ok((id, driver, outcome)) = done else { return };
+    fn take(&mut self, (id, driver, outcome): Done) {
         let now = self.now();
         let Some(managed) = self.managed_vms.get_mut(&id) else { return };
-        managed.put_back(driver, |pid| self.reader.resident_memory(pid));
+        managed.put_back(now, driver, &self.reader);
         managed.response_times.answered(now);
         // It was told when its turn to be asked came.
         let owes = managed.response_times.is_slow() && !matches!(outcome, RequestOutcome::Reported(_));
@@ -307,7 +303,7 @@ impl Daemon {
             remember(&self.shared, &managed.name, *reason, result);
             let served = result.is_ok() && reason.new.saturating_add(DEADBAND) >= reason.demand;
             if let Some(since) = served.then(|| self.waiting.remove(&id)).flatten() {
-                self.shared.timings().grant.observe(now.saturating_sub(since).as_secs_f64());
+                self.shared.timings().grant.observe(now.saturating_sub(since));
             }
         }
         managed.take(now, self.host.total, outcome);
@@ -320,9 +316,10 @@ impl Daemon {
     }
 
     fn read_host(&mut self) {
-        self.reservations.look(self.now(), Process::held);
+        let now = self.now();
+        self.reservations.look(now, Process::held);
         for managed in self.managed_vms.values_mut() {
-            managed.look_if_silent(self.host.total, |pid| self.reader.resident_memory(pid));
+            managed.look_if_silent(now, self.host.total, &self.reader);
         }
         self.pressure = self.reader.pressure();
         match self.reader.memory() {
@@ -443,6 +440,15 @@ impl Daemon {
 /// A request that is over: whose, the driver that made it, and what came of it.
 type Done = (u64, Box<dyn Driver>, RequestOutcome);
 
+/// What a request came to. A panic in one ends the daemon, also where panics unwind: the VM's driver is lost
+/// with the request, and the next daemon asks that VM again.
+fn finished(done: Result<Done, JoinError>) -> Done {
+    match done {
+        Ok(done) => done,
+        Err(error) => resume_unwind(error.into_panic()),
+    }
+}
+
 /// Keeps what became of a decision, for those who ask why.
 fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error>) {
     let (fate, error) = match result {
@@ -483,3 +489,6 @@ async fn changed(watch: &mut Option<DirectoryWatch>) -> io::Result<()> {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,8 +9,11 @@ use axum::Extension;
 use axum::Json;
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, FromRequest, Path as Named, Request, State as Given};
+use axum::extract::{
+    DefaultBodyLimit, FromRequest, FromRequestParts, Path as InPath, Request, State as Given,
+};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
@@ -106,6 +109,7 @@ impl IntoResponse for ApiError {
             Self::NoSuchVm(_) | Self::NoReservation(_) => StatusCode::NOT_FOUND,
             // A VM's "no" is the client's mistake or a conflict; whatever else it says is its own trouble.
             Self::OfVm { status, .. } if status == "400" => StatusCode::BAD_REQUEST,
+            Self::Name(_) => StatusCode::BAD_REQUEST,
             Self::OfVm { .. }
             | Self::Busy(_)
             | Self::NoRoom { .. }
@@ -131,7 +135,7 @@ async fn decisions(Given(api): Given<Api>) -> Response {
     Json(decisions).into_response()
 }
 
-async fn why(Given(api): Given<Api>, Named(name): Named<String>) -> Response {
+async fn why(Given(api): Given<Api>, Named(name): Named) -> Response {
     let state = api.shared.get();
     match state.vms.iter().find(|vm| vm.name == name) {
         Some(vm) => {
@@ -142,11 +146,7 @@ async fn why(Given(api): Given<Api>, Named(name): Named<String>) -> Response {
     }
 }
 
-async fn set_limits(
-    Given(api): Given<Api>,
-    Named(vm): Named<String>,
-    body: Body,
-) -> Result<StatusCode, ApiError> {
+async fn set_limits(Given(api): Given<Api>, Named(vm): Named, body: Body) -> Result<StatusCode, ApiError> {
     let limits: Limits = read(body)?;
     ask(&api, |answer| Command::SetLimits { vm, limits, answer }).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -169,15 +169,24 @@ async fn reserve(
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }
 
-async fn release(Given(api): Given<Api>, Named(name): Named<String>) -> Result<StatusCode, ApiError> {
+async fn release(Given(api): Given<Api>, Named(name): Named) -> Result<StatusCode, ApiError> {
     ask(&api, |answer| Command::Release { name, answer }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn metrics(Given(api): Given<Api>) -> Response {
-    match metrics::page(api.shared) {
-        Ok(page) => ([(CONTENT_TYPE, metrics::OPENMETRICS)], page).into_response(),
-        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error),
+    ([(CONTENT_TYPE, api::metrics::CONTENT_TYPE)], metrics::page(&api.shared)).into_response()
+}
+
+/// The name in a path.
+struct Named(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let name = InPath::from_request_parts(parts, state).await;
+        name.map(|InPath(name)| Self(name)).map_err(|rejection| ApiError::Name(rejection.body_text()))
     }
 }
 

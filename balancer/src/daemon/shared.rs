@@ -1,6 +1,8 @@
 //! What the rounds leave for those who answer clients meanwhile.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::history::History;
 use super::state::State;
@@ -20,12 +22,12 @@ struct Inner {
 impl Shared {
     /// The last one.
     pub fn get(&self) -> Arc<State> {
-        Arc::clone(&self.0.state.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.state.lock())
     }
 
     /// Puts a newer one in its place.
     pub fn set(&self, state: State) {
-        *self.0.state.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(state);
+        *self.0.state.lock() = Arc::new(state);
     }
 
     /// How long things take.
@@ -35,6 +37,6 @@ impl Shared {
 
     /// The past. Don't hold it for long: rounds wait for it.
     pub fn history(&self) -> MutexGuard<'_, History> {
-        self.0.history.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.history.lock()
     }
 }

@@ -98,8 +98,8 @@ pub struct MemoryView {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
-    /// What the host holds of its guest's memory.
-    pub host_rss: Bytes,
+    /// What the host holds of its guest's memory, where that is known.
+    pub host_rss: Option<Bytes>,
     /// The share of that in huge pages of the host, in percent, where it is known.
     #[serde(default)]
     pub huge_percent: Option<u8>,
@@ -108,6 +108,9 @@ pub struct MemoryView {
     pub overhead: Bytes,
     /// What it is charged.
     pub charge: Bytes,
+    /// What its control groups allow its process, where one of them has a limit: it is given no more.
+    #[serde(default)]
+    pub cgroup_limit: Option<Bytes>,
     /// Its memory lies in the host's reserved huge pages (hugetlb): it is no part of the budget, is not moved
     /// and charged nothing; what its process holds of ordinary memory is its `overhead`.
     #[serde(default)]

@@ -1,14 +1,11 @@
 //! How long the daemon takes for what it does.
 
-use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::histogram::Histogram;
+use api::metrics::{Histogram, Page};
 
 /// How long things take, counted as they happen.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Timings {
     /// From the round that finds a guest short of what it wants to its VM taking a target that gives it.
     pub grant: Histogram,
@@ -17,28 +14,25 @@ pub struct Timings {
     /// A whole round: asking, deciding, telling.
     pub round: Histogram,
     /// Rounds that began later than they should, by more than a tenth of the interval.
-    pub late: Counter,
+    pub late: AtomicU64,
 }
 
 impl Default for Timings {
     fn default() -> Self {
         Self {
-            grant: Histogram::new([
+            grant: Histogram::new(&[
                 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
             ]),
-            policy: Histogram::new([1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]),
-            round: Histogram::new([1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 0.75, 1.0, 3.0]),
-            late: Counter::default(),
+            policy: Histogram::new(&[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1]),
+            round: Histogram::new(&[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.25, 0.5, 0.75, 1.0, 3.0]),
+            late: AtomicU64::new(0),
         }
     }
 }
 
 impl Timings {
     /// As Prometheus reads them.
-    ///
-    /// # Errors
-    /// Where the text can't be written.
-    pub fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+    pub fn write(&self, page: &mut Page) {
         for (name, help, histogram) in [
             (
                 "time_to_grant_seconds",
@@ -48,11 +42,9 @@ impl Timings {
             ("policy_seconds", "Deciding, for all VMs of one round", &self.policy),
             ("round_seconds", "One round: asking, deciding, telling", &self.round),
         ] {
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-            histogram.encode(metric)?;
+            page.histogram(name, help, histogram);
         }
         let help = "Rounds that began late by more than a tenth of the interval";
-        let metric = encoder.encode_descriptor("rounds_late", help, None, MetricType::Counter)?;
-        self.late.encode(metric)
+        page.counter("rounds_late", help, self.late.load(Ordering::Relaxed));
     }
 }

@@ -133,15 +133,13 @@ impl ForeignVm {
     }
 
     /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
-    /// says of its process. Where the kernel does not say, the host may hold all of it: so it is charged,
-    /// but nobody counts on it as memory that is known to be held.
+    /// says of its process.
     pub async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
         let ForeignStatus { has, target, actual, driver, report } = status;
         let held = match &mut self.process {
             Some(process) => process.held(has).await,
             None => None,
         };
-        let VmmMemory { guest, vmm_own } = held.unwrap_or(VmmMemory { guest: has, vmm_own: Bytes::ZERO });
         let memory = MemoryStatus {
             limits: self.limits.of_vm(has),
             target,
@@ -149,7 +147,7 @@ impl ForeignVm {
             settled: false,
             followed: None,
             paused_by: None,
-            host_rss: guest,
+            host_rss: held.map(|held| held.guest),
             host_huge: None,
             driver,
             report,
@@ -159,6 +157,6 @@ impl ForeignVm {
         };
         let pid = self.pid();
         let uptime = self.process.and_then(|process| process.age());
-        Box::new(Status { pid, uptime, overhead: vmm_own, memory })
+        Box::new(Status { pid, uptime, overhead: held.unwrap_or_default().vmm_own, memory })
     }
 }

@@ -100,9 +100,15 @@ impl Http {
         self.exchange(method, path, json.into()).await.map(drop)
     }
 
-    /// `POST path` without a body.
+    /// `POST path` without a body. It must do no harm when it is asked twice.
     pub async fn post(&mut self, path: &str) -> Result<(), Error> {
         self.exchange(Method::POST, path, Bytes::new()).await.map(drop)
+    }
+
+    /// As [`Http::post`], for what must not be done twice: nothing is sent again on a new connection.
+    pub async fn post_once(&mut self, path: &str) -> Result<(), Error> {
+        self.connection = None;
+        self.post(path).await
     }
 
     /// An answer that was well-formed and made no sense.
@@ -158,8 +164,8 @@ impl Http {
             None => self.connect(request).await?,
         };
         let mut response = connection.sender.send_request(build(method, uri.clone(), body.clone())).await;
-        // A server may close a connection that stood idle; only a fresh one tells how it is doing.
-        // Every request here asks for a state, so that sending it twice does no harm.
+        // A server may close a connection that stood idle; only a fresh one tells how it is doing. What comes
+        // here on a connection that was used before may be sent twice.
         if reused && response.as_ref().is_err_and(|error| !error.is_parse()) {
             connection = self.connect(request).await?;
             response = connection.sender.send_request(build(method, uri, body)).await;

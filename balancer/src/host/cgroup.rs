@@ -1,8 +1,8 @@
-//! The memory limits of the control groups that the daemon's VMs live in.
+//! The memory limits of the control groups that VMs live in.
 //!
-//! VMs are started beside the daemon, in its slice or its container: what limits
-//! that limits them. A `.service` that holds nobody but the daemon is left out,
-//! so that its own `MemoryMax` is not taken for theirs.
+//! VMs are started beside the daemon, in its slice or its container: a limit of that limits all of them
+//! together. A `.service` that holds nobody but the daemon is left out, so that its own `MemoryMax` is not
+//! taken for theirs. A VM may have groups of its own as well, whose limits are for it alone.
 //!
 //! Version 2 (Documentation/admin-guide/cgroup-v2.rst: memory.max, memory.high,
 //! memory.current, memory.stat) and version 1 (cgroup-v1/memory.rst).
@@ -36,11 +36,22 @@ enum Version {
 pub struct Groups(Vec<(Version, PathBuf)>);
 
 impl Groups {
-    /// Those that the process is in whose `/proc/PID/cgroup` is `own`, mounted at `root`.
+    /// Those that limit the VMs beside a daemon whose `/proc/PID/cgroup` is `file`, in a hierarchy mounted at
+    /// `root`.
     ///
     /// Without control groups, or without a memory controller, there are none.
-    pub fn of(own: &Path, root: &Path) -> Self {
-        let text = fs::read_to_string(own).unwrap_or_default();
+    pub fn beside(file: &Path, root: &Path) -> Self {
+        let innermost = |path: &Path| path.extension().is_some_and(|kind| kind == "service");
+        Self::find(file, root, |path| usize::from(innermost(path)))
+    }
+
+    /// Those that limit the very process whose `/proc/PID/cgroup` is `file`.
+    pub fn of(file: &Path, root: &Path) -> Self {
+        Self::find(file, root, |_| 0)
+    }
+
+    fn find(file: &Path, root: &Path, skipped: impl Fn(&Path) -> usize) -> Self {
+        let text = fs::read_to_string(file).unwrap_or_default();
         let mut groups = Vec::new();
         for line in text.lines() {
             let mut parts = line.splitn(3, ':');
@@ -59,42 +70,51 @@ impl Groups {
             if path.components().any(|part| part == std::path::Component::ParentDir) {
                 continue;
             }
-            let alone = path.extension().is_some_and(|kind| kind == "service");
-            groups.extend(path.ancestors().skip(usize::from(alone)).map(|path| (version, mount.join(path))));
+            groups.extend(path.ancestors().skip(skipped(path)).map(|path| (version, mount.join(path))));
         }
         Self(groups)
     }
 
+    /// The tightest limit, less a margin; `None` where none has a limit.
+    pub fn limit(&self) -> Option<Bytes> {
+        self.0.iter().filter_map(|(version, group)| version.limit(group)).min()
+    }
+
     /// What the tightest of them leaves; `None` where none has a limit.
     pub fn memory(&self) -> Option<GroupMemory> {
-        let limited = self.0.iter().filter_map(|(version, group)| match version {
-            Version::Two => memory_of_two(group),
-            Version::One => memory_of_one(group),
-        });
+        let limited = self.0.iter().filter_map(|(version, group)| version.memory(group));
         // The limit and what is free may be tightest in different groups.
         limited.reduce(|a, b| GroupMemory { limit: a.limit.min(b.limit), free: a.free.min(b.free) })
     }
 }
 
-fn memory_of_two(group: &Path) -> Option<GroupMemory> {
-    // `max` is no number and no limit.
-    let limits = ["memory.max", "memory.high"].into_iter().filter_map(|file| number(&group.join(file)));
-    memory_within(limits.min()?, number(&group.join("memory.current"))?, stat(group, "inactive_file "))
-}
-
-fn memory_of_one(group: &Path) -> Option<GroupMemory> {
-    let limit = number(&group.join("memory.limit_in_bytes"))?;
-    // The largest number of pages, in bytes, is how version 1 says that there is none.
-    let none = (i64::MAX as u64) & !0xfff;
-    if limit >= none {
-        return None;
+impl Version {
+    /// What all in `group` may have together, less a margin.
+    fn limit(self, group: &Path) -> Option<Bytes> {
+        let limit = match self {
+            // `max` is no number and no limit.
+            Self::Two => {
+                let files = ["memory.max", "memory.high"];
+                files.into_iter().filter_map(|file| number(&group.join(file))).min()?
+            }
+            // The largest number of pages, in bytes, is how version 1 says that there is none.
+            Self::One => {
+                let none = (i64::MAX as u64) & !0xfff;
+                number(&group.join("memory.limit_in_bytes")).filter(|limit| *limit < none)?
+            }
+        };
+        Some(Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT)))
     }
-    memory_within(limit, number(&group.join("memory.usage_in_bytes"))?, stat(group, "total_inactive_file "))
-}
 
-fn memory_within(limit: u64, used: u64, caches: u64) -> Option<GroupMemory> {
-    let limit = Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT));
-    Some(GroupMemory { limit, free: limit.saturating_sub(Bytes(used.saturating_sub(caches))) })
+    fn memory(self, group: &Path) -> Option<GroupMemory> {
+        let limit = self.limit(group)?;
+        let (used, caches) = match self {
+            Self::Two => ("memory.current", "inactive_file "),
+            Self::One => ("memory.usage_in_bytes", "total_inactive_file "),
+        };
+        let used = number(&group.join(used))?.saturating_sub(stat(group, caches));
+        Some(GroupMemory { limit, free: limit.saturating_sub(Bytes(used)) })
+    }
 }
 
 fn number(file: &Path) -> Option<u64> {
@@ -125,7 +145,7 @@ mod tests {
 
         fn memory(&self, own: &str) -> Option<GroupMemory> {
             self.write("own", own);
-            Groups::of(&self.0.path().join("own"), self.0.path()).memory()
+            Groups::beside(&self.0.path().join("own"), self.0.path()).memory()
         }
     }
 

@@ -244,7 +244,8 @@ impl ShrinkWatch {
 /// What a VM is charged: what it may hold on the host without anyone asking again.
 pub fn charge(standing: Standing, observed: &Observation) -> Bytes {
     let full = observed.limits.max().max(observed.actual);
-    let held = observed.host_rss.min(full);
+    // Where nobody knows what the host holds, it may hold all of it.
+    let held = observed.host_rss.map_or(full, |held| held.min(full));
     match standing {
         Standing::NoDriver | Standing::Static => full,
         Standing::Booting | Standing::Leaving => observed.target.max(held),
@@ -275,7 +276,12 @@ pub fn floor(state: HostState, lasts: bool, used: Bytes, working_set: Bytes, siz
 
 /// What a guest has touched, and one step more: as far as its claim is no mere word.
 pub fn touched(observed: &Observation) -> Bytes {
-    observed.host_rss.saturating_add(whole_step(observed.host_rss))
+    one_step_beyond(observed.host_rss.unwrap_or_default())
+}
+
+/// `held`, and as much more as a guest of this size is moved at a time.
+pub fn one_step_beyond(held: Bytes) -> Bytes {
+    held.saturating_add(whole_step(held))
 }
 
 /// The most that one guest is asked to give up at a time, less what it still owes.

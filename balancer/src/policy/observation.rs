@@ -113,8 +113,8 @@ pub struct Observation {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
-    /// What the host holds for it.
-    pub host_rss: Bytes,
+    /// What the host holds for it; `None` where nobody knows.
+    pub host_rss: Option<Bytes>,
     /// How its driver is doing.
     pub driver: DriverState,
     /// Whether it has been at a target since its driver started; `None` where its VMM does not tell.
@@ -170,7 +170,7 @@ impl Observation {
             since: Duration::ZERO,
             target: startup,
             actual: startup,
-            host_rss: Bytes::ZERO,
+            host_rss: Some(Bytes::ZERO),
             driver: DriverState::Absent,
             followed: None,
             plugs: false,

@@ -50,8 +50,8 @@ pub enum Manner {
     RefusesTargets,
     /// 500 to each pause.
     RefusesPauses,
-    /// Pauses, and hangs up without a word.
-    PausesMutely,
+    /// Does what it is told, and hangs up without a word.
+    ActsMutely,
 }
 
 /// What a fake is, and what it has seen.
@@ -66,6 +66,8 @@ pub struct State {
     pub report_age: Option<Duration>,
     pub requests: u64,
     pub connections: u64,
+    /// How often its power button was pressed.
+    pub presses: u64,
     /// How often it was asked to pause or to run on.
     pub steered: u64,
     /// How long it might wait for its guest's report each time that it was asked how it stands, in
@@ -121,7 +123,7 @@ impl FakeVm {
             settled: false,
             followed: Some(true),
             paused_by: None,
-            host_rss: limits.startup(),
+            host_rss: Some(limits.startup()),
             host_huge: None,
             driver: DriverState::Active,
             report: None,
@@ -137,6 +139,7 @@ impl FakeVm {
             report_age: Some(Duration::from_millis(100)),
             requests: 0,
             connections: 0,
+            presses: 0,
             steered: 0,
             patience: Vec::new(),
             targets: Vec::new(),
@@ -214,7 +217,7 @@ impl State {
             };
         }
         // What the guest gave up the host no longer holds.
-        self.memory.host_rss = self.memory.host_rss.min(self.memory.actual);
+        self.memory.host_rss = self.memory.host_rss.map(|held| held.min(self.memory.actual));
         if let Some(journal) = &self.journal {
             journal.write(name, self.memory.target.max(self.memory.actual));
         }
@@ -377,7 +380,8 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
         return steer(&mut state, manner, text.starts_with("post /vm/pause "), asked.by);
     }
     if text.starts_with("post /vm/") {
-        return http(204, "");
+        state.presses += u64::from(text.starts_with("post /vm/power-button "));
+        return done(manner);
     }
     http(404, r#"{"error":"no such thing"}"#)
 }
@@ -392,7 +396,11 @@ fn steer(state: &mut State, manner: Manner, pauses: bool, by: Pauser) -> Vec<u8>
         return http(409, r#"{"error":"the VM is paused by an operator"}"#);
     }
     state.memory.paused_by = pauses.then_some(by);
-    if manner == Manner::PausesMutely { Vec::new() } else { http(204, "") }
+    done(manner)
+}
+
+fn done(manner: Manner) -> Vec<u8> {
+    if manner == Manner::ActsMutely { Vec::new() } else { http(204, "") }
 }
 
 fn http(status: u16, body: &str) -> Vec<u8> {

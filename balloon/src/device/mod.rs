@@ -89,6 +89,10 @@ const POISON: usize = 12;
 /// How often the device looks after a balloon on its way. Never while it rests.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How long a report decides what the guest is asked for. After that it is asked for a step, and for
+/// another report.
+const NEWS_FOR: Duration = Duration::from_secs(2);
+
 /// What a balloon is made with.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -308,10 +312,11 @@ impl Balloon {
     }
 }
 
-/// What the guest has free, as far as it said.
+/// What the guest has free, as far as it said so lately.
 fn free(shared: &Shared) -> Bytes {
     let state = shared.state();
-    state.report.as_ref().and_then(|(_, report)| report.free).unwrap_or_default()
+    let report = state.report.as_ref().filter(|(came, _)| came.elapsed() < NEWS_FOR);
+    report.and_then(|(_, report)| report.free).unwrap_or_default()
 }
 
 /// Pages as a 32-bit little-endian register holds them; saturates.
@@ -448,6 +453,8 @@ impl VirtioDevice for Balloon {
         self.publish(false);
         let mut state = self.shared.state();
         (state.driver, state.followed) = (Driver::Absent, false);
+        // What this driver said of its guest says nothing of the next one's.
+        (state.report, state.report_wanted) = (None, false);
     }
 
     /// A guest that stands still for long must not keep what it has given up.

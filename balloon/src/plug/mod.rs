@@ -49,8 +49,14 @@ const MOST_BLOCKS: u64 = 1 << 14;
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
-/// A request is small; what it sets off is bounded by the region.
-const BUDGET: Budget = Budget { chains: 16, bytes: 1 << 16 };
+/// Requests in one event at most.
+const MOST_REQUESTS: usize = 16;
+
+/// No further request in an event once so much memory was plugged and unplugged in it.
+const MOST_MOVED: Bytes = Bytes::gib(1);
+
+/// A request is small, whatever it sets off.
+const ONE_REQUEST: Budget = Budget { chains: 1, bytes: 1 };
 
 /// `struct virtio_mem_config` (section 5.15.4).
 const CONFIG_SIZE: usize = 56;
@@ -96,6 +102,8 @@ pub struct Plug {
     faults: Faults,
     /// `requested_size` as the guest was last told.
     requested: Bytes,
+    /// Plugged and unplugged in this event.
+    moved: Bytes,
 }
 
 impl Plug {
@@ -123,6 +131,7 @@ impl Plug {
             set_access,
             faults: Faults::default(),
             requested: Bytes::ZERO,
+            moved: Bytes::ZERO,
         };
         Ok((device, handle))
     }
@@ -176,6 +185,7 @@ impl Plug {
             return Response::Busy;
         }
         self.blocks.set(blocks, true);
+        self.moved = self.moved.saturating_add(range.len);
         let mut state = self.shared.state();
         state.counters.plugged = state.counters.plugged.saturating_add(range.len);
         Response::Ack
@@ -188,26 +198,27 @@ impl Plug {
         self.take_away(blocks)
     }
 
+    /// Costs no more than what is plugged: a guest may ask for it again and again.
     fn unplug_all(&mut self) -> Response {
-        self.take_away(0..self.blocks.count())
+        loop {
+            let Some(run) = self.blocks.runs().next() else { return Response::Ack };
+            let Response::Ack = self.take_away(run) else { return Response::Busy };
+        }
     }
 
-    /// Closes the blocks to the guest first: what it writes while they are dropped would stay.
+    /// Takes away blocks that are plugged. Closes them to the guest first: what it writes while they are
+    /// dropped would stay.
     fn take_away(&mut self, blocks: Numbers<u64>) -> Response {
         let range = self.range_of(&blocks);
-        if range.len == Bytes::ZERO {
-            return Response::Ack;
-        }
         if let Err(error) = (self.set_access)(range, Access::Revoked) {
             self.complain("take back", range, &error);
             return Response::Busy;
         }
         self.discard.drop_free(&mut [range]);
-        let before = self.plugged();
         self.blocks.set(blocks, false);
-        let gone = before.saturating_sub(self.plugged());
+        self.moved = self.moved.saturating_add(range.len);
         let mut state = self.shared.state();
-        state.counters.unplugged = state.counters.unplugged.saturating_add(gone);
+        state.counters.unplugged = state.counters.unplugged.saturating_add(range.len);
         Response::Ack
     }
 
@@ -320,11 +331,18 @@ impl VirtioDevice for Plug {
         }
         let willing = active.features & 1 << UNPLUGGED_INACCESSIBLE != 0;
         let mut faults = self.faults;
-        let progress = serve(active, index, &mut faults, BUDGET, |memory, chain| {
-            let Some(request) = Request::read(memory, chain) else { return Verdict::Malformed };
-            let response = if willing { self.answer(request) } else { Response::Nack };
-            Verdict::Used(response.write(memory, chain))
-        });
+        let mut progress = Progress::More;
+        self.moved = Bytes::ZERO;
+        for _ in 0..MOST_REQUESTS {
+            progress = serve(active, index, &mut faults, ONE_REQUEST, |memory, chain| {
+                let Some(request) = Request::read(memory, chain) else { return Verdict::Malformed };
+                let response = if willing { self.answer(request) } else { Response::Nack };
+                Verdict::Used(response.write(memory, chain))
+            });
+            if progress != Progress::More || self.moved >= MOST_MOVED {
+                break;
+            }
+        }
         self.faults = faults;
         self.publish(progress == Progress::Broken);
         progress

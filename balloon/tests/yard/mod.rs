@@ -27,6 +27,8 @@ pub const ACK: u16 = 0;
 pub struct Gate {
     pub open: BTreeSet<u64>,
     pub refuses: bool,
+    /// Blocks that it was told to close, again or for the first time.
+    pub closed: u64,
 }
 
 impl Gate {
@@ -39,7 +41,10 @@ impl Gate {
         for block in (range.start.0 - HIGH) / BLOCK..(range.end() - HIGH) / BLOCK {
             match access {
                 Access::Granted => assert!(self.open.insert(block), "block {block} is opened twice"),
-                Access::Revoked => drop(self.open.remove(&block)),
+                Access::Revoked => {
+                    self.closed += 1;
+                    self.open.remove(&block);
+                }
             }
         }
         Ok(())

@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use api::units::Bytes;
 
 use super::snapshot::{Memory, Vm};
+use crate::memory::host_rss;
 
 /// What a column tells of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -101,6 +102,7 @@ impl Column {
                 format!("{:.1} s", *age as f64 / 1000.0)
             }
             (Self::Huge, Some(Memory { huge_percent: Some(percent), .. })) => format!("{percent}%"),
+            (Self::Host, Some(memory)) => host_rss(memory.host_rss),
             (_, Some(memory)) => {
                 self.amount(memory).map_or_else(|| "-".to_owned(), |amount| amount.to_string())
             }
@@ -115,7 +117,7 @@ impl Column {
             Self::Target => Some(memory.target),
             Self::Max => Some(memory.limits.max()),
             Self::Min => Some(memory.limits.min()),
-            Self::Host => Some(memory.host_rss),
+            Self::Host => memory.host_rss,
             Self::Wants => memory.demand,
             Self::MayHave => memory.entitlement,
             Self::Name | Self::Condition | Self::Weight | Self::Report | Self::Huge => None,

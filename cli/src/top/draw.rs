@@ -11,6 +11,7 @@ use ratatui::widgets::{Paragraph, Widget, Wrap};
 use super::column::Column;
 use super::snapshot::{Snapshot, Source, Vm};
 use super::view::{Mode, View, written};
+use crate::memory::host_rss;
 
 /// The least that a screen must have, in cells.
 const SMALLEST: (u16, u16) = (40, 10);
@@ -141,8 +142,7 @@ fn head(view: &View, area: Rect, buffer: &mut Buffer) {
             put(Line::styled(line, style), area, 2, buffer);
         }
         None => {
-            let held: Bytes =
-                snapshot.vms.iter().filter_map(|vm| vm.memory).map(|memory| memory.host_rss).sum();
+            let held: Bytes = snapshot.vms.iter().filter_map(|vm| vm.memory?.host_rss).sum();
             let line = format!(
                 "VMs  {} {held} held by the host for them; targets stay as they are",
                 bar(held, host.total, width)
@@ -250,7 +250,7 @@ fn about(vm: &Vm) -> String {
     let report = memory
         .report_age_ms
         .map_or_else(|| "no report yet".to_owned(), |age| format!("report {:.1} s old", age as f64 / 1000.0));
-    format!("{}: {}; host holds {}; {report}", vm.name, written(&memory.limits), memory.host_rss)
+    format!("{}: {}; host holds {}; {report}", vm.name, written(&memory.limits), host_rss(memory.host_rss))
 }
 
 /// The last decision about a VM in words.

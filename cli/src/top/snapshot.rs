@@ -94,8 +94,8 @@ pub struct Memory {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
-    /// What the host holds for it.
-    pub host_rss: Bytes,
+    /// What the host holds for it, where that is known.
+    pub host_rss: Option<Bytes>,
     /// The share of that in huge pages, in percent, where it is known.
     pub huge_percent: Option<u8>,
     /// How old its guest's last report is.

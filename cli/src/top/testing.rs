@@ -18,7 +18,7 @@ pub fn vm(name: &str, used: u64, actual: u64) -> Vm {
         entitlement: Some(used.percent(120)),
         target: actual,
         actual,
-        host_rss: actual.percent(90),
+        host_rss: Some(actual.percent(90)),
         huge_percent: Some(50),
         report_age_ms: Some(400),
     };

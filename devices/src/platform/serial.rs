@@ -1,220 +1,262 @@
-//! The serial port: a 16550 (on vm-superio) whose line ends at a terminal, a file or a socket.
+//! The serial port: a 16550 whose line ends at a terminal, a file or a socket.
 //!
-//! Output is written where the guest writes it, on the thread of its vCPU: a
-//! reader that stalls holds that vCPU, as hardware flow control would hold a
-//! sender; other vCPUs and devices go on. Whoever brings input is one of them:
-//! a [`Port`] takes it without waiting for such a vCPU. Output that fails is
-//! dropped and counted, so a closed terminal never stops a guest.
+//! A [`Port`] stands between the guest and two others: one brings input, one takes output. None
+//! of the three ever waits for another. Output goes through a bounded buffer, whose reader is
+//! called for whole lines, or after [`FLUSH_AFTER`]; input waits in a bounded queue. Where
+//! either is full, the other side is told to wait: the guest's driver by its transmitter, which
+//! is busy; whoever brings input by [`Port::enqueue`].
 
-mod line;
-mod port;
+mod burst;
+#[cfg(test)]
+mod driver_tests;
+mod output;
+#[cfg(test)]
+mod tests;
+mod uart;
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
-use vm_device::MutDevicePio;
+use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
-use vm_superio::serial::{SerialEvents, SerialState};
-use vm_superio::{Serial as Uart, Trigger};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
-use self::line::Line;
-pub use self::port::Port;
+use self::output::Output;
+pub use self::output::{CHUNK, FLUSH_AFTER, FirstReader, MOST_UNREAD, MOST_WAITING, OutputCounts, PATIENCE};
+use self::uart::{Effects, Uart};
 use crate::state::{StateError, Version};
 
 /// Ports that the device takes.
 pub const PORTS: u16 = 8;
 
-/// Bytes of input that wait for the guest beside the 64 in the port's own queue.
+/// The most input that waits for the guest, in bytes.
 pub const BACKLOG: usize = 4096;
 
-struct Edge(EventFd);
-
-impl Trigger for Edge {
-    type E = Infallible;
-
-    fn trigger(&self) -> Result<(), Infallible> {
-        // The one failure is a full counter, which is an interrupt already pending.
-        let _ = self.0.write(1);
-        Ok(())
-    }
-}
-
-#[derive(Default)]
-struct Lost(AtomicU64);
-
-impl SerialEvents for Lost {
-    fn buffer_read(&self) {}
-
-    fn out_byte(&self) {}
-
-    fn tx_lost_byte(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn in_buffer_empty(&self) {}
-}
-
-/// What a serial port knows, as data. The registers are those of a 16550.
+/// What a serial port knows, as data. Output that waits for its reader is not part of it: it stays
+/// with the reader.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortState {
     /// Of this struct.
-    pub version: Version<1>,
+    pub version: Version<2>,
     /// The divisor latch, low byte.
     pub divisor_low: u8,
     /// The divisor latch, high byte.
     pub divisor_high: u8,
     /// Interrupt enable.
     pub interrupt_enable: u8,
-    /// Interrupt identification.
-    pub interrupt_identification: u8,
+    /// Whether the FIFOs are enabled.
+    pub fifos_enabled: bool,
     /// Line control.
     pub line_control: u8,
-    /// Line status.
-    pub line_status: u8,
     /// Modem control.
     pub modem_control: u8,
-    /// Modem status.
-    pub modem_status: u8,
     /// Scratch.
     pub scratch: u8,
-    /// Input in the port's own queue: at most 64 bytes.
+    /// The transmitter's interrupt has not been identified yet.
+    pub transmitter_interrupt: bool,
+    /// How the guest asks for input.
+    pub flow: InputFlow,
+    /// Input that waits for the guest: at most [`BACKLOG`] bytes.
     pub input: Vec<u8>,
-    /// Input that waits for room there: at most [`BACKLOG`] bytes.
-    pub backlog: Vec<u8>,
-    /// Bytes of output that could not be written.
-    pub lost_output: u64,
+    /// What the guest has sent to itself: at most 16 bytes.
+    pub looped: Vec<u8>,
 }
 
-/// A serial port, for one thread at a time.
-pub struct Serial {
-    uart: Uart<Edge, Arc<Lost>, Box<dyn Write + Send>>,
-    line: Arc<Line>,
-    lost: Arc<Lost>,
+/// How a guest asks for input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputFlow {
+    /// It has not asked yet: it gets input while the receiver's interrupt is enabled.
+    Unasked,
+    /// It reads the line status time and again: it gets all input.
+    Polled,
+    /// It has set RTS once: it gets input while RTS is set.
+    ByRts,
 }
 
-impl Serial {
-    /// A port whose interrupt line is `irq` (edge-triggered) and whose output goes to `output`.
+/// A serial port, for many threads.
+pub struct Port {
+    inner: Mutex<Inner>,
+    output: Arc<Output>,
+    interrupt: EventFd,
+    room: EventFd,
+}
+
+struct Inner {
+    uart: Uart,
+    timer: TimerFd,
+    /// When the timer expires.
+    wake: Option<Instant>,
+}
+
+impl Port {
+    /// A port whose interrupt line is `interrupt` (edge-triggered), and whose output `reader` gets.
     ///
     /// # Errors
-    /// No eventfd can be had.
-    pub fn new(irq: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
-        let lost = Arc::new(Lost::default());
-        Ok(Self {
-            uart: Uart::with_events(Edge(irq), lost.clone(), output),
-            line: Arc::new(Line::new(VecDeque::new())?),
-            lost,
-        })
+    /// No eventfd or timer can be had.
+    pub fn new(interrupt: EventFd, reader: FirstReader) -> io::Result<Self> {
+        let output = Arc::new(Output::new(reader));
+        Self::with(interrupt, Uart::new(Arc::clone(&output)), output)
     }
 
     /// What the port knows. The guest's vCPUs must stand still.
     pub fn save(&self) -> PortState {
-        let uart = self.uart.state();
-        PortState {
-            version: Version,
-            divisor_low: uart.baud_divisor_low,
-            divisor_high: uart.baud_divisor_high,
-            interrupt_enable: uart.interrupt_enable,
-            interrupt_identification: uart.interrupt_identification,
-            line_control: uart.line_control,
-            line_status: uart.line_status,
-            modem_control: uart.modem_control,
-            modem_status: uart.modem_status,
-            scratch: uart.scratch,
-            input: uart.in_buffer,
-            backlog: self.line.waiting(),
-            lost_output: self.lost_output(),
-        }
+        self.inner().uart.save()
     }
 
     /// A port that goes on where `state` was saved. An interrupt that stood is raised again.
     ///
     /// # Errors
     /// [`StateError::Unreadable`] where more input waits than a port has room for;
-    /// [`StateError::Host`] where no eventfd can be had.
-    pub fn restore(
-        irq: EventFd,
-        output: Box<dyn Write + Send>,
-        state: &PortState,
-    ) -> Result<Self, StateError> {
-        let unreadable =
-            |what: &str| StateError::Unreadable { device: "the serial port", what: what.to_owned() };
-        if state.backlog.len() > BACKLOG {
-            return Err(unreadable("more input waits for the guest than there is room for"));
-        }
-        let uart = SerialState {
-            baud_divisor_low: state.divisor_low,
-            baud_divisor_high: state.divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.input.clone(),
-        };
-        let lost = Arc::new(Lost(AtomicU64::new(state.lost_output)));
-        let uart = Uart::from_state(&uart, Edge(irq), lost.clone(), output)
-            .map_err(|_| unreadable("more input lies in the port than it has room for"))?;
-        let line = Arc::new(Line::new(state.backlog.iter().copied().collect())?);
-        let mut serial = Self { uart, line, lost };
-        serial.refill();
-        Ok(serial)
+    /// [`StateError::Host`] where no eventfd or timer can be had.
+    pub fn restore(interrupt: EventFd, reader: FirstReader, state: &PortState) -> Result<Self, StateError> {
+        let output = Arc::new(Output::new(reader));
+        let port = Self::with(interrupt, Uart::restore(Arc::clone(&output), state)?, output)?;
+        port.wake();
+        Ok(port)
+    }
+
+    fn with(interrupt: EventFd, uart: Uart, output: Arc<Output>) -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { inner: Mutex::new(Inner { uart, timer, wake: None }), output, interrupt, room })
     }
 
     /// Takes input for the guest and returns how many bytes there was room for.
     /// The rest is the caller's to keep until [`room_event`](Self::room_event) is readable.
-    pub fn enqueue(&mut self, input: &[u8]) -> usize {
-        let taken = self.line.put(input);
-        self.refill();
+    pub fn enqueue(&self, input: &[u8]) -> usize {
+        let mut inner = self.inner();
+        let (taken, effects) = inner.uart.enqueue(input, Instant::now());
+        self.carry_out(&mut inner, effects);
         taken
     }
 
-    /// Becomes readable when the guest has read all input after
-    /// [`enqueue`](Self::enqueue) had to leave some behind.
+    /// Becomes readable when there is room for much input after [`enqueue`](Self::enqueue) had to
+    /// leave some behind.
     pub fn room_event(&self) -> &EventFd {
-        self.line.room()
+        &self.room
     }
 
-    /// Bytes of output that could not be written.
-    pub fn lost_output(&self) -> u64 {
-        self.lost.0.load(Ordering::Relaxed)
+    /// Becomes readable when [`wake`](Self::wake) is to be called.
+    pub fn timer(&self) -> RawFd {
+        self.inner().timer.as_raw_fd()
     }
 
-    /// Moves waiting input to the port, as far as its queue goes.
-    fn refill(&mut self) {
-        let uart = &mut self.uart;
-        // Zero in loopback mode, in which the line is cut off.
-        self.line.take(|input| {
-            let piece = input.get(..input.len().min(uart.fifo_capacity())).unwrap_or_default();
-            if piece.is_empty() { 0 } else { uart.enqueue_raw_bytes(piece).unwrap_or(0) }
-        });
+    /// Goes on after a rest.
+    pub fn wake(&self) {
+        let mut inner = self.inner();
+        // Not read: a timer that has been set anew in the meantime would keep its reader waiting.
+        inner.wake = None;
+        let effects = inner.uart.wake(Instant::now());
+        if effects.wake.is_none() {
+            let _ = inner.timer.reset(Duration::ZERO, None);
+        }
+        self.carry_out(&mut inner, effects);
     }
-}
 
-impl MutDevicePio for Serial {
-    /// Anything but a byte is no access to a 16550, and reads as an empty bus.
-    fn pio_read(&mut self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
-        match (u8::try_from(offset), data) {
-            (Ok(register), [byte]) => {
-                *byte = self.uart.read(register);
-                self.refill();
-            }
-            (_, data) => data.fill(0xff),
+    /// Fills `chunk` with what the reader of the output is to get next, at most some [`CHUNK`], and waits until
+    /// there is something. What becomes of it is to be told by [`written`](Self::written),
+    /// [`not_written`](Self::not_written) or [`refused`](Self::refused) before the next call.
+    /// Returns false when nothing more will come.
+    pub fn next_output(&self, chunk: &mut Vec<u8>) -> bool {
+        self.output.next(chunk)
+    }
+
+    /// The reader has taken the first `count` bytes of the chunk; the rest is given again.
+    pub fn written(&self, count: usize) {
+        let resumes = self.output.written(count);
+        self.resume(resumes);
+    }
+
+    /// The reader that the chunk was for is no longer there: the next one gets it.
+    pub fn not_written(&self) {
+        self.output.not_written();
+    }
+
+    /// The reader refuses the chunk, which is given again after `pause`. The guest is not held back meanwhile.
+    pub fn refused(&self, pause: Duration) {
+        let resumes = self.output.refused(Instant::now() + pause);
+        self.resume(resumes);
+    }
+
+    /// A reader is there.
+    pub fn reader_came(&self) {
+        self.output.reader_came();
+    }
+
+    /// The reader has left, and another may come.
+    pub fn reader_left(&self) {
+        let resumes = self.output.reader_left();
+        self.resume(resumes);
+    }
+
+    /// The reader that the chunk was for has left, and none will come: output is lost from now on.
+    pub fn reader_gone(&self) {
+        let resumes = self.output.reader_gone();
+        self.resume(resumes);
+    }
+
+    /// Has a reader who is there take all output, and waits for it, but for no longer than
+    /// `patience` while it takes nothing, and three times that in all. No more is to come.
+    pub fn finish(&self, patience: Duration) {
+        self.output.finish(patience);
+    }
+
+    /// What has become of the output so far.
+    pub fn output_counts(&self) -> OutputCounts {
+        self.output.counts()
+    }
+
+    fn resume(&self, resumes: bool) {
+        if resumes {
+            self.wake();
         }
     }
 
-    fn pio_write(&mut self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+    fn carry_out(&self, inner: &mut Inner, effects: Effects) {
+        if effects.edge {
+            // The one failure is a full counter, which is an interrupt already pending.
+            let _ = self.interrupt.write(1);
+        }
+        if effects.room {
+            let _ = self.room.write(1);
+        }
+        if let Some(wake) = effects.wake
+            && inner.wake != Some(wake)
+        {
+            inner.wake = Some(wake);
+            // Zero would disarm it.
+            let time = wake.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+            let _ = inner.timer.reset(time, None);
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock()
+    }
+}
+
+/// Anything but a byte is no access to a 16550, and reads as an empty bus.
+impl DevicePio for Port {
+    fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        let (Ok(register), [byte]) = (u8::try_from(offset), &mut *data) else { return data.fill(u8::MAX) };
+        let mut inner = self.inner();
+        let (value, effects) = inner.uart.read(register, Instant::now());
+        *byte = value;
+        self.carry_out(&mut inner, effects);
+    }
+
+    fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
         if let (Ok(register), [byte]) = (u8::try_from(offset), data) {
-            // The one failure is output that could not be written, which is counted.
-            let _ = self.uart.write(register, *byte);
-            self.refill();
+            let mut inner = self.inner();
+            let effects = inner.uart.write(register, *byte, Instant::now());
+            self.carry_out(&mut inner, effects);
         }
     }
 }

@@ -11,12 +11,12 @@ mod registers;
 
 use std::sync::{Arc, Mutex};
 
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use virtio_bindings::virtio_mmio::*;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::events::EventLoop;
 use crate::state::StateError;
 use crate::virtio::Transport;
 use crate::virtio::device::VirtioDevice;
@@ -76,7 +76,7 @@ pub const CARRIERS: [Carrier; 2] = [Carrier::Mmio, Carrier::Pci];
 /// driver finds what has the same meaning.
 pub struct Guest {
     registers: Box<dyn Registers>,
-    events: EventManager<Arc<Mutex<dyn MutEventSubscriber + Send>>>,
+    events: EventLoop,
     sizes: Vec<u16>,
     available: Vec<u16>,
     used: Vec<u16>,
@@ -84,9 +84,9 @@ pub struct Guest {
     pub ram: GuestRam,
 }
 
-fn watch(registers: &dyn Registers) -> EventManager<Arc<Mutex<dyn MutEventSubscriber + Send>>> {
-    let mut events = EventManager::new().unwrap();
-    events.add_subscriber(registers.subscriber());
+fn watch(registers: &dyn Registers) -> EventLoop {
+    let mut events = EventLoop::new(64).unwrap();
+    events.add(registers.transport()).unwrap();
     events
 }
 
@@ -299,7 +299,7 @@ impl Guest {
     pub fn run(&mut self) -> usize {
         let mut events = 0;
         loop {
-            match self.events.run_with_timeout(0).unwrap() {
+            match self.events.run(0).unwrap() {
                 0 => return events,
                 more => events += more,
             }
@@ -309,7 +309,7 @@ impl Guest {
 
     /// Waits for an event of the device's own and lets it work; returns whether one came in `milliseconds`.
     pub fn wait(&mut self, milliseconds: i32) -> bool {
-        self.events.run_with_timeout(milliseconds).unwrap() > 0
+        self.events.run(milliseconds).unwrap() > 0
     }
 
     /// Used buffers since the last call: the head and the bytes written, of queue `index`.

@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
-use event_manager::MutEventSubscriber;
 use virtio_bindings::virtio_mmio::*;
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::{DeviceMmio, DevicePio};
@@ -273,10 +272,6 @@ fn place(register: u32) -> Option<(u64, usize)> {
 
 impl Registers for PciRegisters {
     fn transport(&self) -> Arc<Mutex<dyn Transport>> {
-        self.function.clone()
-    }
-
-    fn subscriber(&self) -> Arc<Mutex<dyn MutEventSubscriber + Send>> {
         self.function.clone()
     }
 

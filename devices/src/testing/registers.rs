@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use event_manager::MutEventSubscriber;
 use vm_device::MutDeviceMmio;
 use vm_device::bus::MmioAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -18,7 +17,6 @@ use crate::virtio::saved::VirtioState;
 /// One transport's side of the driver.
 pub(super) trait Registers {
     fn transport(&self) -> Arc<Mutex<dyn Transport>>;
-    fn subscriber(&self) -> Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
     /// The same registers with a new device that was restored from `state`.
     fn restore(
@@ -62,10 +60,6 @@ impl MmioRegisters {
 
 impl Registers for MmioRegisters {
     fn transport(&self) -> Arc<Mutex<dyn Transport>> {
-        self.mmio.clone()
-    }
-
-    fn subscriber(&self) -> Arc<Mutex<dyn MutEventSubscriber + Send>> {
         self.mmio.clone()
     }
 

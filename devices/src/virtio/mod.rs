@@ -13,13 +13,12 @@ pub mod queue;
 pub mod rng;
 pub mod saved;
 
-use event_manager::MutEventSubscriber;
-
+use crate::events::Subscriber;
 use crate::state::StateError;
 use saved::VirtioState;
 
 /// A virtio device behind registers, as its owner sees it whatever transport carries it.
-pub trait Transport: MutEventSubscriber + Send {
+pub trait Transport: Subscriber {
     /// Has the device stand still: once this returns it takes no chain, has none in flight, and serves
     /// none of its events. Waits for what is in flight. May come at any time, more than once too.
     fn drain(&mut self);

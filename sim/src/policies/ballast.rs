@@ -44,7 +44,7 @@ fn observed(vm: &VmInput, now: Duration) -> Observation {
     Observation {
         target: vm.target,
         actual: vm.actual,
-        host_rss: vm.resident,
+        host_rss: Some(vm.resident),
         driver,
         spare,
         stalls,

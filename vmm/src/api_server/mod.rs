@@ -21,4 +21,4 @@ mod stream;
 
 pub use server::{MOST_CONNECTIONS, Server};
 pub use socket::BindError;
-pub(crate) use socket::{SocketFile, bind_privately};
+pub(crate) use socket::{SocketFile, listen};

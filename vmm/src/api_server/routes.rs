@@ -67,7 +67,7 @@ pub const ROUTES: [Route; 12] = [
     Route {
         method: "GET",
         path: "/metrics",
-        act: Do(|control, _| metrics::response(control.status(), control.memory())),
+        act: Do(|control, _| metrics::response(&control.status(), &control.memory())),
     },
 ];
 

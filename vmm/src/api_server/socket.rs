@@ -52,7 +52,7 @@ impl Drop for SocketFile {
 
 impl SocketFile {
     /// The socket that was just bound at `path`.
-    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+    fn of(path: &Path) -> io::Result<Self> {
         let metadata = fs::symlink_metadata(path)?;
         Ok(Self { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
     }
@@ -101,7 +101,7 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
 ///
 /// # Errors
 /// The place is taken, or the kernel refuses.
-pub fn bind_privately(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
+fn bind_privately(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
     let socket = stream_socket()?;
     // The file gets the mode that the socket has when it is bound: private from its first moment.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;

@@ -152,7 +152,7 @@ pub struct SerialOptions {
 pub enum Console {
     /// Standard input and output, a terminal or pipes.
     Stdio,
-    /// Output into a file, made anew; no input.
+    /// Output to the end of a file; no input.
     File(PathBuf),
     /// A Unix socket that the VM listens on; one client at a time, both ways.
     Socket(PathBuf),

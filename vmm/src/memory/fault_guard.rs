@@ -13,7 +13,8 @@ use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use devices::events::Subscriber;
+use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::exit::Exit;
@@ -49,17 +50,16 @@ impl FaultGuard {
     }
 }
 
-impl MutEventSubscriber for FaultGuard {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(&self.told, EventSet::IN)) {
-            tracing::error!("accesses to memory that is not plugged can't be watched: {error}");
-        }
+impl Subscriber for FaultGuard {
+    fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        ops.add(Events::new(&self.told, EventSet::IN))
     }
 
-    fn process(&mut self, _: Events, _: &mut EventOps) {
+    fn process(&mut self, _: Events, _: &mut EventOps) -> EventResult<()> {
         let _ = self.told.read();
         self.vcpu_set
             .end(Exit::VcpuFailed("its guest sent a device to memory that it has not plugged".into()));
+        Ok(())
     }
 }
 

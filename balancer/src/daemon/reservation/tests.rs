@@ -171,7 +171,7 @@ fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balanc
         Duration::from_secs(1000),
         Observation {
             driver: DriverState::Active,
-            host_rss: resident,
+            host_rss: Some(resident),
             spare: Some((Duration::ZERO, Bytes::gib(20))),
             ..Observation::of("50G,min=8G,max=50G".parse().unwrap())
         },

@@ -36,6 +36,10 @@ impl Daemon {
 
     /// Begins what a client asked for. True where a round should follow at once.
     fn start_command(&mut self, command: Command) -> bool {
+        // Its client knows by now that it failed.
+        if command.is_abandoned() {
+            return false;
+        }
         match command {
             Command::Reserve { request, answer } => {
                 if self

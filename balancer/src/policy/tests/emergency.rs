@@ -41,7 +41,7 @@ fn a_paused_vm_is_charged_what_it_holds_and_resumed_when_there_is_room() {
     let mut world = beyond_help(None);
     advice(&mut world, 120).unwrap();
     world.guests[1].vm.observed.vcpus = Vcpus::Paused(Pauser::Operator);
-    world.guests[1].vm.observed.host_rss = Bytes::mib(100);
+    world.guests[1].vm.observed.host_rss = Some(Bytes::mib(100));
     assert_eq!(advice(&mut world, 60), None, "the last one that runs is not paused, and there is no room");
     assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
     assert_eq!(world.guests[1].vm.charge(), Bytes::mib(100));
@@ -58,7 +58,7 @@ fn a_pause_long_after_the_advice_is_the_operators_own() {
     world.run(60);
     world.host.budget = budget;
     world.guests[1].vm.observed.vcpus = Vcpus::Paused(Pauser::Operator);
-    world.guests[1].vm.observed.host_rss = Bytes::mib(100);
+    world.guests[1].vm.observed.host_rss = Some(Bytes::mib(100));
     let had = world.guests[1].vm.observed.actual;
     world.run(1);
     assert_eq!(world.guests[1].vm.standing(), Standing::Paused);
@@ -101,7 +101,7 @@ impl World {
 fn pausable(id: u64, limits: &str, wants: Bytes, held: Bytes) -> Guest {
     let mut guest = Guest::new(id, limits, wants);
     guest.vm.observed.pausable = true;
-    guest.vm.observed.host_rss = held;
+    guest.vm.observed.host_rss = Some(held);
     guest
 }
 

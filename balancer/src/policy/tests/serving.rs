@@ -97,12 +97,12 @@ fn a_booting_guest_is_charged_what_it_holds_until_its_balloon_is_there() {
     world.run(20);
     assert_eq!(world.guests[0].vm.standing(), Standing::Booting);
     assert_eq!(world.balance.charged, Bytes::mib(256));
-    world.guests[0].vm.observed.host_rss = Bytes::mib(700);
+    world.guests[0].vm.observed.host_rss = Some(Bytes::mib(700));
     world.run(1);
     assert_eq!(world.balance.charged, Bytes::mib(700));
     world.guests[0].vm.observed.driver = DriverState::Active;
     world.guests[0].stuck = false;
-    world.guests[0].vm.observed.host_rss = Bytes::mib(200);
+    world.guests[0].vm.observed.host_rss = Some(Bytes::mib(200));
     world.run(3);
     assert_eq!(world.guests[0].vm.standing(), Standing::Following);
     world.guests[0].vm.observed.driver = DriverState::Absent;
@@ -129,7 +129,7 @@ fn a_young_guest_that_has_followed_is_charged_all_that_it_has_not_given_up_yet()
         young.vm.uptime = Duration::from_secs(3);
         young.vm.observed.followed = followed;
         (young.vm.observed.target, young.vm.observed.actual) = (Bytes::mib(423), Bytes::mib(447));
-        young.vm.observed.host_rss = Bytes::mib(300);
+        young.vm.observed.host_rss = Some(Bytes::mib(300));
         young.stuck = true;
         let mut world = World::new(Bytes::gib(4), vec![young]);
         world.run(1);
@@ -201,8 +201,8 @@ fn who_really_uses_more_than_its_share_borrows_buffers_and_who_only_says_so_for_
         let mut buffer = Vec::new();
         for second in 0..500 {
             let observed = &mut world.guests[1].vm.observed;
-            observed.host_rss =
-                if touches { observed.actual.min(Bytes::mib(7000)) } else { Bytes::mib(1000) };
+            let touched = if touches { observed.actual.min(Bytes::mib(7000)) } else { Bytes::mib(1000) };
+            observed.host_rss = Some(touched);
             world.tick();
             if [110, 499].contains(&second) {
                 buffer.push(world.target(0).saturating_sub(Bytes::mib(2900)).0 >> 20);

@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use event_manager::{EventOps, EventSet, Events};
+use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -410,56 +410,53 @@ impl Core {
         }
     }
 
-    fn own_event(&mut self, index: usize, ops: &mut EventOps) {
+    fn own_event(&mut self, index: usize, ops: &mut EventOps) -> EventResult<()> {
         let active = match &mut self.state {
             State::Running(_) if self.holds != 0 => {
                 if let Some(event) = self.own_events.get_mut(index).filter(|event| !event.waits) {
-                    event.waits = ops.remove(Events::empty_raw(event.descriptor)).is_ok();
+                    ops.remove(Events::empty_raw(event.descriptor))?;
+                    event.waits = true;
                 }
-                return;
+                return Ok(());
             }
             State::Running(active) if !self.broken => Some(active),
             _ => None,
         };
         self.device.own_event(index, active);
+        Ok(())
     }
 
     /// Watches the notifiers and the device's own descriptors from the start: a
     /// driver comes and goes without a word to the event loop.
-    pub(super) fn watch(&mut self, ops: &mut EventOps) {
+    pub(super) fn watch(&mut self, ops: &mut EventOps) -> EventResult<()> {
         let own = self.own_events.iter().map(|event| event.descriptor);
         let notifiers = self.notifiers.iter().map(AsRawFd::as_raw_fd);
         let all = [self.released.as_raw_fd()].into_iter().chain(notifiers).chain(own);
         for (number, descriptor) in (0..).zip(all) {
-            self.watch_one(descriptor, number, ops);
+            ops.add(Events::with_data_raw(descriptor, number, EventSet::IN))?;
         }
-    }
-
-    fn watch_one(&self, descriptor: RawFd, number: u32, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::with_data_raw(descriptor, number, EventSet::IN)) {
-            tracing::error!("virtio device {}: can't watch an event: {error}", self.device.device_id());
-        }
+        Ok(())
     }
 
     /// Serves one of what [`watch`](Self::watch) watches.
-    pub(super) fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let Ok(number) = usize::try_from(events.data()) else { return };
+    pub(super) fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
+        let Ok(number) = usize::try_from(events.data()) else { return Ok(()) };
         let Some(number) = number.checked_sub(1) else { return self.watch_again(ops) };
         match number.checked_sub(self.notifiers.len()) {
             None => self.queue_event(number),
-            Some(own) => self.own_event(own, ops),
+            Some(own) => self.own_event(own, ops)?,
         }
+        Ok(())
     }
 
-    fn watch_again(&mut self, ops: &mut EventOps) {
+    fn watch_again(&mut self, ops: &mut EventOps) -> EventResult<()> {
         let _ = self.released.read();
-        let first = 1 + self.notifiers.len();
-        for index in 0..self.own_events.len() {
-            let Some(event) = self.own_events.get_mut(index) else { continue };
+        let first = u32::try_from(1 + self.notifiers.len()).unwrap_or(u32::MAX);
+        for (number, event) in (first..).zip(&mut self.own_events) {
             if std::mem::take(&mut event.waits) {
-                let (descriptor, number) = (event.descriptor, u32::try_from(first + index));
-                self.watch_one(descriptor, number.unwrap_or(u32::MAX), ops);
+                ops.add(Events::with_data_raw(event.descriptor, number, EventSet::IN))?;
             }
         }
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ mod saved;
 use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, Result as EventResult};
 use virtio_bindings::virtio_mmio::*;
 use vm_device::MutDeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -20,6 +20,7 @@ use super::Transport;
 use super::core::{Core, Half, Hold, QueueSetup};
 use super::device::VirtioDevice;
 use super::saved::VirtioState;
+use crate::events::Subscriber;
 use crate::state::StateError;
 use line::Line;
 
@@ -150,13 +151,13 @@ impl MutDeviceMmio for Mmio {
     }
 }
 
-impl MutEventSubscriber for Mmio {
-    fn init(&mut self, ops: &mut EventOps) {
-        self.core.watch(ops);
+impl Subscriber for Mmio {
+    fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        self.core.watch(ops)
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        self.core.process(events, ops);
+    fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
+        self.core.process(events, ops)
     }
 }
 

@@ -11,7 +11,7 @@ mod vectors;
 use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, Result as EventResult};
 use virtio_bindings::virtio_ids::{
     VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_FS, VIRTIO_ID_NET, VIRTIO_ID_SCSI, VIRTIO_ID_VSOCK,
 };
@@ -22,6 +22,7 @@ use super::Transport;
 use super::core::{Core, Hold};
 use super::device::VirtioDevice;
 use super::saved::VirtioState;
+use crate::events::Subscriber;
 use crate::pci::msix::{CONTROL, ENTRY};
 use crate::pci::{BarRange, ConfigSpace, Function, Identity, MsiVectors, Msix};
 use crate::state::StateError;
@@ -264,13 +265,13 @@ impl Function for VirtioPci {
     }
 }
 
-impl MutEventSubscriber for VirtioPci {
-    fn init(&mut self, ops: &mut EventOps) {
-        self.core.watch(ops);
+impl Subscriber for VirtioPci {
+    fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        self.core.watch(ops)
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        self.core.process(events, ops);
+    fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
+        self.core.process(events, ops)
     }
 }
 

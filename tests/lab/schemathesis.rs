@@ -1,0 +1,107 @@
+//! Holds a server on a Unix socket against its OpenAPI document, by requests that are made of the document.
+
+use std::fs;
+use std::io;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::cache;
+
+/// Schemathesis and what it needs, each of one version.
+const REQUIREMENTS: &str = include_str!("schemathesis.txt");
+
+/// Requests of one kind for each operation; cases that the document itself calls for come on top.
+const EXAMPLES: &str = "50";
+
+/// The program, in a Python environment of its own.
+///
+/// # Errors
+/// Where there is no Python with `venv`, or the packages can't be fetched.
+pub fn program() -> Result<PathBuf> {
+    let _lock = cache::lock("schemathesis")?;
+    let version: String =
+        Sha256::digest(REQUIREMENTS).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let directory = cache::directory("schemathesis")?.join(version);
+    let complete = directory.join("complete");
+    if !complete.exists() {
+        let requirements = cache::directory("schemathesis")?.join("requirements.txt");
+        cache::write_whole(&requirements, REQUIREMENTS.as_bytes())?;
+        eprintln!("lab: fetching schemathesis");
+        finished(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&directory))
+            .context("Python makes no environment: install Debian's python3-venv (`make setup` does)")?;
+        finished(
+            Command::new(directory.join("bin/python"))
+                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"])
+                .args(["--only-binary", ":all:", "--requirement"])
+                .arg(&requirements),
+        )
+        .context("the Python packages of tests/lab/schemathesis.txt can't be fetched")?;
+        fs::write(&complete, "")?;
+    }
+    Ok(directory.join("bin/schemathesis"))
+}
+
+/// Puts requests to the server at `socket` that `document` allows and some that it forbids, the same at each run,
+/// but for the operations that are `left_out` by their names.
+///
+/// # Errors
+/// With all findings: answers that the document does not describe, requests that should have been refused and
+/// were not, and the other way round.
+pub fn check(document: &Path, socket: &Path, left_out: &[&str]) -> Result<String> {
+    let port = bridge(socket.to_owned())?;
+    let mut command = Command::new(program()?);
+    command
+        .args(["--no-color", "run", "--checks", "all", "--seed", "1", "--max-examples", EXAMPLES])
+        .args(["--generation-database", "none", "--request-timeout", "20", "--url"])
+        .arg(format!("http://127.0.0.1:{port}"));
+    for operation in left_out {
+        command.args(["--exclude-operation-id", operation]);
+    }
+    finished(command.arg(document))
+}
+
+/// What a program wrote, which has to succeed.
+fn finished(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let Output { status, stdout, stderr } =
+        command.output().with_context(|| format!("{name} can't be run"))?;
+    let (out, errors) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    ensure!(status.success(), "{name} failed ({status}):\n{out}\n{errors}");
+    Ok(out.into_owned())
+}
+
+/// A port of this machine that leads to `socket`, for as long as this process lives.
+fn bridge(socket: PathBuf) -> Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            // A client that gets no answer is a finding.
+            if let Ok(server) = UnixStream::connect(&socket) {
+                let _ = join(client, server);
+            }
+        }
+    });
+    Ok(port)
+}
+
+/// Passes on what either side says, until it ends.
+fn join(client: TcpStream, server: UnixStream) -> io::Result<()> {
+    let (mut from_client, mut to_client) = (client.try_clone()?, client);
+    let (mut from_server, mut to_server) = (server.try_clone()?, server);
+    thread::spawn(move || {
+        let _ = io::copy(&mut from_client, &mut to_server);
+        let _ = to_server.shutdown(Shutdown::Both);
+    });
+    thread::spawn(move || {
+        let _ = io::copy(&mut from_server, &mut to_client);
+        let _ = to_client.shutdown(Shutdown::Both);
+    });
+    Ok(())
+}
