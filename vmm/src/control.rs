@@ -20,6 +20,7 @@ use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
 use crate::state::{self, Change};
 use crate::vcpu_set::{VcpuSet, VisitError};
+use crate::wiring::{self, Virtio};
 
 /// Why a request was not carried out.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -88,6 +89,8 @@ pub struct Parts {
     pub vcpu_set: Arc<VcpuSet>,
     /// Its memory.
     pub ram: Arc<Ram>,
+    /// Its devices that have queues.
+    pub virtio: Vec<Virtio>,
     /// What moves its memory.
     pub steering: Steering,
     /// The interrupt line of the power button.
@@ -367,9 +370,11 @@ impl Control {
             Change::Hold { .. } => {
                 parts.vcpu_set.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
                 parts.steering.rest(true);
+                parts.virtio.iter().for_each(|device| wiring::lock(device).drain());
             }
             Change::Run => {
                 parts.steering.rest(false);
+                parts.virtio.iter().for_each(|device| wiring::lock(device).resume());
                 parts.vcpu_set.run();
             }
             Change::TakeOver { .. } | Change::Nothing => {}
