@@ -72,6 +72,17 @@ impl Snapshot {
         let uptime = self.vm.uptime_ms as f64 / 1000.0;
         page.gauge("uptime", "Time since the VM started.", Some(Unit::Seconds), uptime)?;
         page.gauge("cpus", "The VM's vCPUs.", None, i64::from(self.vm.cpus))?;
+        if let Some(console) = self.vm.console {
+            let help = "Console output that its reader has taken.";
+            page.count("console_written", help, Some(Unit::Bytes), console.written.0)?;
+            page.bytes("console_waiting", "Console output that waits for its reader.", console.waiting)?;
+            page.count(
+                "console_lost",
+                "Console output that nobody gets.",
+                Some(Unit::Bytes),
+                console.lost.0,
+            )?;
+        }
         page.states(
             "vm_state",
             "1 for the state that the VM is in.",
