@@ -79,6 +79,18 @@ impl Drop for Stop {
     }
 }
 
+/// A file that may not grow is an error, and no signal's prey.
+#[test]
+fn a_limit_on_the_size_of_files_ends_nobody() {
+    let place = Place::new();
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 0; exec \"$0\" completions bash >\"$1\""]);
+    limited.arg(env!("CARGO_BIN_EXE_ballast")).arg(place.path().join("completions"));
+    let answer = Answer::from(limited.output().unwrap());
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert!(answer.err.starts_with("ballast: ") && answer.err.contains("File too large"), "{answer:?}");
+}
+
 #[test]
 fn help_teaches() {
     let place = Place::new();

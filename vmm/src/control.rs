@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use api::agent::AgentStatus;
 use api::limits::Limits;
-use api::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::status::{BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
+use devices::platform::serial::Port;
 use kvm_ioctls::VcpuFd;
 use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::EventFd;
@@ -99,6 +100,8 @@ pub struct Parts {
     pub steering: Steering,
     /// The interrupt line of the power button.
     pub power: EventFd,
+    /// Its serial port, where it has one.
+    pub console: Option<Arc<Port>>,
 }
 
 /// One VM, as seen by whoever steers it. Shared by the API, signals and the machine.
@@ -214,7 +217,17 @@ impl Control {
             cpus: self.cpus.get(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            console: self.console(),
         }
+    }
+
+    fn console(&self) -> Option<ConsoleStatus> {
+        let counts = self.parts.get()?.console.as_ref()?.output_counts();
+        Some(ConsoleStatus {
+            written: Bytes(counts.written),
+            waiting: Bytes(counts.waiting),
+            lost: Bytes(counts.lost),
+        })
     }
 
     /// Everything about this VM's memory now.

@@ -172,6 +172,7 @@ impl Machine {
             virtio: devices.virtio,
             steering: devices.steering,
             power: devices.power,
+            console: devices.console.as_ref().map(|console| Arc::clone(&console.port)),
         });
         let mut needs = devices.needs;
         needs.remove.extend(config.socket.as_deref().map(sandbox::directory_of));

@@ -9,8 +9,8 @@ use api::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, PlugCounters, PlugStatus,
-    VmState, VmStatus,
+    AgedReport, BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, PauseRequest, Pauser,
+    PlugCounters, PlugStatus, VmState, VmStatus,
 };
 use api::units::Bytes;
 use serde_json::{Value, json};
@@ -234,7 +234,8 @@ fn a_full_answer_is_as_described() {
         paused(Pauser::Balancer),
         VmState::Stopped,
     ] {
-        let vm = VmStatus { state, ..control().status() };
+        let console = Some(ConsoleStatus { written: Bytes(u64::MAX), ..ConsoleStatus::default() });
+        let vm = VmStatus { state, console, ..control().status() };
         check(&document, named(&document, "VmStatus"), &serde_json::to_value(vm).unwrap());
     }
 }
