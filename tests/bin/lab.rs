@@ -95,6 +95,7 @@ fn fetch() -> Result<ExitCode> {
         println!("{}: {} and {}", kernel.series(), images.bzimage.display(), images.initrd.display());
     }
     println!("{}", lab::promtool::program()?.display());
+    println!("{}", lab::schemathesis::environment()?.display());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -6,9 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use api::client::Client;
 use api::runtime;
 use api::units::Bytes;
-use balancer::driver::ballast::Client;
 use lab::Kernel;
 
 use crate::history::{Guest, GuestSample, History, Sample};

@@ -16,14 +16,17 @@ use crate::cache;
 /// Schemathesis and what it needs, each of one version.
 const REQUIREMENTS: &str = include_str!("schemathesis.txt");
 
-/// Requests of one kind for each operation; cases that the document itself calls for come on top.
-const EXAMPLES: &str = "50";
+/// What is asked, and what the documents say in words.
+const FILES: [(&str, &str); 2] = [
+    ("schemathesis.toml", include_str!("schemathesis.toml")),
+    ("hooks.py", include_str!("schemathesis_hooks.py")),
+];
 
-/// The program, in a Python environment of its own.
+/// Its Python environment, whose `bin/schemathesis` is the program.
 ///
 /// # Errors
 /// Where there is no Python with `venv`, or the packages can't be fetched.
-pub fn program() -> Result<PathBuf> {
+pub fn environment() -> Result<PathBuf> {
     let _lock = cache::lock("schemathesis")?;
     let version: String =
         Sha256::digest(REQUIREMENTS).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
@@ -44,7 +47,10 @@ pub fn program() -> Result<PathBuf> {
         .context("the Python packages of tests/lab/schemathesis.txt can't be fetched")?;
         fs::write(&complete, "")?;
     }
-    Ok(directory.join("bin/schemathesis"))
+    for (name, contents) in FILES {
+        cache::write_whole(&directory.join(name), contents.as_bytes())?;
+    }
+    Ok(directory)
 }
 
 /// Puts requests to the server at `socket` that `document` allows and some that it forbids, the same at each run,
@@ -55,15 +61,21 @@ pub fn program() -> Result<PathBuf> {
 /// were not, and the other way round.
 pub fn check(document: &Path, socket: &Path, left_out: &[&str]) -> Result<String> {
     let port = bridge(socket.to_owned())?;
-    let mut command = Command::new(program()?);
+    let environment = environment()?;
+    // It keeps what failed where it runs, and would begin with that the next time.
+    let directory = tempfile::tempdir()?;
+    let mut command = Command::new(environment.join("bin/schemathesis"));
     command
-        .args(["--no-color", "run", "--checks", "all", "--seed", "1", "--max-examples", EXAMPLES])
-        .args(["--generation-database", "none", "--request-timeout", "20", "--url"])
+        .current_dir(&directory)
+        .env("PYTHONPATH", &environment)
+        .arg("--config-file")
+        .arg(environment.join(FILES[0].0))
+        .args(["--no-color", "run", "--checks", "all", "--url"])
         .arg(format!("http://127.0.0.1:{port}"));
     for operation in left_out {
         command.args(["--exclude-operation-id", operation]);
     }
-    finished(command.arg(document))
+    finished(command.arg(fs::canonicalize(document)?))
 }
 
 /// What a program wrote, which has to succeed.

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use api::client::{Client, Error};
 use api::runtime;
 use api::status::{MemoryStatus, VmStatus};
 use api::units::Bytes;
-use balancer::driver::ballast::{Client, Error};
 
 use crate::artifacts;
 use crate::kernels::GuestImages;

@@ -41,7 +41,7 @@ pub enum ControlError {
     /// No driver can plug what the target is above. A conflict: one may come.
     #[error(transparent)]
     CanNotGrow(SteeringError),
-    /// The target lies outside the limits.
+    /// The target lies outside the limits. A conflict: those may be changed.
     #[error("the target {target} lies outside the limits {min} to {max}: change the limits first")]
     OutsideLimits {
         /// As asked.
@@ -73,7 +73,14 @@ pub enum ControlError {
 impl ControlError {
     /// Whether the same request may succeed later without being changed (HTTP 409).
     pub const fn is_conflict(&self) -> bool {
-        matches!(self, Self::State { .. } | Self::NoDriver | Self::CanNotGrow(_) | Self::Resumed)
+        matches!(
+            self,
+            Self::State { .. }
+                | Self::NoDriver
+                | Self::CanNotGrow(_)
+                | Self::OutsideLimits { .. }
+                | Self::Resumed
+        )
     }
 }
 

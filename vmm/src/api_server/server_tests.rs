@@ -128,7 +128,7 @@ fn refusals_say_why() {
     // No guest runs, so there is no driver that could follow: a conflict, not a mistake.
     let (status, _, body) = ask(&mut client, &put("/memory/target", r#"{"target":268435456}"#));
     assert_eq!(status, 409, "{}", sentence(&body));
-    assert_eq!(ask(&mut client, &put("/memory/target", r#"{"target":4096}"#)).0, 400);
+    assert_eq!(ask(&mut client, &put("/memory/target", r#"{"target":4096}"#)).0, 409);
     assert_eq!(ask(&mut client, "POST /vm/resume HTTP/1.1\r\n\r\n").0, 409);
     for body in ["", "{", "[]", "{\"target\":-1}", "{\"target\":1,\"x\":2}", "{\"target\":\"1G\"}", "\u{0}"] {
         let (status, _, answer) = ask(&mut client, &put("/memory/target", body));

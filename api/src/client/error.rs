@@ -1,10 +1,10 @@
-//! Why a VM gave no answer that could be used: one set of words for every VMM.
+//! Why a server gave no answer that could be used: one set of words for every VMM.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Kind;
+use super::Peer;
 
 /// The longest text from a VM that is passed on in an error, in characters.
 const LONGEST_SENTENCE: usize = 300;
@@ -13,10 +13,10 @@ const LONGEST_SENTENCE: usize = 300;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody listens at the socket.
-    #[error("no VM answers at {}: it has ended or never started{}", .socket.display(), .kind.who_runs())]
+    #[error("no VM answers at {}: it has ended or never started{}", .socket.display(), .peer.where_to_look)]
     NoSuchVm {
-        /// Which VMM was expected.
-        kind: Kind,
+        /// Which server was expected.
+        peer: &'static Peer,
         /// Where it was looked for.
         socket: PathBuf,
     },
@@ -50,10 +50,10 @@ pub enum Error {
         cause: String,
     },
     /// An answer that can't be understood.
-    #[error("the VM at {} answered {request} with nonsense ({what}): {}", .socket.display(), .kind.what_it_should_be())]
+    #[error("the VM at {} answered {request} with nonsense ({what}): {}", .socket.display(), .peer.should_be)]
     Nonsense {
-        /// Which VMM was expected.
-        kind: Kind,
+        /// Which server was expected.
+        peer: &'static Peer,
         /// The socket.
         socket: PathBuf,
         /// What was asked.
@@ -62,14 +62,12 @@ pub enum Error {
         what: String,
     },
     /// The one connection that a VM serves at a time is somebody else's.
-    #[error(
-        "QEMU takes a connection at {} and says nothing: QMP serves one client at a time, and another is connected; \
-         give the balancer a socket of its own (-qmp unix:PATH,server=on,wait=off)",
-        .socket.display()
-    )]
+    #[error("the VM at {} takes a connection and says nothing: {advice}", .socket.display())]
     Busy {
         /// The socket.
         socket: PathBuf,
+        /// What to do.
+        advice: &'static str,
     },
     /// The VM understood and said no.
     #[error("the VM at {} refused {request} ({status}): {error}", .socket.display())]
@@ -87,10 +85,10 @@ pub enum Error {
 
 impl Error {
     /// The error of a connection that could not be made.
-    pub(super) fn unreachable(kind: Kind, socket: &Path, request: &str, error: &io::Error) -> Self {
+    pub fn unreachable(peer: &'static Peer, socket: &Path, request: &str, error: &io::Error) -> Self {
         let socket = socket.to_owned();
         match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Self::NoSuchVm { kind, socket },
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Self::NoSuchVm { peer, socket },
             io::ErrorKind::PermissionDenied => Self::NotAllowed { socket },
             // A Unix socket whose queue of connections is full.
             io::ErrorKind::WouldBlock => {
@@ -101,7 +99,7 @@ impl Error {
     }
 
     /// Whether it could not even be asked, as too many others wait to be connected.
-    pub(crate) fn is_crowded(&self) -> bool {
+    pub fn is_crowded(&self) -> bool {
         matches!(self, Self::NotAnswering { within: Duration::ZERO, .. })
     }
 
@@ -119,26 +117,8 @@ impl Error {
     }
 }
 
-impl Kind {
-    fn who_runs(self) -> &'static str {
-        match self {
-            Self::Ballast => "; `ballast ps` lists those that run",
-            Self::Qemu | Self::Firecracker | Self::CloudHypervisor => "",
-        }
-    }
-
-    fn what_it_should_be(self) -> &'static str {
-        match self {
-            Self::Ballast => "is it a ballast VM of this version?",
-            Self::Qemu => "is it QEMU's machine protocol (-qmp), and not its human monitor?",
-            Self::Firecracker => "is it the API socket of a Firecracker VM?",
-            Self::CloudHypervisor => "is it the API socket of a Cloud Hypervisor VM?",
-        }
-    }
-}
-
 /// Text from a VM, made fit for a log line or a terminal: one line, no escapes, bounded.
-pub(super) fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     text.chars().take(LONGEST_SENTENCE).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 

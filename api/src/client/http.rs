@@ -13,15 +13,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
 use super::error::{Error, clean};
-use super::{Kind, LARGEST_ANSWER, process};
+use super::{LARGEST_ANSWER, Peer};
 
 /// The largest response head that is read.
 const LARGEST_HEAD: usize = 16 << 10;
 
 /// A connection that carries one request after another.
-struct Connection {
+pub(super) struct Connection {
     sender: SendRequest<Full<Bytes>>,
     /// Ends the task that moves the bytes.
     task: AbortHandle,
@@ -33,26 +34,21 @@ impl Drop for Connection {
     }
 }
 
-/// The sentence in the body of a refusal, wherever a VMM puts it.
-pub type Sentence = fn(&[u8]) -> Option<String>;
-
 /// A client that keeps one connection open and makes a new one when that broke.
 pub struct Http {
-    kind: Kind,
+    peer: &'static Peer,
     socket: PathBuf,
     timeout: Duration,
     largest_answer: usize,
-    sentence: Sentence,
     connection: Option<Connection>,
     /// The process at the other end, as the kernel knew it at the last connection.
     pid: Option<u32>,
 }
 
 impl Http {
-    /// A client for the API at `socket`, whose refusals are read by `sentence`.
-    /// Connects at the first request.
-    pub fn new(kind: Kind, socket: PathBuf, timeout: Duration, sentence: Sentence) -> Self {
-        Self { kind, socket, timeout, largest_answer: LARGEST_ANSWER, sentence, connection: None, pid: None }
+    /// A client for the API of a `peer` at `socket`. Connects at the first request.
+    pub fn new(peer: &'static Peer, socket: PathBuf, timeout: Duration) -> Self {
+        Self { peer, socket, timeout, largest_answer: LARGEST_ANSWER, connection: None, pid: None }
     }
 
     /// How long one request may take from now on.
@@ -113,18 +109,14 @@ impl Http {
 
     /// An answer that was well-formed and made no sense.
     pub fn nonsense(&self, request: String, what: &str) -> Error {
-        Error::Nonsense { kind: self.kind, socket: self.socket.clone(), request, what: clean(what) }
+        Error::Nonsense { peer: self.peer, socket: self.socket.clone(), request, what: clean(what) }
     }
 
     /// One request and its whole answer, within the time limit.
     async fn exchange(&mut self, method: Method, path: &str, body: Bytes) -> Result<(String, Bytes), Error> {
         let request = format!("{method} {path}");
-        let within = self.timeout;
-        let outcome = tokio::time::timeout(within, self.try_twice(&method, path, &request, body)).await;
-        let answer = outcome.unwrap_or_else(|_| {
-            Err(Error::NotAnswering { socket: self.socket.clone(), request: request.clone(), within })
-        });
-        let (status, body) = match answer {
+        let outcome = timeout(self.timeout, self.try_twice(&method, path, &request, body)).await;
+        let (status, body) = match outcome.unwrap_or_else(|_| Err(self.too_late(&request))) {
             Ok(answer) => answer,
             Err(error) => {
                 // Half an exchange may be in flight: the next request starts on a clean connection.
@@ -135,17 +127,46 @@ impl Http {
         if status.is_success() {
             return Ok((request, body));
         }
+        Err(self.refused(request, status, &body))
+    }
+
+    fn refused(&self, request: String, status: StatusCode, body: &[u8]) -> Error {
         if !(status.is_client_error() || status.is_server_error()) {
-            return Err(self.nonsense(request, &format!("status {}", status.as_u16())));
+            return self.nonsense(request, &format!("status {}", status.as_u16()));
         }
-        let error = (self.sentence)(&body)
-            .map_or_else(|| "it gave no reason".to_owned(), |sentence| clean(&sentence));
-        Err(Error::Refused {
-            socket: self.socket.clone(),
-            request,
-            status: status.as_u16().to_string(),
-            error,
-        })
+        let sentence = (self.peer.sentence)(body).unwrap_or_else(|| "it gave no reason".to_owned());
+        let (socket, status) = (self.socket.clone(), status.as_u16().to_string());
+        Error::Refused { socket, request, status, error: clean(&sentence) }
+    }
+
+    fn too_late(&self, request: &str) -> Error {
+        let (socket, request) = (self.socket.clone(), request.to_owned());
+        Error::NotAnswering { socket, request, within: self.timeout }
+    }
+
+    /// `GET path`, whose answer has no end: what there is of its body goes on for as long as the connection
+    /// is held.
+    pub(super) async fn open(&mut self, path: &str) -> Result<(Connection, Incoming), Error> {
+        let request = format!("GET {path}");
+        let uri = self.uri(&request, path)?;
+        let within = self.timeout;
+        let opening = async {
+            let mut connection = self.connect(&request).await?;
+            let asked = connection.sender.send_request(build(&Method::GET, uri, Bytes::new())).await;
+            Ok((connection, asked.map_err(|error| self.broken(&request, &error))?))
+        };
+        let opened = timeout(within, opening).await.unwrap_or_else(|_| Err(self.too_late(&request)));
+        let (connection, response) = opened?;
+        let status = response.status();
+        if status.is_success() {
+            Ok((connection, response.into_body()))
+        } else {
+            Err(self.refused(request, status, &[]))
+        }
+    }
+
+    fn uri(&self, request: &str, path: &str) -> Result<Uri, Error> {
+        path.parse().map_err(|error| self.nonsense(request.to_owned(), &format!("{error}: {path}")))
     }
 
     async fn try_twice(
@@ -155,8 +176,7 @@ impl Http {
         request: &str,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), Error> {
-        let uri: Uri =
-            path.parse().map_err(|error| self.nonsense(request.to_owned(), &format!("{error}: {path}")))?;
+        let uri = self.uri(request, path)?;
         let kept = self.connection.take();
         let reused = kept.is_some();
         let mut connection = match kept {
@@ -204,8 +224,8 @@ impl Http {
     async fn connect(&mut self, request: &str) -> Result<Connection, Error> {
         let stream = UnixStream::connect(&self.socket)
             .await
-            .map_err(|error| Error::unreachable(self.kind, &self.socket, request, &error))?;
-        self.pid = process::peer(&stream);
+            .map_err(|error| Error::unreachable(self.peer, &self.socket, request, &error))?;
+        self.pid = peer_pid(&stream);
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(LARGEST_HEAD)
             .handshake(TokioIo::new(stream))
@@ -216,12 +236,23 @@ impl Http {
         Ok(Connection { sender, task })
     }
 
-    fn broken(&self, request: &str, error: &hyper::Error) -> Error {
+    pub(super) fn broken(&self, request: &str, error: &hyper::Error) -> Error {
         if error.is_parse() {
             return self.nonsense(request.to_owned(), &error.to_string());
         }
-        Error::HungUp { socket: self.socket.clone(), request: request.to_owned(), cause: error.to_string() }
+        self.hung_up(request, &error.to_string())
     }
+
+    pub(super) fn hung_up(&self, request: &str, cause: &str) -> Error {
+        Error::HungUp { socket: self.socket.clone(), request: request.to_owned(), cause: clean(cause) }
+    }
+}
+
+/// The process at the other end of a socket (unix(7), `SO_PEERCRED`): whoever made the socket listen.
+/// `None` where it lives outside this one's PID namespace.
+pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid()?;
+    u32::try_from(pid).ok().filter(|&pid| pid != 0)
 }
 
 fn build(method: &Method, uri: Uri, body: Bytes) -> Request<Full<Bytes>> {
