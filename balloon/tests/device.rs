@@ -68,6 +68,27 @@ fn offers_only_what_it_was_given() {
     assert_eq!(guest(bare).0.offered(), transport | always);
 }
 
+/// What waits for its neighbours goes at the pause, as no event comes while that lasts; a target that is set
+/// meanwhile is told after it.
+#[test]
+fn a_pause_leaves_nothing_of_what_the_guest_has_given_up() {
+    let (mut guest, handle) = guest(config());
+    guest.start(0);
+    guest.run();
+    let pfns = touched(&guest, BUFFERS + 0x1000, 4);
+    send_pages(&mut guest, INFLATE, &pfns);
+    assert!(guest.ram.resident(BUFFERS + 0x1000), "it waits");
+    guest.transport().lock().unwrap().drain();
+    assert!(!guest.ram.resident(BUFFERS + 0x1000));
+    let before = guest.read(NUM_PAGES);
+    handle.set_target(MAP).unwrap();
+    guest.run();
+    assert_eq!(guest.read(NUM_PAGES), before);
+    guest.transport().lock().unwrap().resume();
+    guest.run();
+    assert_ne!(guest.read(NUM_PAGES), before);
+}
+
 #[test]
 fn a_target_waits_for_the_driver_and_then_reaches_it() {
     let (mut guest, handle) = guest(config());

@@ -5,6 +5,7 @@ mod fakes;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ fn a_vm_answers_as_its_document_says() {
     let server = Server::bind(&socket).unwrap();
     let stop = server.stopper().unwrap();
     let limits = "256M,min=128M,max=1G".parse().unwrap();
-    let control = Control::new("web".parse().unwrap(), "2".parse().unwrap(), limits);
+    let control = Arc::new(Control::new("web".parse().unwrap(), "2".parse().unwrap(), limits));
     let outcome = thread::scope(|scope| {
         let serving = scope.spawn(|| server.run(&control));
         // Events have no end that a tester could wait for.

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,7 +59,7 @@ fn with_vm(place: &Place, name: &str, work: impl FnOnce()) {
     let server = Server::bind(&place.path().join(format!("{name}.sock"))).unwrap();
     let stop = server.stopper().unwrap();
     let limits = "256M,min=128M,max=1G".parse().unwrap();
-    let control = Control::new(name.parse().unwrap(), "2".parse().unwrap(), limits);
+    let control = Arc::new(Control::new(name.parse().unwrap(), "2".parse().unwrap(), limits));
     thread::scope(|scope| {
         let serving = scope.spawn(|| server.run(&control));
         // Also when `work` panics: the scope waits for the server.

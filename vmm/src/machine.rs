@@ -169,6 +169,7 @@ impl Machine {
         control.attach(Parts {
             vcpu_set: Arc::clone(&vcpu_set),
             ram,
+            virtio: devices.virtio,
             steering: devices.steering,
             power: devices.power,
         });

@@ -24,16 +24,6 @@ pub struct Vcpu {
     pub vcpu_set: Arc<VcpuSet>,
 }
 
-/// Why a vCPU is out of the guest.
-enum Called {
-    /// Somebody called it out.
-    Out,
-    /// It was at the console, and had left the vcpu_set's count of those inside before that.
-    BackFromConsole,
-    /// It can't go on.
-    ToEnd(Exit),
-}
-
 /// Whether a port is the console's.
 fn is_console(port: u16) -> bool {
     port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::platform::serial::PORTS)
@@ -63,25 +53,23 @@ impl Vcpu {
                 let _ = self.fd.kvmclock_ctrl();
             }
             last = resumes;
-            match self.run_until_called(shared, flag) {
-                Called::Out => vcpu_set.left(),
-                Called::BackFromConsole => {}
-                Called::ToEnd(exit) => {
-                    vcpu_set.left();
-                    vcpu_set.end(exit);
-                }
+            if let Err(exit) = self.run_until_called(shared, flag) {
+                vcpu_set.end(exit);
             }
         }
         vcpu_set.set_kick(self.index, None);
     }
 
-    /// From exit to entry, until someone calls this vCPU out, it can't go on, or it has been at the console.
+    /// From exit to entry, until someone calls this vCPU out, or it has been at the console.
+    ///
+    /// # Errors
+    /// How the VM ends, as this vCPU can't go on.
     fn run_until_called(
         &mut self,
         shared: ptr::NonNull<kvm_run>,
         immediate_exit: ptr::NonNull<AtomicU8>,
-    ) -> Called {
-        let failed = |why: String| Called::ToEnd(Exit::VcpuFailed(why));
+    ) -> Result<(), Exit> {
+        let failed = |why: String| Err(Exit::VcpuFailed(why));
         // Bytes of the port access for which the guest was left.
         // SAFETY: called only for that exit, for which KVM has filled in the `io` part of the union, which is
         // plain numbers; they lie in the mapping that `self.fd` holds.
@@ -91,21 +79,21 @@ impl Vcpu {
                 // Whoever reads the console's output may not read now, or ever. A vCPU that waits
                 // for that is out of the guest: it touches nothing of it until it is let in again.
                 Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
-                    self.vcpu_set.left();
+                    self.vcpu_set.goes_to_console(self.index);
                     self.buses.read_port(port, width(), data);
-                    return Called::BackFromConsole;
+                    return Ok(());
                 }
                 Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
-                    self.vcpu_set.left();
+                    self.vcpu_set.goes_to_console(self.index);
                     self.buses.write_port(port, width(), data);
-                    return Called::BackFromConsole;
+                    return Ok(());
                 }
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, width(), data),
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, width(), data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.read_memory(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.write_memory(address, data),
                 Ok(VcpuExit::Intr) => {}
-                Ok(VcpuExit::Shutdown) => return Called::ToEnd(Exit::TripleFault),
+                Ok(VcpuExit::Shutdown) => return Err(Exit::TripleFault),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     return failed(format!(
                         "the processor refused to enter vCPU {} (hardware reason {reason:#x}, host CPU {cpu}); the host's kernel log says more",
@@ -116,12 +104,12 @@ impl Vcpu {
                 Ok(VcpuExit::MemoryFault { gpa, .. }) => {
                     return failed(format!("the host has no memory for guest address {gpa:#x}"));
                 }
-                Ok(VcpuExit::SystemEvent(kind, _)) => return Called::ToEnd(system_event(kind)),
+                Ok(VcpuExit::SystemEvent(kind, _)) => return Err(system_event(kind)),
                 Ok(other) => return failed(format!("vCPU {} left the guest with {other:?}", self.index)),
                 Err(error) if error.errno() == libc::EINTR => {
                     // SAFETY: the flag lies in the mapping that `self.fd` holds.
                     unsafe { immediate_exit.as_ref() }.store(0, Ordering::SeqCst);
-                    return Called::Out;
+                    return Ok(());
                 }
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) if error.errno() == libc::EFAULT => {
@@ -176,6 +164,7 @@ mod tests {
     use super::*;
     use crate::arch::x86_64::layout::COM1;
     use crate::memory::Ram;
+    use crate::vcpu_set::Standing;
 
     /// A console that tells that it is written to, and then waits to be read.
     struct Unread {
@@ -267,7 +256,8 @@ mod tests {
         vcpu_set.run();
         let long = std::time::Duration::from_secs(60);
         assert_eq!(output.recv_timeout(long), Ok(1));
-        assert_eq!(vcpu_set.hold(), Ok(()), "the write goes on");
+        vcpu_set.hold();
+        assert_eq!(vcpu_set.standing(), Standing::Held, "the write goes on");
         // What it had begun ends; more does not come while the VM is paused.
         reader.send(()).unwrap();
         reader.send(()).unwrap();

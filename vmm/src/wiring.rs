@@ -4,7 +4,7 @@ mod pci;
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::pci::SlotError;
 use devices::platform::OnEnd;
@@ -55,6 +55,11 @@ fn event() -> io::Result<EventFd> {
 
 /// A virtio device behind its transport.
 pub type Virtio = Arc<Mutex<dyn Transport>>;
+
+/// The device, for its owner alone.
+pub fn lock(device: &Virtio) -> MutexGuard<'_, dyn Transport + 'static> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Wires up one VM's devices, one after the other.
 pub struct Wiring {

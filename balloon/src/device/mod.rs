@@ -457,6 +457,12 @@ impl VirtioDevice for Balloon {
         (state.report, state.report_wanted) = (None, false);
     }
 
+    /// A guest that stands still for long must not keep what it has given up.
+    fn pause(&mut self) {
+        self.discard.finish();
+        self.publish(false);
+    }
+
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
         let Some(role) = self.role(index, active.features) else { return Progress::Done };
         if role == Role::Inflate {

@@ -72,6 +72,10 @@ pub trait VirtioDevice: Send {
     /// keeps a chain only to answer it later.
     fn drain(&mut self, _active: &mut Active) {}
 
+    /// The VM is being paused: no event of the device's own comes until it goes on. What it owes the host,
+    /// and would have done at one of them, it does now. Comes in any state.
+    fn pause(&mut self) {}
+
     /// The driver has put buffers into queue `index`.
     ///
     /// Bounded work only: what does not fit in one event is left for the next ([`Progress::More`]).

@@ -1,7 +1,7 @@
 //! The VM's interrupt routing table: what KVM does when an interrupt of a number (GSI) is raised.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::pci::MsiMessage;
 use kvm_bindings::{
@@ -10,6 +10,7 @@ use kvm_bindings::{
     kvm_irq_routing_msi,
 };
 use kvm_ioctls::{Error, VmFd};
+use parking_lot::Mutex;
 
 /// Pins of the IOAPIC, whose numbers are their interrupts'.
 pub const PINS: u32 = 24;
@@ -34,7 +35,7 @@ impl Routing {
     /// # Errors
     /// KVM refuses such a message, or there are too many; the table stays as it was.
     pub fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), Error> {
-        let mut messages = lock(&self.messages);
+        let mut messages = self.messages.lock();
         if messages.get(&gsi) == Some(&message) {
             return Ok(());
         }
@@ -51,10 +52,6 @@ impl Routing {
         let table = KvmIrqRouting::from_entries(&table(messages)).map_err(|_| Error::new(libc::E2BIG))?;
         self.vm.set_gsi_routing(&table)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// All routes: the pins' as KVM itself sets them up, and then messages.

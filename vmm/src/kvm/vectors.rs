@@ -8,10 +8,11 @@
 //! route of a connected eventfd changes.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::pci::{MsiMessage, MsiVectors};
 use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::routing::Routing;
@@ -56,10 +57,6 @@ impl Vector {
         }
         Ok(())
     }
-
-    fn delivers(&self) -> MutexGuard<'_, Option<MsiMessage>> {
-        self.delivers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 fn host_error(error: kvm_ioctls::Error) -> io::Error {
@@ -78,7 +75,7 @@ impl MsiVectors for Vectors {
 
     fn unmask(&self, vector: u16, message: MsiMessage) -> io::Result<()> {
         let vector = self.vector(vector)?;
-        let mut delivers = vector.delivers();
+        let mut delivers = vector.delivers.lock();
         if *delivers == Some(message) {
             return Ok(());
         }
@@ -91,7 +88,7 @@ impl MsiVectors for Vectors {
 
     fn mask(&self, vector: u16) -> io::Result<()> {
         let vector = self.vector(vector)?;
-        vector.disconnect(&self.vm, &mut vector.delivers())
+        vector.disconnect(&self.vm, &mut vector.delivers.lock())
     }
 }
 

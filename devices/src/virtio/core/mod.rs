@@ -373,6 +373,9 @@ impl Core {
         if let State::Running(active) = &mut self.state {
             self.device.drain(active);
         }
+        if matches!(hold, Hold::Owner) {
+            self.device.pause();
+        }
     }
 
     /// Lets the device go on. Once nobody holds it, every queue is looked at: a notification may have
