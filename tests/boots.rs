@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lab::{BOOT, Host, Kernel, VmSettings};
+use guests::{BOOT, Host, VmSettings, images};
+use lab::Kernel;
 
 /// How long a guest takes from its last word to the end of its process.
 const END: Duration = Duration::from_secs(3);
 
 /// Each kernel in each form that it can be booted in.
 fn kernels() -> Vec<(&'static str, Kernel, PathBuf)> {
-    let (old, new) = (Kernel::V6_1.guest_images(), Kernel::V6_12.guest_images());
+    let (old, new) = (images(Kernel::V6_1), images(Kernel::V6_12));
     vec![
         ("bzimage-6-1", Kernel::V6_1, old.bzimage),
         ("elf-6-1", Kernel::V6_1, old.elf.expect("6.1 has an ELF")),
@@ -21,7 +22,7 @@ fn kernels() -> Vec<(&'static str, Kernel, PathBuf)> {
 fn boot_all(cpu_counts: &[&str]) {
     for (name, kernel, image) in kernels() {
         for &cpus in cpu_counts {
-            let mut vm = VmSettings::new(name, &kernel.guest_images(), "256M", "")
+            let mut vm = VmSettings::new(name, &images(kernel), "256M", "")
                 .kernel(&image)
                 .with(&["--cpus", cpus])
                 .start();
@@ -55,7 +56,7 @@ fn kernels_boot_with_shadow_paging() {
 #[test]
 fn each_end_has_its_exit_code() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         for (cmdline, code) in [
             ("ballast.end=poweroff", 0),
             ("ballast.end=reboot", 10),
@@ -72,7 +73,7 @@ fn each_end_has_its_exit_code() {
 #[test]
 fn the_console_works_both_ways() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("console", &images, "256M", "ballast.console").start();
         vm.wait_until_ready();
         vm.step("rest:1ms", BOOT);

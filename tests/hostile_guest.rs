@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use api::status::DriverState;
 use api::units::Bytes;
-use lab::{BOOT, Host, Kernel, Of, Vm, VmSettings, sum, wait_for};
+use guests::{BOOT, Host, Of, Vm, VmSettings, images, sum, wait_for};
+use lab::Kernel;
 
 /// How long a balloon moves, and a step takes, beside an attack.
 const MOVING: Duration = Duration::from_secs(20);
@@ -27,8 +28,7 @@ const GROWTH: Bytes = Bytes::mib(4);
 
 /// Private memory of the VM's process beside guest memory.
 fn overhead(vm: &Vm) -> Bytes {
-    let smaps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).expect("the VM runs");
-    sum(&smaps, Of::Rest, &["Private_Clean", "Private_Dirty"])
+    sum(&vm.smaps(), Of::Rest, &["Private_Clean", "Private_Dirty"])
 }
 
 /// Threads and open files: what a process leaks if not memory.
@@ -46,7 +46,7 @@ fn balloon_moves(vm: &Vm, full: Bytes) {
 }
 
 fn survives(cpus: &str, seed: u32) {
-    let images = Kernel::V6_1.guest_images();
+    let images = images(Kernel::V6_1);
     let mut calm = VmSettings::new("calm", &images, "128M,min=64M", "ballast.console").start();
     calm.wait_until_ready();
     // What lies above `mem=` is the attacker's arena.
