@@ -34,7 +34,7 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 ignored: setup
-	$(CARGO) test --package tests --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --package tests --test boots --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
 
 fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
@@ -49,9 +49,10 @@ soak: setup ## Moves a guest's memory at random for an hour of the lab's time; S
 	BALLAST_SOAK_SEED=$(or $(SEED),1) BALLAST_SOAK_SECONDS=$(or $(SECONDS),3600) \
 	  $(CARGO) test --package tests --test soak -- --include-ignored --nocapture --test-threads=1
 
-bench: setup ## Start, memory, exits and instructions, beside QEMU microvm; how long a guest in distress waits
-	$(CARGO) run --quiet --package tests --bin bench
-	$(CARGO) run --quiet --package tests --bin latency
+bench: setup ## Start, memory, exits and instructions, counted in the lab beside QEMU microvm; then this host (an hour)
+	$(CARGO) run --package tests --bin bench
+	$(CARGO) run --package tests --bin latency
+	$(CARGO) bench --package balloon --package balancer --package vmm --benches
 
 prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
 	if $(CARGO) kani --version >/dev/null 2>&1; \

@@ -94,7 +94,7 @@ fn follows_the_host(name: &str, kernel: Kernel, startup: Bytes, arguments: &[&st
 
 /// A memfd whose guest boots with no whole number of huge pages, and private memory.
 #[test]
-#[ignore = "passed in 186 s, which is long: cargo nextest run -p tests --test plug --run-ignored all shadow"]
+#[ignore = "takes minutes in the lab: make test-long"]
 fn shadow_paging_follows_what_is_plugged_and_unplugged() {
     let host = Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).nested_paging(false);
     host.usually(Duration::from_secs(90)).run(|| {

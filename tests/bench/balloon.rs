@@ -2,7 +2,7 @@
 //! by ballast's other means, virtio-mem and free page reporting.
 //!
 //! A guest of 1 GiB has touched and freed 700 MiB; then 512 MiB are taken, given back, and taken
-//! again. By balloon, a step begins when the VMM is asked and ends when the driver writes into its
+//! again. All devices are on the mmio transport, as QEMU's microvm has no other. By balloon, a step begins when the VMM is asked and ends when the driver writes into its
 //! configuration space how much the balloon holds. A virtio-mem or reporting driver says nothing of
 //! the kind: there a step ends with its last write to the device. The host's kernel traces those
 //! writes, so that nobody has to ask the VMM meanwhile.
@@ -17,7 +17,7 @@ use guests::{Of, Printed, QemuSettings, Vm, sum};
 use lab::{GuestImages, Kernel};
 
 use crate::trace::{Counts, End, Trace, now};
-use crate::vm::{Memory, Step, USUALLY, guest};
+use crate::vm::{Memory, Step, Transport, USUALLY, guest};
 
 const GUEST: Bytes = Bytes::gib(1);
 /// What is taken.
@@ -75,8 +75,9 @@ pub fn qemu_plain() -> Result<()> {
 
 fn by_ballast(init_on_alloc: bool) -> Result<[Step; 3]> {
     // Without reporting: nothing but the balloon moves memory.
-    let settings = guest(&images()?, "1G,min=128M", &cmdline(init_on_alloc), &["--no-free-page-reporting"]);
-    let mut vm = settings.start();
+    let arguments = ["--no-free-page-reporting"];
+    let cmdline = cmdline(init_on_alloc);
+    let mut vm = guest(&images()?, "1G,min=128M", &cmdline, Transport::Mmio, &arguments).start();
     by_balloon("balloon", init_on_alloc, &mut vm, |vm| Memory::of(vm))
 }
 
@@ -126,7 +127,7 @@ pub fn plug() -> Result<()> {
         let arguments =
             ["--grow", "plug", "--no-free-page-reporting", "--statistics-interval", "0", "--no-agent"];
         let limits = "512M,min=128M,max=1G";
-        let mut vm = guest(&images()?, limits, &cmdline(init_on_alloc), &arguments).start();
+        let mut vm = guest(&images()?, limits, &cmdline(init_on_alloc), Transport::Mmio, &arguments).start();
         vm.wait_until_ready();
         let mut memory = Memory::of(&vm)?;
         memory.reach(GUEST, End::Quiet(UNPLUGGED))?;
@@ -156,7 +157,8 @@ pub fn plug() -> Result<()> {
 pub fn reporting() -> Result<()> {
     for init_on_alloc in [true, false] {
         let arguments = ["--statistics-interval", "0", "--no-agent"];
-        let mut vm = guest(&images()?, "1G,min=128M", &cmdline(init_on_alloc), &arguments).start();
+        let mut vm =
+            guest(&images()?, "1G,min=128M", &cmdline(init_on_alloc), Transport::Mmio, &arguments).start();
         vm.wait_until_ready();
         let mut memory = Memory::of(&vm)?;
         // What is free from the start is reported first.

@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use ::api::client::Client;
@@ -11,7 +10,7 @@ use ::api::runtime;
 use ::api::status::MemoryStatus;
 use ::api::units::Bytes;
 use anyhow::{Context, Result};
-use guests::{Vm, VmSettings, ballast};
+use guests::{Vm, VmSettings};
 use lab::GuestImages;
 use tokio::runtime::{Builder, Runtime};
 
@@ -30,20 +29,8 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// Those that this `ballast run` has.
-    ///
-    /// # Errors
-    /// It does not run.
-    pub fn offered() -> Result<Vec<Self>> {
-        Ok(if Self::is_option()? { vec![Self::Mmio, Self::Pci] } else { vec![Self::Mmio] })
-    }
-
-    /// Whether there is a choice.
-    fn is_option() -> Result<bool> {
-        let help =
-            Command::new(ballast()).args(["run", "--help"]).output().context("ballast can't be run")?;
-        Ok(String::from_utf8_lossy(&help.stdout).contains("--transport"))
-    }
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Mmio, Self::Pci];
 
     /// Its name, and the value of `--transport`.
     pub const fn name(self) -> &'static str {
@@ -52,19 +39,18 @@ impl Transport {
             Self::Pci => "pci",
         }
     }
-
-    /// What tells `ballast run`.
-    ///
-    /// # Errors
-    /// As [`Self::offered`].
-    pub fn arguments(self) -> Result<Vec<&'static str>> {
-        Ok(if Self::is_option()? { vec!["--transport", self.name()] } else { Vec::new() })
-    }
 }
 
 /// A guest under ballast that says nothing to anybody but this program.
-pub fn guest(images: &GuestImages, memory: &str, cmdline: &str, arguments: &[&str]) -> VmSettings {
-    VmSettings::new("bench", images, memory, cmdline).with(arguments).quiet()
+pub fn guest(
+    images: &GuestImages,
+    memory: &str,
+    cmdline: &str,
+    transport: Transport,
+    arguments: &[&str],
+) -> VmSettings {
+    let transport = ["--transport", transport.name()];
+    VmSettings::new("bench", images, memory, cmdline).with(&transport).with(arguments).quiet()
 }
 
 /// What one step cost.
