@@ -20,7 +20,7 @@ use crate::exit::Exit;
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
 use crate::state::{self, Change};
-use crate::vcpu_set::{PATIENCE, Standing, VcpuSet, VisitError};
+use crate::vcpu_set::{PATIENCE, Standing, Stuck, VcpuSet, VisitError};
 use crate::wiring::{self, Virtio};
 
 /// Why a request was not carried out.
@@ -313,7 +313,7 @@ impl Control {
             })),
             Err(_) if vcpu_set.has_ended() => Some(Err(refused(VmState::Stopped))),
             Err(mpsc::TryRecvError::Empty) if waited < PATIENCE => None,
-            Err(_) => Some(Err(ControlError::Host(vcpu_set.why_stuck(request.cpu).to_string()))),
+            Err(_) => Some(Err(ControlError::Host(Stuck(request.cpu).to_string()))),
         })
     }
 

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::arch::x86_64::layout;
 use crate::bus::Buses;
 use crate::exit::Exit;
 use crate::vcpu_set::{Admission, Kick, VcpuSet};
@@ -22,11 +21,6 @@ pub struct Vcpu {
     pub buses: Arc<Buses>,
     /// Who stops it.
     pub vcpu_set: Arc<VcpuSet>,
-}
-
-/// Whether a port is the console's.
-fn is_console(port: u16) -> bool {
-    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::platform::serial::PORTS)
 }
 
 impl Vcpu {
@@ -60,7 +54,7 @@ impl Vcpu {
         vcpu_set.set_kick(self.index, None);
     }
 
-    /// From exit to entry, until someone calls this vCPU out, or it has been at the console.
+    /// From exit to entry, until someone calls this vCPU out.
     ///
     /// # Errors
     /// How the VM ends, as this vCPU can't go on.
@@ -76,18 +70,6 @@ impl Vcpu {
         let width = || unsafe { (*shared.as_ptr()).__bindgen_anon_1.io.size };
         loop {
             match self.fd.run() {
-                // Whoever reads the console's output may not read now, or ever. A vCPU that waits
-                // for that is out of the guest: it touches nothing of it until it is let in again.
-                Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
-                    self.vcpu_set.goes_to_console(self.index);
-                    self.buses.read_port(port, width(), data);
-                    return Ok(());
-                }
-                Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
-                    self.vcpu_set.goes_to_console(self.index);
-                    self.buses.write_port(port, width(), data);
-                    return Ok(());
-                }
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, width(), data),
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, width(), data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.read_memory(address, data),
@@ -153,7 +135,8 @@ fn system_event(kind: u32) -> Exit {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
-    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::mpsc::{Sender, TryRecvError, channel};
+    use std::time::Duration;
 
     use kvm_bindings::kvm_userspace_memory_region;
     use kvm_ioctls::{Kvm, VmFd};
@@ -162,24 +145,8 @@ mod tests {
     use vm_device::device_manager::PioManager;
 
     use super::*;
-    use crate::arch::x86_64::layout::COM1;
     use crate::memory::Ram;
     use crate::vcpu_set::Standing;
-
-    /// A console that tells that it is written to, and then waits to be read.
-    struct Unread {
-        written: Sender<u8>,
-        read: Receiver<()>,
-    }
-
-    impl MutDevicePio for Unread {
-        fn pio_read(&mut self, _: PioAddress, _: PioAddressOffset, _: &mut [u8]) {}
-
-        fn pio_write(&mut self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
-            let _ = self.written.send(data[0]);
-            let _ = self.read.recv();
-        }
-    }
 
     /// A vCPU that runs `code` in real mode from 0x1000 on, with its VM; `None` where there is no KVM.
     fn vcpu(code: &[u8]) -> Option<(VmFd, VcpuFd)> {
@@ -241,31 +208,47 @@ mod tests {
         assert_eq!(output.try_iter().collect::<Vec<_>>(), [4, 2, 2, 2, 2, 1]);
     }
 
+    /// Tells what is written.
+    struct Values(Sender<u8>);
+
+    impl MutDevicePio for Values {
+        fn pio_read(&mut self, _: PioAddress, _: PioAddressOffset, _: &mut [u8]) {}
+
+        fn pio_write(&mut self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
+            let _ = self.0.send(data[0]);
+        }
+    }
+
     #[test]
-    fn a_console_that_nobody_reads_keeps_no_vm_from_being_paused() {
-        // In real mode, without end: al += 1, and out to the console.
-        let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
+    fn a_vcpu_is_held_and_looked_at_and_goes_on_where_it_was() {
+        // Without end: al += 1, and out to port 0x80.
+        let code = [0xba, 0x80, 0x00, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
         let Some((_vm, fd)) = vcpu(&code) else { return eprintln!("SKIPPED: this host has no KVM") };
-        let ((written, output), (reader, read)) = (channel(), channel());
+        let (written, output) = channel();
         let mut buses = Buses::default();
-        let range = PioRange::new(PioAddress(COM1), devices::platform::serial::PORTS).unwrap();
-        buses.devices.register_pio(range, Arc::new(Mutex::new(Unread { written, read }))).unwrap();
+        let range = PioRange::new(PioAddress(0x80), 1).unwrap();
+        buses.devices.register_pio(range, Arc::new(Mutex::new(Values(written)))).unwrap();
         let vcpu_set = VcpuSet::new(1).unwrap();
         let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), vcpu_set: Arc::clone(&vcpu_set) };
         let thread = std::thread::spawn(move || vcpu.run());
         vcpu_set.run();
-        let long = std::time::Duration::from_secs(60);
+        let long = Duration::from_secs(60);
         assert_eq!(output.recv_timeout(long), Ok(1));
         vcpu_set.hold();
-        assert_eq!(vcpu_set.standing(), Standing::Held, "the write goes on");
-        // What it had begun ends; more does not come while the VM is paused.
-        reader.send(()).unwrap();
-        reader.send(()).unwrap();
-        assert!(output.recv_timeout(std::time::Duration::from_millis(200)).is_err());
+        while vcpu_set.standing() == Standing::Holding {
+            std::thread::yield_now();
+        }
+        assert_eq!(vcpu_set.standing(), Standing::Held);
+        let last = output.try_iter().last().unwrap_or(1);
+        let (sender, seen) = channel();
+        let visit = move |vcpu: &VcpuFd| sender.send(vcpu.get_regs().unwrap().rip).unwrap();
+        vcpu_set.visit(0, Box::new(visit)).unwrap();
+        let rip = seen.recv_timeout(long).unwrap();
+        assert!((0x1003..0x1008).contains(&rip), "{rip:#x}");
+        assert_eq!(output.try_recv(), Err(TryRecvError::Empty), "nothing comes from one that is held");
         vcpu_set.run();
-        assert_eq!(output.recv_timeout(long), Ok(2), "the guest goes on where it was");
+        assert_eq!(output.recv_timeout(long), Ok(last.wrapping_add(1)));
         vcpu_set.end(Exit::Stopped);
-        drop(reader);
         thread.join().unwrap();
     }
 }

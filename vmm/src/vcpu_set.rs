@@ -37,25 +37,13 @@ unsafe impl Send for Kick {}
 /// Something to be done with a vCPU, on its own thread, while it is out of the guest.
 pub(crate) type Visit = Box<dyn FnOnce(&VcpuFd) + Send>;
 
-/// Where a vCPU's thread is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Whereabouts {
-    /// It waits to be let in, or has not begun.
-    #[default]
-    Out,
-    /// It is in the guest, or at a device on its behalf.
-    Inside,
-    /// It reads or writes the console, which may take as long as whoever is at the other end likes. It
-    /// touches nothing of the guest until it is let in again.
-    AtConsole,
-}
-
 /// What belongs to one vCPU.
 #[derive(Default)]
 struct Place {
     kick: Option<Kick>,
     visits: VecDeque<Visit>,
-    whereabouts: Whereabouts,
+    /// It is in the guest, or at a device on its behalf.
+    inside: bool,
 }
 
 struct State {
@@ -100,19 +88,13 @@ pub enum Standing {
     Ended,
 }
 
-/// A vCPU could not be stopped, or not be looked at.
+/// The vCPU of this number could not be stopped, or not be looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Stuck {
-    /// It did not come out.
-    #[error(
-        "vCPU {0} has not come out of the guest, or back from a device, in 5 s, so the VM runs on: the host may be \
-         too busy; try again"
-    )]
-    Inside(u8),
-    /// It is out of the guest, and does not come back.
-    #[error("vCPU {0} hangs in a write to the console: read the console's output, then try again")]
-    AtConsole(u8),
-}
+#[error(
+    "vCPU {0} has not come out of the guest, or back from a device, in 5 s, and runs on: the host may be too busy; \
+     try again"
+)]
+pub struct Stuck(pub u8);
 
 /// Why a vCPU can't be looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -206,14 +188,13 @@ impl VcpuSet {
     /// Brings a hold to its end where all are out, or where time is over. Whoever looks does that.
     fn settle(&self, state: &mut State) {
         let Order::Hold { until: Some(until) } = state.order else { return };
-        let inside = (0..).zip(&state.places).find(|(_, place)| place.whereabouts == Whereabouts::Inside);
-        match inside {
+        match (0..).zip(&state.places).find(|(_, place)| place.inside) {
             None => {
                 state.order = Order::Hold { until: None };
                 self.tell(Standing::Held);
             }
             Some((index, _)) if until <= Instant::now() => {
-                state.stuck = Some(Stuck::Inside(index));
+                state.stuck = Some(Stuck(index));
                 // Those that did stand still must be told so.
                 self.let_in(state);
                 self.tell(Standing::Running { stuck: state.stuck });
@@ -265,14 +246,6 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Why a vCPU that was to be looked at did not come.
-    pub(crate) fn why_stuck(&self, index: u8) -> Stuck {
-        match self.state.lock().places.get(usize::from(index)) {
-            Some(Place { whereabouts: Whereabouts::AtConsole, .. }) => Stuck::AtConsole(index),
-            _ => Stuck::Inside(index),
-        }
-    }
-
     /// Whether the VM has ended.
     pub fn has_ended(&self) -> bool {
         matches!(self.state.lock().order, Order::End(_))
@@ -292,17 +265,19 @@ impl VcpuSet {
     /// Waits until the vCPU of this number has something to do.
     pub(crate) fn admit(&self, index: u8) -> Admission {
         let mut state = self.state.lock();
-        state.set_whereabouts(index, Whereabouts::Out);
         loop {
-            if let Some(visit) =
-                state.places.get_mut(usize::from(index)).and_then(|place| place.visits.pop_front())
-            {
-                return Admission::Receive(visit);
+            if let Some(place) = state.places.get_mut(usize::from(index)) {
+                place.inside = false;
+                if let Some(visit) = place.visits.pop_front() {
+                    return Admission::Receive(visit);
+                }
             }
             self.settle(&mut state);
             match state.order {
                 Order::Run => {
-                    state.set_whereabouts(index, Whereabouts::Inside);
+                    if let Some(place) = state.places.get_mut(usize::from(index)) {
+                        place.inside = true;
+                    }
                     return Admission::Enter { resumes: state.resumes };
                 }
                 Order::End(_) => return Admission::Leave,
@@ -312,13 +287,6 @@ impl VcpuSet {
                 }
             }
         }
-    }
-
-    /// The vCPU of this number leaves the guest for the console.
-    pub(crate) fn goes_to_console(&self, index: u8) {
-        let mut state = self.state.lock();
-        state.set_whereabouts(index, Whereabouts::AtConsole);
-        self.settle(&mut state);
     }
 
     /// How to call the vCPU of this number out from now on; `None` before its thread or mapping goes.
@@ -332,12 +300,6 @@ impl VcpuSet {
 impl State {
     fn kick_all(&self) {
         self.places.iter().filter_map(|place| place.kick.as_ref()).for_each(Kick::out);
-    }
-
-    fn set_whereabouts(&mut self, index: u8, whereabouts: Whereabouts) {
-        if let Some(place) = self.places.get_mut(usize::from(index)) {
-            place.whereabouts = whereabouts;
-        }
     }
 }
 
@@ -405,18 +367,20 @@ mod tests {
         let vcpu_set = running(2);
         let told = told(&vcpu_set);
         vcpu_set.hold();
-        assert_eq!(vcpu_set.standing(), Standing::Holding);
-        vcpu_set.goes_to_console(1);
-        assert_eq!(vcpu_set.standing(), Standing::Holding);
-        let vcpu = std::thread::spawn({
+        let vcpu = |index| {
             let vcpu_set = Arc::clone(&vcpu_set);
-            move || vcpu_set.admit(0)
-        });
+            std::thread::spawn(move || vcpu_set.admit(index))
+        };
+        let first = vcpu(0);
+        assert_eq!(vcpu_set.standing(), Standing::Holding);
+        let second = vcpu(1);
         assert_eq!(told.recv(), Ok(Standing::Held));
         assert_eq!(vcpu_set.standing(), Standing::Held);
-        assert!(!vcpu.is_finished());
+        assert!(!first.is_finished() && !second.is_finished());
         vcpu_set.run();
-        assert!(matches!(vcpu.join().expect("let in"), Admission::Enter { resumes: 2 }));
+        for vcpu in [first, second] {
+            assert!(matches!(vcpu.join().expect("let in"), Admission::Enter { resumes: 2 }));
+        }
     }
 
     /// The vCPUs that did stop have lost time like those of any other hold, and their guest must be told.
@@ -427,13 +391,13 @@ mod tests {
         vcpu_set.hold_until(Instant::now() + Duration::from_millis(20));
         // The one that waits looks at the time, should nobody else.
         assert!(matches!(vcpu_set.admit(0), Admission::Enter { resumes: 2 }));
-        let stuck = Standing::Running { stuck: Some(Stuck::Inside(1)) };
+        let stuck = Standing::Running { stuck: Some(Stuck(1)) };
         assert_eq!((told.try_recv(), vcpu_set.standing()), (Ok(stuck), stuck));
 
         // Nobody waits: whoever asks looks.
         assert!(matches!(vcpu_set.admit(1), Admission::Enter { resumes: 2 }));
         vcpu_set.hold_until(Instant::now());
-        assert_eq!(vcpu_set.standing(), Standing::Running { stuck: Some(Stuck::Inside(0)) });
+        assert_eq!(vcpu_set.standing(), Standing::Running { stuck: Some(Stuck(0)) });
         vcpu_set.hold();
         assert_eq!(vcpu_set.standing(), Standing::Holding);
         vcpu_set.run();
@@ -457,9 +421,6 @@ mod tests {
         let waits = |visitor: &mpsc::Receiver<()>| visitor.try_recv() == Err(mpsc::TryRecvError::Empty);
         assert_eq!(visitors.iter().map(waits).filter(|waits| *waits).count(), MOST_VISITS);
         assert!(matches!(vcpu_set.admit(0), Admission::Receive(_)));
-        assert_eq!(vcpu_set.why_stuck(0), Stuck::Inside(0));
-        vcpu_set.goes_to_console(0);
-        assert_eq!(vcpu_set.why_stuck(0), Stuck::AtConsole(0));
         vcpu_set.end(Exit::Stopped);
         assert!(!visitors.iter().any(waits));
         assert_eq!(vcpu_set.visit(0, visit().0), Err(VisitError::Ended));
