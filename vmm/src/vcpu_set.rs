@@ -43,7 +43,7 @@ struct Place {
     kick: Option<Kick>,
     visits: VecDeque<Visit>,
     /// It is in the guest, or at a device on its behalf.
-    is_inside: bool,
+    inside: bool,
 }
 
 struct State {
@@ -91,8 +91,8 @@ pub enum Standing {
 /// The vCPU of this number could not be stopped, or not be looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "vCPU {0} has not come out of the guest, or back from a device, in 5 s, so the VM runs on: the host may be too \
-     busy; try again"
+    "vCPU {0} has not come out of the guest, or back from a device, in 5 s, and runs on: the host may be too busy; \
+     try again"
 )]
 pub struct Stuck(pub u8);
 
@@ -188,8 +188,7 @@ impl VcpuSet {
     /// Brings a hold to its end where all are out, or where time is over. Whoever looks does that.
     fn settle(&self, state: &mut State) {
         let Order::Hold { until: Some(until) } = state.order else { return };
-        let inside = (0..).zip(&state.places).find(|(_, place)| place.is_inside);
-        match inside {
+        match (0..).zip(&state.places).find(|(_, place)| place.inside) {
             None => {
                 state.order = Order::Hold { until: None };
                 self.tell(Standing::Held);
@@ -266,17 +265,19 @@ impl VcpuSet {
     /// Waits until the vCPU of this number has something to do.
     pub(crate) fn admit(&self, index: u8) -> Admission {
         let mut state = self.state.lock();
-        state.set_inside(index, false);
         loop {
-            if let Some(visit) =
-                state.places.get_mut(usize::from(index)).and_then(|place| place.visits.pop_front())
-            {
-                return Admission::Receive(visit);
+            if let Some(place) = state.places.get_mut(usize::from(index)) {
+                place.inside = false;
+                if let Some(visit) = place.visits.pop_front() {
+                    return Admission::Receive(visit);
+                }
             }
             self.settle(&mut state);
             match state.order {
                 Order::Run => {
-                    state.set_inside(index, true);
+                    if let Some(place) = state.places.get_mut(usize::from(index)) {
+                        place.inside = true;
+                    }
                     return Admission::Enter { resumes: state.resumes };
                 }
                 Order::End(_) => return Admission::Leave,
@@ -299,12 +300,6 @@ impl VcpuSet {
 impl State {
     fn kick_all(&self) {
         self.places.iter().filter_map(|place| place.kick.as_ref()).for_each(Kick::out);
-    }
-
-    fn set_inside(&mut self, index: u8, is_inside: bool) {
-        if let Some(place) = self.places.get_mut(usize::from(index)) {
-            place.is_inside = is_inside;
-        }
     }
 }
 
@@ -372,19 +367,18 @@ mod tests {
         let vcpu_set = running(2);
         let told = told(&vcpu_set);
         vcpu_set.hold();
-        assert_eq!(vcpu_set.standing(), Standing::Holding);
-        let comes_out = |index| {
+        let vcpu = |index| {
             let vcpu_set = Arc::clone(&vcpu_set);
             std::thread::spawn(move || vcpu_set.admit(index))
         };
-        let first = comes_out(1);
+        let first = vcpu(0);
         assert_eq!(vcpu_set.standing(), Standing::Holding);
-        let vcpus = [first, comes_out(0)];
+        let second = vcpu(1);
         assert_eq!(told.recv(), Ok(Standing::Held));
         assert_eq!(vcpu_set.standing(), Standing::Held);
-        assert!(!vcpus.iter().any(|vcpu| vcpu.is_finished()));
+        assert!(!first.is_finished() && !second.is_finished());
         vcpu_set.run();
-        for vcpu in vcpus {
+        for vcpu in [first, second] {
             assert!(matches!(vcpu.join().expect("let in"), Admission::Enter { resumes: 2 }));
         }
     }
