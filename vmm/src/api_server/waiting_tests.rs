@@ -180,7 +180,6 @@ fn running_guest() -> (Running, Arc<VcpuSet>) {
         vcpu_set: Arc::clone(&vcpu_set),
         ram,
         virtio: Vec::new(),
-        console: None,
         steering: Steering::by_balloon(handle),
         power: EventFd::new(EFD_NONBLOCK).unwrap(),
         console: None,
