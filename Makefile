@@ -5,37 +5,54 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 gcc libc6-dev
+PACKAGES := qemu-system-x86 gcc libc6-dev python3-venv
 LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench prove slat lint lab setup
+.PHONY: help demo test test-long ignored soak fuzz bench prove slat lint lab setup
 
 help: ## Says what there is
-	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: setup ## Three guests share a host that is too small for all their peaks; plot in out/demo.svg
-	$(CARGO) run --quiet --package tests --bin demo
+	$(CARGO) run --package tests --bin demo
 
 test: setup lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) build --release --package cli
-	$(CARGO) build --profile guest --package guest --package agent
-	$(CARGO) run --quiet --package tests --bin lab -- fetch
+	$(CARGO) build --profile guest --package lab-init --package agent
+	$(CARGO) run --quiet --package lab -- fetch
 	if $(CARGO) nextest --version >/dev/null 2>&1; \
 	then $(CARGO) nextest run --workspace --no-fail-fast; \
 	else $(CARGO) test --workspace --all-targets; fi
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
+test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow paging, soaks, fuzzers, proofs (some hours)
+	@failed=; for part in ignored soak fuzz prove; do \
+	  echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+ignored: setup
+	$(CARGO) test --package tests --test boots --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
+
+fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
+	if $(CARGO) +nightly fuzz --version >/dev/null 2>&1; \
+	then for target in fuzz/fuzz_targets/*.rs; do \
+	  $(CARGO) +nightly fuzz run "$$(basename "$$target" .rs)" -- -max_total_time=$(or $(FUZZ_SECONDS),300) || exit 1; done; \
+	else echo 'nightly Rust with cargo-fuzz is not installed: running the property tests with many cases instead'; \
+	PROPTEST_CASES=$(or $(CASES),20000) $(CARGO) test --release --package balloon --package devices; fi
+
 soak: setup ## Moves a guest's memory at random for an hour of the lab's time; SEED=2 SECONDS=600 for another
 	$(CARGO) build --release --package cli
 	BALLAST_SOAK_SEED=$(or $(SEED),1) BALLAST_SOAK_SECONDS=$(or $(SECONDS),3600) \
 	  $(CARGO) test --package tests --test soak -- --include-ignored --nocapture --test-threads=1
 
-bench: setup ## Memory and instructions beside QEMU microvm; how long a guest in distress waits
-	$(CARGO) run --quiet --package tests --bin bench
-	$(CARGO) run --quiet --package tests --bin latency
+bench: setup ## Start, memory, exits and instructions, counted in the lab beside QEMU microvm; then this host (an hour)
+	$(CARGO) run --package tests --bin bench
+	$(CARGO) run --package tests --bin latency
+	$(CARGO) bench --package balloon --package balancer --package vmm --benches
 
 prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
 	if $(CARGO) kani --version >/dev/null 2>&1; \
@@ -45,7 +62,7 @@ prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhau
 
 slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/slat.html (half an hour on two processors)
 	$(CARGO) build --release --package cli
-	$(CARGO) run --quiet --package tests --bin lab -- fetch
+	$(CARGO) run --quiet --package lab -- fetch
 	mkdir -p out
 	rm -f out/slat-lab.json
 	$(BALLAST) slat lab --twice --density --output out/slat-lab.json \
@@ -60,7 +77,7 @@ lint: ## Formatting and clippy
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 lab: setup ## A shell in an emulated host; LAB_ARGS="--npt 0 -- ballast check" runs a program instead
-	$(CARGO) run --quiet --package tests --bin lab -- run $(LAB_ARGS)
+	$(CARGO) run --quiet --package lab -- run $(LAB_ARGS)
 
 setup:
 	@dpkg-query -W -f='$${Status}\n' $(PACKAGES) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(PACKAGES)) \

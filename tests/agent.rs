@@ -1,58 +1,25 @@
 //! The guest's agent: heard by the VM, and answered by the daemon long before its next round.
 
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api::agent::Version;
-use api::runtime;
 use api::units::Bytes;
-use balancer::daemon::client::Client;
-use lab::{Host, Kernel, Vm, VmSettings, ballast, wait_for};
+use guests::{Daemon, Host, Printed, Vm, VmSettings, images};
+use lab::Kernel;
 
 /// The daemon's rounds are this far apart. What a guest gets sooner, it did not get by a round.
 const INTERVAL: Duration = Duration::from_secs(60);
 /// How long a guest takes to be granted memory when it calls.
 const GRANT: Duration = Duration::from_secs(5);
 
-/// `ballast balancer`, ended with this.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start() -> Self {
-        let interval = format!("{}s", INTERVAL.as_secs());
-        let child = Command::new(ballast())
-            .args(["balancer", "--interval", &interval, "--budget", "1G"])
-            .stdin(Stdio::null())
-            .spawn();
-        Self(child.expect("the daemon starts"))
-    }
-
-    fn wait_for_first_round(&self) {
-        let directory = runtime::directory().expect("there is a runtime directory");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.expect("a runtime can be made");
-        wait_for("the daemon's first round", GRANT, || {
-            let mut client = Client::new(&directory, GRANT);
-            let state = runtime.block_on(client.state()).ok()?;
-            (state.rounds > 0 && !state.vms.is_empty()).then_some(())
-        });
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 const LIMITS: &str = "208M,min=160M,max=512M";
 
 /// A guest that runs short is granted memory long before the daemon would have looked by itself.
 fn is_granted_memory(vm: &mut Vm) {
     vm.wait_for_memory("the first inflation", GRANT * 2, |memory| memory.actual <= Bytes::mib(210));
-    let daemon = Daemon::start();
-    daemon.wait_for_first_round();
+    let interval = format!("{}s", INTERVAL.as_secs());
+    let daemon = Daemon::with(Printed::Yes, &["--interval", &interval, "--budget", "1G"]);
+    daemon.wait_for_rounds(1, 1, GRANT);
     let before = vm.memory();
     let start = Instant::now();
     vm.type_in("spike:260M:6s\n");
@@ -77,7 +44,7 @@ fn ends_well(mut vm: Vm) {
 }
 
 fn calls_and_is_answered(kernel: Kernel) {
-    let images = kernel.guest_images();
+    let images = images(kernel);
     // The balloon's driver reports once and then for an hour not again: only the agent can tell.
     let settings = VmSettings::new("a", &images, LIMITS, "ballast.console").agent(&images);
     let mut vm = settings.with(&["--statistics-interval", "1h"]).start();
@@ -112,7 +79,7 @@ fn a_guest_of_6_12_calls_and_is_answered_between_the_rounds() {
 #[test]
 fn a_guest_without_an_agent_is_found_by_its_reports_between_the_rounds() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("a", &images, LIMITS, "ballast.console").start();
         vm.wait_until_ready();
         is_granted_memory(&mut vm);

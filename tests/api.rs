@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use api::status::{MemoryStatus, Pauser, VmState};
 use api::units::Bytes;
-use lab::{BOOT, Host, Kernel, Vm, VmSettings, wait_for};
+use guests::{BOOT, Host, Vm, VmSettings, images, wait_for};
+use lab::Kernel;
 use rustix::process::{Pid, Signal, kill_process};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -12,7 +13,7 @@ const SOON: Duration = Duration::from_secs(5);
 #[test]
 fn a_vm_is_paused_resumed_and_switched_off() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(45)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("steered", &images, "256M,min=128M", "ballast.console").start();
 
         wait_for("the socket", BOOT, || vm.ask(async |client| client.status().await).ok());
@@ -63,7 +64,7 @@ fn a_vm_is_paused_resumed_and_switched_off() {
 #[test]
 fn a_paused_guest_shuts_down_when_its_vm_is_told_to_end() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(30)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("paused", &images, "256M", "ballast.console").start();
         vm.wait_until_ready();
         vm.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("a running VM pauses");
@@ -88,7 +89,7 @@ const YOUNG: u64 = 20;
 #[test]
 fn a_guest_is_asked_for_its_figures_when_its_vm_is() {
     Host::new().guest(Kernel::V6_1).deterministic().usually(Duration::from_secs(60)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("asked", &images, "256M,min=128M", "ballast.console").start();
         vm.wait_until_ready();
         let before = vm
@@ -133,7 +134,7 @@ fn fresh_memory(vm: &Vm, wait: Duration) -> MemoryStatus {
 #[test]
 fn a_shutdown_needs_no_guest() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(30)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("stopped", &images, "256M", "ballast.end=hang").start();
         vm.wait_until_ready();
         vm.ask(async |client| client.shutdown().await).expect("a VM stops on request");

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use api::status::Pauser;
 use api::units::Bytes;
-use lab::{Daemon, Host, Kernel, Vm, VmSettings};
+use guests::{Daemon, Host, Vm, VmSettings, images};
+use lab::Kernel;
 
 /// Two guests of this size at most share [`BUDGET`].
 const MAX: Bytes = Bytes::mib(448);
@@ -14,7 +15,7 @@ const BUDGET: Bytes = Bytes::mib(608);
 const MOVING: Duration = Duration::from_secs(30);
 
 fn guest(name: &str) -> Vm {
-    VmSettings::new(name, &Kernel::V6_1.guest_images(), "208M,min=160M,max=448M", "ballast.console").start()
+    VmSettings::new(name, &images(Kernel::V6_1), "208M,min=160M,max=448M", "ballast.console").start()
 }
 
 /// Waits until `vm` has at least `actual`, while all together stay in the budget.

@@ -1,15 +1,13 @@
 //! One daemon balances ballast's guests and QEMU's together.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use api::runtime;
 use api::units::Bytes;
 use balancer::daemon::State;
-use balancer::daemon::client::Client;
 use balancer::driver::Kind;
-use lab::{Host, Kernel, Qemu, QemuSettings, Vm, VmSettings, ballast, wait_for};
+use guests::{Daemon, Host, Printed, Qemu, QemuSettings, Vm, VmSettings, images, wait_for};
+use lab::Kernel;
 
 /// Four guests share this. Two could have all they want at a time, and QEMU's own memory is in it.
 const BUDGET: Bytes = Bytes::mib(1280);
@@ -18,37 +16,16 @@ const MIN: Bytes = Bytes::mib(160);
 /// How long memory takes to move from one guest to another.
 const MOVING: Duration = Duration::from_secs(60);
 
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(directory: &Path) -> Self {
-        let file = directory.join("balancer.toml");
-        let text = format!(
-            "budget = \"{}M\"\ninterval = \"1s\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"{}/*.qmp\"\n\
-             memory = \"208M,min=160M\"\n",
-            BUDGET.0 >> 20,
-            directory.display()
-        );
-        std::fs::write(&file, text).expect("a file can be written");
-        let child =
-            Command::new(ballast()).args(["balancer", "--config"]).arg(&file).stdin(Stdio::null()).spawn();
-        Self(child.expect("the daemon starts"))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// What the daemon says at the end of a round.
-fn state() -> Option<State> {
-    let directory = runtime::directory().expect("there is a runtime directory");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let mut client = Client::new(&directory, Duration::from_secs(20));
-    runtime.expect("a runtime can be made").block_on(client.state()).ok()
+fn start_daemon(directory: &Path) -> Daemon {
+    let file = directory.join("balancer.toml");
+    let text = format!(
+        "budget = \"{}M\"\ninterval = \"1s\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"{}/*.qmp\"\n\
+         memory = \"208M,min=160M\"\n",
+        BUDGET.0 >> 20,
+        directory.display()
+    );
+    std::fs::write(&file, text).expect("a file can be written");
+    Daemon::with(Printed::Yes, &["--config", &file.to_string_lossy()])
 }
 
 /// What a VM has, while all together stay in the budget.
@@ -60,9 +37,9 @@ fn actual(state: &State, name: &str) -> Option<Bytes> {
     Some(memory(name)?.actual)
 }
 
-fn wait_until(name: &str, what: &str, fits: impl Fn(Bytes) -> bool) {
+fn wait_until(daemon: &Daemon, name: &str, what: &str, fits: impl Fn(Bytes) -> bool) {
     wait_for(&format!("{name} to {what}"), MOVING, || {
-        let state = state()?;
+        let state = daemon.state()?;
         actual(&state, name).filter(|&actual| fits(actual))
     });
 }
@@ -72,7 +49,7 @@ fn memory_moves_between_guests_of_ballast_and_of_qemu() {
     Host::new().guest(Kernel::V6_1).qemu().memory(Bytes::gib(4)).usually(Duration::from_secs(400)).run(
         || {
             let directory = tempfile::tempdir().expect("a directory can be made");
-            let images = Kernel::V6_1.guest_images();
+            let images = images(Kernel::V6_1);
             let ours = |name: &str| -> Vm {
                 let mut vm =
                     VmSettings::new(name, &images, "208M,min=160M,max=448M", "ballast.console").start();
@@ -83,39 +60,46 @@ fn memory_moves_between_guests_of_ballast_and_of_qemu() {
                 QemuSettings::new(name, &images, MAX, "ballast.console", directory.path()).start()
             };
             // One after the other: QEMU's guests have all their memory until somebody takes it.
-            let daemon = Daemon::start(directory.path());
+            let daemon = start_daemon(directory.path());
             let mut qemu = [theirs("qemu-a"), theirs("qemu-b")];
             for vm in &mut qemu {
                 vm.wait_until_ready();
             }
             // Each waits for room, which others make no faster than the emulated processor lets them.
             let mut own = [ours("own-a"), ours("own-b")];
-            let first =
-                wait_for("all four to be seen", MOVING, || state().filter(|state| state.vms.len() == 4));
+            let first = wait_for("all four to be seen", MOVING, || {
+                daemon.state().filter(|state| state.vms.len() == 4)
+            });
             // One that is met while its QEMU loads may not answer at once.
             let errors: Vec<u64> = first.vms.iter().map(|vm| vm.errors).collect();
             let kinds: Vec<Kind> = first.vms.iter().map(|vm| vm.vmm).collect();
             assert_eq!(kinds, [Kind::Ballast, Kind::Ballast, Kind::Qemu, Kind::Qemu]);
             let overhead = wait_for("QEMU's own memory to be counted", MOVING, || {
-                state()?.vms.iter().filter_map(|vm| vm.memory.as_ref()).map(|memory| memory.overhead).max()
+                daemon
+                    .state()?
+                    .vms
+                    .iter()
+                    .filter_map(|vm| vm.memory.as_ref())
+                    .map(|memory| memory.overhead)
+                    .max()
             });
             assert!(overhead > Bytes::mib(8), "{overhead}");
 
             // Spikes in one of each: the two that are idle pay, whosever they are.
             own[0].step("grow:240M:10s", MOVING);
-            wait_until("own-a", "have what it needs", |actual| actual >= Bytes::mib(320));
+            wait_until(&daemon, "own-a", "have what it needs", |actual| actual >= Bytes::mib(320));
             qemu[0].step("grow:240M:10s", MOVING);
-            wait_until("qemu-a", "have what it needs", |actual| actual >= Bytes::mib(320));
+            wait_until(&daemon, "qemu-a", "have what it needs", |actual| actual >= Bytes::mib(320));
             own[0].step("release", MOVING);
             qemu[0].step("release", MOVING);
 
             // And the other way round.
             qemu[1].step("grow:240M:10s", MOVING);
-            wait_until("qemu-b", "have what it needs", |actual| actual >= Bytes::mib(320));
+            wait_until(&daemon, "qemu-b", "have what it needs", |actual| actual >= Bytes::mib(320));
             own[1].step("grow:240M:10s", MOVING);
-            wait_until("own-b", "have what it needs", |actual| actual >= Bytes::mib(320));
+            wait_until(&daemon, "own-b", "have what it needs", |actual| actual >= Bytes::mib(320));
 
-            let last = state().expect("the daemon lives");
+            let last = daemon.state().expect("the daemon lives");
             for (vm, &errors) in last.vms.iter().zip(&errors) {
                 let memory = vm.memory.as_ref().expect("it answers");
                 println!("{}: {} of {}, charged {}", vm.name, memory.actual, memory.limits, memory.charge);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use api::status::{DriverState, MemoryStatus};
 use api::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings, wait_for};
+use guests::{Host, Vm, VmSettings, images, wait_for};
+use lab::Kernel;
 
 /// How far the balloon is moved.
 const MOVE: Bytes = Bytes::mib(256);
@@ -16,9 +17,8 @@ const TOUCHING: Duration = Duration::from_secs(30);
 
 /// A guest of 640 MiB that has touched nearly all of its memory, so that the host holds it.
 fn touched(name: &str, kernel: Kernel, arguments: &[&str]) -> Vm {
-    let mut vm = VmSettings::new(name, &kernel.guest_images(), "640M,min=128M", "ballast.console")
-        .with(arguments)
-        .start();
+    let mut vm =
+        VmSettings::new(name, &images(kernel), "640M,min=128M", "ballast.console").with(arguments).start();
     vm.wait_until_ready();
     vm.step("grow:440M", TOUCHING);
     vm.step("release", MOVING);
@@ -85,7 +85,7 @@ fn rss_follows_the_balloon_on_shared_memory() {
 fn huge_pages_go_back_whole() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
         fs::write("/proc/sys/vm/nr_hugepages", "330").expect("the host reserves huge pages");
-        let mut vm = VmSettings::new("huge", &Kernel::V6_1.guest_images(), "640M", "ballast.console")
+        let mut vm = VmSettings::new("huge", &images(Kernel::V6_1), "640M", "ballast.console")
             .with(&["--hugepages", "2M"])
             .start();
         vm.wait_until_ready();
@@ -104,7 +104,7 @@ fn a_guest_tells_all_its_statistics() {
     Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).usually(Duration::from_secs(60)).run(|| {
         for kernel in [Kernel::V6_1, Kernel::V6_12] {
             let name = kernel.series().replace('.', "-");
-            let mut vm = VmSettings::new(&name, &kernel.guest_images(), "256M", "ballast.console").start();
+            let mut vm = VmSettings::new(&name, &images(kernel), "256M", "ballast.console").start();
             vm.wait_until_ready();
             let memory = vm.wait_for_memory("a report", MOVING, |memory| memory.report.is_some());
             assert_eq!(memory.driver, DriverState::Active);
@@ -140,8 +140,7 @@ fn assert_report_is_plausible(memory: &MemoryStatus) {
 #[test]
 fn freed_memory_comes_back_with_no_request() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
-        let mut vm =
-            VmSettings::new("reporting", &Kernel::V6_1.guest_images(), "512M", "ballast.console").start();
+        let mut vm = VmSettings::new("reporting", &images(Kernel::V6_1), "512M", "ballast.console").start();
         vm.wait_until_ready();
         vm.step("file:128M", MOVING);
         let full = rss(&vm);
@@ -162,7 +161,7 @@ fn freed_memory_comes_back_with_no_request() {
 #[test]
 fn a_guest_out_of_memory_lives_and_is_left_in_peace() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("short", &images, "320M,min=64M", "ballast.console")
             .with(&["--no-free-page-reporting", "--grow", "balloon"])
             .start();

@@ -3,14 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use lab::{BOOT, Host, Kernel, VmSettings};
+use api::status::DriverState;
+use api::units::Bytes;
+use guests::{BOOT, Host, VmSettings, images};
+use lab::Kernel;
 
 /// How long a guest takes from its last word to the end of its process.
 const END: Duration = Duration::from_secs(3);
+const TRANSPORTS: [&str; 2] = ["pci", "mmio"];
 
 /// Each kernel in each form that it can be booted in.
 fn kernels() -> Vec<(&'static str, Kernel, PathBuf)> {
-    let (old, new) = (Kernel::V6_1.guest_images(), Kernel::V6_12.guest_images());
+    let (old, new) = (images(Kernel::V6_1), images(Kernel::V6_12));
     vec![
         ("bzimage-6-1", Kernel::V6_1, old.bzimage),
         ("elf-6-1", Kernel::V6_1, old.elf.expect("6.1 has an ELF")),
@@ -18,44 +22,73 @@ fn kernels() -> Vec<(&'static str, Kernel, PathBuf)> {
     ]
 }
 
-fn boot_all(cpu_counts: &[&str]) {
+/// Boots each kernel; its balloon's driver has found the device before it powers off.
+fn boot_all(transport: &str, cpus: &str, memory: &str) {
     for (name, kernel, image) in kernels() {
-        for &cpus in cpu_counts {
-            let mut vm = VmSettings::new(name, &kernel.guest_images(), "256M", "")
-                .kernel(&image)
-                .with(&["--cpus", cpus])
-                .start();
-            let ready = vm.wait_until_ready();
-            assert!(ready.contains(&format!("linux={}.", kernel.series())), "{ready}");
-            assert!(ready.contains(&format!("cpus={cpus} ")), "{ready}");
-            assert_eq!(vm.wait_for_end(END), 0, "{name} with {cpus} CPUs powers off");
+        let what = format!("{name} with {cpus} CPUs and {memory} by {transport}");
+        println!("booting {what}");
+        let mut vm = VmSettings::new(name, &images(kernel), memory, "ballast.console")
+            .kernel(&image)
+            .with(&["--cpus", cpus, "--transport", transport])
+            .start();
+        let ready = vm.wait_for_line("READY", BOOT * cpus.parse().expect("a number"));
+        assert!(ready.contains(&format!("linux={}.", kernel.series())), "{what}: {ready}");
+        assert!(ready.contains(&format!("cpus={cpus} ")), "{what}: {ready}");
+        vm.wait_for_memory("the balloon's driver", BOOT, |memory| memory.driver == DriverState::Active);
+        vm.type_in("end\n");
+        assert_eq!(vm.wait_for_end(END), 0, "{what} powers off");
+    }
+}
+
+/// A host for guests of both kernels.
+fn host(nested_paging: bool) -> Host {
+    Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).nested_paging(nested_paging)
+}
+
+fn boot_on_each_transport(sizes: &[(&str, &str)]) {
+    for transport in TRANSPORTS {
+        for (cpus, memory) in sizes {
+            boot_all(transport, cpus, memory);
         }
     }
 }
 
+const USUAL_SIZES: &[(&str, &str)] = &[("1", "256M"), ("2", "256M")];
+/// From the smallest guest to one with memory on both sides of the hole below 4 GiB.
+const ALL_SIZES: &[(&str, &str)] = &[("1", "64M"), ("4", "256M"), ("16", "512M"), ("1", "3200M")];
+
 #[test]
 fn kernels_boot_with_nested_paging() {
-    Host::new()
-        .guest(Kernel::V6_1)
-        .guest(Kernel::V6_12)
-        .usually(Duration::from_secs(120))
-        .run(|| boot_all(&["1", "2"]));
+    host(true).usually(Duration::from_secs(240)).run(|| boot_on_each_transport(USUAL_SIZES));
 }
 
 #[test]
 fn kernels_boot_with_shadow_paging() {
-    Host::new()
-        .guest(Kernel::V6_1)
-        .guest(Kernel::V6_12)
-        .nested_paging(false)
-        .usually(Duration::from_secs(160))
-        .run(|| boot_all(&["1", "2"]));
+    host(false).usually(Duration::from_secs(320)).run(|| boot_on_each_transport(USUAL_SIZES));
+}
+
+#[test]
+#[ignore = "24 boots, of up to 16 vCPUs on one processor: make test-long"]
+fn kernels_boot_at_all_sizes_with_nested_paging() {
+    host(true)
+        .memory(Bytes::gib(4))
+        .usually(Duration::from_secs(900))
+        .run(|| boot_on_each_transport(ALL_SIZES));
+}
+
+#[test]
+#[ignore = "24 boots, of up to 16 vCPUs on one processor: make test-long"]
+fn kernels_boot_at_all_sizes_with_shadow_paging() {
+    host(false)
+        .memory(Bytes::gib(4))
+        .usually(Duration::from_secs(1200))
+        .run(|| boot_on_each_transport(ALL_SIZES));
 }
 
 #[test]
 fn each_end_has_its_exit_code() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         for (cmdline, code) in [
             ("ballast.end=poweroff", 0),
             ("ballast.end=reboot", 10),
@@ -72,7 +105,7 @@ fn each_end_has_its_exit_code() {
 #[test]
 fn the_console_works_both_ways() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let mut vm = VmSettings::new("console", &images, "256M", "ballast.console").start();
         vm.wait_until_ready();
         vm.step("rest:1ms", BOOT);

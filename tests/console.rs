@@ -12,7 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use api::runtime;
-use lab::{BOOT, Host, Kernel, wait_for};
+use guests::{BOOT, Host, ballast, images, wait_for};
+use lab::Kernel;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -115,8 +116,8 @@ impl Run {
 
     /// As [`start`](Self::start), with a console that goes elsewhere.
     fn with_output(name: &str, stdin: Stdio, stdout: Stdio, arguments: &[&str]) -> Self {
-        let images = Kernel::V6_1.guest_images();
-        let mut command = Command::new(lab::ballast());
+        let images = images(Kernel::V6_1);
+        let mut command = Command::new(ballast());
         command.args(["run", "--memory", "128M", "--name", name]);
         command.arg("--kernel").arg(&images.bzimage).arg("--initrd").arg(&images.initrd);
         command.args(["--cmdline", "console=ttyS0 panic=-1 quiet ballast.console"]).args(arguments);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use api::status::{DriverState, MemoryStatus, PlugStatus};
 use api::units::Bytes;
-use lab::{Daemon, Host, Kernel, Vm, VmSettings};
+use guests::{Daemon, Host, Vm, VmSettings, images};
+use lab::Kernel;
 
 /// How long memory takes to move.
 const MOVING: Duration = Duration::from_secs(30);
@@ -18,7 +19,7 @@ fn guest(name: &str, kernel: Kernel, memory: &str) -> Vm {
 
 /// A guest whose memory is of the kind that the arguments say.
 fn guest_on(name: &str, kernel: Kernel, memory: &str, arguments: &[&str]) -> Vm {
-    let mut vm = VmSettings::new(name, &kernel.guest_images(), memory, "ballast.console")
+    let mut vm = VmSettings::new(name, &images(kernel), memory, "ballast.console")
         .with(&["--grow", "plug"])
         .with(arguments)
         .start();
@@ -93,7 +94,7 @@ fn follows_the_host(name: &str, kernel: Kernel, startup: Bytes, arguments: &[&st
 
 /// A memfd whose guest boots with no whole number of huge pages, and private memory.
 #[test]
-#[ignore = "passed in 186 s, which is long: cargo nextest run -p tests --test plug --run-ignored all shadow"]
+#[ignore = "takes minutes in the lab: make test-long"]
 fn shadow_paging_follows_what_is_plugged_and_unplugged() {
     let host = Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).nested_paging(false);
     host.usually(Duration::from_secs(90)).run(|| {
@@ -185,7 +186,7 @@ fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
 #[test]
 fn a_guest_without_the_driver_keeps_what_it_booted_with() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         let cmdline = "ballast.console ballast.without=virtio_mem";
         let mut vm = VmSettings::new("old", &images, "256M,min=128M,max=1G", cmdline)
             .with(&["--grow", "plug"])

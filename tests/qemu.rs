@@ -7,7 +7,8 @@ use api::status::DriverState;
 use api::units::Bytes;
 use balancer::driver::qemu::Qemu as Client;
 use balancer::driver::{Driver, Error, Status};
-use lab::{Kernel, Qemu, QemuSettings, wait_for};
+use guests::{Qemu, QemuSettings, images, wait_for};
+use lab::Kernel;
 use tokio::runtime::{Builder, Runtime};
 
 const HAS: Bytes = Bytes::mib(384);
@@ -55,7 +56,7 @@ fn used(status: &Status) -> Bytes {
 fn a_stock_guest_in_qemu_is_read_and_moved() {
     let directory = tempfile::tempdir().expect("a directory can be made");
     let operator = directory.path().join("operator.qmp");
-    let images = Kernel::V6_1.guest_images();
+    let images = images(Kernel::V6_1);
     let mut qemu = QemuSettings::new("guest", &images, HAS, "ballast.console", directory.path())
         .with(&["-qmp", &format!("unix:{},server=on,wait=off", operator.display())])
         .start();

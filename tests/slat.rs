@@ -4,7 +4,8 @@ use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-use lab::{Host, Kernel, VmSettings, ballast};
+use guests::{Host, VmSettings, ballast, images};
+use lab::Kernel;
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(5);
@@ -29,7 +30,7 @@ fn field(line: &str, name: &str) -> u64 {
 #[test]
 fn an_address_of_a_guest_is_followed_to_where_the_guest_says_it_is() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(45)).run(|| {
-        let images = Kernel::V6_1.guest_images();
+        let images = images(Kernel::V6_1);
         // With SMAP, KVM_TRANSLATE, which reads as ring 0, finds no page of a process.
         let line = "nokaslr clearcpuid=smap ballast.console";
         let mut vm = VmSettings::new("shown", &images, "256M", line).start();

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use api::status::{DriverState, MemoryStatus, Pauser, VmState};
 use api::units::Bytes;
-use lab::{Host, Kernel, Vm, VmSettings};
+use guests::{Host, Vm, VmSettings, images};
+use lab::Kernel;
 
 const SEED: &str = "BALLAST_SOAK_SEED";
 const SECONDS: &str = "BALLAST_SOAK_SECONDS";
@@ -107,10 +108,9 @@ fn number(name: &str, default: u64) -> u64 {
 
 impl Soak {
     fn start(kernel: Kernel, arguments: &[&str], seed: u64) -> Self {
-        let mut vm =
-            VmSettings::new("soak", &kernel.guest_images(), "256M,min=160M,max=768M", "ballast.console")
-                .with(arguments)
-                .start();
+        let mut vm = VmSettings::new("soak", &images(kernel), "256M,min=160M,max=768M", "ballast.console")
+            .with(arguments)
+            .start();
         vm.wait_until_ready();
         let soak = Self {
             vm,

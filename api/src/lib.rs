@@ -1,6 +1,8 @@
 //! The words that all parts of ballast speak, and the wire between them.
 
 pub mod agent;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod limits;
 pub mod metrics;
 pub mod report;

@@ -263,6 +263,20 @@ pub struct VmStatus {
     pub uptime_ms: u64,
     /// ballast's version.
     pub version: String,
+    /// What has become of its console's output; `None` for a VM without one, or one that does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleStatus>,
+}
+
+/// What has become of a VM's console output since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleStatus {
+    /// What its reader has taken.
+    pub written: Bytes,
+    /// What waits for a reader, or for one who is slow.
+    pub waiting: Bytes,
+    /// What nobody gets: there was no room for it any more, or no reader to come.
+    pub lost: Bytes,
 }
 
 #[cfg(test)]
@@ -319,6 +333,7 @@ mod tests {
             cpus: 1,
             uptime_ms: 1,
             version: "0".to_owned(),
+            console: Some(ConsoleStatus::default()),
         };
         let json = serde_json::to_value(&vm).unwrap();
         assert_eq!((json["state"].as_str(), json.get("paused_by")), (Some("running"), None));

@@ -8,12 +8,9 @@
 
 pub mod ballast;
 pub mod cloud_hypervisor;
-mod error;
-mod events;
 pub mod firecracker;
 mod foreign;
 mod foreign_vm;
-pub(crate) mod http;
 pub(crate) mod process;
 pub mod qemu;
 mod statistics;
@@ -24,25 +21,16 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
+use api::client::EventSource;
 use api::limits::{Limits, Wanted};
 use api::status::MemoryStatus;
 use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::error::Error;
-pub use self::events::EventSource;
-
-/// How long one request may take where nobody says otherwise.
-///
-/// A VM answers from its own memory in well under a millisecond; a second is
-/// the tick of the balancer, which must not wait longer for anyone.
-pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
+pub use api::client::Error;
 
 /// A guest's report that is older than this is news of the past: the guest is asked for another.
 pub const FRESH: Duration = Duration::from_millis(20);
-
-/// The largest answer that is read. A full one is about 2 KiB.
-pub const LARGEST_ANSWER: usize = 256 << 10;
 
 /// Which VMM a VM runs in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

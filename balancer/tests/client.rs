@@ -4,8 +4,8 @@ mod fakes;
 
 use std::time::{Duration, Instant};
 
+use api::client::{Client, Error};
 use api::units::Bytes;
-use balancer::driver::ballast::{Client, Error};
 use fakes::{FakeVm, Manner};
 
 const LIMITS: &str = "256M,min=128M,max=1G";

@@ -103,6 +103,14 @@ async fn until_standing(directory: &Path, name: &str, standing: &str) {
     .await;
 }
 
+/// Waits until two whole rounds have begun and ended from now on.
+async fn two_rounds(directory: &Path) {
+    let rounds = async || state(directory).await["rounds"].as_u64().unwrap_or(0);
+    // One may be under way.
+    let last = rounds().await + 3;
+    until_async("two rounds are over", || async { rounds().await >= last }).await;
+}
+
 fn target(vm: &FakeVm) -> Bytes {
     vm.state().memory.target
 }
@@ -164,7 +172,7 @@ async fn each_that_misbehaves_is_contained_and_the_others_are_served() {
         until(&format!("the good one is served beside {manner:?}"), || target(&good) >= Bytes::mib(300))
             .await;
         good.state().used = Bytes::mib(900);
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        two_rounds(directory.path()).await;
         // What the bad one may hold stays its own.
         assert!(target(&good) <= Bytes::mib(400), "{manner:?}: {}", target(&good));
         assert!(bad.state().targets.is_empty(), "{manner:?}");
@@ -216,9 +224,11 @@ async fn vms_come_and_go() {
     drop(std::os::unix::net::UnixListener::bind(directory.path().join("dead.sock")).unwrap());
     std::fs::write(directory.path().join("file.sock"), "").unwrap();
     drop(std::os::unix::net::UnixListener::bind(directory.path().join("Not A Name.sock")).unwrap());
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // One that comes after them is seen by a look at the directory that sees them too.
+    let _last = FakeVm::start(directory.path(), "last", LIMITS, Bytes::mib(50));
+    until_standing(directory.path(), "last", "following").await;
     let view = state(directory.path()).await;
-    assert_eq!(view["vms"].as_array().unwrap().len(), 1, "{view}");
+    assert_eq!(view["vms"].as_array().unwrap().len(), 2, "{view}");
     daemon.stop().await.unwrap();
 }
 
@@ -246,7 +256,7 @@ async fn a_killed_daemon_carries_on_from_what_vms_say() {
     let before = (a.state().targets.len(), b.state().targets.len());
     let daemon = Daemon::start(config(&directory, Bytes::gib(1)));
     until_standing(directory.path(), "a", "following").await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    two_rounds(directory.path()).await;
     assert_eq!((a.state().targets.len(), b.state().targets.len()), before);
     daemon.stop().await.unwrap();
 }
@@ -279,7 +289,7 @@ async fn guests_that_do_not_report_or_have_no_driver_are_held() {
     until_standing(directory.path(), "silent", "stale").await;
     // 1500 less 600 and 512: what can't wait is served from the pool too.
     until("the needy one has what is left", || target(&needy) >= enough(388)).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    two_rounds(directory.path()).await;
     assert!(silent.state().targets.is_empty() && driverless.state().targets.is_empty());
     assert!(target(&needy) <= Bytes::mib(388));
     daemon.stop().await.unwrap();

@@ -1,138 +1,25 @@
 //! The daemon as a process that is killed at any moment, among VMs that are killed too or misbehave.
 
 mod fakes;
+mod process;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::fs;
+use std::time::Duration;
 
 use api::limits::Limits;
 use api::status::Pauser;
 use api::units::Bytes;
-use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, LastResort, ReservationRequest, VmView};
+use balancer::daemon::{ReservationRequest, VmView};
 use balancer::policy::guards::Standing;
 use fakes::{FakeVm, Journal, Manner};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use process::{Daemon, client, rounds, until};
 
-/// Every wait is for an event; this is only when to give up.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-const DIRECTORY: &str = "BALLAST_TEST_DIRECTORY";
-const BUDGET: &str = "BALLAST_TEST_BUDGET";
-const INTERVAL: &str = "BALLAST_TEST_INTERVAL_MS";
-const PAUSES: &str = "BALLAST_TEST_PAUSES";
-
-/// What [`Daemon::start`] runs in a process of its own.
+/// What [`Daemon::start`] runs in a process of its own; without its word there is nothing to do.
 #[test]
-#[ignore = "the process that the other tests start and kill"]
 fn the_daemon_process() {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let (Ok(directory), Some(budget), Some(interval)) =
-        (std::env::var(DIRECTORY), number(BUDGET), number(INTERVAL))
-    else {
-        return;
-    };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-    let mut config = Config {
-        directory: Some(directory.into()),
-        budget: Some(Bytes(budget)),
-        interval: Duration::from_millis(interval),
-        ..Config::default()
-    };
-    if let Ok(pauses) = std::env::var(PAUSES) {
-        config.last_resort = if pauses == "1" { LastResort::Pause } else { LastResort::Advise };
-        // An emergency that lasts is a minute, and what was done has ten seconds to work.
-        config.policy.emergency_dwell = Duration::from_millis(200);
-        config.policy.patience = Duration::from_millis(100);
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(daemon::run(config, std::future::pending())).unwrap();
-}
-
-struct Daemon {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn start(directory: &Path, budget: Bytes, interval: Duration) -> Self {
-        Self::start_with(directory, budget, interval, |_| {})
-    }
-
-    /// One that comes to its last resort soon, and pauses VMs then, or only advises to.
-    fn start_hasty(directory: &Path, budget: Bytes, pauses: bool) -> Self {
-        Self::start_with(directory, budget, Duration::from_millis(50), |command| {
-            command.env(PAUSES, if pauses { "1" } else { "0" });
-        })
-    }
-
-    fn start_with(
-        directory: &Path,
-        budget: Bytes,
-        interval: Duration,
-        change: impl FnOnce(&mut Command),
-    ) -> Self {
-        let log = directory.join("log");
-        let file = File::options().create(true).append(true).open(&log).unwrap();
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command
-            .args(["--exact", "the_daemon_process", "--ignored", "--nocapture"])
-            .env(DIRECTORY, directory)
-            .env(BUDGET, budget.0.to_string())
-            .env(INTERVAL, interval.as_millis().to_string())
-            .stdout(Stdio::null())
-            .stderr(file);
-        change(&mut command);
-        Self { child: command.spawn().unwrap(), log }
-    }
-
-    /// As `kill -9`: no word to anyone.
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// The processor time it has used.
-    fn busy(&self) -> Duration {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        // utime and stime (proc(5)), in hundredths of a second on every Linux.
-        let ticks = |index: usize| fields[index].parse::<u64>().unwrap();
-        Duration::from_millis((ticks(11) + ticks(12)) * 10)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn client(directory: &Path) -> Client {
-    Client::new(directory, PATIENCE)
-}
-
-/// How many rounds the daemon has made; 0 while it doesn't answer.
-async fn rounds(directory: &Path) -> u64 {
-    client(directory).state().await.map_or(0, |state| state.rounds)
-}
-
-async fn until<F: Future<Output = bool>>(what: &str, mut done: impl FnMut() -> F) {
-    let waited = tokio::time::timeout(PATIENCE, async {
-        while !done().await {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    });
-    assert!(waited.await.is_ok(), "gave up waiting until {what}");
+    process::serve();
 }
 
 /// A small generator whose every run is the same (xorshift64*).
@@ -364,44 +251,17 @@ async fn killed_at_random_it_forgets_nobody_that_it_paused() {
     assert_eq!((paused_by(&own), own.state().steered), (Some(Pauser::Operator), 0));
 }
 
-/// Runs as many VMs as are asked for at a pace of one second, and prints what it costs.
-async fn load(vms: usize, measured: u64) -> (Duration, f64) {
-    // The fakes live in this process: two descriptors each.
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path();
-    let vms: Vec<_> =
-        (0..vms).map(|n| FakeVm::start(path, &format!("vm-{n}"), LIMITS, Bytes::mib(150))).collect();
-    let daemon = Daemon::start(path, Bytes::gib(vms.len() as u64), Duration::from_secs(1));
-    until("all are known", || async {
-        let state = client(path).state().await;
-        state.is_ok_and(|state| state.vms.iter().filter(|vm| vm.memory.is_some()).count() == vms.len())
-    })
-    .await;
-    let (first, busy, began) = (rounds(path).await, daemon.busy(), Instant::now());
-    until("it was measured", || async { rounds(path).await >= first + measured }).await;
-    let share = (daemon.busy() - busy).as_secs_f64() / began.elapsed().as_secs_f64();
-    let round = began.elapsed() / u32::try_from(rounds(path).await - first).unwrap();
-    println!(
-        "{} VMs: {:.1} % of a processor, {} ms from round to round",
-        vms.len(),
-        share * 100.0,
-        round.as_millis()
-    );
-    let state = client(path).state().await.unwrap();
-    assert!(state.vms.iter().all(|vm| vm.errors == 0), "nobody was left without a connection");
-    (round, share)
-}
-
 #[tokio::test]
 async fn a_hundred_vms_are_asked_in_every_round() {
-    load(100, 3).await;
-}
-
-/// `cargo test --release -p balancer --test reliability -- --ignored --nocapture a_thousand_vms`
-#[tokio::test]
-#[ignore = "measures; run it by hand on a quiet machine"]
-async fn a_thousand_vms_a_second() {
-    load(1000, 20).await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let start = |n| FakeVm::start(path, &format!("vm-{n}"), LIMITS, Bytes::mib(150));
+    let _vms: Vec<_> = (0..100).map(start).collect();
+    let _daemon = Daemon::start(path, Bytes::gib(100), Duration::from_secs(1));
+    until("all are known", || async { client(path).state().await.is_ok_and(|state| state.vms.len() == 100) })
+        .await;
+    let first = rounds(path).await;
+    until("rounds go on", || async { rounds(path).await >= first + 3 }).await;
+    let state = client(path).state().await.unwrap();
+    assert!(state.vms.iter().all(|vm| vm.memory.is_some() && vm.errors == 0), "{:?}", state.host);
 }

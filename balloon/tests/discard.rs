@@ -9,6 +9,7 @@ use api::units::{Bytes, PAGE_SIZE};
 use balloon::collapse::MOST_RUNS;
 use balloon::discard::{Backing, Discard, Region};
 use balloon::ranges::Range;
+use devices::testing::huge_pages::Pool;
 use vm_memory::GuestAddress;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -169,7 +170,6 @@ fn what_the_host_refuses_is_counted() {
 }
 
 const HUGE: usize = 2 << 20;
-const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Address space that starts at a huge page, with nothing in it.
 struct Blocks {
@@ -363,41 +363,6 @@ fn what_a_guest_gave_up_stays_away() {
     }
     println!("{before} pages; {} without advice a minute later", left_alone.resident());
     assert_eq!(kept.resident(), before);
-}
-
-/// Huge pages for one test, given back to the host afterwards.
-struct Pool(u64);
-
-impl Pool {
-    fn count() -> Option<u64> {
-        fs::read_to_string(POOL).ok()?.trim().parse().ok()
-    }
-
-    /// `None`, with a loud word, where this host has none to give.
-    fn reserve(pages: u64) -> Option<Self> {
-        let before = Self::count();
-        let wanted = before.unwrap_or(0) + pages;
-        let _ = fs::write(POOL, wanted.to_string());
-        if before.is_some() && Self::count() >= Some(wanted) {
-            return before.map(Self);
-        }
-        eprintln!("SKIPPED: no {pages} huge pages to be had from {POOL} (needs root and free memory)");
-        if let Some(before) = before {
-            let _ = fs::write(POOL, before.to_string());
-        }
-        None
-    }
-
-    fn free() -> u64 {
-        let free = fs::read_to_string(POOL.replace("nr_", "free_")).unwrap();
-        free.trim().parse().unwrap()
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = fs::write(POOL, self.0.to_string());
-    }
 }
 
 /// Gives huge page 1 of 3 in two parts, then takes a piece of it back and gives that again.

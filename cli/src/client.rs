@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use api::client::Client;
+pub use api::client::Error;
 use api::runtime;
-use balancer::driver::ballast::Client;
-pub use balancer::driver::ballast::Error;
 
 use crate::failure::Failure;
 

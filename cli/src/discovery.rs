@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use api::client::{Client, Error};
 use api::runtime::{self, RuntimeError};
 use api::status::MemoryStatus;
 use balancer::driver::FRESH;
-use balancer::driver::ballast::{Client, Error};
 use tokio::task::JoinSet;
 
 /// What one VM said of its memory.

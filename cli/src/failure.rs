@@ -4,9 +4,9 @@ use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
+use api::client;
 use api::runtime::RuntimeError;
 use balancer::daemon::DaemonError;
-use balancer::driver::ballast;
 use vmm::exit::{FAILED, HOST_CANNOT, USAGE};
 use vmm::host::HostCannot;
 use vmm::machine::MachineError;
@@ -97,8 +97,8 @@ impl From<DaemonError> for Failure {
     }
 }
 
-impl From<ballast::Error> for Failure {
-    fn from(error: ballast::Error) -> Self {
+impl From<client::Error> for Failure {
+    fn from(error: client::Error) -> Self {
         Self::new(error)
     }
 }

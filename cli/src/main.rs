@@ -92,6 +92,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // A limit on the size of files makes a write fail; it ends nobody.
+    // SAFETY: no handler is set, and no other thread runs yet.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     abort_on_panic();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

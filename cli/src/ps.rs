@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::agent::AgentStatus;
+use api::client::{Client, Error};
 use api::limits::Limits;
 use api::runtime;
 use api::status::{MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
 use balancer::daemon::{State, VmView};
-use balancer::driver::ballast::{Client, Error};
 use serde::Serialize;
 use tokio::task::JoinSet;
 

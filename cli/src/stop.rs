@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balancer::driver::ballast::Client;
+use api::client::Client;
 use tokio::time::{Instant, sleep};
 
 use crate::client::{self, Error};

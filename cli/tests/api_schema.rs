@@ -5,9 +5,11 @@ mod fakes;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use api::limits::Limits;
 use api::units::Bytes;
 use fakes::FakeVm;
 use lab::schemathesis;
@@ -24,8 +26,10 @@ fn a_vm_answers_as_its_document_says() {
     let socket = directory.path().join("web.sock");
     let server = Server::bind(&socket).unwrap();
     let stop = server.stopper().unwrap();
-    let limits = "256M,min=128M,max=1G".parse().unwrap();
-    let control = Control::new("web".parse().unwrap(), "2".parse().unwrap(), limits);
+    // What is mapped is this VM's own bound, of which no document tells.
+    let most = Bytes(u64::MAX).page_floor();
+    let limits = Limits::new(Bytes::mib(256), Bytes::mib(128), most, 20, 100).unwrap();
+    let control = Arc::new(Control::new("web".parse().unwrap(), "2".parse().unwrap(), limits));
     let outcome = thread::scope(|scope| {
         let serving = scope.spawn(|| server.run(&control));
         // Events have no end that a tester could wait for.

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,7 +59,7 @@ fn with_vm(place: &Place, name: &str, work: impl FnOnce()) {
     let server = Server::bind(&place.path().join(format!("{name}.sock"))).unwrap();
     let stop = server.stopper().unwrap();
     let limits = "256M,min=128M,max=1G".parse().unwrap();
-    let control = Control::new(name.parse().unwrap(), "2".parse().unwrap(), limits);
+    let control = Arc::new(Control::new(name.parse().unwrap(), "2".parse().unwrap(), limits));
     thread::scope(|scope| {
         let serving = scope.spawn(|| server.run(&control));
         // Also when `work` panics: the scope waits for the server.
@@ -76,6 +77,18 @@ impl Drop for Stop {
     fn drop(&mut self) {
         self.0.write(1).unwrap();
     }
+}
+
+/// A file that may not grow is an error, and no signal's prey.
+#[test]
+fn a_limit_on_the_size_of_files_ends_nobody() {
+    let place = Place::new();
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 0; exec \"$0\" completions bash >\"$1\""]);
+    limited.arg(env!("CARGO_BIN_EXE_ballast")).arg(place.path().join("completions"));
+    let answer = Answer::from(limited.output().unwrap());
+    assert_eq!(answer.code, Some(1), "{answer:?}");
+    assert!(answer.err.starts_with("ballast: ") && answer.err.contains("File too large"), "{answer:?}");
 }
 
 #[test]

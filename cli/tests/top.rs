@@ -282,10 +282,12 @@ fn without_a_terminal_it_prints_text_or_json() {
 
 /// Not a test: VMs that change, for a look at the screen by hand.
 ///
-/// `cargo test -p cli --test top -- --ignored --nocapture a_place_to_look`
+/// `BALLAST_TEST_LOOK=1 cargo test -p cli --test top -- --nocapture a_place_to_look`
 #[test]
-#[ignore = "runs until it is stopped"]
 fn a_place_to_look() {
+    if std::env::var_os("BALLAST_TEST_LOOK").is_none() {
+        return;
+    }
     let runtime = runtime();
     let _guard = runtime.enter();
     let directory = tempfile::tempdir().unwrap();

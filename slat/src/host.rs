@@ -234,6 +234,17 @@ fn of_cgroup() -> Option<Bytes> {
     stat.lines().find_map(|line| line.strip_prefix("kernel ")?.trim().parse().ok()).map(Bytes)
 }
 
+/// KVM for a test; `None`, with a word, on a machine that has none.
+///
+/// # Panics
+/// In a host of the lab, which has it: a test that finds none there has found a fault.
+#[cfg(test)]
+pub(crate) fn kvm_for_tests() -> Option<kvm_ioctls::Kvm> {
+    let kvm = kvm_ioctls::Kvm::new();
+    assert!(kvm.is_ok() || !lab::inside(), "a host of the lab has KVM: {kvm:?}");
+    kvm.inspect_err(|error| eprintln!("not run: no usable /dev/kvm ({error})")).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 //! by ballast's other means, virtio-mem and free page reporting.
 //!
 //! A guest of 1 GiB has touched and freed 700 MiB; then 512 MiB are taken, given back, and taken
-//! again. By balloon, a step begins when the VMM is asked and ends when the driver writes into its
+//! again. All devices are on the mmio transport, as QEMU's microvm has no other. By balloon, a step begins when the VMM is asked and ends when the driver writes into its
 //! configuration space how much the balloon holds. A virtio-mem or reporting driver says nothing of
 //! the kind: there a step ends with its last write to the device. The host's kernel traces those
 //! writes, so that nobody has to ask the VMM meanwhile.
@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use ::api::units::Bytes;
 use anyhow::{Result, ensure};
+use guests::{Of, Printed, QemuSettings, Vm, sum};
 use lab::{GuestImages, Kernel};
 
 use crate::trace::{Counts, End, Trace, now};
-use crate::vm::{Memory, Step, Vm, Vmm};
+use crate::vm::{Memory, Step, Transport, USUALLY, guest};
 
 const GUEST: Bytes = Bytes::gib(1);
 /// What is taken.
@@ -37,7 +38,7 @@ pub const SPEEDS: &str = "/tmp/speeds.json";
 /// # Errors
 /// Where the VM can't be started or does not do as it is asked; so all here.
 pub fn zeroing() -> Result<()> {
-    let [inflate, deflate, _] = by_balloon(Vmm::Ballast, true)?;
+    let [inflate, deflate, _] = by_ballast(true)?;
     leave_speeds([("inflate", inflate), ("deflate", deflate)])
 }
 
@@ -53,7 +54,7 @@ fn leave_speeds(steps: [(&str, Step); 2]) -> Result<()> {
 /// # Errors
 /// As [`zeroing`].
 pub fn plain() -> Result<()> {
-    by_balloon(Vmm::Ballast, false).map(drop)
+    by_ballast(false).map(drop)
 }
 
 /// QEMU's balloon with a guest that fills pages with zeros.
@@ -61,7 +62,7 @@ pub fn plain() -> Result<()> {
 /// # Errors
 /// As [`zeroing`].
 pub fn qemu_zeroing() -> Result<()> {
-    by_balloon(Vmm::Qemu, true).map(drop)
+    by_qemu(true)
 }
 
 /// The same with `init_on_alloc=0`.
@@ -69,27 +70,34 @@ pub fn qemu_zeroing() -> Result<()> {
 /// # Errors
 /// As [`zeroing`].
 pub fn qemu_plain() -> Result<()> {
-    by_balloon(Vmm::Qemu, false).map(drop)
+    by_qemu(false)
 }
 
-fn by_balloon(vmm: Vmm, init_on_alloc: bool) -> Result<[Step; 3]> {
-    let images = images()?;
-    let cmdline = format!("init_on_alloc={}", u8::from(init_on_alloc));
-    let mut vm = match vmm {
-        // Without reporting: nothing but the balloon moves memory.
-        Vmm::Ballast => Vm::ballast(&images, "1G,min=128M", &cmdline, &["--no-free-page-reporting"])?,
-        Vmm::Qemu => Vm::microvm(&images, "1024", &cmdline)?,
-    };
-    for step in LOAD {
-        vm.step(step)?;
-    }
-    let mut memory = Memory::connect(vmm, &vm)?;
-    let name = match vmm {
-        Vmm::Ballast => "balloon",
-        Vmm::Qemu => "QEMU's balloon",
-    };
-    let guest = if init_on_alloc { "zeroing" } else { "plain" };
-    print_huge_pages(name, guest, &vm)?;
+fn by_ballast(init_on_alloc: bool) -> Result<[Step; 3]> {
+    // Without reporting: nothing but the balloon moves memory.
+    let arguments = ["--no-free-page-reporting"];
+    let cmdline = cmdline(init_on_alloc);
+    let mut vm = guest(&images()?, "1G,min=128M", &cmdline, Transport::Mmio, &arguments).start();
+    by_balloon("balloon", init_on_alloc, &mut vm, |vm| Memory::of(vm))
+}
+
+fn by_qemu(init_on_alloc: bool) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let settings = QemuSettings::new("bench", &images()?, GUEST, &cmdline(init_on_alloc), directory.path());
+    let mut qemu = QemuSettings { printed: Printed::No, ..settings }.start();
+    let socket = qemu.socket().to_owned();
+    by_balloon("QEMU's balloon", init_on_alloc, &mut qemu, |vm| Memory::of_qemu(vm, &socket)).map(drop)
+}
+
+/// Takes, gives back and takes again.
+fn by_balloon(
+    name: &str,
+    init_on_alloc: bool,
+    vm: &mut Vm,
+    way: impl FnOnce(&Vm) -> Result<Memory>,
+) -> Result<[Step; 3]> {
+    let guest = loaded(name, init_on_alloc, vm);
+    let mut memory = way(vm)?;
     let mut hold = |what, amount| -> Result<Step> {
         let step = memory.reach(GUEST - amount, End::Says(amount))?;
         print(name, guest, what, step);
@@ -98,24 +106,32 @@ fn by_balloon(vmm: Vmm, init_on_alloc: bool) -> Result<[Step; 3]> {
     Ok([hold("take", TAKEN)?, hold("give back", Bytes::ZERO)?, hold("take again", TAKEN)?])
 }
 
+/// Has the guest touch and free memory, and says which kind of guest it is.
+fn loaded(name: &str, init_on_alloc: bool, vm: &mut Vm) -> &'static str {
+    vm.wait_until_ready();
+    for step in LOAD {
+        vm.step(step, USUALLY);
+    }
+    let guest = if init_on_alloc { "zeroing" } else { "plain" };
+    println!("{name:<14} {guest:<7} has {} in huge pages", sum(&vm.smaps(), Of::Guest, &["AnonHugePages"]));
+    guest
+}
+
 /// The same 512 MiB as memory that is plugged and unplugged.
 ///
 /// # Errors
 /// As [`zeroing`].
 pub fn plug() -> Result<()> {
     for init_on_alloc in [true, false] {
-        let cmdline = format!("init_on_alloc={}", u8::from(init_on_alloc));
         // Without reporting and statistics: nothing else writes to a device.
         let arguments =
             ["--grow", "plug", "--no-free-page-reporting", "--statistics-interval", "0", "--no-agent"];
-        let mut vm = Vm::ballast(&images()?, "512M,min=128M,max=1G", &cmdline, &arguments)?;
-        let mut memory = Memory::connect(Vmm::Ballast, &vm)?;
+        let limits = "512M,min=128M,max=1G";
+        let mut vm = guest(&images()?, limits, &cmdline(init_on_alloc), Transport::Mmio, &arguments).start();
+        vm.wait_until_ready();
+        let mut memory = Memory::of(&vm)?;
         memory.reach(GUEST, End::Quiet(UNPLUGGED))?;
-        for step in LOAD {
-            vm.step(step)?;
-        }
-        let guest = if init_on_alloc { "zeroing" } else { "plain" };
-        print_huge_pages("virtio-mem", guest, &vm)?;
+        let guest = loaded("virtio-mem", init_on_alloc, &mut vm);
         let mut reach = |what: &str, taken: Bytes| -> Result<Step> {
             let step = memory.reach(GUEST - taken, End::Quiet(UNPLUGGED))?;
             let status = memory.status()?;
@@ -140,17 +156,18 @@ pub fn plug() -> Result<()> {
 /// As [`zeroing`].
 pub fn reporting() -> Result<()> {
     for init_on_alloc in [true, false] {
-        let cmdline = format!("init_on_alloc={}", u8::from(init_on_alloc));
         let arguments = ["--statistics-interval", "0", "--no-agent"];
-        let mut vm = Vm::ballast(&images()?, "1G,min=128M", &cmdline, &arguments)?;
-        let mut memory = Memory::connect(Vmm::Ballast, &vm)?;
+        let mut vm =
+            guest(&images()?, "1G,min=128M", &cmdline(init_on_alloc), Transport::Mmio, &arguments).start();
+        vm.wait_until_ready();
+        let mut memory = Memory::of(&vm)?;
         // What is free from the start is reported first.
         Trace::start(End::Quiet(REPORTED))?.wait()?;
         let guest = if init_on_alloc { "zeroing" } else { "plain" };
         for what in ["take", "take again"] {
-            vm.step("grow:512M")?;
+            vm.step("grow:512M", USUALLY);
             let reported = memory.status()?.counters.reported;
-            vm.step("release")?;
+            vm.step("release", USUALLY);
             let trace = Trace::start(End::Quiet(REPORTED))?;
             let (before, asked) = (Counts::read(vm.pid())?, now());
             let time = trace.wait()?.saturating_sub(asked);
@@ -165,10 +182,14 @@ pub fn reporting() -> Result<()> {
     Ok(())
 }
 
+fn cmdline(init_on_alloc: bool) -> String {
+    format!("ballast.console init_on_alloc={}", u8::from(init_on_alloc))
+}
+
 fn images() -> Result<GuestImages> {
     // Each VM finds the host's memory in large pieces, whatever the one before left.
     fs::write("/proc/sys/vm/compact_memory", "1")?;
-    Ok(Kernel::V6_1.guest_images())
+    Ok(Kernel::V6_1.guest_images()?)
 }
 
 /// What the columns are.
@@ -186,13 +207,4 @@ fn print(means: &str, guest: &str, what: &str, Step { time, counts }: Step) {
         counts.flushes,
         counts.exits
     );
-}
-
-/// Prints what of a VM's memory is in huge pages.
-fn print_huge_pages(means: &str, guest: &str, vm: &Vm) -> Result<()> {
-    let smaps = fs::read_to_string(format!("/proc/{}/smaps_rollup", vm.pid()))?;
-    let line = smaps.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()).unwrap_or("0");
-    println!("{means:<14} {guest:<7} has {} in huge pages", Bytes::kib(kib.parse()?));
-    Ok(())
 }

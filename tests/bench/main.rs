@@ -3,30 +3,28 @@
 //! It runs in the deterministic lab, where a nanosecond is an instruction, so noise can't touch it.
 
 mod balloon;
-mod memory;
 mod trace;
+mod transport;
 mod vm;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ::api::units::Bytes;
-use anyhow::{Context, Result, bail, ensure};
-use lab::emulator::{Emulator, Terminal};
-use lab::{GuestImages, Kernel, inside, qemu_with_libraries};
+use anyhow::{Context, Result, ensure};
+use guests::{Of, Printed, QemuSettings, Vm, qemu_with_libraries, sum};
+use lab::{Emulator, Execution, Kernel, Terminal, inside};
 
-use crate::memory::Beside;
+use crate::vm::{Transport, guest};
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// The guest's first word, printed by its init before anything else.
 const INIT: &str = "INIT";
 /// Printed when it has loaded its modules.
-const READY: &str = "READY";
-const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet ballast.end=hang";
+const READY: &str = "READY linux=";
+const CMDLINE: &str = "ballast.end=hang";
 /// Several times what a run usually takes.
 const LIMIT: Duration = Duration::from_secs(900);
 
@@ -34,6 +32,7 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// word of its name, or by all of it; without a name all are run.
 const RUNS: &[(&str, Run)] = &[
     ("boot", boot),
+    ("transport", transport::compare),
     ("balloon", balloon::zeroing),
     ("balloon-plain", balloon::plain),
     ("balloon-qemu", balloon::qemu_zeroing),
@@ -44,6 +43,7 @@ const RUNS: &[(&str, Run)] = &[
 type Run = fn() -> Result<()>;
 
 fn main() -> ExitCode {
+    lab::progress::show();
     let names: Vec<String> = std::env::args().skip(1).collect();
     if let Some(name) = names.iter().find(|name| RUNS.iter().all(|(known, _)| !is_meant(name, known))) {
         let known: Vec<&str> = RUNS.iter().map(|(name, _)| *name).collect();
@@ -79,7 +79,7 @@ fn emulated(names: &[String]) -> Result<()> {
         if !names.is_empty() && !names.iter().any(|wanted| is_meant(wanted, name)) {
             continue;
         }
-        if *name != "boot" && !std::mem::replace(&mut explained, true) {
+        if !["boot", "transport"].contains(name) && !std::mem::replace(&mut explained, true) {
             println!("{}", balloon::HEADING);
         }
         if let Err(error) = emulate(name) {
@@ -93,7 +93,7 @@ fn emulated(names: &[String]) -> Result<()> {
 
 fn emulate(name: &str) -> Result<()> {
     let emulator = Emulator {
-        deterministic: true,
+        execution: Execution::Counted,
         memory: Bytes::gib(3),
         guests: vec![Kernel::V6_1],
         files: qemu_with_libraries()?,
@@ -127,80 +127,49 @@ fn add_speeds(file: &Path, speeds: &[u8]) -> Result<()> {
     Ok(fs::write(file, serde_json::to_vec_pretty(&all)?)?)
 }
 
-/// What was measured of one VM.
-struct Measured {
-    init: Duration,
-    ready: Duration,
-    beside: Beside,
-}
-
 fn boot() -> Result<()> {
-    let images = Kernel::V6_1.guest_images();
+    let images = Kernel::V6_1.guest_images()?;
     // Once without looking: the first VMM pays for caches and entropy that the others find ready.
-    run(ballast(&images))?;
+    measure(Instant::now(), &mut guest(&images, "256M", CMDLINE, Transport::Mmio, &[]).start())?;
     println!("256 MiB, 1 vCPU, Debian 6.1 as bzImage; V s: virtual seconds, 1e9 instructions each");
     println!(
-        "              exec to init   to modules loaded   private beside guest RAM   of it not backed by a file"
+        "               exec to init   to modules loaded   private beside guest RAM   of it not backed by a file"
     );
-    for (name, command) in [("ballast", ballast(&images)), ("QEMU microvm", microvm(&images))] {
-        let measured = run(command).with_context(|| name.to_owned())?;
-        println!(
-            "{name:<12}  {:>8.4} V s   {:>11.4} V s     {:>20}   {:>28}",
-            measured.init.as_secs_f64(),
-            measured.ready.as_secs_f64(),
-            measured.beside.private.to_string(),
-            measured.beside.anonymous.to_string(),
-        );
+    for transport in Transport::ALL {
+        let settings = guest(&images, "256M", CMDLINE, transport, &[]);
+        print(&format!("ballast, {}", transport.name()), measure(Instant::now(), &mut settings.start())?);
     }
+    let directory = tempfile::tempdir()?;
+    let qemu = QemuSettings::new("bench", &images, Bytes::mib(256), CMDLINE, directory.path());
+    let qemu = QemuSettings { printed: Printed::No, ..qemu };
+    print("QEMU microvm", measure(Instant::now(), &mut qemu.start())?);
     Ok(())
 }
 
-fn ballast(images: &GuestImages) -> Command {
-    let mut command = Command::new(lab::ballast());
-    command.args(["run", "--name", "bench", "--memory", "256M", "--cmdline", CMDLINE]);
-    with_images(command, images, "--kernel", "--initrd")
+/// What was measured of a VM.
+struct Start {
+    /// From its start to its guest's first word.
+    init: Duration,
+    /// Until that has loaded its modules.
+    ready: Duration,
+    /// What the VM has then beside guest memory, and what of it no file backs.
+    beside: [Bytes; 2],
 }
 
-fn microvm(images: &GuestImages) -> Command {
-    let mut command = Command::new(QEMU);
-    command.args(["-M", "microvm,accel=kvm", "-cpu", "host", "-m", "256", "-nodefaults", "-no-user-config"]);
-    command.args(["-display", "none", "-serial", "stdio", "-no-reboot", "-append", CMDLINE]);
-    with_images(command, images, "-kernel", "-initrd")
+fn measure(begun: Instant, vm: &mut Vm) -> Result<Start> {
+    vm.wait_until_ready();
+    let [init, ready] = [INIT, READY].map(|word| vm.heard(word).map(|at| at - begun).context(word));
+    let smaps = vm.smaps();
+    let beside = [Of::Rest, Of::Anonymous].map(|of| sum(&smaps, of, &["Private_Clean", "Private_Dirty"]));
+    Ok(Start { init: init?, ready: ready?, beside })
 }
 
-fn with_images(mut command: Command, images: &GuestImages, kernel: &str, initrd: &str) -> Command {
-    // Not the ELF: under QEMU's PVH entry it dies of a divide error with the first timer interrupt,
-    // in this emulated host alone.
-    command.arg(kernel).arg(&images.bzimage).arg(initrd).arg(&images.initrd);
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    command
-}
-
-fn run(mut command: Command) -> Result<Measured> {
-    let start = Instant::now();
-    let mut child = command.spawn().context("can't be started")?;
-    let measured = watch(&mut child, start);
-    child.kill()?;
-    child.wait()?;
-    measured
-}
-
-fn watch(child: &mut Child, start: Instant) -> Result<Measured> {
-    let mut console = BufReader::new(child.stdout.take().context("its output is piped")?);
-    let init = wait_for(&mut console, INIT, start)?;
-    let ready = wait_for(&mut console, READY, start)?;
-    let smaps = fs::read_to_string(format!("/proc/{}/smaps", child.id()))?;
-    Ok(Measured { init, ready, beside: memory::beside_guest(&smaps) })
-}
-
-fn wait_for(console: &mut impl BufRead, word: &str, start: Instant) -> Result<Duration> {
-    let (mut line, mut said) = (Vec::new(), String::new());
-    while console.read_until(b'\n', &mut line)? > 0 {
-        if line.starts_with(word.as_bytes()) {
-            return Ok(start.elapsed());
-        }
-        said.push_str(&String::from_utf8_lossy(&line));
-        line.clear();
-    }
-    bail!("it ended before its guest said {word}; it said:\n{said}")
+fn print(name: &str, Start { init, ready, beside: [private, anonymous] }: Start) {
+    println!(
+        "{name:<13}  {:>8.4} V s   {:>11.4} V s     {:>20}   {:>28}",
+        init.as_secs_f64(),
+        ready.as_secs_f64(),
+        private.to_string(),
+        anonymous.to_string(),
+    );
 }

@@ -14,10 +14,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 const TRACING: &str = "/sys/kernel/tracing";
 const KVM: &str = "/sys/kernel/debug/kvm";
-/// Where ballast's virtio devices lie in guest memory.
-const VIRTIO: Range<u64> = 0xd000_0000..0xd010_0000;
-/// What each of them takes of it.
-const WINDOW: u64 = 0x1000;
+/// Where interrupt controllers lie in guest memory, which are no devices.
+pub const INTERRUPT_CONTROLLERS: Range<u64> = 0xfec0_0000..0xfef0_0000;
+/// Registers of two devices never lie in the same page.
+const PAGE: u64 = 0x1000;
 /// Between two looks at the trace, which take a processor that the VM could have had.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Virtual time after which a step counts as stuck.
@@ -26,9 +26,9 @@ const STUCK: Duration = Duration::from_secs(60);
 /// A driver's write to a device that ends a step.
 #[derive(Clone, Copy, Debug)]
 pub enum End {
-    /// The first write of the number of pages in so much memory to a configuration space.
+    /// The first write of the number of pages in so much memory to a device.
     Says(Bytes),
-    /// The last write to the virtio device of ballast's that was written to most, once so much time
+    /// The last write to the device that was written to most, once so much time
     /// has gone by without another.
     Quiet(Duration),
 }
@@ -37,6 +37,23 @@ pub enum End {
 pub fn now() -> Duration {
     let time = clock_gettime(ClockId::Monotonic);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Sets a file of the tracer to a value.
+///
+/// # Errors
+/// Where this host can't trace.
+pub fn set(file: &str, value: &str) -> Result<()> {
+    let path = Path::new(TRACING).join(file);
+    fs::write(&path, value).with_context(|| format!("{} can't be set to {value}", path.display()))
+}
+
+/// What was traced.
+///
+/// # Errors
+/// Where it can't be read.
+pub fn read() -> Result<String> {
+    fs::read_to_string(Path::new(TRACING).join("trace")).context("the trace can't be read")
 }
 
 /// Waits for a driver's word.
@@ -51,18 +68,15 @@ impl Trace {
     /// # Errors
     /// Where this host can't trace.
     pub fn start(end: End) -> Result<Self> {
-        let set = |file: &str, value: &str| {
-            let path = Path::new(TRACING).join(file);
-            fs::write(&path, value).with_context(|| format!("{} can't be set to {value}", path.display()))
-        };
         let event = "events/kvm/kvm_mmio";
         set(&format!("{event}/enable"), "0")?;
         set("trace_clock", "mono")?;
         set("trace", "")?;
-        // Writes (2) alone: to a device's configuration space, of this value; or to any register.
+        // Writes (2) alone: of this value, or of any.
+        let Range { start, end: behind } = INTERRUPT_CONTROLLERS;
         let filter = match end {
-            End::Says(amount) => format!("type == 2 && gpa & 0x100 && val == {}", amount.pages().0),
-            End::Quiet(_) => format!("type == 2 && gpa >= {} && gpa < {}", VIRTIO.start, VIRTIO.end),
+            End::Says(amount) => format!("type == 2 && val == {}", amount.pages().0),
+            End::Quiet(_) => format!("type == 2 && (gpa < {start} || gpa >= {behind})"),
         };
         set(&format!("{event}/filter"), &filter)?;
         set(&format!("{event}/enable"), "1")?;
@@ -77,7 +91,7 @@ impl Trace {
     pub fn wait(self) -> Result<Duration> {
         let start = Instant::now();
         loop {
-            let trace = fs::read_to_string(Path::new(TRACING).join("trace"))?;
+            let trace = read()?;
             let writes: Vec<(Duration, u64)> = trace.lines().filter_map(write).collect();
             let at = match self.end {
                 End::Says(_) => writes.first().map(|(at, _)| *at),
@@ -107,7 +121,7 @@ fn write(line: &str) -> Option<(Duration, u64)> {
 /// When the device that was written to most was written to last: a driver of random numbers may
 /// ask for some at any time.
 fn last_to_the_busiest(writes: &[(Duration, u64)]) -> Option<Duration> {
-    let device = |address: u64| address / WINDOW;
+    let device = |address: u64| address / PAGE;
     let count = |of: u64| writes.iter().filter(|(_, address)| device(*address) == of).count();
     let devices: BTreeSet<u64> = writes.iter().map(|(_, address)| device(*address)).collect();
     let busiest = devices.into_iter().max_by_key(|of| count(*of))?;

@@ -14,8 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use api::units::Bytes;
-use lab::emulator::{Emulator, Terminal};
-use lab::{Kernel, inside};
+use lab::{Emulator, Kernel, Terminal, inside};
 
 /// Set for the demo in an emulated host: whether the real output is a terminal.
 const TERMINAL: &str = "BALLAST_DEMO_TERMINAL";
@@ -25,7 +24,8 @@ const OUT_INSIDE: &str = "/out";
 const LIMIT: Duration = Duration::from_secs(1500);
 
 fn main() -> ExitCode {
-    let outcome = if inside() || lab::kvm_boots_stock_kernels() { here() } else { emulated() };
+    lab::progress::show();
+    let outcome = if inside() || guests::kvm_boots_stock_kernels() { here() } else { emulated() };
     outcome.unwrap_or_else(|error| {
         eprintln!("demo: {error:#}");
         ExitCode::FAILURE

@@ -6,9 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use api::client::Client;
 use api::runtime;
 use api::units::Bytes;
-use balancer::driver::ballast::Client;
 use lab::Kernel;
 
 use crate::history::{Guest, GuestSample, History, Sample};
@@ -69,7 +69,7 @@ pub fn run(out: &Path, terminal: bool) -> Result<History> {
 
 fn start_daemon(out: &Path) -> Result<Child> {
     let log = out.join("balancer.log");
-    Command::new(lab::ballast())
+    Command::new(guests::ballast())
         .args(["balancer", "--interval", "1s", "--budget", &format!("{}M", BUDGET.0 >> 20)])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -79,10 +79,10 @@ fn start_daemon(out: &Path) -> Result<Child> {
 }
 
 fn start_guest(out: &Path, name: &str, load: &str) -> Result<Child> {
-    let images = Kernel::V6_1.guest_images();
+    let images = Kernel::V6_1.guest_images()?;
     let size = |bytes: Bytes| format!("{}M", bytes.0 >> 20);
     let console = out.join(format!("{name}.console"));
-    Command::new(lab::ballast())
+    Command::new(guests::ballast())
         .args(["run", "--name", name, "--kernel"])
         .arg(&images.bzimage)
         .arg("--initrd")

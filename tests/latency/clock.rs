@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use lab::{Vm, wait_looking_every};
+use guests::{Vm, wait_looking_every};
 
 /// How often an answer is looked for: a part of the doubt.
 const CLOSELY: Duration = Duration::from_millis(1);

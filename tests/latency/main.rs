@@ -10,7 +10,6 @@
 //! counted as such.
 
 mod clock;
-mod daemon;
 mod figures;
 mod spikes;
 
@@ -20,8 +19,7 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use api::units::Bytes;
 use clap::{Parser, ValueEnum};
-use lab::emulator::{Emulator, Terminal};
-use lab::{Kernel, inside};
+use lab::{Emulator, Execution, Kernel, Terminal, inside};
 
 use crate::figures::Samples;
 use crate::spikes::GUESTS;
@@ -72,6 +70,7 @@ impl Mode {
 }
 
 fn main() -> ExitCode {
+    lab::progress::show();
     let order = Order::parse();
     let outcome = match order.mode {
         Some(mode) if inside() => {
@@ -115,7 +114,7 @@ fn measure(order: &Order) -> Result<ExitCode> {
 /// the next one goes on with that.
 fn emulated(mode: Mode, order: &Order) -> Result<Samples> {
     let mut host = Emulator {
-        deterministic: !order.wall,
+        execution: if order.wall { Execution::Emulated } else { Execution::Counted },
         halt_polling: false,
         memory: Bytes::gib(4),
         guests: vec![Kernel::V6_1],
@@ -131,11 +130,11 @@ fn emulated(mode: Mode, order: &Order) -> Result<Samples> {
         let before = samples.len();
         let (rounds, skip) = (order.rounds.to_string(), before.to_string());
         let arguments = ["--mode", mode.name(), "--rounds", &rounds, "--skip", &skip];
-        let attempt = host.attempt(&program, &arguments)?;
+        let attempt = host.attempt(&program, &arguments, || false)?;
         samples.read(&attempt.said);
-        match attempt.outcome {
-            Ok(outcome) => {
-                ensure!(outcome.code == 0, "{} spikes ended with {}", mode.name(), outcome.code);
+        match attempt.code {
+            Ok(code) => {
+                ensure!(code == 0, "{} spikes ended with {code}", mode.name());
                 return Ok(samples);
             }
             Err(why) if samples.len() == before && host.attempts <= 1 => bail!(why),

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use api::units::Bytes;
-use lab::{Kernel, Vm, VmSettings, wait_looking_every};
+use guests::{Daemon, Printed, Vm, VmSettings, wait_looking_every};
+use lab::Kernel;
 
 use crate::Mode;
 use crate::clock::{self, Offset};
-use crate::daemon::Daemon;
 use crate::figures::{Sample, Seen};
 
 /// Those that take memory.
@@ -35,7 +35,7 @@ const USUALLY: Duration = Duration::from_secs(60);
 /// # Errors
 /// A guest or the daemon doesn't do what it is told.
 pub fn measure(mode: Mode, spikes: Range<u32>) -> Result<()> {
-    let images = Kernel::V6_1.guest_images();
+    let images = Kernel::V6_1.guest_images()?;
     // One after the other: four that boot at once on one processor take four times as long each.
     let mut vms: Vec<Vm> = GUESTS
         .iter()
@@ -87,8 +87,8 @@ fn settle(vms: &[Vm]) {
 
 fn spike(vm: &mut Vm, phase: Duration) -> Result<Sample> {
     let offset = Offset::measure(vm, USUALLY)?;
-    let daemon = Daemon::start(BUDGET, &GUESTS)?;
-    daemon.wait_for_rounds(2, USUALLY);
+    let daemon = Daemon::with(Printed::No, &["--budget", BUDGET]);
+    daemon.wait_for_rounds(2, GUESTS.len(), USUALLY);
     std::thread::sleep(phase);
     let before = vm.memory().actual;
     let typed = Instant::now();
@@ -128,8 +128,9 @@ fn watch(vm: &Vm, daemon: &Daemon, typed: Instant, before: Bytes) -> (Option<Ins
         if clock::number(&line, "onset_us=").is_none() {
             return Some(());
         }
-        let last = *last_round.get_or_insert_with(|| daemon.rounds(USUALLY).saturating_add(ENOUGH_ROUNDS));
-        (daemon.rounds(USUALLY) >= last).then_some(())
+        let rounds = daemon.state()?.rounds;
+        let last = *last_round.get_or_insert(rounds.saturating_add(ENOUGH_ROUNDS));
+        (rounds >= last).then_some(())
     });
     (called, has)
 }

@@ -30,7 +30,6 @@ use crate::control::Control;
 use crate::events::Subscriber;
 use crate::exit::Exit;
 use crate::memory::Ram;
-use crate::memory::fault_guard::FaultGuard;
 use crate::steering::Steered;
 use crate::vcpu_set::VcpuSet;
 use crate::wiring::{Virtio, Wiring, WiringError};
@@ -151,7 +150,7 @@ impl<'a> Builder<'a> {
                 let balloon = self.balloon(*options)?;
                 self.virtio(config, memory, balloon)
             }
-            Device::Memory => match self.plug(shared)? {
+            Device::Memory => match self.plug()? {
                 Some(plug) => self.virtio(config, memory, plug),
                 // It starts with all that it may have.
                 None => Ok(()),
@@ -203,13 +202,9 @@ impl<'a> Builder<'a> {
         Ok(balloon)
     }
 
-    /// What plugs memory, with what catches those who reach for memory that is not plugged.
-    fn plug(&mut self, guard_on: ThreadName) -> Result<Option<plug::Plug>, BuildError> {
+    fn plug(&mut self) -> Result<Option<plug::Plug>, BuildError> {
         let Some(pluggable) = self.ram.pluggable() else { return Ok(None) };
         let (plug, handle) = memory::plug(self.ram, pluggable).map_err(refused("memory to plug"))?;
-        let guard = FaultGuard::watch(pluggable.region(), Arc::clone(self.vcpu_set));
-        let guard = guard.map_err(refused("a handler of memory accesses"))?;
-        self.serve(guard_on, Arc::new(Mutex::new(guard)));
         self.plug = Some(handle);
         Ok(Some(plug))
     }

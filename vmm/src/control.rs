@@ -1,15 +1,17 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use api::agent::AgentStatus;
 use api::limits::Limits;
-use api::status::{BalloonCounters, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::status::{BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
-use parking_lot::Mutex;
+use devices::platform::serial::Port;
+use kvm_ioctls::VcpuFd;
+use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
@@ -19,7 +21,7 @@ use crate::exit::Exit;
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
 use crate::memory::Ram;
 use crate::state::{self, Change};
-use crate::vcpu_set::{VcpuSet, VisitError};
+use crate::vcpu_set::{PATIENCE, Standing, Stuck, VcpuSet, VisitError};
 use crate::wiring::{self, Virtio};
 
 /// Why a request was not carried out.
@@ -39,7 +41,7 @@ pub enum ControlError {
     /// No driver can plug what the target is above. A conflict: one may come.
     #[error(transparent)]
     CanNotGrow(SteeringError),
-    /// The target lies outside the limits.
+    /// The target lies outside the limits. A conflict: those may be changed.
     #[error("the target {target} lies outside the limits {min} to {max}: change the limits first")]
     OutsideLimits {
         /// As asked.
@@ -57,6 +59,9 @@ pub enum ControlError {
         /// What is mapped.
         map: Bytes,
     },
+    /// Somebody resumed the VM before it was paused. A conflict.
+    #[error("the VM was resumed before all of its vCPUs stood still")]
+    Resumed,
     /// There is no such vCPU.
     #[error("{0}")]
     NoSuchVcpu(VisitError),
@@ -68,7 +73,14 @@ pub enum ControlError {
 impl ControlError {
     /// Whether the same request may succeed later without being changed (HTTP 409).
     pub const fn is_conflict(&self) -> bool {
-        matches!(self, Self::State { .. } | Self::NoDriver | Self::CanNotGrow(_))
+        matches!(
+            self,
+            Self::State { .. }
+                | Self::NoDriver
+                | Self::CanNotGrow(_)
+                | Self::OutsideLimits { .. }
+                | Self::Resumed
+        )
     }
 }
 
@@ -95,6 +107,8 @@ pub struct Parts {
     pub steering: Steering,
     /// The interrupt line of the power button.
     pub power: EventFd,
+    /// Its serial port, where it has one.
+    pub console: Option<Arc<Port>>,
 }
 
 /// One VM, as seen by whoever steers it. Shared by the API, signals and the machine.
@@ -103,6 +117,7 @@ pub struct Control {
     cpus: Cpus,
     map: Bytes,
     started: Instant,
+    /// A VM that is to be paused counts as paused here from the moment on in which that was decided.
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
     events: Arc<EventStream>,
@@ -129,7 +144,34 @@ impl Control {
 
     /// Hands over what the VM is made of. Only the first call counts.
     pub fn attach(&self, parts: Parts) {
+        let (steering, events) = (parts.steering.clone(), Arc::clone(&self.events));
+        parts.vcpu_set.when_changed(move |standing| {
+            if standing == Standing::Held {
+                steering.rest(true);
+            }
+            events.wake();
+        });
         let _ = self.parts.set(parts);
+    }
+
+    /// Where the VM stands, for whoever changes that.
+    fn state(&self) -> MutexGuard<'_, VmState> {
+        let mut state = self.state.lock();
+        if state.paused_by().is_some() && matches!(self.standing(), Some(Standing::Running { .. })) {
+            // A vCPU did not come out.
+            *state = VmState::Running;
+        }
+        state
+    }
+
+    /// Where the VM stands, for whoever looks: it is paused once all of its vCPUs stand still.
+    fn state_seen(&self) -> VmState {
+        let state = *self.state();
+        if self.standing() == Some(Standing::Holding) { VmState::Running } else { state }
+    }
+
+    fn standing(&self) -> Option<Standing> {
+        self.parts.get().map(|parts| parts.vcpu_set.standing())
     }
 
     /// The guest's agent, heard where its device is wired up.
@@ -161,7 +203,7 @@ impl Control {
 
     /// Lets the vCPUs run for the first time.
     pub fn start(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.state();
         if let (VmState::Created, Some(parts)) = (*state, self.parts.get()) {
             parts.vcpu_set.run();
             *state = VmState::Running;
@@ -178,11 +220,21 @@ impl Control {
         VmStatus {
             name: self.name.as_str().to_owned(),
             pid: std::process::id(),
-            state: *self.state.lock(),
+            state: self.state_seen(),
             cpus: self.cpus.get(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            console: self.console(),
         }
+    }
+
+    fn console(&self) -> Option<ConsoleStatus> {
+        let counts = self.parts.get()?.console.as_ref()?.output_counts();
+        Some(ConsoleStatus {
+            written: Bytes(counts.written),
+            waiting: Bytes(counts.waiting),
+            lost: Bytes(counts.lost),
+        })
     }
 
     /// Everything about this VM's memory now.
@@ -217,7 +269,7 @@ impl Control {
             actual: steering.actual(),
             settled: balloon.settled(),
             followed: Some(balloon.followed()),
-            paused_by: self.state.lock().paused_by(),
+            paused_by: self.state_seen().paused_by(),
             host_rss: held.map(|held| held.resident),
             host_huge: held.map(|held| held.huge),
             driver: balloon.driver(),
@@ -232,7 +284,7 @@ impl Control {
     /// be expected: then whoever listens to the [`EventStream`] is woken when it is there.
     pub fn expects_report(&self, max_age: Duration) -> bool {
         // A guest that stands still answers nobody, and would pass for silent.
-        let (Some(parts), VmState::Running) = (self.parts.get(), *self.state.lock()) else { return false };
+        let (Some(parts), VmState::Running) = (self.parts.get(), *self.state()) else { return false };
         let balloon = parts.steering.balloon();
         if balloon.report_age().is_some_and(|age| age <= max_age) {
             return false;
@@ -248,25 +300,41 @@ impl Control {
         MemoryMap { regions: regions.unwrap_or_default() }
     }
 
-    /// How a vCPU sees a guest virtual address. The vCPU leaves the guest for a moment.
+    /// Has a vCPU say how it sees a guest virtual address; it leaves the guest for a moment. What it says is
+    /// got from what this returns, by whoever has waited so long; whoever listens to the [`EventStream`] is
+    /// woken when it is there.
     ///
     /// # Errors
-    /// [`ControlError::State`] before the VM runs and after it; [`ControlError::NoSuchVcpu`].
-    pub fn translate(&self, request: TranslateRequest) -> Result<Translation, ControlError> {
-        const ACTION: &str = "translate addresses";
-        let state = self.status().state;
-        let parts = self.parts(ACTION)?;
-        if state == VmState::Created {
-            return Err(ControlError::State { state, action: ACTION });
-        }
-        let seen = parts.vcpu_set.visit(request.cpu, move |vcpu| inspect::translate(vcpu, request));
-        match seen {
-            Ok(seen) => seen
-                .map_err(|error| ControlError::Host(format!("KVM refused to translate an address: {error}"))),
-            Err(VisitError::Ended) => Err(ControlError::State { state: VmState::Stopped, action: ACTION }),
-            Err(error @ VisitError::NoSuchVcpu(_)) => Err(ControlError::NoSuchVcpu(error)),
-            Err(VisitError::Stuck(stuck)) => Err(ControlError::Host(stuck.to_string())),
-        }
+    /// [`ControlError::State`] before the VM runs and after it; [`ControlError::NoSuchVcpu`];
+    /// [`ControlError::Host`] where the vCPU does not come within [`PATIENCE`], or KVM refuses.
+    pub fn translate(
+        self: &Arc<Self>,
+        request: TranslateRequest,
+    ) -> Result<impl FnMut(Duration) -> Option<Result<Translation, ControlError>> + use<>, ControlError> {
+        let refused = |state| ControlError::State { state, action: "translate addresses" };
+        let vcpu_set = match (self.state_seen(), self.parts.get()) {
+            (state @ VmState::Created, _) | (state, None) => return Err(refused(state)),
+            (_, Some(parts)) => Arc::clone(&parts.vcpu_set),
+        };
+        let (sender, seen) = mpsc::sync_channel(1);
+        let events = Arc::clone(&self.events);
+        let visit = move |vcpu: &VcpuFd| {
+            // Whoever asked may have given up by now.
+            let _ = sender.send(inspect::translate(vcpu, request));
+            events.wake();
+        };
+        vcpu_set.visit(request.cpu, Box::new(visit)).map_err(|error| match error {
+            VisitError::Ended => refused(VmState::Stopped),
+            VisitError::NoSuchVcpu(_) => ControlError::NoSuchVcpu(error),
+        })?;
+        Ok(move |waited| match seen.try_recv() {
+            Ok(seen) => Some(seen.map_err(|error| {
+                ControlError::Host(format!("KVM refused to translate an address: {error}"))
+            })),
+            Err(_) if vcpu_set.has_ended() => Some(Err(refused(VmState::Stopped))),
+            Err(mpsc::TryRecvError::Empty) if waited < PATIENCE => None,
+            Err(_) => Some(Err(ControlError::Host(Stuck(request.cpu).to_string()))),
+        })
     }
 
     /// Asks the guest to have `target`.
@@ -309,14 +377,40 @@ impl Control {
         Ok(())
     }
 
-    /// Stops the vCPUs; returns when all of them stand still. An operator may also take over a pause
-    /// of the balancer's, which then no longer ends it; see [`state`].
+    /// Stops the vCPUs; [`paused`](Self::paused) tells when all of them stand still. An operator may also
+    /// take over a pause of the balancer's, which then no longer ends it; see [`state`].
     ///
     /// # Errors
-    /// [`ControlError::State`] unless the VM runs, or `by` may take its pause over, or has made it;
-    /// [`ControlError::Host`] when a vCPU hangs, and the VM runs on.
+    /// [`ControlError::State`] unless the VM runs, or `by` may take its pause over, or has made it.
     pub fn pause(&self, by: Pauser) -> Result<(), ControlError> {
         self.change(|state| state::pause(state, by))
+    }
+
+    /// What came of [`pause`](Self::pause); `None` while not all vCPUs stand still. Whoever listens to the
+    /// [`EventStream`] is woken when that changes.
+    ///
+    /// # Errors
+    /// [`ControlError::Host`] where a vCPU does not come within [`PATIENCE`], and the VM runs on;
+    /// [`ControlError::Resumed`] and [`ControlError::State`] where it was resumed meanwhile, or has ended.
+    pub fn paused(&self) -> Option<Result<(), ControlError>> {
+        Some(match self.standing()? {
+            Standing::Holding => return None,
+            Standing::Held => {
+                self.drain();
+                Ok(())
+            }
+            Standing::Running { stuck: Some(stuck) } => Err(ControlError::Host(stuck.to_string())),
+            Standing::Running { stuck: None } => Err(ControlError::Resumed),
+            Standing::Ended => Err(ControlError::State { state: VmState::Stopped, action: "be paused" }),
+        })
+    }
+
+    /// Has no device take a request from its queues any more, and none in flight. Not under the vCPUs' lock: a
+    /// device that ends the VM takes that one while it holds its own.
+    fn drain(&self) {
+        for device in self.parts.get().iter().flat_map(|parts| &parts.virtio) {
+            wiring::lock(device).drain();
+        }
     }
 
     /// Lets paused vCPUs run on.
@@ -333,7 +427,7 @@ impl Control {
     /// [`ControlError::State`] unless the VM runs.
     pub fn power_button(&self) -> Result<(), ControlError> {
         const ACTION: &str = "take a press of the power button";
-        let state = self.state.lock();
+        let state = self.state();
         match self.parts.get() {
             Some(parts) if *state == VmState::Running => {
                 // The one failure is a full counter: a press that is pending already.
@@ -361,17 +455,13 @@ impl Control {
         &self,
         decide: impl FnOnce(VmState) -> Result<Change, &'static str>,
     ) -> Result<(), ControlError> {
-        let mut state = self.state.lock();
+        let mut state = self.state();
         let refused = |action| ControlError::State { state: *state, action };
         let change = decide(*state).map_err(refused)?;
         // Whoever runs or is paused has its parts.
         let parts = self.parts.get().ok_or_else(|| refused("be steered"))?;
         match change {
-            Change::Hold { .. } => {
-                parts.vcpu_set.hold().map_err(|stuck| ControlError::Host(stuck.to_string()))?;
-                parts.steering.rest(true);
-                parts.virtio.iter().for_each(|device| wiring::lock(device).drain());
-            }
+            Change::Hold { .. } => parts.vcpu_set.hold(),
             Change::Run => {
                 parts.steering.rest(false);
                 parts.virtio.iter().for_each(|device| wiring::lock(device).resume());
@@ -384,6 +474,6 @@ impl Control {
     }
 
     fn parts(&self, action: &'static str) -> Result<&Parts, ControlError> {
-        self.parts.get().ok_or_else(|| ControlError::State { state: *self.state.lock(), action })
+        self.parts.get().ok_or_else(|| ControlError::State { state: self.state_seen(), action })
     }
 }

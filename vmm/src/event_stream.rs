@@ -47,6 +47,11 @@ impl EventStream {
         self.0.lock().wake = Some(wake);
     }
 
+    /// Something other than an event has come that a reader may wait for.
+    pub fn wake(&self) {
+        self.0.lock().wake();
+    }
+
     /// Something has happened.
     pub fn push(&self, event: EventKind, agent: Option<AgentStatus>) {
         let mut state = self.0.lock();

@@ -25,6 +25,7 @@ use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
 use crate::host::{self, HostCannot};
 use crate::kvm::{self, KvmError};
+use crate::memory::fault_guard::FaultGuard;
 use crate::memory::{MemoryError, Ram};
 use crate::sandbox::{self, SandboxError};
 use crate::signals::Signals;
@@ -96,6 +97,7 @@ fn refused(what: &'static str) -> impl Fn(io::Error) -> MachineError {
 /// A VM that is set up whole and has not run yet.
 pub struct Machine {
     control: Arc<Control>,
+    ram: Arc<Ram>,
     vcpu_set: Arc<VcpuSet>,
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
@@ -168,15 +170,17 @@ impl Machine {
             .collect();
         control.attach(Parts {
             vcpu_set: Arc::clone(&vcpu_set),
-            ram,
+            ram: Arc::clone(&ram),
             virtio: devices.virtio,
             steering: devices.steering,
             power: devices.power,
+            console: devices.console.as_ref().map(|console| Arc::clone(&console.port)),
         });
         let mut needs = devices.needs;
         needs.remove.extend(config.socket.as_deref().map(sandbox::directory_of));
         Ok(Self {
             control,
+            ram,
             vcpu_set,
             vcpus,
             buses,
@@ -203,7 +207,11 @@ impl Machine {
             sandbox::close_files(needs)?;
         }
         let signals = Signals::take(&self.control).map_err(refused("signals as events"))?;
-        self.threads.entry(ThreadName::shared()).or_default().push(Arc::new(Mutex::new(signals)));
+        let fault_guard = FaultGuard::watch(self.ram.regions(), Arc::clone(&self.vcpu_set))
+            .map_err(refused("a handler of memory accesses"))?;
+        let shared = self.threads.entry(ThreadName::shared()).or_default();
+        shared.push(Arc::new(Mutex::new(signals)));
+        shared.push(Arc::new(Mutex::new(fault_guard)));
         let vcpu_set = &self.vcpu_set;
         let mut loops = Vec::new();
         for (name, subscribers) in self.threads {

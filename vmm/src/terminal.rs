@@ -125,3 +125,76 @@ extern "C" fn crashed(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc
         libc::raise(signal);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+    use std::ptr::null_mut;
+
+    use super::*;
+
+    /// What the leader of a session ends with whose job was stopped.
+    const STOPPED: i32 = 99;
+
+    #[test]
+    #[ignore = "the next test runs it, with a terminal"]
+    fn job() {
+        // SAFETY: the call takes a descriptor and nothing else.
+        if unsafe { libc::isatty(libc::STDIN_FILENO) } != 1 {
+            return eprintln!("SKIPPED: this test is run by another one");
+        }
+        assert!(matches!(Terminal::enter().expect("a terminal"), Terminal::InBackground));
+    }
+
+    /// `job &`, as an interactive shell starts it.
+    #[test]
+    fn a_job_in_the_background_is_not_stopped_and_leaves_the_terminal_alone() {
+        let (mut master, mut user) = (-1, -1);
+        // SAFETY: the call writes two descriptors, and reads nothing where it is given no address.
+        let opened = unsafe { libc::openpty(&mut master, &mut user, null_mut(), null_mut(), null_mut()) };
+        assert_eq!(opened, 0, "the host has terminals");
+        // SAFETY: both are new and belong to nobody else.
+        let (_master, user) = unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(user)) };
+        let settings = || {
+            let mut settings = MaybeUninit::<libc::termios>::uninit();
+            // SAFETY: the call writes a whole termios where it succeeds.
+            assert_eq!(unsafe { libc::tcgetattr(user.as_raw_fd(), settings.as_mut_ptr()) }, 0);
+            // SAFETY: it has succeeded.
+            unsafe { settings.assume_init() }.c_lflag
+        };
+        let before = settings();
+        let mut job = Command::new(std::env::current_exe().expect("this test"));
+        job.args(["--ignored", "--exact", "terminal::tests::job"]);
+        job.stdin(Stdio::from(user.try_clone().expect("a descriptor"))).stdout(Stdio::null());
+        // SAFETY: only calls that are async-signal-safe, between fork and exec.
+        unsafe { job.pre_exec(lead_a_session) };
+        let ended = job.status().expect("it can be run");
+        assert_ne!(ended.code(), Some(STOPPED), "it was stopped");
+        assert!(ended.success(), "{ended}");
+        assert_eq!(settings(), before);
+    }
+
+    /// Goes on as a job in the background of a session with standard input for its terminal.
+    fn lead_a_session() -> io::Result<()> {
+        // SAFETY: the calls take numbers and one whole int. The leader does nothing but wait.
+        unsafe {
+            if libc::setsid() < 0 || libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let job = libc::fork();
+            if job == 0 {
+                libc::setpgid(0, 0);
+                return Ok(());
+            }
+            let mut status = 0;
+            libc::waitpid(job, &mut status, libc::WUNTRACED);
+            if libc::WIFSTOPPED(status) {
+                libc::kill(job, libc::SIGKILL);
+                libc::_exit(STOPPED);
+            }
+            libc::_exit(libc::WEXITSTATUS(status));
+        }
+    }
+}

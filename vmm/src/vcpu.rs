@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::arch::x86_64::layout;
 use crate::bus::Buses;
 use crate::exit::Exit;
 use crate::vcpu_set::{Admission, Kick, VcpuSet};
@@ -22,21 +21,6 @@ pub struct Vcpu {
     pub buses: Arc<Buses>,
     /// Who stops it.
     pub vcpu_set: Arc<VcpuSet>,
-}
-
-/// Why a vCPU is out of the guest.
-enum Called {
-    /// Somebody called it out.
-    Out,
-    /// It was at the console, and had left the vcpu_set's count of those inside before that.
-    BackFromConsole,
-    /// It can't go on.
-    ToEnd(Exit),
-}
-
-/// Whether a port is the console's.
-fn is_console(port: u16) -> bool {
-    port.checked_sub(layout::COM1).is_some_and(|offset| offset < devices::platform::serial::PORTS)
 }
 
 impl Vcpu {
@@ -63,49 +47,35 @@ impl Vcpu {
                 let _ = self.fd.kvmclock_ctrl();
             }
             last = resumes;
-            match self.run_until_called(shared, flag) {
-                Called::Out => vcpu_set.left(),
-                Called::BackFromConsole => {}
-                Called::ToEnd(exit) => {
-                    vcpu_set.left();
-                    vcpu_set.end(exit);
-                }
+            if let Err(exit) = self.run_until_called(shared, flag) {
+                vcpu_set.end(exit);
             }
         }
         vcpu_set.set_kick(self.index, None);
     }
 
-    /// From exit to entry, until someone calls this vCPU out, it can't go on, or it has been at the console.
+    /// From exit to entry, until someone calls this vCPU out.
+    ///
+    /// # Errors
+    /// How the VM ends, as this vCPU can't go on.
     fn run_until_called(
         &mut self,
         shared: ptr::NonNull<kvm_run>,
         immediate_exit: ptr::NonNull<AtomicU8>,
-    ) -> Called {
-        let failed = |why: String| Called::ToEnd(Exit::VcpuFailed(why));
+    ) -> Result<(), Exit> {
+        let failed = |why: String| Err(Exit::VcpuFailed(why));
         // Bytes of the port access for which the guest was left.
         // SAFETY: called only for that exit, for which KVM has filled in the `io` part of the union, which is
         // plain numbers; they lie in the mapping that `self.fd` holds.
         let width = || unsafe { (*shared.as_ptr()).__bindgen_anon_1.io.size };
         loop {
             match self.fd.run() {
-                // Whoever reads the console's output may not read now, or ever. A vCPU that waits
-                // for that is out of the guest: it touches nothing of it until it is let in again.
-                Ok(VcpuExit::IoIn(port, data)) if is_console(port) => {
-                    self.vcpu_set.left();
-                    self.buses.read_port(port, width(), data);
-                    return Called::BackFromConsole;
-                }
-                Ok(VcpuExit::IoOut(port, data)) if is_console(port) => {
-                    self.vcpu_set.left();
-                    self.buses.write_port(port, width(), data);
-                    return Called::BackFromConsole;
-                }
                 Ok(VcpuExit::IoIn(port, data)) => self.buses.read_port(port, width(), data),
                 Ok(VcpuExit::IoOut(port, data)) => self.buses.write_port(port, width(), data),
                 Ok(VcpuExit::MmioRead(address, data)) => self.buses.read_memory(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => self.buses.write_memory(address, data),
                 Ok(VcpuExit::Intr) => {}
-                Ok(VcpuExit::Shutdown) => return Called::ToEnd(Exit::TripleFault),
+                Ok(VcpuExit::Shutdown) => return Err(Exit::TripleFault),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     return failed(format!(
                         "the processor refused to enter vCPU {} (hardware reason {reason:#x}, host CPU {cpu}); the host's kernel log says more",
@@ -116,12 +86,12 @@ impl Vcpu {
                 Ok(VcpuExit::MemoryFault { gpa, .. }) => {
                     return failed(format!("the host has no memory for guest address {gpa:#x}"));
                 }
-                Ok(VcpuExit::SystemEvent(kind, _)) => return Called::ToEnd(system_event(kind)),
+                Ok(VcpuExit::SystemEvent(kind, _)) => return Err(system_event(kind)),
                 Ok(other) => return failed(format!("vCPU {} left the guest with {other:?}", self.index)),
                 Err(error) if error.errno() == libc::EINTR => {
                     // SAFETY: the flag lies in the mapping that `self.fd` holds.
                     unsafe { immediate_exit.as_ref() }.store(0, Ordering::SeqCst);
-                    return Called::Out;
+                    return Ok(());
                 }
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) if error.errno() == libc::EFAULT => {
@@ -165,32 +135,21 @@ fn system_event(kind: u32) -> Exit {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
-    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::{Duration, Instant};
 
+    use devices::platform::serial::{FirstReader, PORTS, Port};
     use kvm_bindings::kvm_userspace_memory_region;
     use kvm_ioctls::{Kvm, VmFd};
     use vm_device::MutDevicePio;
     use vm_device::bus::{PioAddress, PioAddressOffset, PioRange};
     use vm_device::device_manager::PioManager;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
     use crate::arch::x86_64::layout::COM1;
     use crate::memory::Ram;
-
-    /// A console that tells that it is written to, and then waits to be read.
-    struct Unread {
-        written: Sender<u8>,
-        read: Receiver<()>,
-    }
-
-    impl MutDevicePio for Unread {
-        fn pio_read(&mut self, _: PioAddress, _: PioAddressOffset, _: &mut [u8]) {}
-
-        fn pio_write(&mut self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
-            let _ = self.written.send(data[0]);
-            let _ = self.read.recv();
-        }
-    }
+    use crate::vcpu_set::Standing;
 
     /// A vCPU that runs `code` in real mode from 0x1000 on, with its VM; `None` where there is no KVM.
     fn vcpu(code: &[u8]) -> Option<(VmFd, VcpuFd)> {
@@ -257,25 +216,38 @@ mod tests {
         // In real mode, without end: al += 1, and out to the console.
         let code = [0xba, COM1 as u8, (COM1 >> 8) as u8, 0xfe, 0xc0, 0xee, 0xeb, 0xfb];
         let Some((_vm, fd)) = vcpu(&code) else { return eprintln!("SKIPPED: this host has no KVM") };
-        let ((written, output), (reader, read)) = (channel(), channel());
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let port = Arc::new(Port::new(irq, FirstReader::Present).unwrap());
         let mut buses = Buses::default();
-        let range = PioRange::new(PioAddress(COM1), devices::platform::serial::PORTS).unwrap();
-        buses.devices.register_pio(range, Arc::new(Mutex::new(Unread { written, read }))).unwrap();
+        let range = PioRange::new(PioAddress(COM1), PORTS).unwrap();
+        buses.devices.register_pio(range, port.clone()).unwrap();
         let vcpu_set = VcpuSet::new(1).unwrap();
         let vcpu = Vcpu { fd, index: 0, buses: Arc::new(buses), vcpu_set: Arc::clone(&vcpu_set) };
         let thread = std::thread::spawn(move || vcpu.run());
+        // A reader that has begun, and hangs.
+        let mut chunk = Vec::new();
         vcpu_set.run();
-        let long = std::time::Duration::from_secs(60);
-        assert_eq!(output.recv_timeout(long), Ok(1));
-        assert_eq!(vcpu_set.hold(), Ok(()), "the write goes on");
-        // What it had begun ends; more does not come while the VM is paused.
-        reader.send(()).unwrap();
-        reader.send(()).unwrap();
-        assert!(output.recv_timeout(std::time::Duration::from_millis(200)).is_err());
+        assert!(port.next_output(&mut chunk));
+        let output = || {
+            let counts = port.output_counts();
+            counts.waiting + counts.lost
+        };
+        let wait_until = |done: &dyn Fn() -> bool| {
+            let begin = Instant::now();
+            while !done() {
+                assert!(begin.elapsed() < Duration::from_secs(60));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        wait_until(&|| output() > 10_000);
+        vcpu_set.hold();
+        wait_until(&|| vcpu_set.standing() == Standing::Held);
+        let before = output();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(output(), before, "the guest goes on while its VM is paused");
         vcpu_set.run();
-        assert_eq!(output.recv_timeout(long), Ok(2), "the guest goes on where it was");
+        wait_until(&|| output() > before);
         vcpu_set.end(Exit::Stopped);
-        drop(reader);
         thread.join().unwrap();
     }
 }

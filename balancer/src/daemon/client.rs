@@ -3,17 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::client::{self, BALLAST, Http};
 use api::limits::Limits;
 use hyper::Method;
-use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
 use super::api_error;
 use super::history::{Decisions, Why};
 use super::reservation::{ReservationRequest, ReservationView};
 use super::{State, socket_in};
-use crate::driver::http::Http;
-use crate::driver::{self, Kind};
 
 /// The largest answer that is read, in bytes: some tens of thousands of VMs.
 const LARGEST_ANSWER: usize = 32 << 20;
@@ -47,36 +45,26 @@ pub enum Error {
     Failed(String),
 }
 
-impl From<driver::Error> for Error {
-    fn from(error: driver::Error) -> Self {
+impl From<client::Error> for Error {
+    fn from(error: client::Error) -> Self {
         match error {
-            driver::Error::NoSuchVm { socket, .. } => Self::NotRunning { socket },
-            driver::Error::NotAnswering { .. } => Self::NotAnswering,
-            driver::Error::HungUp { cause, .. } => Self::HungUp(cause),
-            driver::Error::Nonsense { what, .. } => {
+            client::Error::NoSuchVm { socket, .. } => Self::NotRunning { socket },
+            client::Error::NotAnswering { .. } => Self::NotAnswering,
+            client::Error::HungUp { cause, .. } => Self::HungUp(cause),
+            client::Error::Nonsense { what, .. } => {
                 Self::Failed(format!("{what}; is it of this version of ballast?"))
             }
-            driver::Error::Refused { error, .. } if error == api_error::ApiError::Stopping.to_string() => {
+            client::Error::Refused { error, .. } if error == api_error::ApiError::Stopping.to_string() => {
                 Self::HungUp(error)
             }
-            driver::Error::Refused { error, .. } => Self::Refused(error),
-            error @ driver::Error::Busy { .. } => Self::Failed(error.to_string()),
-            driver::Error::NotAllowed { socket } => Self::Failed(format!(
+            client::Error::Refused { error, .. } => Self::Refused(error),
+            error @ client::Error::Busy { .. } => Self::Failed(error.to_string()),
+            client::Error::NotAllowed { socket } => Self::Failed(format!(
                 "not allowed to connect to {}: run as the user who runs it, or as root",
                 socket.display()
             )),
         }
     }
-}
-
-/// The body of every refusal.
-#[derive(Deserialize)]
-struct ErrorBody {
-    error: String,
-}
-
-fn sentence(body: &[u8]) -> Option<String> {
-    serde_json::from_slice(body).ok().map(|body: ErrorBody| body.error)
 }
 
 /// A client of one daemon. Keeps its connection open, and makes a new one when that broke.
@@ -90,7 +78,7 @@ impl Client {
     /// What is asked for is done between two rounds, each of which takes less than the
     /// daemon's interval: leave it `timeout` enough.
     pub fn new(directory: &Path, timeout: Duration) -> Self {
-        let mut http = Http::new(Kind::Ballast, socket_in(directory), timeout, sentence);
+        let mut http = Http::new(&BALLAST, socket_in(directory), timeout);
         http.set_largest_answer(LARGEST_ANSWER);
         Self { http }
     }

@@ -17,10 +17,11 @@ use tracing::{info, warn};
 
 use super::config::ForeignVms;
 use super::log_limiter::LogLimiter;
+use crate::driver::ballast::Ballast;
 use crate::driver::cloud_hypervisor::CloudHypervisor;
 use crate::driver::firecracker::Firecracker;
 use crate::driver::qemu::Qemu;
-use crate::driver::{Driver, Kind, ballast};
+use crate::driver::{Driver, Kind};
 
 /// How long after one change the next is told: a directory that is not ours may change all the time.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
@@ -70,7 +71,7 @@ impl Found {
     pub fn driver(&self) -> Box<dyn Driver> {
         let Self { name, socket, memory, .. } = self;
         match self.kind {
-            Kind::Ballast => Box::new(ballast::Client::new(socket)),
+            Kind::Ballast => Box::new(Ballast::new(socket)),
             Kind::Qemu => Box::new(Qemu::new(name, socket, *memory)),
             Kind::Firecracker => Box::new(Firecracker::new(socket, *memory)),
             Kind::CloudHypervisor => Box::new(CloudHypervisor::new(socket, *memory)),

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use api::limits::{Limits, SMALLEST};
 use api::status::DriverState;
-use api::units::{Bytes, PAGE_SIZE};
+use api::units::{Bytes, PAGE_SIZE, optional_whole};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -58,7 +58,7 @@ pub struct ReservationRequest {
     pub limits: Limits,
     /// How many milliseconds to wait until there is room; 30,000 where it is not said,
     /// 300,000 at most.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_whole")]
     pub wait_ms: Option<u64>,
     /// The process that will hold its memory, where that runs already: what it comes to hold from now on
     /// is taken for the VM's.

@@ -185,8 +185,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let name = InPath::from_request_parts(parts, state).await;
-        name.map(|InPath(name)| Self(name)).map_err(|rejection| ApiError::Name(rejection.body_text()))
+        let name: String = InPath::from_request_parts(parts, state)
+            .await
+            .map(|InPath(name)| name)
+            .map_err(|rejection| ApiError::Name(rejection.body_text()))?;
+        runtime::check_name(&name).map_err(|error| ApiError::Name(error.to_string()))?;
+        Ok(Self(name))
     }
 }
 

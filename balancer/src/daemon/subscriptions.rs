@@ -3,12 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use api::client::{Error, EventSource};
 use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 use tracing::debug;
-
-use crate::driver::{Error, EventSource};
 
 /// Calls that wait to be answered. One that finds no place is made again: a guest that goes on
 /// waiting for memory says so twice a second.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::client::{DEFAULT_TIMEOUT, Http, Peer, clean};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -16,12 +17,10 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{Error, clean};
+use super::Error;
 use super::foreign::ForeignDriver;
 use super::foreign_vm::{ForeignStatus, ForeignVm};
-use super::http::Http;
 use super::statistics::{self, Names};
-use super::{DEFAULT_TIMEOUT, Kind};
 
 const INFO: &str = "/api/v1/vm.info";
 const RESIZE: &str = "/api/v1/vm.resize";
@@ -122,6 +121,9 @@ fn sentence(body: &[u8]) -> Option<String> {
     }
 }
 
+static PEER: Peer =
+    Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Cloud Hypervisor VM?" };
+
 /// A way to one Cloud Hypervisor VM.
 pub struct CloudHypervisor {
     http: Http,
@@ -135,7 +137,7 @@ impl CloudHypervisor {
     /// stays as it is. Connects at the first request.
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
-            http: Http::new(Kind::CloudHypervisor, socket.into(), DEFAULT_TIMEOUT, sentence),
+            http: Http::new(&PEER, socket.into(), DEFAULT_TIMEOUT),
             vm: ForeignVm::new(limits),
             tells_statistics: None,
         }

@@ -9,6 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use api::client::{DEFAULT_TIMEOUT, Http, Peer};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -16,12 +17,10 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::Error;
+use super::Error;
 use super::foreign::ForeignDriver;
 use super::foreign_vm::{ForeignStatus, ForeignVm};
-use super::http::Http;
 use super::statistics::{self, Names};
-use super::{DEFAULT_TIMEOUT, Kind};
 
 /// For so long statistics that say the same as before count as new: an idle guest has no news,
 /// and Firecracker does not tell it from one that has stopped reporting.
@@ -90,6 +89,9 @@ fn sentence(body: &[u8]) -> Option<String> {
     serde_json::from_slice(body).ok().map(|fault: Fault| fault.fault_message)
 }
 
+static PEER: Peer =
+    Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Firecracker VM?" };
+
 /// A way to one Firecracker VM.
 pub struct Firecracker {
     http: Http,
@@ -103,7 +105,7 @@ impl Firecracker {
     /// stays as it is. Connects at the first request.
     pub fn new(socket: impl Into<PathBuf>, limits: Option<Wanted>) -> Self {
         Self {
-            http: Http::new(Kind::Firecracker, socket.into(), DEFAULT_TIMEOUT, sentence),
+            http: Http::new(&PEER, socket.into(), DEFAULT_TIMEOUT),
             vm: ForeignVm::new(limits),
             polled: false,
         }

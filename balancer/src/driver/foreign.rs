@@ -7,9 +7,8 @@ use std::time::Duration;
 use api::limits::{Limits, Wanted};
 use api::units::Bytes;
 
-use super::error::Error;
 use super::foreign_vm::{ConfiguredLimits, ForeignStatus, ForeignVm};
-use super::{Answer, Driver, Status};
+use super::{Answer, Driver, Error, Status};
 
 /// What differs from one VMM to another: its words. The rest is kept by its driver.
 pub trait ForeignDriver: Send {

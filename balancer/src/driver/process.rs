@@ -8,14 +8,6 @@ use std::time::Duration;
 use api::units::Bytes;
 use rustix::io::Errno;
 use rustix::param::clock_ticks_per_second;
-use tokio::net::UnixStream;
-
-/// The process at the other end of a socket (unix(7), `SO_PEERCRED`): whoever
-/// made the socket listen. `None` where it lives outside this one's PID namespace.
-pub fn peer(stream: &UnixStream) -> Option<u32> {
-    let pid = stream.peer_cred().ok()?.pid()?;
-    u32::try_from(pid).ok().filter(|&pid| pid != 0)
-}
 
 /// Where Linux tells of processes.
 pub const PROCESSES: &str = "/proc";

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::client::DEFAULT_TIMEOUT;
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -20,8 +21,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use self::qmp::{Event, Qmp};
-use super::DEFAULT_TIMEOUT;
-use super::error::Error;
+use super::Error;
 use super::foreign::ForeignDriver;
 use super::foreign_vm::{ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};

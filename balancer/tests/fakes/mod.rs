@@ -345,6 +345,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
             cpus: 1,
             uptime_ms: 1,
             version: "0".to_owned(),
+            console: None,
         };
         return http(200, &serde_json::to_string(&status).unwrap());
     }

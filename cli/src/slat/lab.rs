@@ -117,7 +117,6 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
     writable(args.output.as_ref())?;
     let only = only(args)?;
-    let kernel = lab::Kernel::find(&args.kernel_root).map_err(Failure::new)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let visit = Visit {
         only,
@@ -129,7 +128,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     // One that can't be written is told of in the end.
     let keep = |so_far: &Findings| drop(save(args.output.as_ref(), so_far));
     let stop = interrupt::flag();
-    let result = visit.run(&kernel, stop, |what| eprintln!("{what}"), keep);
+    let result = visit.run(&args.kernel_root, stop, |what| eprintln!("{what}"), keep);
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),
@@ -197,17 +196,11 @@ fn whole(pair: &Pair) -> Result<(), Failure> {
 
 #[derive(clap::Args)]
 pub struct InsideArgs {
-    /// Load KVM with nested paging
-    #[arg(long)]
-    nested_paging: bool,
     /// The clock counts instructions
     #[arg(long)]
     instructions: bool,
     #[arg(long, default_value = "lab")]
     set: Set,
-    /// Load KVM with the MMU that also does shadow paging
-    #[arg(long)]
-    no_tdp_mmu: bool,
     /// What Linux guests do
     #[arg(long, default_value = "none")]
     guests: GuestsArg,
@@ -234,7 +227,7 @@ impl GuestsArg {
     }
 }
 
-/// What the first process of a host of the lab does.
+/// What runs in a host of the lab.
 pub fn inside(args: &InsideArgs) -> Result<(), Failure> {
     let clock = match (args.instructions, host::is_emulated()) {
         (true, _) => Clock::Instructions,
@@ -250,13 +243,7 @@ pub fn inside(args: &InsideArgs) -> Result<(), Failure> {
         clock,
         reasons: false,
     };
-    let job = inside::Job {
-        plan,
-        nested_paging: args.nested_paging,
-        tdp_mmu: !args.no_tdp_mmu,
-        guests: args.guests.guests(),
-    };
-    inside::main(job).map_err(Failure::new)
+    inside::main(inside::Job { plan, guests: args.guests.guests() }).map_err(Failure::new)
 }
 
 #[cfg(test)]

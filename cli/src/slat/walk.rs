@@ -1,6 +1,6 @@
 //! `ballast slat walk`.
 
-use balancer::driver::ballast::Client;
+use api::client::Client;
 use slat::address::{Check, Guide, Way};
 use slat::walk::{Depth, Shape, Walk};
 use vmm::inspect::{MemoryMap, TranslateRequest, Translation};

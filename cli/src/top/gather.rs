@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::client::{Client, Error};
 use api::limits::Limits;
 use api::runtime;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
-use balancer::driver::ballast::{Client, Error};
 use balancer::host::{HostMemory, MEMINFO};
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};

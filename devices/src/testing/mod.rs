@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)]
 
 pub mod hostile;
+pub mod huge_pages;
 pub mod note;
 pub mod pci;
 mod ram;

@@ -1,17 +1,16 @@
-//! One emulated host: what it is for, what lies in it, and its result.
+//! One host of the lab: what it is for, what lies in it, and its result.
 
-use std::cell::Cell;
+use std::env;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::units::Bytes;
+use lab::archive::Archive;
+use lab::{Attempt, Emulator, Execution, INIT, Init, InstalledKernel, Terminal, Vendor};
 
-use super::archive::Archive;
-use super::emulator::{Ended, Kind, Machine, wait};
-use super::{Error, Kernel, files, inside};
+use super::{Error, RESULT};
 use crate::linux;
 use crate::run::Run;
 
@@ -20,12 +19,10 @@ const SCALING_CPUS: usize = 4;
 /// A host that says nothing for as long stands still. It says which payload it begins, when a guest boots and
 /// when sessions have answered; on an idle machine a minute lies between two of these at most.
 const SILENCE: Duration = Duration::from_secs(300);
-/// Where its console goes, below a directory of its own.
-const CONSOLE: &str = "console";
-/// Where its result goes.
-const RESULT: &str = "result";
+/// How much of what a host said is told where it gave nothing, in characters.
+const LAST_WORDS: usize = 2000;
 
-/// How an emulated host's KVM translates a guest's addresses.
+/// How a host's KVM translates a guest's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Paging {
     /// `npt=1`: SLAT.
@@ -47,7 +44,7 @@ impl Paging {
     }
 }
 
-/// What an emulated host is there for.
+/// What a host is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errand {
     /// Payloads and a Linux guest's workloads, counted: one CPU, the same to the bit each time.
@@ -89,15 +86,32 @@ impl Errand {
         }
     }
 
-    /// Whether the clock counts instructions.
-    const fn is_counted(self) -> bool {
-        !matches!(self, Self::Scale | Self::Time)
+    const fn execution(self) -> Execution {
+        match self {
+            Self::Count | Self::Memory | Self::Density | Self::Reasons => Execution::Counted,
+            Self::Scale => Execution::Emulated,
+            Self::Time => Execution::Nested,
+        }
+    }
+
+    /// Processors and memory.
+    const fn size(self) -> (usize, Bytes) {
+        match self {
+            Self::Count | Self::Memory | Self::Reasons => (1, Bytes::gib(2)),
+            // Room for as many guests as are to be started: this is about the processor.
+            Self::Density => (1, Bytes::gib(3)),
+            Self::Scale => (SCALING_CPUS, Bytes::gib(2)),
+            // A quarter of it is room for the chase over 1 GiB.
+            Self::Time => (SCALING_CPUS, Bytes::gib(5)),
+        }
     }
 }
 
-/// One emulated host.
+/// One host.
 #[derive(Clone, Copy, Debug)]
 pub struct Host {
+    /// Whose virtualisation it has.
+    pub vendor: Vendor,
     /// SLAT on or off.
     pub paging: Paging,
     /// What it is for.
@@ -107,34 +121,6 @@ pub struct Host {
 }
 
 impl Host {
-    /// What runs inside.
-    fn arguments(&self) -> Vec<&'static str> {
-        let [set, guests] = self.errand.arguments();
-        let mut arguments = vec!["slat", "inside", "--set", set, "--guests", guests];
-        if self.paging != Paging::Shadow {
-            arguments.push("--nested-paging");
-        }
-        if self.paging == Paging::NestedOldMmu {
-            arguments.push("--no-tdp-mmu");
-        }
-        if self.errand.is_counted() {
-            arguments.push("--instructions");
-        }
-        arguments
-    }
-
-    fn machine(&self) -> Machine {
-        let (cpus, memory, kind) = match self.errand {
-            Errand::Count | Errand::Memory | Errand::Reasons => (1, Bytes::gib(2), Kind::Counted),
-            // Room for as many guests as are to be started: this is about the processor.
-            Errand::Density => (1, Bytes::gib(3), Kind::Counted),
-            Errand::Scale => (SCALING_CPUS, Bytes::gib(2), Kind::Emulated),
-            // A quarter of it is room for the chase over 1 GiB.
-            Errand::Time => (SCALING_CPUS, Bytes::gib(5), Kind::Nested),
-        };
-        Machine { cpus, memory, kind }
-    }
-
     /// What it does, for progress.
     pub fn describe(&self) -> String {
         format!("{}, {}", self.errand.words(), self.paging.words())
@@ -144,137 +130,72 @@ impl Host {
     ///
     /// # Errors
     /// Where it can't be started, gives nothing in time, or gives nonsense.
-    pub fn run(&self, kernel: &Kernel, stopped: impl Fn() -> bool) -> Result<Run, Error> {
-        let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
-        let at = |name: &str| directory.path().join(name);
-        let linux = !matches!(self.errand, Errand::Memory | Errand::Scale);
-        fs::write(at("initrd"), image(kernel, linux)?).map_err(files("the emulated host's initramfs"))?;
-        let line = format!(" rdinit=/ballast -- {}", self.arguments().join(" "));
-        let mut command = self.machine().command(&kernel.image, &at("initrd"), &line);
-        for port in [CONSOLE, RESULT] {
-            command.args(["-serial", &format!("file:{}", at(port).display())]);
-        }
-        let errors = fs::File::create(at("errors")).map_err(files("the emulator's messages"))?;
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
-        let mut child = command.spawn().map_err(Error::NoEmulator)?;
-        let silence = Silence::of(directory.path());
-        let ended = wait(&mut child, self.limit, || stopped() || silence.lasts())
-            .map_err(files("the emulator's end"))?;
-        // Not all that an emulator or a guest writes need be text.
-        let read = |name| String::from_utf8_lossy(&fs::read(at(name)).unwrap_or_default()).into_owned();
-        let reason = match ended {
-            // A terminal's Ctrl-C ends the emulator as well.
-            Ended::Stopped | Ended::Left(_) if stopped() => return Err(Error::Interrupted),
-            Ended::Stopped => format!("and said nothing for {} s", SILENCE.as_secs()),
-            Ended::TooLate => format!("within {} s", self.limit.as_secs()),
-            Ended::Left(status) => format!("and left ({status}; {})", read("errors").trim()),
+    pub fn run(&self, kernel: &InstalledKernel, stopped: impl Fn() -> bool + Sync) -> Result<Run, Error> {
+        let files = |what: &str| {
+            let what = what.to_owned();
+            move |source| Error::Files { what, source }
         };
-        last(&read(RESULT)).map_err(|why| {
-            let console = read(CONSOLE);
-            let from = console.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
-            let words = console.get(from..).unwrap_or_default().to_owned();
-            Error::NoResult(format!("{reason}: {why}"), words)
-        })
+        let this = env::current_exe().map_err(files("this program's own file"))?;
+        let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
+        let mut placed = Vec::new();
+        if !matches!(self.errand, Errand::Memory | Errand::Scale) {
+            let initrd = directory.path().join("initrd");
+            guest_image(&this)
+                .and_then(|image| fs::write(&initrd, image))
+                .map_err(files("a guest's initramfs"))?;
+            placed.push((kernel.image.clone(), linux::KERNEL.to_owned()));
+            placed.push((initrd, linux::INITRD.to_owned()));
+        }
+        let (cpus, memory) = self.errand.size();
+        let emulator = Emulator {
+            vendor: self.vendor,
+            execution: self.errand.execution(),
+            nested_paging: self.paging != Paging::Shadow,
+            tdp_mmu: self.paging != Paging::NestedOldMmu,
+            cpus,
+            memory,
+            kernel: Some(kernel.clone()),
+            init: Some(Init { program: this, arguments: "slat inside".to_owned() }),
+            shell: false,
+            ballast: false,
+            files: placed,
+            terminal: Terminal::Kept,
+            limit: self.limit,
+            silence: SILENCE,
+            ..Emulator::default()
+        };
+        let [set, guests] = self.errand.arguments();
+        let mut arguments = vec!["slat", "inside", "--set", set, "--guests", guests];
+        if emulator.execution == Execution::Counted {
+            arguments.push("--instructions");
+        }
+        match emulator.attempt(Path::new(INIT), &arguments, stopped) {
+            Ok(attempt) => result(&attempt),
+            Err(lab::Error::Stopped) => Err(Error::Interrupted),
+            Err(error) => Err(Error::Host(error)),
+        }
     }
 }
 
-/// The last of the results that a host sent, a line each, that is whole.
-fn last(sent: &str) -> Result<Run, String> {
-    let mut why = "nothing was sent".to_owned();
-    for line in sent.lines().rev().filter(|line| !line.trim().is_empty()) {
-        match serde_json::from_str(line) {
-            Ok(run) => return Ok(run),
-            Err(error) => why = error.to_string(),
-        }
-    }
-    Err(why)
-}
-
-/// How long a host has said nothing, neither on its console nor as a result.
-struct Silence<'a> {
-    directory: &'a Path,
-    /// How much it had said when it last said more, and when that was.
-    heard: Cell<(u64, Instant)>,
-}
-
-impl<'a> Silence<'a> {
-    fn of(directory: &'a Path) -> Self {
-        Self { directory, heard: Cell::new((0, Instant::now())) }
-    }
-
-    /// Whether it has lasted too long.
-    fn lasts(&self) -> bool {
-        let length = |name| fs::metadata(self.directory.join(name)).map_or(0, |file| file.len());
-        let said = length(CONSOLE) + length(RESULT);
-        let (before, when) = self.heard.get();
-        if said != before {
-            self.heard.set((said, Instant::now()));
-            return false;
-        }
-        when.elapsed() > SILENCE
-    }
-}
-
-/// The emulated host's initramfs: this program, KVM's modules, and what a Linux guest boots.
-fn image(kernel: &Kernel, linux: bool) -> Result<Vec<u8>, Error> {
-    let this = std::env::current_exe().map_err(files("this program's own file"))?;
-    let this = fs::read(&this).map_err(files(this.display().to_string()))?;
-    let mut parts = vec![];
-    for (number, module) in kernel.modules().iter().enumerate() {
-        let path = kernel.modules.join(module);
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        parts.push((format!("/{}/{number}-{name}", inside::MODULES), path));
-    }
-    if linux {
-        parts.push((linux::KERNEL.to_owned(), kernel.image.clone()));
-    }
-    let build = || -> io::Result<Vec<u8>> {
-        let mut archive = Archive::with_program("/ballast", &this)?;
-        for directory in ["/proc", "/sys"] {
-            archive.directory(directory)?;
-        }
-        for (path, source) in &parts {
-            archive.file(path, source)?;
-        }
-        if linux {
-            archive.contents(linux::INITRD, 0o644, &guest_image(&this)?)?;
-        }
-        archive.finish()
+/// The last result that a host handed out, whether it came to its end or not.
+fn result(attempt: &Attempt) -> Result<Run, Error> {
+    let why = match attempt.results.get(RESULT).map(serde_json::from_slice) {
+        Some(Ok(run)) => return Ok(run),
+        Some(Err(error)) => error.to_string(),
+        None => match &attempt.code {
+            Ok(code) => format!("its program ended with {code}"),
+            Err(why) => why.clone(),
+        },
     };
-    build().map_err(files("the emulated host's initramfs"))
+    let said = &attempt.said;
+    let from = said.char_indices().rev().nth(LAST_WORDS).map_or(0, |(at, _)| at);
+    Err(Error::NoResult(why, said.get(from..).unwrap_or_default().to_owned()))
 }
 
 /// A Linux guest's initramfs: this program, and one to execute.
-fn guest_image(this: &[u8]) -> io::Result<Vec<u8>> {
-    let mut archive = Archive::with_program("/ballast", this)?;
+fn guest_image(this: &Path) -> io::Result<Vec<u8>> {
+    let mut archive = Archive::with_program(linux::GUEST_INIT, &fs::read(this)?)?;
     let (path, program) = linux::guest::program();
     archive.contents(path, 0o755, &program)?;
     archive.finish()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_line_that_was_cut_off_is_no_result() {
-        assert_eq!(last(""), Err("nothing was sent".into()));
-        let error = last("{\"schema\": 3").expect_err("it has no end");
-        assert!(error.contains("EOF"), "{error}");
-    }
-
-    #[test]
-    fn a_host_that_speaks_is_not_silent() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let silence = Silence::of(directory.path());
-        let long_ago = Instant::now().checked_sub(SILENCE * 2).expect("the machine runs for longer");
-        silence.heard.set((0, long_ago));
-        assert!(silence.lasts(), "nothing was ever said");
-        fs::write(directory.path().join(CONSOLE), "booting").expect("written");
-        assert!(!silence.lasts());
-        silence.heard.set((7, long_ago));
-        assert!(silence.lasts(), "it said no more");
-        fs::write(directory.path().join(RESULT), "{}").expect("written");
-        assert!(!silence.lasts());
-    }
 }

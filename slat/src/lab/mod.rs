@@ -1,51 +1,34 @@
-//! SLAT on and off in throw-away emulated hosts.
-//!
-//! QEMU's software emulation has AMD's SVM with nested paging. A Debian kernel
-//! boots in it as a host, loads `kvm-amd` with `npt=1` or `npt=0`, and this
-//! same program runs there as the first process. Nothing of the real host is
-//! touched: no module, no setting, not even /dev/kvm.
+//! SLAT on and off in throw-away hosts of the lab, where this same program runs as the first process.
 
-pub mod archive;
-pub mod emulator;
 pub mod findings;
 pub mod host;
 pub mod inside;
 pub mod nested;
 
 use std::collections::VecDeque;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lab::{InstalledKernel, Vendor};
+
 use crate::run::Run;
-use emulator::PROGRAM;
 pub use findings::{Findings, Pair};
 pub use host::Errand;
 use host::{Host, Paging};
 
-/// Modules of every host, in the order of loading.
-const MODULE_FILES: [&str; 2] = ["kernel/virt/lib/irqbypass.ko", "kernel/arch/x86/kvm/kvm.ko"];
-/// The module of an emulated processor, and of a nested host on AMD's.
-const AMD: &str = "kernel/arch/x86/kvm/kvm-amd.ko";
-/// The module of a nested host on Intel's processors.
-const INTEL: &str = "kernel/arch/x86/kvm/kvm-intel.ko";
+/// The name of what a host hands out.
+const RESULT: &str = "result.json";
 
 /// Why the lab gave nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No kernel to boot.
-    #[error(
-        "no kernel with {1} below {0}: install linux-image-cloud-amd64, or unpack it anywhere with \
-         `apt-get download` and `dpkg -x` and name the directory with --kernel-root"
-    )]
-    NoKernel(PathBuf, &'static str),
-    /// No emulator.
-    #[error("cannot start {PROGRAM}: {0}; install the package qemu-system-x86")]
-    NoEmulator(io::Error),
+    /// No host.
+    #[error(transparent)]
+    Host(lab::Error),
     /// Something with files.
     #[error("{what}: {source}")]
     Files {
@@ -54,67 +37,12 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The emulated host did not answer.
-    #[error("the emulated host gave no result {0}; its last words:\n{1}")]
+    /// The host did not answer.
+    #[error("the host gave no result: {0}; its last words:\n{1}")]
     NoResult(String, String),
     /// The user asked to stop.
     #[error("stopped before SLAT on and off were both counted: there is nothing to keep")]
     Interrupted,
-}
-
-fn files(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
-    let what = what.into();
-    move |source| Error::Files { what, source }
-}
-
-/// A kernel and its modules.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kernel {
-    image: PathBuf,
-    modules: PathBuf,
-    /// The module for the processor, below `modules`.
-    module: &'static str,
-}
-
-impl Kernel {
-    /// The first kernel below `root` (in `boot` and `lib/modules`) for an emulated host, whose processor is AMD's;
-    /// Debian's cloud kernels before others, older before newer: counts are compared with those of 6.1.
-    ///
-    /// # Errors
-    /// [`Error::NoKernel`].
-    pub fn find(root: &Path) -> Result<Self, Error> {
-        Self::with(root, AMD)
-    }
-
-    /// The same for a host whose processor takes `module`.
-    fn with(root: &Path, module: &'static str) -> Result<Self, Error> {
-        let none = || Error::NoKernel(root.to_owned(), if module == INTEL { "kvm-intel" } else { "kvm-amd" });
-        let mut releases: Vec<String> = fs::read_dir(root.join("lib/modules"))
-            .map_err(|_| none())?
-            .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .collect();
-        releases.sort_by_key(|r| (!r.contains("cloud"), numbers(r)));
-        releases
-            .into_iter()
-            .map(|release| Self {
-                image: root.join("boot").join(format!("vmlinuz-{release}")),
-                modules: root.join("lib/modules").join(release),
-                module,
-            })
-            .find(|k| k.image.is_file() && k.modules().iter().all(|m| k.modules.join(m).is_file()))
-            .ok_or_else(none)
-    }
-
-    /// The modules of a host that boots it, in the order of loading.
-    fn modules(&self) -> [&'static str; 3] {
-        let [first, second] = MODULE_FILES;
-        [first, second, self.module]
-    }
-}
-
-/// The numbers in a release, so that 6.12 comes after 6.1.
-fn numbers(release: &str) -> Vec<u64> {
-    release.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
 
 /// Parts of a visit, to be put into what an earlier one found.
@@ -141,26 +69,6 @@ pub struct Visit {
     pub jobs: usize,
 }
 
-/// Keeps this thread and what it starts on one of the processors that it may use: an emulator whose threads
-/// move about can stand still for minutes.
-fn stay_on(number: usize) {
-    let size = size_of::<libc::cpu_set_t>();
-    // SAFETY: zeroed sets are empty ones; the kernel fills the first and reads the second. Indices are below
-    // the size of a set. Where it fails nothing is lost but speed.
-    unsafe {
-        let mut usable: libc::cpu_set_t = std::mem::zeroed();
-        if libc::sched_getaffinity(0, size, &raw mut usable) != 0 {
-            return;
-        }
-        let all: Vec<usize> =
-            (0..libc::CPU_SETSIZE as usize).filter(|&cpu| libc::CPU_ISSET(cpu, &usable)).collect();
-        let Some(&own) = all.get(number % all.len().max(1)) else { return };
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(own, &mut set);
-        libc::sched_setaffinity(0, size, &raw const set);
-    }
-}
-
 /// One emulated host's place in the findings.
 type Place = (Paging, Errand, Round);
 
@@ -184,25 +92,26 @@ impl Round {
 type Outcome = (Place, Result<Run, Error>);
 
 impl Visit {
-    /// Runs SLAT on and off, counting; then memory, the scaling over vCPUs, and density where asked for.
+    /// Runs SLAT on and off, counting, in hosts with a kernel below `kernel_root`; then memory, the scaling over vCPUs, and density where asked for.
     ///
     /// What comes after the first count may fail, or be stopped: the findings then say what is missing.
     ///
     /// # Errors
-    /// Where counting gives nothing, or the user stops it.
+    /// Where there is no kernel, counting gives nothing, or the user stops it.
     pub fn run(
         self,
-        kernel: &Kernel,
+        kernel_root: &Path,
         stop: &AtomicBool,
         progress: impl Fn(&str) + Sync,
         keep: impl Fn(&Findings) + Sync,
     ) -> Result<Findings, Error> {
+        let kernel = &InstalledKernel::find(kernel_root, Vendor::Amd).map_err(Error::Host)?;
         let waiting = Mutex::new(self.places());
         let outcomes = Mutex::new(Vec::new());
         let hopeless = AtomicBool::new(false);
         let stopped = || stop.load(Ordering::SeqCst) || hopeless.load(Ordering::SeqCst);
         let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let work = &|| {
+        let work = || {
             while let Some(place) = next().filter(|_| !stopped()) {
                 let outcome = self.visit(place, kernel, &stopped, &progress);
                 // Without the first count there is nothing to set the rest against.
@@ -218,11 +127,8 @@ impl Visit {
             }
         };
         thread::scope(|scope| {
-            for number in 0..self.jobs.max(1) {
-                scope.spawn(move || {
-                    stay_on(number);
-                    work();
-                });
+            for _ in 0..self.jobs.max(1) {
+                scope.spawn(&work);
             }
         });
         let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -256,16 +162,21 @@ impl Visit {
         places
     }
 
+    /// A host whose processor can be emulated.
+    const fn host(&self, paging: Paging, errand: Errand) -> Host {
+        Host { vendor: Vendor::Amd, paging, errand, limit: self.limit }
+    }
+
     /// One host; once more where it gave nothing, or not all, as an emulator that is starved of processor time
     /// may stand still.
     fn visit(
         &self,
         (paging, errand, round): Place,
-        kernel: &Kernel,
+        kernel: &InstalledKernel,
         stopped: &(impl Fn() -> bool + Sync),
         progress: &(impl Fn(&str) + Sync),
     ) -> Result<Run, Error> {
-        let host = Host { paging, errand, limit: self.limit };
+        let host = self.host(paging, errand);
         let name = format!("{}{}", host.describe(), round.words());
         progress(&format!("{name}: begun"));
         let begin = Instant::now();
@@ -293,7 +204,7 @@ impl Visit {
 
     /// All that came of hosts so far, over what an earlier visit found.
     fn findings(&self, outcomes: &[Outcome], interrupted: bool) -> Result<Findings, Error> {
-        let name = |place: &Place| Host { paging: place.0, errand: place.1, limit: self.limit }.describe();
+        let name = |place: &Place| self.host(place.0, place.1).describe();
         let failed = outcomes.iter().filter_map(|(place, outcome)| match outcome {
             Err(Error::Interrupted) | Ok(_) => None,
             Err(error) => Some(format!("{}: {error}", name(place))),

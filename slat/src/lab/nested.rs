@@ -8,16 +8,18 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lab::{InstalledKernel, Vendor};
+
+use super::Error;
 use super::findings::Pair;
 use super::host::{Errand, Host, Paging};
-use super::{AMD, Error, INTEL, Kernel};
 use crate::probe::{Probe, Verdict};
 
 /// A host that can nest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Nested {
-    /// The module that a nested host loads.
-    module: &'static str,
+    /// Whose virtualisation it passes on.
+    vendor: Vendor,
 }
 
 impl Nested {
@@ -52,13 +54,10 @@ impl Nested {
             }
         }
         let module = probe.module.as_deref().unwrap_or("none");
-        let file = match module {
-            "kvm_intel" => INTEL,
-            "kvm_amd" => AMD,
-            other => return Err(format!("the KVM module here ({other}) is not known to nest")),
-        };
+        let vendor = Vendor::of_module(module)
+            .ok_or_else(|| format!("the KVM module here ({module}) is not known to nest"))?;
         match probe.parameters.get(&format!("{module}.nested")).map(String::as_str) {
-            Some("Y" | "1") => Ok(Self { module: file }),
+            Some("Y" | "1") => Ok(Self { vendor }),
             _ => Err(format!(
                 "nested virtualisation is off: load the module with `modprobe {module} nested=1` (no VM may be running)"
             )),
@@ -76,9 +75,9 @@ impl Nested {
         stop: &AtomicBool,
         progress: impl Fn(&str),
     ) -> Result<Pair, Error> {
-        let kernel = Kernel::with(kernel_root, self.module)?;
+        let kernel = InstalledKernel::find(kernel_root, self.vendor).map_err(Error::Host)?;
         let one = |paging| {
-            let host = Host { paging, errand: Errand::Time, limit };
+            let host = Host { vendor: self.vendor, paging, errand: Errand::Time, limit };
             progress(&format!("nested host, {}", host.describe()));
             host.run(&kernel, || stop.load(Ordering::SeqCst))
         };
@@ -107,8 +106,8 @@ mod tests {
     #[test]
     fn only_a_real_host_with_slat_and_nesting_nests() {
         let find = |verdict, module, nested| Nested::find(&host(verdict, module, nested));
-        assert_eq!(find(Verdict::Slat, "kvm_intel", "Y"), Ok(Nested { module: INTEL }));
-        assert_eq!(find(Verdict::Slat, "kvm_amd", "1"), Ok(Nested { module: AMD }));
+        assert_eq!(find(Verdict::Slat, "kvm_intel", "Y"), Ok(Nested { vendor: Vendor::Intel }));
+        assert_eq!(find(Verdict::Slat, "kvm_amd", "1"), Ok(Nested { vendor: Vendor::Amd }));
         for (verdict, module, nested, word) in [
             (Verdict::Slat, "kvm_amd", "0", "nested=1"),
             (Verdict::Slat, "kvm_pvm", "Y", "kvm_pvm"),

@@ -1,40 +1,5 @@
 use super::*;
 
-#[test]
-fn finds_the_older_cloud_kernel_first() {
-    let root = tempfile::tempdir().expect("a directory");
-    assert!(matches!(Kernel::find(root.path()), Err(Error::NoKernel(..))));
-    for release in ["6.12.1+deb12-cloud-amd64", "6.1.0-9-cloud-amd64", "5.0.0-amd64"] {
-        for module in [MODULE_FILES[0], MODULE_FILES[1], AMD] {
-            let path = root.path().join("lib/modules").join(release).join(module);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("directories");
-            fs::write(path, "").expect("a file");
-        }
-        fs::create_dir_all(root.path().join("boot")).expect("a directory");
-        fs::write(root.path().join(format!("boot/vmlinuz-{release}")), "").expect("a file");
-    }
-    let kernel = Kernel::find(root.path()).expect("a kernel");
-    assert!(kernel.image.ends_with("boot/vmlinuz-6.1.0-9-cloud-amd64"), "{kernel:?}");
-}
-
-#[test]
-fn a_nested_host_takes_a_kernel_with_the_module_of_its_own_processor() {
-    let root = tempfile::tempdir().expect("a directory");
-    for file in ["boot/vmlinuz-6.1-x", "lib/modules/6.1-x/kernel/arch/x86/kvm/kvm-intel.ko"]
-        .map(str::to_owned)
-        .into_iter()
-        .chain(MODULE_FILES.map(|module| format!("lib/modules/6.1-x/{module}")))
-    {
-        let path = root.path().join(file);
-        fs::create_dir_all(path.parent().expect("a parent")).expect("directories");
-        fs::write(path, "").expect("a file");
-    }
-    let kernel = Kernel::with(root.path(), INTEL).expect("all that it takes is there");
-    assert_eq!(kernel.module, INTEL);
-    let why = Kernel::find(root.path()).expect_err("there is none for AMD's").to_string();
-    assert!(why.contains("kvm-amd"), "{why}");
-}
-
 /// A run in which nothing was measured, by which it can be known again.
 fn run_of(name: &str) -> Run {
     let (setups, limit) = (Vec::new(), Duration::from_secs(1));

@@ -17,6 +17,7 @@ use vmm::config::{
 };
 use vmm::machine::Machine;
 
+use super::GUEST_INIT;
 use super::guest::SESSIONS;
 use crate::counters::reasons;
 
@@ -116,7 +117,7 @@ fn cmdline(words: &[String]) -> String {
     // interrupt: just where QEMU 7.2 may interrupt it again (`vmm::cpuid`). It would wait for itself for ever.
     let tick = if words.iter().any(|word| word == SESSIONS) { "nohz=off " } else { "" };
     format!(
-        "console=ttyS0 quiet panic=-1 norandmaps random.trust_cpu=off {tick}rdinit=/ballast -- slat guest {} nokaslr",
+        "console=ttyS0 quiet panic=-1 norandmaps random.trust_cpu=off {tick}rdinit={GUEST_INIT} -- slat guest {} nokaslr",
         words.join(" ")
     )
 }

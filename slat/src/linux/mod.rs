@@ -24,8 +24,8 @@ use guest::{WORK, bells};
 pub const KERNEL: &str = "/guest/vmlinuz";
 /// See [`KERNEL`].
 pub const INITRD: &str = "/guest/initrd";
-/// This program in an emulated host.
-const BALLAST: &str = "/ballast";
+/// This program in a Linux guest, as its first process.
+pub const GUEST_INIT: &str = "/ballast";
 /// Room for a fork with the 33 MiB of the two last workloads.
 const MEMORY: &str = "192M";
 
@@ -61,7 +61,7 @@ pub enum Guests {
 
 /// Starts a guest with a doorbell in a process of its own.
 fn start(memory: &str, counting: bool, words: &[&str]) -> io::Result<Child> {
-    let mut command = Command::new(BALLAST);
+    let mut command = Command::new(lab::INIT);
     command.args(["slat", "vm", "--kernel", KERNEL, "--initrd", INITRD, "--memory", memory]);
     if counting {
         command.arg("--counting");

@@ -218,6 +218,7 @@ fn other(kvm_fd: &Kvm, setup: &Setup) -> Result<Option<Machine>, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::kvm_for_tests;
     use crate::payload::layout::WINDOW;
     use crate::payload::tables;
     use crate::walk::{Depth, PageSize};
@@ -227,13 +228,9 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(20);
     static GO_ON: AtomicBool = AtomicBool::new(false);
 
-    fn kvm_fd() -> Option<Kvm> {
-        Kvm::new().inspect_err(|e| eprintln!("not run: no usable /dev/kvm ({e})")).ok()
-    }
-
     #[test]
     fn every_payload_runs_or_says_why_not() {
-        let Some(kvm) = kvm_fd() else { return };
+        let Some(kvm) = kvm_for_tests() else { return };
         for payload in Payload::ALL.into_iter().filter(|p| *p != Payload::Laps) {
             let usual = Setup::usual(payload);
             let setup = Setup { operations: usual.operations_given().unwrap_or(1024), ..usual };
@@ -260,7 +257,7 @@ mod tests {
 
     #[test]
     fn the_watchdog_ends_a_payload_that_hangs() {
-        let Some(kvm) = kvm_fd() else { return };
+        let Some(kvm) = kvm_for_tests() else { return };
         for place in [Place::Ring3, Place::Ring0] {
             let setup = Setup::usual(Payload::Hang).at(place);
             let begin = Instant::now();
@@ -273,7 +270,7 @@ mod tests {
 
     #[test]
     fn our_walk_and_kvms_agree() {
-        let Some(kvm) = kvm_fd() else { return };
+        let Some(kvm) = kvm_for_tests() else { return };
         for guest_page in [PageSize::Size4K, PageSize::Size2M] {
             let setup = Setup { guest_page, ..Setup::usual(Payload::Churn) };
             let machine = Machine::new(&kvm, &setup).expect("a machine");
@@ -287,7 +284,7 @@ mod tests {
 
     #[test]
     fn what_the_guest_stores_lies_where_our_walk_says() {
-        let Some(kvm) = kvm_fd() else { return };
+        let Some(kvm) = kvm_for_tests() else { return };
         for guest_page in [PageSize::Size4K, PageSize::Size2M] {
             let setup = Setup { guest_page, ..Setup::usual(Payload::ColdTouch) };
             let pages = setup.links();
@@ -312,7 +309,7 @@ mod tests {
 
     #[test]
     fn laps_take_turns_with_another_machine() {
-        let Some(kvm) = kvm_fd() else { return };
+        let Some(kvm) = kvm_for_tests() else { return };
         for between in Between::ALL {
             let setup = Setup { between, ..Setup::usual(Payload::Laps) };
             let machine = Machine::new(&kvm, &setup).expect("a machine");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::epoll::EventSet;
 
-use super::http::{self, Answer, Parsed, Request};
+use super::http::{self, Answer, Later, Parsed, Request, Response};
 use super::stream::Stream;
 
 /// How long a client may say nothing between two requests.
@@ -44,13 +44,12 @@ pub enum Next {
     Close,
 }
 
-#[derive(Debug)]
 enum State {
     /// Waiting for a request, or for the rest of one.
     Reading,
-    /// The request at the front of the input can't be answered yet; it is put again when something
-    /// has come, or its time is over.
-    Waiting { since: Instant },
+    /// The last request can't be answered yet; its answer is asked for when something has come, or its
+    /// time is over.
+    Waiting { since: Instant, later: Later, framing: Framing },
     /// Sending a response.
     Writing { response: Vec<u8>, sent: usize, keep_alive: bool },
     /// Sending lines as they come; `unsent` is what the socket has not taken yet.
@@ -60,11 +59,17 @@ enum State {
     Draining,
 }
 
-/// Answers a request that has waited for so long.
-pub type Answering<'a> = dyn Fn(Request<'_>, Duration) -> Answer + 'a;
+/// What of a request tells how its answer is sent.
+#[derive(Clone, Copy)]
+struct Framing {
+    keep_alive: bool,
+    without_body: bool,
+}
+
+/// Answers a request.
+pub type Answering<'a> = dyn Fn(Request<'_>) -> Answer + 'a;
 
 /// One client's connection.
-#[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
@@ -127,8 +132,8 @@ impl Connection {
     pub fn advance(&mut self, now: Instant, answer: &Answering<'_>) -> Next {
         for _ in 0..MOST_STEPS {
             let step = match &self.state {
-                State::Reading => self.read(now, Instant::now(), answer),
-                State::Waiting { since } => self.read(now, *since, answer),
+                State::Reading => self.read(now, answer),
+                State::Waiting { .. } => self.wait_on(now),
                 State::Writing { .. } => self.write(now),
                 State::Streaming { .. } => self.stream(now),
                 State::Draining => self.drain(),
@@ -158,25 +163,39 @@ impl Connection {
         }
     }
 
-    /// Answers the request at the front of the input, which has been there `since` then.
-    fn read(&mut self, now: Instant, since: Instant, answer: &Answering<'_>) -> io::Result<Next> {
+    /// Answers the request at the front of the input.
+    fn read(&mut self, now: Instant, answer: &Answering<'_>) -> io::Result<Next> {
         let without_body = self.input.starts_with(b"HEAD ");
-        let (response, keep_alive, taken) = match http::parse(&self.input) {
+        let (answer, keep_alive, taken) = match http::parse(&self.input) {
             // Who has gone was told by its own clock that this failed: it must not be done after all.
             Parsed::Complete { .. } if has_hung_up(&self.stream)? => return Ok(Next::Close),
-            Parsed::Complete { request, length, keep_alive } => match answer(request, since.elapsed()) {
-                Answer::Now(response) => (response, keep_alive, length),
-                Answer::Later(limit) => {
-                    (self.state, self.deadline) = (State::Waiting { since }, since + limit);
-                    self.turn_ends = None;
-                    return Ok(Next::Wait);
-                }
-            },
-            Parsed::Malformed(response) => (response, false, self.input.len()),
+            Parsed::Complete { request, length, keep_alive } => (answer(request), keep_alive, length),
+            Parsed::Malformed(response) => (response.into(), false, self.input.len()),
             Parsed::Incomplete => return self.receive(now),
         };
         self.input.drain(..taken);
         self.input.shrink_to(CHUNK);
+        let framing = Framing { keep_alive, without_body };
+        match answer {
+            Answer::Now(response) => Ok(self.respond(now, &response, framing)),
+            Answer::Later(limit, later) => {
+                let since = Instant::now();
+                self.state = State::Waiting { since, later, framing };
+                (self.deadline, self.turn_ends) = (since + limit, None);
+                Ok(Next::Wait)
+            }
+        }
+    }
+
+    /// Asks for an answer that was not there yet.
+    fn wait_on(&mut self, now: Instant) -> io::Result<Next> {
+        let State::Waiting { since, later, framing } = &mut self.state else { return Ok(Next::Again) };
+        let (answer, framing) = (later(since.elapsed()), *framing);
+        Ok(answer.map_or(Next::Wait, |response| self.respond(now, &response, framing)))
+    }
+
+    fn respond(&mut self, now: Instant, response: &Response, framing: Framing) -> Next {
+        let Framing { keep_alive, without_body } = framing;
         self.deadline = now + TRANSFER_LIMIT;
         if let Some(stream) = response.stream.clone().filter(|_| !without_body) {
             self.turn_ends = None;
@@ -189,7 +208,7 @@ impl Connection {
             }
             self.state = State::Writing { response: bytes, sent: 0, keep_alive };
         }
-        Ok(Next::Again)
+        Next::Again
     }
 
     fn receive(&mut self, now: Instant) -> io::Result<Next> {

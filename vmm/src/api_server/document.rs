@@ -2,14 +2,15 @@
 //! described is served, and what is served is described.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, PlugCounters, PlugStatus,
-    VmState, VmStatus,
+    AgedReport, BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, PauseRequest, Pauser,
+    PlugCounters, PlugStatus, VmState, VmStatus,
 };
 use api::units::Bytes;
 use serde_json::{Value, json};
@@ -21,9 +22,9 @@ use crate::control::Control;
 use crate::inspect::{MappedRegion, MemoryMap, TranslateRequest, Translation};
 
 /// The control of a VM that is not started; it needs no KVM.
-pub fn control() -> Control {
+pub fn control() -> Arc<Control> {
     let limits: Limits = "256M,min=128M,max=1G".parse().unwrap();
-    Control::new("test".parse().unwrap(), "2".parse().unwrap(), limits)
+    Arc::new(Control::new("test".parse().unwrap(), "2".parse().unwrap(), limits))
 }
 
 fn document() -> Value {
@@ -59,16 +60,16 @@ fn described<'a>(document: &'a Value, method: &str, path: &str, status: u16) -> 
 }
 
 /// The answer of a VM that is not started, for which nobody has to wait.
-fn at_once(control: &Control, method: &str, target: &str, body: &str) -> Response {
+fn at_once(control: &Arc<Control>, method: &str, target: &str, body: &str) -> Response {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    match route(Request { method, path, query, body: body.as_bytes() }, Duration::ZERO, control) {
+    match route(Request { method, path, query, body: body.as_bytes() }, control) {
         Answer::Now(response) => response,
-        Answer::Later(limit) => panic!("{method} {target} may take {limit:?}"),
+        Answer::Later(limit, _) => panic!("{method} {target} may take {limit:?}"),
     }
 }
 
 /// Asks the server, and holds its answer against the document.
-fn ask(document: &Value, control: &Control, method: &str, target: &str, body: &str) -> Response {
+fn ask(document: &Value, control: &Arc<Control>, method: &str, target: &str, body: &str) -> Response {
     let answer = at_once(control, method, target, body);
     let path = target.split_once('?').map_or(target, |(path, _)| path);
     let response = described(document, method, path, answer.status.code());
@@ -233,7 +234,8 @@ fn a_full_answer_is_as_described() {
         paused(Pauser::Balancer),
         VmState::Stopped,
     ] {
-        let vm = VmStatus { state, ..control().status() };
+        let console = Some(ConsoleStatus { written: Bytes(u64::MAX), ..ConsoleStatus::default() });
+        let vm = VmStatus { state, console, ..control().status() };
         check(&document, named(&document, "VmStatus"), &serde_json::to_value(vm).unwrap());
     }
 }

@@ -52,13 +52,22 @@ pub enum Parsed<'a> {
 }
 
 /// What a request comes to.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// This.
     Now(Response),
-    /// Nothing yet. The same request is to be put again when something has come that it may wait for,
-    /// and at the latest when it has waited for so long in all.
-    Later(Duration),
+    /// Nothing yet. It is to be asked for when something has come that it may wait for, and at the latest
+    /// when the request has waited for so long.
+    Later(Duration, Later),
+}
+
+/// The answer to a request that has waited for so long; `None` where there is none yet.
+pub type Later = Box<dyn FnMut(Duration) -> Option<Response>>;
+
+impl Answer {
+    /// What `later` says, now or when the request has waited for `limit` at the latest.
+    pub fn within(limit: Duration, mut later: impl FnMut(Duration) -> Option<Response> + 'static) -> Self {
+        later(Duration::ZERO).map_or_else(|| Self::Later(limit, Box::new(later)), Self::Now)
+    }
 }
 
 impl From<Response> for Answer {

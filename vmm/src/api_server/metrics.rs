@@ -52,6 +52,11 @@ fn states<S: Copy + PartialEq>(page: &mut Page, name: &str, help: &str, now: S, 
 fn vm_figures(vm: &VmStatus, page: &mut Page) {
     page.gauge("uptime_seconds", "Time since the VM started.", Duration::from_millis(vm.uptime_ms));
     page.gauge("cpus", "The VM's vCPUs.", u64::from(vm.cpus));
+    if let Some(console) = vm.console {
+        page.counter("console_written_bytes", "Console output that its reader has taken.", console.written);
+        page.gauge("console_waiting_bytes", "Console output that waits for its reader.", console.waiting);
+        page.counter("console_lost_bytes", "Console output that nobody gets.", console.lost);
+    }
     states(page, "vm_state", "1 for the state that the VM is in.", vm.state, &VM_STATES);
 }
 

@@ -1,6 +1,6 @@
 //! What each path and method does: a function from a request to a response.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use api::limits::Limits;
 use api::status::{PauseRequest, TargetRequest};
@@ -10,6 +10,7 @@ use super::fresh::Fresh;
 use super::http::{Answer, Request, Response, Status};
 use super::metrics;
 use crate::control::{Control, ControlError};
+use crate::vcpu_set::PATIENCE;
 
 /// One thing the API does.
 pub struct Route {
@@ -23,8 +24,8 @@ pub struct Route {
 enum Act {
     /// With the request's body; answered at once.
     Do(fn(&Control, &[u8]) -> Response),
-    /// With the request's query, and for how long it has waited.
-    Await(fn(&Control, &str, Duration) -> Answer),
+    /// With the request; answered as soon as that is possible.
+    Await(fn(&Arc<Control>, Request<'_>) -> Answer),
 }
 
 use Act::{Await, Do};
@@ -32,26 +33,19 @@ use Act::{Await, Do};
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
 pub const ROUTES: [Route; 12] = [
     Route { method: "GET", path: "/vm", act: Do(|control, _| Response::json(&control.status())) },
-    Route {
-        method: "POST",
-        path: "/vm/pause",
-        act: Do(|control, body| in_name_of(body, |PauseRequest { by }| control.pause(by))),
-    },
+    Route { method: "POST", path: "/vm/pause", act: Await(pause) },
     Route {
         method: "POST",
         path: "/vm/resume",
-        act: Do(|control, body| in_name_of(body, |PauseRequest { by }| control.resume(by))),
+        act: Do(|control, body| {
+            pause_request(body)
+                .map_or_else(|refused| refused, |PauseRequest { by }| answer(control.resume(by)))
+        }),
     },
     Route { method: "POST", path: "/vm/power-button", act: Do(|control, _| answer(control.power_button())) },
     Route { method: "POST", path: "/vm/shutdown", act: Do(|control, _| answer(control.shutdown())) },
     Route { method: "GET", path: "/memory", act: Await(memory) },
-    Route {
-        method: "POST",
-        path: "/vm/translate",
-        act: Do(|control, body| {
-            with(body, |asked| control.translate(asked).map(|seen| Response::json(&seen)))
-        }),
-    },
+    Route { method: "POST", path: "/vm/translate", act: Await(translate) },
     Route { method: "GET", path: "/memory/map", act: Do(|control, _| Response::json(&control.memory_map())) },
     Route { method: "GET", path: "/memory/events", act: Do(|control, _| events(control)) },
     Route {
@@ -71,16 +65,15 @@ pub const ROUTES: [Route; 12] = [
     },
 ];
 
-/// Carries out one request, which has `waited` so long since it was first put. Putting the same request
-/// again is how it waits on: what it came to before is forgotten.
-pub fn route(request: Request<'_>, waited: Duration, control: &Control) -> Answer {
+/// Carries out one request.
+pub fn route(request: Request<'_>, control: &Arc<Control>) -> Answer {
     let here = || ROUTES.iter().filter(|route| route.path == request.path);
     // Whoever sends the answer leaves its body out.
     let method = if request.method == "HEAD" { "GET" } else { request.method };
     if let Some(route) = here().find(|route| route.method == method) {
         return match route.act {
             Do(act) => act(control, request.body).into(),
-            Await(act) => act(control, request.query, waited),
+            Await(act) => act(control, request),
         };
     }
     let mut methods: Vec<&str> = here().map(|route| route.method).collect();
@@ -97,18 +90,36 @@ pub fn route(request: Request<'_>, waited: Duration, control: &Control) -> Answe
 
 /// A VM's memory, with a report of its guest as fresh as was asked for, where one comes in time. What came
 /// since it was asked for is fresh.
-fn memory(control: &Control, query: &str, waited: Duration) -> Answer {
-    let fresh = match Fresh::parse(query) {
+fn memory(control: &Arc<Control>, request: Request<'_>) -> Answer {
+    let Fresh { max_age, wait } = match Fresh::parse(request.query) {
         Ok(fresh) => fresh,
         Err(error) => return Response::error(Status::BadRequest, &error.to_string()).into(),
     };
-    if let Some(max_age) = fresh.max_age
-        && control.expects_report(max_age.max(waited))
-        && waited < fresh.wait
-    {
-        return Answer::Later(fresh.wait);
+    let control = Arc::clone(control);
+    Answer::within(wait, move |waited| {
+        let expected = max_age.is_some_and(|max_age| control.expects_report(max_age.max(waited)));
+        (!expected || waited >= wait).then(|| Response::json(&control.memory()))
+    })
+}
+
+fn pause(control: &Arc<Control>, request: Request<'_>) -> Answer {
+    let begun =
+        pause_request(request.body).and_then(|PauseRequest { by }| control.pause(by).map_err(refusal));
+    if let Err(refused) = begun {
+        return refused.into();
     }
-    Response::json(&control.memory()).into()
+    let control = Arc::clone(control);
+    Answer::within(PATIENCE, move |_| control.paused().map(answer))
+}
+
+fn translate(control: &Arc<Control>, request: Request<'_>) -> Answer {
+    let mut seen = match parse(request.body).and_then(|asked| control.translate(asked).map_err(refusal)) {
+        Ok(seen) => seen,
+        Err(refused) => return refused.into(),
+    };
+    Answer::within(PATIENCE, move |waited| {
+        Some(seen(waited)?.map_or_else(refusal, |seen| Response::json(&seen)))
+    })
 }
 
 fn events(control: &Control) -> Response {
@@ -122,29 +133,26 @@ fn events(control: &Control) -> Response {
 }
 
 fn put<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<(), ControlError>) -> Response {
-    with(body, |value| act(value).map(|()| Response::done()))
+    parse(body).map_or_else(|refused| refused, |value| answer(act(value)))
 }
 
-/// As [`put`], where no body is an operator's.
-fn in_name_of(body: &[u8], act: impl FnOnce(PauseRequest) -> Result<(), ControlError>) -> Response {
-    if body.is_empty() { answer(act(PauseRequest::default())) } else { put(body, act) }
+/// No body is an operator's.
+fn pause_request(body: &[u8]) -> Result<PauseRequest, Response> {
+    if body.is_empty() { Ok(PauseRequest::default()) } else { parse(body) }
 }
 
-fn with<T: DeserializeOwned>(body: &[u8], act: impl FnOnce(T) -> Result<Response, ControlError>) -> Response {
-    match serde_json::from_slice(body) {
-        Ok(value) => act(value).unwrap_or_else(|error| refusal(&error)),
-        Err(error) => {
-            Response::error(Status::BadRequest, &format!("the body is not what belongs here: {error}"))
-        }
-    }
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
+    serde_json::from_slice(body).map_err(|error| {
+        Response::error(Status::BadRequest, &format!("the body is not what belongs here: {error}"))
+    })
 }
 
 fn answer(result: Result<(), ControlError>) -> Response {
-    result.map_or_else(|error| refusal(&error), |()| Response::done())
+    result.map_or_else(refusal, |()| Response::done())
 }
 
-fn refusal(error: &ControlError) -> Response {
-    let status = match error {
+fn refusal(error: ControlError) -> Response {
+    let status = match &error {
         ControlError::Host(_) => Status::InternalError,
         error if error.is_conflict() => Status::Conflict,
         _ => Status::BadRequest,

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -59,10 +60,10 @@ impl Server {
     ///
     /// # Errors
     /// When the kernel refuses the event loop itself. What clients do is no error.
-    pub fn run(self, control: &Control) -> io::Result<()> {
+    pub fn run(self, control: &Arc<Control>) -> io::Result<()> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         control.events().wake_with(wake.try_clone()?);
-        self.serve(&wake, &|request, waited| route(request, waited, control))
+        self.serve(&wake, &|request| route(request, control))
     }
 
     fn serve(self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
@@ -301,3 +302,6 @@ fn watch_anew(epoll: &Epoll, fd: RawFd, events: EventSet, index: usize) -> io::R
 #[cfg(test)]
 #[path = "server_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "waiting_tests.rs"]
+mod waiting_tests;

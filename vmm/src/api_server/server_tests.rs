@@ -5,7 +5,6 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -15,31 +14,31 @@ use api::units::Bytes;
 use serde_json::Value;
 
 use super::super::connection::{TRANSFER_LIMIT, TURN};
-use super::super::http::{Answer, LONGEST_BODY, Response};
+use super::super::http::LONGEST_BODY;
 use super::*;
 use crate::event_stream::MOST_READERS;
 
-struct Running {
+pub(super) struct Running {
     path: PathBuf,
     stop: EventFd,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
     thread: Option<JoinHandle<io::Result<()>>>,
     _directory: tempfile::TempDir,
 }
 
 impl Running {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.sock");
         let server = Server::bind(&path).unwrap();
         let stop = server.stopper().unwrap();
-        let control = Arc::new(super::super::document::control());
+        let control = super::super::document::control();
         let served = Arc::clone(&control);
         let thread = Some(thread::spawn(move || server.run(&served)));
         Self { path, stop, thread, control, _directory: directory }
     }
 
-    fn connect(&self) -> UnixStream {
+    pub(super) fn connect(&self) -> UnixStream {
         let stream = UnixStream::connect(&self.path).unwrap();
         // A bound on a broken server, not a wait: every answer is at hand at once.
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -66,7 +65,7 @@ fn receive_head(stream: &mut impl Read) -> String {
 }
 
 /// Reads one response: status, head, body.
-fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
+pub(super) fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
     let head = receive_head(stream);
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
@@ -75,7 +74,7 @@ fn receive(stream: &mut impl Read) -> (u16, String, Vec<u8>) {
     (status, head, body)
 }
 
-fn ask(stream: &mut UnixStream, request: &str) -> (u16, String, Vec<u8>) {
+pub(super) fn ask(stream: &mut UnixStream, request: &str) -> (u16, String, Vec<u8>) {
     stream.write_all(request.as_bytes()).unwrap();
     receive(stream)
 }
@@ -84,7 +83,7 @@ fn put(path: &str, body: &str) -> String {
     format!("PUT {path} HTTP/1.1\r\nHost: vm\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
-fn sentence(body: &[u8]) -> String {
+pub(super) fn sentence(body: &[u8]) -> String {
     let value: Value = serde_json::from_slice(body).unwrap();
     value["error"].as_str().unwrap().to_owned()
 }
@@ -129,7 +128,7 @@ fn refusals_say_why() {
     // No guest runs, so there is no driver that could follow: a conflict, not a mistake.
     let (status, _, body) = ask(&mut client, &put("/memory/target", r#"{"target":268435456}"#));
     assert_eq!(status, 409, "{}", sentence(&body));
-    assert_eq!(ask(&mut client, &put("/memory/target", r#"{"target":4096}"#)).0, 400);
+    assert_eq!(ask(&mut client, &put("/memory/target", r#"{"target":4096}"#)).0, 409);
     assert_eq!(ask(&mut client, "POST /vm/resume HTTP/1.1\r\n\r\n").0, 409);
     for body in ["", "{", "[]", "{\"target\":-1}", "{\"target\":1,\"x\":2}", "{\"target\":\"1G\"}", "\u{0}"] {
         let (status, _, answer) = ask(&mut client, &put("/memory/target", body));
@@ -403,139 +402,4 @@ fn who_does_not_keep_up_is_sent_away_and_costs_the_others_nothing() {
         last = event.sequence;
     }
     assert!(last < 20_000, "it got all");
-}
-
-/// A server that answers `/slow` when it is told to, or when the time is over; anything else at once.
-struct Slow {
-    path: PathBuf,
-    stop: EventFd,
-    wake: EventFd,
-    state: Arc<SlowState>,
-    thread: Option<JoinHandle<io::Result<()>>>,
-    _directory: tempfile::TempDir,
-}
-
-#[derive(Default)]
-struct SlowState {
-    ready: AtomicBool,
-    /// Times that `/slow` was put.
-    put: AtomicUsize,
-}
-
-impl Slow {
-    fn start(limit: Duration) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("vm.sock");
-        let server = Server::bind(&path).unwrap();
-        let stop = server.stopper().unwrap();
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
-        let state = Arc::new(SlowState::default());
-        let (shared, waker) = (Arc::clone(&state), wake.try_clone().unwrap());
-        let thread = thread::spawn(move || {
-            server.serve(&waker, &|request, waited| {
-                if request.path == "/slow" {
-                    shared.put.fetch_add(1, Ordering::SeqCst);
-                    if !shared.ready.load(Ordering::SeqCst) && waited < limit {
-                        return Answer::Later(limit);
-                    }
-                }
-                Response::text("text/plain", request.path.to_owned()).into()
-            })
-        });
-        Self { path, stop, wake, state, thread: Some(thread), _directory: directory }
-    }
-
-    fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream
-    }
-
-    /// A client whose request waits by now, as one of `count`.
-    fn waiting(&self, count: usize) -> UnixStream {
-        let mut client = self.connect();
-        client.write_all(b"GET /slow HTTP/1.1\r\n\r\n").unwrap();
-        self.until_put(count);
-        client
-    }
-
-    fn until_put(&self, count: usize) {
-        while self.state.put.load(Ordering::SeqCst) < count {
-            thread::yield_now();
-        }
-    }
-
-    fn ready(&self) {
-        self.state.ready.store(true, Ordering::SeqCst);
-        self.wake.write(1).unwrap();
-    }
-}
-
-impl Drop for Slow {
-    fn drop(&mut self) {
-        self.stop.write(1).unwrap();
-        self.thread.take().unwrap().join().unwrap().unwrap();
-    }
-}
-
-fn body(client: &mut UnixStream) -> String {
-    let (status, _, body) = receive(client);
-    assert_eq!(status, 200);
-    String::from_utf8(body).unwrap()
-}
-
-const HOUR: Duration = Duration::from_secs(3600);
-
-#[test]
-fn a_request_that_waits_is_answered_when_what_it_waits_for_has_come() {
-    let server = Slow::start(HOUR);
-    let mut client = server.waiting(1);
-    // What is sent meanwhile has its turn, and other clients wait for nobody.
-    client.write_all(b"GET /next HTTP/1.1\r\n\r\n").unwrap();
-    assert_eq!(ask(&mut server.connect(), "GET /other HTTP/1.1\r\n\r\n").0, 200);
-    assert_eq!(server.state.put.load(Ordering::SeqCst), 1, "nothing has come that it may wait for");
-    server.wake.write(1).unwrap();
-    server.until_put(2);
-    assert_eq!(ask(&mut server.connect(), "GET /other HTTP/1.1\r\n\r\n").0, 200);
-    client.set_nonblocking(true).unwrap();
-    assert_eq!(client.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    client.set_nonblocking(false).unwrap();
-
-    // One that will send no more still wants its answer.
-    client.shutdown(Shutdown::Write).unwrap();
-    server.ready();
-    assert_eq!([body(&mut client), body(&mut client)], ["/slow", "/next"]);
-    assert_eq!(server.state.put.load(Ordering::SeqCst), 3);
-    assert_eq!(client.read(&mut [0]).unwrap(), 0);
-}
-
-#[test]
-fn a_request_that_has_waited_long_enough_is_answered_and_its_connection_goes_on() {
-    let limit = Duration::from_millis(50);
-    let server = Slow::start(limit);
-    let mut client = server.connect();
-    for turn in 1..=3 {
-        let begun = Instant::now();
-        client.write_all(b"GET /slow HTTP/1.1\r\n\r\n").unwrap();
-        assert_eq!(body(&mut client), "/slow");
-        assert!(begun.elapsed() >= limit);
-        // Once as it came, and once when its time was over: nobody looked again and again.
-        assert_eq!(server.state.put.load(Ordering::SeqCst), 2 * turn);
-    }
-}
-
-#[test]
-fn clients_that_wait_keep_their_places_until_they_hang_up() {
-    let server = Slow::start(HOUR);
-    let mut clients: Vec<UnixStream> = (1..=MOST_CONNECTIONS).map(|count| server.waiting(count)).collect();
-    let mut other = server.connect();
-    other.write_all(b"GET /other HTTP/1.1\r\n\r\n").unwrap();
-    // Only the end of one of them can make room.
-    drop(clients.remove(3));
-    assert_eq!(body(&mut other), "/other");
-    assert_eq!(server.state.put.load(Ordering::SeqCst), MOST_CONNECTIONS);
-    server.ready();
-    for mut client in clients {
-        assert_eq!(body(&mut client), "/slow");
-    }
 }

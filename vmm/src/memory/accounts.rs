@@ -364,33 +364,4 @@ ShmemPmdMapped:     2048 kB
         let state = ram.accounts.state.lock();
         assert_eq!(state.last.map(|count| count.held.resident), Some(Bytes::mib(8)));
     }
-
-    /// Not a test: what an answer costs for 1 GiB of small and of huge pages.
-    ///
-    /// `cargo test --release -p vmm -- --ignored --nocapture what_an_answer_costs`
-    #[test]
-    #[ignore = "measures"]
-    fn what_an_answer_costs() {
-        use crate::config::MemoryOptions;
-        use crate::memory::Ram;
-        use vm_memory::{Bytes as _, GuestAddress};
-
-        for thp in [false, true] {
-            let ram = Ram::new(Bytes::gib(1), MemoryOptions { thp, ..Default::default() }).unwrap();
-            if !thp {
-                for region in ram.regions() {
-                    // SAFETY: the range is this test's own mapping; the advice takes nothing away.
-                    unsafe {
-                        libc::madvise(region.host.cast(), region.size.0 as usize, libc::MADV_NOHUGEPAGE)
-                    };
-                }
-            }
-            for page in 0..Bytes::gib(1).pages().0 {
-                ram.guest().write_obj(1u8, GuestAddress(page * 4096)).unwrap();
-            }
-            let begun = Instant::now();
-            let held = ram.accounts.ask().unwrap();
-            println!("{held:?} took {:?}", begun.elapsed());
-        }
-    }
 }

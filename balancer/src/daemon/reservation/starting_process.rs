@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use api::units::Bytes;
+use api::units::{Bytes, whole};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::process;
@@ -15,8 +15,10 @@ use crate::driver::process;
 #[serde(deny_unknown_fields)]
 pub struct Process {
     /// Its number.
+    #[serde(deserialize_with = "whole")]
     pub pid: u32,
     /// When it started, in clock ticks since the host's boot: field 22 of proc_pid_stat(5).
+    #[serde(deserialize_with = "whole")]
     pub started_ticks: u64,
 }
 

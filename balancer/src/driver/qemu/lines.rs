@@ -1,6 +1,6 @@
 //! Lines out of a stream that may hold anything: bounded, in whatever pieces they come.
 
-use super::super::LARGEST_ANSWER;
+use api::client::LARGEST_ANSWER;
 
 /// A line that is longer than anything a sound peer sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::client::{Error, LARGEST_ANSWER, Peer, clean, peer_pid};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -14,12 +15,20 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::super::error::{Error, clean};
-use super::super::{Kind, LARGEST_ANSWER, process};
 use super::lines::Lines;
 
 /// Events that are kept until somebody looks at them; QEMU holds most of them to one a second.
 const MOST_EVENTS: usize = 64;
+
+/// QEMU's sentences have fields of their own.
+static PEER: Peer = Peer {
+    sentence: |_| None,
+    where_to_look: "",
+    should_be: "is it QEMU's machine protocol (-qmp), and not its human monitor?",
+};
+
+const BUSY: &str = "QMP serves one client at a time, and another is connected; give the balancer a socket of its \
+                    own (-qmp unix:PATH,server=on,wait=off)";
 
 /// One line from QEMU: one of its fields is there.
 #[derive(Deserialize)]
@@ -80,9 +89,9 @@ impl Qmp {
     pub async fn connect(socket: &Path, within: Duration) -> Result<Self, Error> {
         let stream = UnixStream::connect(socket).await.map_err(|error| {
             if error.kind() == std::io::ErrorKind::WouldBlock {
-                return Error::Busy { socket: socket.to_owned() };
+                return Error::Busy { socket: socket.to_owned(), advice: BUSY };
             }
-            Error::unreachable(Kind::Qemu, socket, "the connection", &error)
+            Error::unreachable(&PEER, socket, "the connection", &error)
         })?;
         Ok(Self {
             socket: socket.to_owned(),
@@ -97,7 +106,7 @@ impl Qmp {
 
     /// The process at the other end, as the kernel knows it.
     pub fn pid(&self) -> Option<u32> {
-        process::peer(&self.stream)
+        peer_pid(&self.stream)
     }
 
     /// Waits for QEMU's greeting and begins. May be called again after [`Error::Busy`],
@@ -108,7 +117,7 @@ impl Qmp {
         }
         let request = "the greeting";
         let Ok(message) = timeout(self.timeout, self.next(request)).await else {
-            return Err(Error::Busy { socket: self.socket.clone() });
+            return Err(Error::Busy { socket: self.socket.clone(), advice: BUSY });
         };
         if message?.greeting.is_none() {
             return Err(self.nonsense(request, "no greeting"));
@@ -142,7 +151,7 @@ impl Qmp {
     /// An answer that was well-formed and made no sense.
     pub fn nonsense(&self, request: &str, what: &str) -> Error {
         Error::Nonsense {
-            kind: Kind::Qemu,
+            peer: &PEER,
             socket: self.socket.clone(),
             request: request.to_owned(),
             what: clean(what),

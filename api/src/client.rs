@@ -1,0 +1,56 @@
+//! The client of ballast's APIs, and of others that are HTTP and JSON over a Unix socket.
+//!
+//! What comes back is not trusted: a guest may have taken over the process at the other end. So every
+//! exchange has a time limit, every answer a bound, and text that ends up in a log or on a terminal is
+//! cleaned first.
+
+mod error;
+mod events;
+mod http;
+mod vm;
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+pub use self::error::{Error, clean};
+pub use self::events::EventSource;
+pub use self::http::{Http, peer_pid};
+pub use self::vm::Client;
+
+/// How long one request may take where nobody says otherwise.
+///
+/// A VM answers from its own memory in well under a millisecond; a second is
+/// the tick of the balancer, which must not wait longer for anyone.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The largest answer that is read. A full one of a VM is about 2 KiB.
+pub const LARGEST_ANSWER: usize = 256 << 10;
+
+/// What is expected at the other end.
+#[derive(Debug)]
+pub struct Peer {
+    /// The sentence in the body of a refusal, wherever it is put.
+    pub sentence: fn(&[u8]) -> Option<String>,
+    /// What to say where nobody listens.
+    pub where_to_look: &'static str,
+    /// What to ask where an answer makes no sense.
+    pub should_be: &'static str,
+}
+
+/// A VM of ballast, or its balancer.
+pub static BALLAST: Peer = Peer {
+    sentence,
+    where_to_look: "; `ballast ps` lists those that run",
+    should_be: "is it a ballast VM of this version?",
+};
+
+/// The body of every refusal.
+#[derive(Deserialize)]
+struct ErrorBody {
+    error: String,
+}
+
+fn sentence(body: &[u8]) -> Option<String> {
+    serde_json::from_slice(body).ok().map(|body: ErrorBody| body.error)
+}

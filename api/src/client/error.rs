@@ -1,0 +1,136 @@
+//! Why a server gave no answer that could be used: one set of words for every VMM.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Peer;
+
+/// The longest text from a VM that is passed on in an error, in characters.
+const LONGEST_SENTENCE: usize = 300;
+
+/// Why a VM gave no answer that could be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens at the socket.
+    #[error("no VM answers at {}: it has ended or never started{}", .socket.display(), .peer.where_to_look)]
+    NoSuchVm {
+        /// Which server was expected.
+        peer: &'static Peer,
+        /// Where it was looked for.
+        socket: PathBuf,
+    },
+    /// This user may not connect.
+    #[error("not allowed to connect to {}: run as the user who started the VM, or as root", .socket.display())]
+    NotAllowed {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// No answer in time.
+    #[error(
+        "the VM at {} did not answer {request} within {} ms: its process hangs or this host is overloaded",
+        .socket.display(), .within.as_millis()
+    )]
+    NotAnswering {
+        /// The socket.
+        socket: PathBuf,
+        /// What was asked.
+        request: String,
+        /// The limit that passed.
+        within: Duration,
+    },
+    /// The connection broke in the middle.
+    #[error("the VM at {} hung up during {request} ({cause}): it has probably just ended", .socket.display())]
+    HungUp {
+        /// The socket.
+        socket: PathBuf,
+        /// What was asked.
+        request: String,
+        /// What the connection said.
+        cause: String,
+    },
+    /// An answer that can't be understood.
+    #[error("the VM at {} answered {request} with nonsense ({what}): {}", .socket.display(), .peer.should_be)]
+    Nonsense {
+        /// Which server was expected.
+        peer: &'static Peer,
+        /// The socket.
+        socket: PathBuf,
+        /// What was asked.
+        request: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The one connection that a VM serves at a time is somebody else's.
+    #[error("the VM at {} takes a connection and says nothing: {advice}", .socket.display())]
+    Busy {
+        /// The socket.
+        socket: PathBuf,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The VM understood and said no.
+    #[error("the VM at {} refused {request} ({status}): {error}", .socket.display())]
+    Refused {
+        /// The socket.
+        socket: PathBuf,
+        /// What was asked.
+        request: String,
+        /// The HTTP status, 4xx or 5xx, or the VMM's name for the error.
+        status: String,
+        /// The VM's own sentence.
+        error: String,
+    },
+}
+
+impl Error {
+    /// The error of a connection that could not be made.
+    pub fn unreachable(peer: &'static Peer, socket: &Path, request: &str, error: &io::Error) -> Self {
+        let socket = socket.to_owned();
+        match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Self::NoSuchVm { peer, socket },
+            io::ErrorKind::PermissionDenied => Self::NotAllowed { socket },
+            // A Unix socket whose queue of connections is full.
+            io::ErrorKind::WouldBlock => {
+                Self::NotAnswering { socket, request: request.to_owned(), within: Duration::ZERO }
+            }
+            _ => Self::HungUp { socket, request: request.to_owned(), cause: error.to_string() },
+        }
+    }
+
+    /// Whether it could not even be asked, as too many others wait to be connected.
+    pub fn is_crowded(&self) -> bool {
+        matches!(self, Self::NotAnswering { within: Duration::ZERO, .. })
+    }
+
+    /// One word for a log line and for telling one trouble from another.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::NoSuchVm { .. } => "gone",
+            Self::NotAllowed { .. } => "not-allowed",
+            Self::NotAnswering { .. } => "not-answering",
+            Self::HungUp { .. } => "hung-up",
+            Self::Nonsense { .. } => "nonsense",
+            Self::Busy { .. } => "busy",
+            Self::Refused { .. } => "refused",
+        }
+    }
+}
+
+/// Text from a VM, made fit for a log line or a terminal: one line, no escapes, bounded.
+pub fn clean(text: &str) -> String {
+    text.chars().take(LONGEST_SENTENCE).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_from_a_vm_cannot_drive_a_terminal() {
+        let hostile = format!("a\x1b[2J\nb\r{}", "x".repeat(1000));
+        let cleaned = clean(&hostile);
+        assert!(!cleaned.chars().any(char::is_control), "{cleaned:?}");
+        assert_eq!(cleaned.chars().count(), LONGEST_SENTENCE);
+    }
+}

@@ -1,0 +1,171 @@
+//! A ballast VM.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper::Method;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::error::Error;
+use super::http::Http;
+use super::{BALLAST, DEFAULT_TIMEOUT};
+use crate::limits::Limits;
+use crate::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
+use crate::units::Bytes;
+
+/// A client for one VM.
+///
+/// Keeps one connection open and makes a new one when that broke. Needs a tokio
+/// runtime with I/O and time; one thread is enough.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), api::client::Error> {
+/// use api::client::Client;
+/// let mut vm = Client::new("/run/ballast/web.sock");
+/// let memory = vm.memory().await?;
+/// println!("{} of {}", memory.actual, memory.limits.max());
+/// # Ok(())
+/// # }
+/// ```
+pub struct Client {
+    http: Http,
+}
+
+impl Client {
+    /// A client for the VM whose API listens at `socket`. Connects at the first request.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self { http: Http::new(&BALLAST, socket.into(), DEFAULT_TIMEOUT) }
+    }
+
+    /// The same client with another limit for each request.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.http.set_timeout(timeout);
+        self
+    }
+
+    /// Where the VM listens.
+    pub fn socket(&self) -> &Path {
+        self.http.socket()
+    }
+
+    /// The process that was connected last, as the kernel knows it, whether it answered or not.
+    pub fn pid(&self) -> Option<u32> {
+        self.http.pid()
+    }
+
+    /// `GET /vm`: what this VM is and where it stands.
+    ///
+    /// # Errors
+    /// See [`Error`]; the same holds for every request.
+    pub async fn status(&mut self) -> Result<VmStatus, Error> {
+        self.http.get("/vm").await
+    }
+
+    /// `GET /memory`: limits, target, actual, and the guest's last report.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn memory(&mut self) -> Result<MemoryStatus, Error> {
+        self.http.get("/memory").await
+    }
+
+    /// As [`Client::memory`], with a report that is no older than `max_age` where the guest can give one
+    /// within `patience`, a second at most. A VM of an older version answers as it always did.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn fresh_memory(
+        &mut self,
+        max_age: Duration,
+        patience: Duration,
+    ) -> Result<MemoryStatus, Error> {
+        let (max_age, wait) = (max_age.as_millis(), patience.as_millis());
+        self.http.get(&format!("/memory?max_age_ms={max_age}&wait_ms={wait}")).await
+    }
+
+    /// `PUT /memory/target`: asks the guest to have `target`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where no balloon driver runs; else see [`Error`].
+    pub async fn set_target(&mut self, target: Bytes) -> Result<(), Error> {
+        self.http.send(Method::PUT, "/memory/target", &TargetRequest { target }).await
+    }
+
+    /// `PUT /memory/limits`: what the administrator allows this VM.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where `max` is larger than the VM's memory map; else see [`Error`].
+    pub async fn set_limits(&mut self, limits: Limits) -> Result<(), Error> {
+        self.http.send(Method::PUT, "/memory/limits", &limits).await
+    }
+
+    /// `POST /vm/pause`: stops the vCPUs, keeps the memory.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn pause(&mut self) -> Result<(), Error> {
+        self.http.post("/vm/pause").await
+    }
+
+    /// As [`Client::pause`], in the name of `by`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where the VM does not run, and the pause is not `by`'s to take.
+    pub async fn pause_as(&mut self, by: Pauser) -> Result<(), Error> {
+        self.http.send(Method::POST, "/vm/pause", &PauseRequest { by }).await
+    }
+
+    /// `POST /vm/resume`: lets the vCPUs run again.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn resume(&mut self) -> Result<(), Error> {
+        self.http.post("/vm/resume").await
+    }
+
+    /// As [`Client::resume`], in the name of `by`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where the pause is not `by`'s to end.
+    pub async fn resume_as(&mut self, by: Pauser) -> Result<(), Error> {
+        self.http.send(Method::POST, "/vm/resume", &PauseRequest { by }).await
+    }
+
+    /// `POST /vm/power-button`: asks the guest to shut down.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn power_button(&mut self) -> Result<(), Error> {
+        self.http.post_once("/vm/power-button").await
+    }
+
+    /// `POST /vm/shutdown`: ends the VM without asking its guest.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn shutdown(&mut self) -> Result<(), Error> {
+        self.http.post("/vm/shutdown").await
+    }
+
+    /// Any other question that a VM answers: `GET path`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
+        self.http.get(path).await
+    }
+
+    /// Any other question that takes words: `POST path`. It must do no harm when it is asked twice.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn ask<Q: Serialize, T: DeserializeOwned>(
+        &mut self,
+        path: &'static str,
+        question: &Q,
+    ) -> Result<T, Error> {
+        self.http.ask(path, question).await
+    }
+}

@@ -1,0 +1,208 @@
+//! The kernels of the lab: Debian's cloud kernels 6.1 and 6.12, each with its modules.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lab_init::modules::LIST;
+
+use crate::archive::Archive;
+use crate::error::files;
+use crate::{Error, InstalledKernel, Vendor, artifacts, cache, inside, packages, progress};
+
+/// What a guest of the lab may need, in the order wanted where nothing else decides.
+const GUEST_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_balloon",
+    "virtio_mem",
+    "virtio_rng",
+    "pvpanic-mmio",
+    "button",
+    "evdev",
+];
+
+/// What the agent's port needs beside; built into 6.12.
+const AGENT_MODULES: &[&str] = &["virtio_console"];
+
+/// Where the agent lies in a guest.
+const AGENT_INSIDE: &str = "/bin/ballast-agent";
+
+/// A kernel that the lab can boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Kernel {
+    /// Linux 6.1, Debian 12's own; its balloon driver sends 10 statistics.
+    #[value(name = "6.1")]
+    V6_1,
+    /// Linux 6.12, from Debian 12's security updates; its balloon driver sends 16 statistics.
+    #[value(name = "6.12")]
+    V6_12,
+}
+
+/// A guest's files, on this machine or in an emulated host.
+#[derive(Clone, Debug)]
+pub struct GuestImages {
+    /// The kernel as Debian ships it.
+    pub bzimage: PathBuf,
+    /// The same kernel as an uncompressed ELF with a PVH note (6.1 only).
+    pub elf: Option<PathBuf>,
+    /// The lab's init with the kernel's modules.
+    pub initrd: PathBuf,
+    /// The same with `ballast-agent` and the module of its port.
+    pub agent_initrd: PathBuf,
+}
+
+impl GuestImages {
+    /// These files, and where they lie as others.
+    pub(crate) fn placed_as(self, inside: &Self) -> impl Iterator<Item = (PathBuf, String)> + use<> {
+        let elf = self.elf.zip(inside.elf.clone());
+        let pairs = [
+            (self.bzimage, inside.bzimage.clone()),
+            (self.initrd, inside.initrd.clone()),
+            (self.agent_initrd, inside.agent_initrd.clone()),
+        ];
+        pairs.into_iter().chain(elf).map(|(here, path)| (here, path.to_string_lossy().into_owned()))
+    }
+}
+
+impl Kernel {
+    /// Its series, as in `uname -r`.
+    pub const fn series(self) -> &'static str {
+        match self {
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        }
+    }
+
+    /// Statistics that its balloon driver sends.
+    pub const fn statistics(self) -> usize {
+        match self {
+            Self::V6_1 => 10,
+            Self::V6_12 => 16,
+        }
+    }
+
+    /// Where these files lie in an emulated host.
+    pub(crate) fn images_inside(self) -> GuestImages {
+        let directory = Path::new("/guest").join(self.series());
+        GuestImages {
+            bzimage: directory.join("bzImage"),
+            elf: (self == Self::V6_1).then(|| directory.join("vmlinux")),
+            initrd: directory.join("initrd"),
+            agent_initrd: directory.join("initrd-agent"),
+        }
+    }
+
+    /// The images to boot on the host where this runs: in an emulated host those that were put
+    /// there, elsewhere those in the cache, fetched and made where missing.
+    ///
+    /// # Errors
+    /// Where fetching or unpacking fails.
+    pub fn guest_images(self) -> Result<GuestImages, Error> {
+        if inside() { Ok(self.images_inside()) } else { self.images() }
+    }
+
+    /// Where these files lie on this machine.
+    pub(crate) fn images(self) -> Result<GuestImages, Error> {
+        let elf = match self {
+            Self::V6_1 => Some(self.elf()?),
+            Self::V6_12 => None,
+        };
+        Ok(GuestImages {
+            bzimage: self.installed()?.image,
+            elf,
+            initrd: self.initrd(self.series(), GUEST_MODULES, &[])?,
+            agent_initrd: self.initrd(
+                &format!("{}-agent", self.series()),
+                &[GUEST_MODULES, AGENT_MODULES].concat(),
+                &[(AGENT_INSIDE, artifacts::agent()?)],
+            )?,
+        })
+    }
+
+    fn root(self) -> Result<PathBuf, Error> {
+        let (prefix, suffix) = match self {
+            Self::V6_1 => ("linux-image-6.1.0-", "-cloud-amd64"),
+            Self::V6_12 => ("linux-image-6.12.", "+deb12-cloud-amd64-unsigned"),
+        };
+        packages::unpacked(&packages::newest(prefix, suffix)?)
+    }
+
+    /// The kernel as Debian ships it, in the cache.
+    ///
+    /// # Errors
+    /// Where it can't be fetched or unpacked.
+    pub fn installed(self) -> Result<InstalledKernel, Error> {
+        InstalledKernel::find(&self.root()?, Vendor::Amd)
+    }
+
+    /// The ELF in a bzImage whose payload is LZ4, once made kept beside the package.
+    fn elf(self) -> Result<PathBuf, Error> {
+        let path = self.root()?.with_file_name("vmlinux");
+        if !path.exists() {
+            let image = self.installed()?.image;
+            let _step = progress::begin(format!("unpacking the kernel {}", self.series()));
+            let unpacked = fs::read(&image).map_err(files(image.display()))?;
+            let unpacked =
+                unpack_lz4(&unpacked).map_err(|why| Error::Failed(format!("{}: {why}", image.display())))?;
+            cache::write_whole(&path, &unpacked)?;
+        }
+        Ok(path)
+    }
+
+    fn initrd(self, name: &str, modules: &[&str], more: &[(&str, PathBuf)]) -> Result<PathBuf, Error> {
+        let modules = self.installed()?.modules(modules)?;
+        let paths = modules.iter().map(|module| format!("/lib/modules/{}.ko", module.name));
+        let paths: Vec<String> = paths.collect();
+        let init = artifacts::guest_init()?;
+        let build = || {
+            let mut archive = Archive::with_program("/init", &fs::read(&init)?)?;
+            for (path, module) in paths.iter().zip(&modules) {
+                archive.contents(path, 0o644, &module.contents)?;
+            }
+            archive.contents(LIST, 0o644, paths.join("\n").as_bytes())?;
+            for (inside, path) in more {
+                archive.file(inside, path)?;
+            }
+            archive.finish()
+        };
+        let bytes = build().map_err(files("a guest's initramfs"))?;
+        let path = cache::directory("initrd")?.join(name);
+        // Rewritten only where it differs: another test may be reading it.
+        if fs::read(&path).ok().as_deref() != Some(&bytes[..]) {
+            cache::write_whole(&path, &bytes)?;
+        }
+        Ok(path)
+    }
+}
+
+/// The kernel in a bzImage: the payload that the setup header names
+/// (Documentation/arch/x86/boot.rst), in LZ4's legacy frame, followed by its unpacked size.
+fn unpack_lz4(image: &[u8]) -> Result<Vec<u8>, &'static str> {
+    const LEGACY_MAGIC: usize = 0x184C_2102;
+    const LARGEST_BLOCK: usize = 8 << 20;
+    const CUT: &str = "the image is cut short";
+    let word = |at: usize| -> Result<usize, _> {
+        let bytes = image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        Ok(u32::from_le_bytes(bytes.ok_or(CUT)?) as usize)
+    };
+    let setup_sectors = usize::from(*image.get(0x1f1).ok_or(CUT)?);
+    let start = (setup_sectors + 1) * 512 + word(0x248)?;
+    let end = (start + word(0x24c)?).checked_sub(4).ok_or(CUT)?;
+    if word(start)? != LEGACY_MAGIC {
+        return Err("the payload is not LZ4");
+    }
+    let mut unpacked = Vec::new();
+    let mut block = vec![0; LARGEST_BLOCK];
+    let mut at = start + 4;
+    while at < end {
+        let packed = image.get(at + 4..at + 4 + word(at)?).ok_or("a block runs past the payload")?;
+        let length =
+            lz4_flex::block::decompress_into(packed, &mut block).map_err(|_| "a block is damaged")?;
+        unpacked.extend_from_slice(&block[..length]);
+        at += 4 + packed.len();
+    }
+    if unpacked.len() != word(end)? {
+        return Err("the kernel unpacked to another size than it says");
+    }
+    if unpacked.starts_with(b"\x7fELF") { Ok(unpacked) } else { Err("the payload is no ELF") }
+}
