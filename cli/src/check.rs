@@ -3,10 +3,12 @@
 use std::fmt::Write;
 
 use api::runtime;
+use api::units::Bytes;
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
 
+use crate::cgroup;
 use crate::failure::Failure;
 use crate::output;
 
@@ -71,6 +73,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
     };
     findings.extend(huge_pages(&host.huge_pages));
+    findings.push(memory_limit(cgroup::limit()));
     findings.push(directory());
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
@@ -180,6 +183,20 @@ fn huge_pages(pages: &HugePages) -> [Finding; 2] {
         ),
     };
     [reserved, transparent]
+}
+
+fn memory_limit(limit: Option<Bytes>) -> Finding {
+    match limit {
+        None => Finding::good("cgroup", "no control group limits the memory of VMs that are started here"),
+        Some(limit) => Finding::hint(
+            "cgroup",
+            format!(
+                "control groups leave {limit} to all VMs that are started here, and to what else is in them"
+            ),
+            "raise memory.max or memory.high (systemd: MemoryMax=, MemoryHigh=), or start VMs with less in a group \
+             of their own (systemd-run --scope), where they are to have more",
+        ),
+    }
 }
 
 fn directory() -> Finding {

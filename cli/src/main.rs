@@ -4,6 +4,7 @@
 //! here it is only asked for and shown.
 
 mod balancer;
+mod cgroup;
 mod check;
 mod client;
 mod completions;

@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use api::limits::Limits;
 use api::runtime;
+use tracing::warn;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
     MemoryOptions, Name, SerialOptions, Transport, VmConfig,
 };
 use vmm::machine::Machine;
 
+use crate::cgroup;
 use crate::duration;
 use crate::failure::Failure;
 use crate::reservation;
@@ -193,6 +195,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
+    if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
+        warn!("{warning}");
+    }
     let reserved = if asks {
         reservation::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
     } else {
