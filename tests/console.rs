@@ -140,13 +140,13 @@ impl Run {
         self.child.try_wait().expect("the child is ours").is_none()
     }
 
-    /// Whether one of its vCPUs is in the middle of a write.
+    /// Whether what brings its console's output to the reader is in the middle of a write.
     fn writes(&self) -> bool {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("it runs");
         let mut calls = tasks.filter_map(|task| {
             let task = task.ok()?.path();
             let name = fs::read_to_string(task.join("comm")).ok()?;
-            name.starts_with("vcpu").then(|| fs::read_to_string(task.join("syscall")).ok())?
+            (name.trim() == "console").then(|| fs::read_to_string(task.join("syscall")).ok())?
         });
         // The number of write(2) on x86-64.
         calls.any(|call| call.starts_with("1 "))
@@ -235,7 +235,7 @@ fn ends_with_a_console_that_nobody_reads() {
     for ending in ["signals", "keys"] {
         let (_unread, output) = full_pipe();
         let mut run = Run::with_output("unread", Stdio::piped(), output.into(), &[]);
-        wait_for("the guest to hang in its console", BOOT, || run.writes().then_some(()));
+        wait_for("output that nobody reads", BOOT, || run.writes().then_some(()));
         let mut keys = run.child.stdin.take().expect("it is piped");
         keys.write_all(b"for the guest").expect("it listens");
         let code = if ending == "keys" {
@@ -258,6 +258,29 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
     while (&writer).write_all(&[0; 512]).is_ok() {}
     rustix::io::ioctl_fionbio(&writer, false).expect("a flag of a pipe");
     (reader, writer)
+}
+
+/// `ballast run ... <file`, and output to the end of another file.
+fn reads_its_input_from_a_file() {
+    let (script, output) = ("/tmp/script", "/tmp/output");
+    fs::write(script, format!("{}end\n", "rest:1ms\n".repeat(100))).expect("there is room");
+    fs::write(output, "before\n").expect("there is room");
+    let script = fs::File::open(script).expect("it is there");
+    let console = format!("file:{output}");
+    let mut run =
+        Run::start("file", script.try_clone().expect("a descriptor").into(), &["--console", &console]);
+    run.errors.wait_for("appended to /tmp/output", SOON);
+    wait_for("the guest", BOOT, || fs::read_to_string(output).ok()?.contains("READY").then_some(()));
+    run.signal(Signal::KILL);
+    run.wait_for_end();
+    assert!(fs::read_to_string(output).expect("it is there").starts_with("before\n"));
+
+    let mut run = Run::start("script", script.into(), &[]);
+    assert_eq!(
+        wait_for("the end of the script", BOOT, || run.child.try_wait().expect("ours")).code(),
+        Some(0)
+    );
+    assert_eq!(run.console.text().matches("DONE rest:1ms").count(), 100, "{}", run.console.text());
 }
 
 fn one_name_for_two(terminal: &Terminal) {
@@ -303,6 +326,7 @@ fn the_terminal_is_given_back_and_names_are_one_vms_own() {
         ends_from_outside(&terminal);
         ends_with_a_console_that_nobody_reads();
         fails_to_start(&terminal);
+        reads_its_input_from_a_file();
         one_name_for_two(&terminal);
         a_guest_powers_off(&terminal);
     });

@@ -4,7 +4,7 @@
 //! ballast.load=STEP,STEP...   what the guest's memory does (see `load`)
 //! ballast.repeat=N            does the steps N times (default 1)
 //! ballast.console             afterwards takes steps from the console, one a line;
-//!                             answers `DONE step` or `ERROR reason`
+//!                             answers `DONE step` or `ERROR reason`; a step may be a `transfer` as well
 //! ballast.agent               starts /bin/ballast-agent first
 //! ballast.without=NAME        does not load this module
 //! ballast.hostile=...         first of all attacks the guest's devices (see `hostile`)
@@ -28,6 +28,7 @@ use lab_init::system::{End, end};
 
 use crate::hostile;
 use crate::load::Load;
+use crate::transfer::Transfer;
 
 /// The event of a power button that goes down (`linux/input-event-codes.h`).
 const KEY_POWER: u16 = 116;
@@ -140,7 +141,11 @@ pub fn worker() -> i32 {
             if line == "end" {
                 break;
             }
-            match load.run(line) {
+            let done = match Transfer::parse(line) {
+                Some(transfer) => transfer.run(),
+                None => load.run(line),
+            };
+            match done {
                 Ok(()) => println!("DONE {line}"),
                 Err(error) => println!("ERROR {error}"),
             }

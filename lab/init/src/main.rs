@@ -11,6 +11,7 @@ mod memory;
 mod ports;
 mod random;
 mod show;
+mod transfer;
 
 use std::path::Path;
 
