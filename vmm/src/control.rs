@@ -405,6 +405,14 @@ impl Control {
         })
     }
 
+    /// Lets the VM run on where a [`pause`](Self::pause) has not stopped all vCPUs yet.
+    pub fn abandon_pause(&self, by: Pauser) {
+        if self.standing() == Some(Standing::Holding) {
+            // It may not be this one's to end any more.
+            let _ = self.resume(by);
+        }
+    }
+
     /// Has no device take a request from its queues any more, and none in flight. Not under the vCPUs' lock: a
     /// device that ends the VM takes that one while it holds its own.
     fn drain(&self) {

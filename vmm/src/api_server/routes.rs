@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use api::limits::Limits;
-use api::status::{PauseRequest, TargetRequest};
+use api::status::{PauseRequest, Pauser, TargetRequest};
 use serde::de::DeserializeOwned;
 
 use super::fresh::Fresh;
@@ -103,13 +103,26 @@ fn memory(control: &Arc<Control>, request: Request<'_>) -> Answer {
 }
 
 fn pause(control: &Arc<Control>, request: Request<'_>) -> Answer {
-    let begun =
-        pause_request(request.body).and_then(|PauseRequest { by }| control.pause(by).map_err(refusal));
-    if let Err(refused) = begun {
-        return refused.into();
+    let begun = pause_request(request.body).and_then(|PauseRequest { by }| {
+        control.pause(by).map_err(refusal)?;
+        Ok(BegunPause { control: Arc::clone(control), by })
+    });
+    match begun {
+        Ok(begun) => Answer::within(PATIENCE, move |_| begun.control.paused().map(answer)),
+        Err(refused) => refused.into(),
     }
-    let control = Arc::clone(control);
-    Answer::within(PATIENCE, move |_| control.paused().map(answer))
+}
+
+/// A pause that somebody waits for; who goes before it is complete was not told of any.
+struct BegunPause {
+    control: Arc<Control>,
+    by: Pauser,
+}
+
+impl Drop for BegunPause {
+    fn drop(&mut self) {
+        self.control.abandon_pause(self.by);
+    }
 }
 
 fn translate(control: &Arc<Control>, request: Request<'_>) -> Answer {

@@ -74,50 +74,56 @@ impl Server {
         watch(wake.as_raw_fd(), EVENTS)?;
         let mut clients = Clients::new(&epoll);
         let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
-        let mut door = Door::Open;
+        let mut gate = AcceptGate::Open;
         loop {
-            let count = match epoll.wait(clients.timeout(&door, Instant::now()), &mut events) {
+            let count = match epoll.wait(clients.timeout(&gate, Instant::now()), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
             let now = Instant::now();
-            let mut knocked = false;
+            let mut has_newcomer = false;
             for event in events.iter().take(count) {
                 match event.data() {
                     STOP => {
                         clients.finish();
                         return Ok(());
                     }
-                    LISTENER => knocked = true,
+                    LISTENER => has_newcomer = true,
                     EVENTS => {
                         // Empty already where an earlier event has read it.
                         let _ = wake.read();
-                        clients.pass_on(now, answer);
+                        clients.advance_waiting(now, answer);
                     }
-                    slot => clients.stir(slot as usize, now, answer),
+                    slot => clients.socket_ready(slot as usize, now, answer),
                 }
             }
-            clients.go_on(now, answer);
+            clients.advance_due(now, answer);
             // After the others' turn: a client that has just asked something is not idle.
-            if knocked {
-                door = clients.accept(&self.listener, now);
+            if has_newcomer {
+                gate = clients.accept(&self.listener, now);
             }
-            door = self.tend_door(&epoll, door, &clients, now)?;
+            gate = self.update_gate(&epoll, gate, &clients, now)?;
         }
     }
 
     /// Watches the listening socket only while a client could be taken on:
     /// it is level-triggered, and would keep the loop spinning otherwise.
-    fn tend_door(&self, epoll: &Epoll, door: Door, clients: &Clients<'_>, now: Instant) -> io::Result<Door> {
-        let (next, events) = match door {
-            Door::Full if clients.has_room(now) => (Door::Open, EventSet::IN),
-            Door::Resting { until, .. } if until <= now => (Door::Open, EventSet::IN),
-            Door::Full => (Door::Full, EventSet::empty()),
-            Door::Resting { until, watched: true } => {
-                (Door::Resting { until, watched: false }, EventSet::empty())
+    fn update_gate(
+        &self,
+        epoll: &Epoll,
+        gate: AcceptGate,
+        clients: &Clients<'_>,
+        now: Instant,
+    ) -> io::Result<AcceptGate> {
+        let (next, events) = match gate {
+            AcceptGate::Full if clients.has_room(now) => (AcceptGate::Open, EventSet::IN),
+            AcceptGate::Resting { until, .. } if until <= now => (AcceptGate::Open, EventSet::IN),
+            AcceptGate::Full => (AcceptGate::Full, EventSet::empty()),
+            AcceptGate::Resting { until, watched: true } => {
+                (AcceptGate::Resting { until, watched: false }, EventSet::empty())
             }
-            door => return Ok(door),
+            gate => return Ok(gate),
         };
         epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), EpollEvent::new(events, LISTENER))?;
         Ok(next)
@@ -126,7 +132,7 @@ impl Server {
 
 /// Whether new clients are taken on.
 #[derive(Clone, Copy, Debug)]
-enum Door {
+enum AcceptGate {
     Open,
     /// Every place is taken by a client that has its turn.
     Full,
@@ -154,12 +160,12 @@ impl<'a> Clients<'a> {
     }
 
     /// Milliseconds that nothing will happen for by itself; -1 is for ever.
-    fn timeout(&self, door: &Door, now: Instant) -> i32 {
+    fn timeout(&self, gate: &AcceptGate, now: Instant) -> i32 {
         let clients = self.slots.iter().flatten();
-        let rest = match door {
-            Door::Resting { until, .. } => Some(*until),
-            Door::Full => self.turns().map(|(ends, _)| ends).min(),
-            Door::Open => None,
+        let rest = match gate {
+            AcceptGate::Resting { until, .. } => Some(*until),
+            AcceptGate::Full => self.turns().map(|(ends, _)| ends).min(),
+            AcceptGate::Open => None,
         };
         let soonest = clients
             .map(|client| if client.again { now } else { client.connection.deadline() })
@@ -193,9 +199,9 @@ impl<'a> Clients<'a> {
         Some(index)
     }
 
-    fn accept(&mut self, listener: &UnixListener, now: Instant) -> Door {
+    fn accept(&mut self, listener: &UnixListener, now: Instant) -> AcceptGate {
         let Some(index) = self.place(now) else {
-            return Door::Full;
+            return AcceptGate::Full;
         };
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -204,10 +210,10 @@ impl<'a> Clients<'a> {
                     // The client left before it was let in.
                     io::ErrorKind::WouldBlock
                     | io::ErrorKind::Interrupted
-                    | io::ErrorKind::ConnectionAborted => Door::Open,
+                    | io::ErrorKind::ConnectionAborted => AcceptGate::Open,
                     _ => {
                         tracing::warn!("the API can't take on a client: {error}");
-                        Door::Resting { until: now + ACCEPT_PAUSE, watched: true }
+                        AcceptGate::Resting { until: now + ACCEPT_PAUSE, watched: true }
                     }
                 };
             }
@@ -221,7 +227,7 @@ impl<'a> Clients<'a> {
                 *slot = Some(Client { connection, watched, again: false });
             }
         }
-        Door::Open
+        AcceptGate::Open
     }
 
     fn waits(&self, index: usize) -> bool {
@@ -229,7 +235,7 @@ impl<'a> Clients<'a> {
     }
 
     /// A client's socket has something.
-    fn stir(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
+    fn socket_ready(&mut self, index: usize, now: Instant, answer: &Answering<'_>) {
         // Of one that waits nothing is wanted: all that comes is its end.
         if self.waits(index) {
             self.close(index);
@@ -256,7 +262,7 @@ impl<'a> Clients<'a> {
     }
 
     /// Something has happened that some clients wait for.
-    fn pass_on(&mut self, now: Instant, answer: &Answering<'_>) {
+    fn advance_waiting(&mut self, now: Instant, answer: &Answering<'_>) {
         for index in 0..MOST_CONNECTIONS {
             let connection = self.slots.get(index).and_then(Option::as_ref).map(|client| &client.connection);
             if connection.is_some_and(|connection| connection.is_stream() || connection.is_waiting()) {
@@ -267,7 +273,7 @@ impl<'a> Clients<'a> {
 
     /// Serves those with work left over and those that have waited long enough, and closes the others
     /// whose time is over.
-    fn go_on(&mut self, now: Instant, answer: &Answering<'_>) {
+    fn advance_due(&mut self, now: Instant, answer: &Answering<'_>) {
         for index in 0..MOST_CONNECTIONS {
             let Some(Some(client)) = self.slots.get(index) else {
                 continue;

@@ -230,6 +230,21 @@ fn a_vcpu_that_takes_its_time_to_stop_keeps_nobody_else_waiting() {
 }
 
 #[test]
+fn a_vm_is_not_paused_for_who_has_gone_meanwhile() {
+    let (server, vcpu_set) = running_guest();
+    let mut client = server.connect();
+    client.write_all(PAUSE.as_bytes()).unwrap();
+    until(Standing::Holding, &vcpu_set);
+    drop(client);
+    while vcpu_set.standing() == Standing::Holding {
+        thread::yield_now();
+    }
+    assert_eq!(vcpu_set.standing(), Standing::Running { stuck: None });
+    assert!(matches!(vcpu_set.admit(0), Admission::Enter { .. }), "it goes on at once");
+    assert_eq!(state(&server), VmState::Running);
+}
+
+#[test]
 fn a_vm_whose_vcpu_does_not_stop_runs_on_and_says_which_one_it_was() {
     let (server, _vcpu_set) = running_guest();
     let begun = Instant::now();
