@@ -6,13 +6,16 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use api::units::Bytes;
-use devices::sandbox::Call;
+use devices::sandbox::{Argument, Call};
 
 /// Ranges that wait for one call; the most that it takes (`UIO_MAXIOV`).
 const MOST: usize = 1024;
 
 /// The system call by which many ranges go back; [`madvise`](libc::madvise) every process makes.
-pub(crate) const CALL: Call = Call::any(libc::SYS_process_madvise);
+pub(crate) const CALL: Call = Call {
+    number: libc::SYS_process_madvise,
+    argument: Some(Argument { index: 3, value: libc::MADV_DONTNEED as u64 }),
+};
 
 /// What giving memory back has done so far; monotonic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

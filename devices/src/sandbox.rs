@@ -40,7 +40,7 @@ impl Call {
 pub struct SandboxNeeds {
     /// Files that it opens for reading, and directories in which it opens any.
     pub read: Vec<PathBuf>,
-    /// Directories in which it removes files.
+    /// Files that it removes at the end.
     pub remove: Vec<PathBuf>,
     /// System calls.
     pub calls: Vec<Call>,

@@ -30,7 +30,6 @@ use crate::api_server::{BindError, SocketFile, listen};
 use crate::config;
 use crate::events;
 use crate::exit::Exit;
-use crate::sandbox::directory_of;
 use crate::terminal::{RawTerminal, Terminal};
 use crate::vcpu_set::VcpuSet;
 
@@ -165,7 +164,7 @@ pub(crate) fn sandbox_needs(config: &config::Console) -> SandboxNeeds {
     match config {
         config::Console::Stdio => SandboxNeeds::calls(&TERMINAL),
         config::Console::Socket(path) => {
-            SandboxNeeds { remove: vec![directory_of(path)], ..SandboxNeeds::default() }
+            SandboxNeeds { remove: vec![path.clone()], ..SandboxNeeds::default() }
         }
         config::Console::File(_) | config::Console::None => SandboxNeeds::default(),
     }

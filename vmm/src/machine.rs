@@ -177,7 +177,7 @@ impl Machine {
             console: devices.console.as_ref().map(|console| Arc::clone(&console.port)),
         });
         let mut needs = devices.needs;
-        needs.remove.extend(config.socket.as_deref().map(sandbox::directory_of));
+        needs.remove.extend(config.socket);
         Ok(Self {
             control,
             ram,
@@ -233,7 +233,7 @@ impl Machine {
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
         if let Some(needs) = &self.sandbox
-            && let Err(error) = sandbox::close_calls(&needs.calls)
+            && let Err(error) = sandbox::close_calls(needs)
         {
             if let Some(api) = api {
                 api.stop();

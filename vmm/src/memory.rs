@@ -8,7 +8,6 @@ pub mod pluggable;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use self::accounts::Accounts;
@@ -86,7 +85,7 @@ impl Ram {
             let start = region.host as u64;
             start..start.saturating_add(region.size.0)
         });
-        let accounts = Arc::new(Accounts::new(mappings.collect()));
+        let accounts = Arc::new(Accounts::new(mappings.collect()).map_err(MemoryError::Accounts)?);
         let backing = options.backing;
         let collapses = HugePages::look().collapse(backing, options.thp);
         Ok(Self { guest, regions, boot, pluggable, file, backing, collapses, accounts })
@@ -153,7 +152,10 @@ impl Ram {
     /// When the kernel's accounts can't be read.
     pub fn held(&self) -> io::Result<Held> {
         // st_blocks counts 512 bytes, whatever the file system's block is (stat(2)).
-        let blocks = |file: &File| Ok::<_, io::Error>(Bytes(file.metadata()?.blocks().saturating_mul(512)));
+        let blocks = |file: &File| {
+            let blocks = u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(0);
+            Ok::<_, io::Error>(Bytes(blocks.saturating_mul(512)))
+        };
         match (&self.file, self.backing) {
             (Some(file), Backing::HugePages2M) => {
                 let resident = blocks(file)?;

@@ -1,34 +1,52 @@
 //! What a VM's process can still do once its guest runs, should the guest ever get hold of it.
 //!
-//! Two walls, both for every thread and for good. Landlock (`landlock(7)`) leaves of the file
-//! system what a running VM opens: its own entry in `/proc`, and the names of its sockets to
-//! remove. Seccomp (`seccomp(2)`) leaves the system calls that a running VM makes. Everything
-//! else was opened, mapped and started before.
+//! Two walls, both for every thread and for good. Landlock (`landlock(7)`) closes the file system, but for what
+//! the devices of this VM say that they need, and the names of its sockets to remove. Seccomp (`seccomp(2)`)
+//! leaves the system calls that a running VM makes. Everything else was opened, mapped and started before.
+//! Where one of the two is not to be had, no guest runs.
 //!
-//! A call that is not on the list fails with `EPERM` instead of killing the process: that
-//! stops an intruder just as well, and a call that a library makes one day costs an error, not
-//! a guest.
+//! A call that is not on the list fails with `EPERM`, and its number is told on standard error (see
+//! `refused`). It does not end the process: an error stops an intruder just as well, and a call that a library
+//! makes one day must not cost a guest.
 
 mod calls;
+mod paths;
+mod refused;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use devices::sandbox::{Call, SandboxNeeds};
+use devices::sandbox::SandboxNeeds;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus,
 };
 
-/// The newest set of rights that is asked for; older kernels give what they know (Linux 6.7: TCP too).
-const LANDLOCK: ABI = ABI::V4;
+pub(crate) use paths::{absolute, kept};
+
+/// Rights to files that a kernel must know: all of the first Landlock, of Linux 5.13. What later ones added is
+/// to move, to cut off and to control files, for which seccomp leaves no call.
+const LEAST: ABI = ABI::V1;
+
+/// The newest set of rights that is asked for; older kernels give what they know (Linux 6.7: TCP too, for which
+/// seccomp leaves no call either).
+const NEWEST: ABI = ABI::V4;
+
+/// Arenas of the allocator at most, as many as it makes without a look. For more it would look up how many
+/// processors there are, in a file.
+const ARENAS: libc::c_int = 8;
 
 /// Why the walls could not be put up. The guest has not run then.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// Landlock is there and failed.
-    #[error("this process could not be kept from the file system: {0}; `--no-sandbox` runs it without")]
-    Files(#[from] landlock::RulesetError),
-    /// A directory that was there a moment ago.
+    /// No Landlock, or not all of it that matters.
+    #[error(
+        "this host's kernel can't keep a VM's process from files (Landlock: {0}): use Linux 5.13 or later, with \
+         `landlock` in the list in /sys/kernel/security/lsm (`lsm=` on the kernel's command line); or run without a \
+         sandbox: --no-sandbox"
+    )]
+    Files(String),
+    /// A file or directory that was there a moment ago.
     #[error("{} can't be kept reachable: {source}; `--no-sandbox` runs without a sandbox", .path.display())]
     Path {
         /// Which.
@@ -36,6 +54,9 @@ pub enum SandboxError {
         /// Why.
         source: landlock::PathFdError,
     },
+    /// The kernel refuses what goes with the filter.
+    #[error("system calls could not be restricted: {0}; `--no-sandbox` runs without a sandbox")]
+    Host(#[from] io::Error),
     /// No seccomp, or a filter that the kernel refuses.
     #[error("system calls could not be restricted: {0}; `--no-sandbox` runs without a sandbox")]
     Calls(#[from] seccompiler::Error),
@@ -44,8 +65,14 @@ pub enum SandboxError {
     List(#[from] seccompiler::BackendError),
 }
 
+impl From<landlock::RulesetError> for SandboxError {
+    fn from(error: landlock::RulesetError) -> Self {
+        Self::Files(error.to_string())
+    }
+}
+
 /// The directory that a path lies in.
-pub fn directory_of(path: &Path) -> PathBuf {
+fn directory_of(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         Some(_) => PathBuf::from("."),
@@ -53,38 +80,41 @@ pub fn directory_of(path: &Path) -> PathBuf {
     }
 }
 
-/// Closes the file system and TCP for this thread and those it starts from now on, but for
-/// `/proc/self` to read and what is needed beside.
+/// Closes the file system and TCP for this thread and those it starts from now on, but for what is needed.
 ///
 /// # Errors
-/// [`SandboxError::Files`] and [`SandboxError::Path`]. A kernel without Landlock is none:
-/// there, ownership and modes are the only wall for files.
+/// [`SandboxError::Files`] where the kernel has no Landlock, or can't hold all rights to files;
+/// [`SandboxError::Path`].
 pub fn close_files(needs: &SandboxNeeds) -> Result<(), SandboxError> {
     let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(LEAST))?
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))?
-        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
         .create()?;
-    let own = [PathBuf::from("/proc/self")];
-    let read = own.iter().chain(&needs.read).map(|path| (path, AccessFs::ReadFile));
-    let remove = needs.remove.iter().map(|path| (path, AccessFs::RemoveFile));
+    let read = needs.read.iter().map(|path| (path.clone(), AccessFs::ReadFile));
+    let remove = needs.remove.iter().map(|path| (directory_of(path), AccessFs::RemoveFile));
     for (path, access) in read.chain(remove) {
-        let opened = PathFd::new(path).map_err(|source| SandboxError::Path { path: path.clone(), source })?;
+        let opened = PathFd::new(&path).map_err(|source| SandboxError::Path { path, source })?;
         ruleset = ruleset.add_rule(PathBeneath::new(opened, access))?;
     }
-    let status = ruleset.restrict_self()?;
-    if status.ruleset == RulesetStatus::NotEnforced {
-        tracing::debug!("this kernel has no Landlock: files are kept from the guest by seccomp alone");
+    match ruleset.restrict_self()?.ruleset {
+        RulesetStatus::NotEnforced => Err(SandboxError::Files("it is not enforced".to_owned())),
+        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
     }
-    Ok(())
 }
 
 /// Leaves every thread of this process only the system calls of a running VM, and those of its devices.
 ///
 /// # Errors
-/// [`SandboxError::Calls`] where the kernel has no seccomp.
-pub fn close_calls(devices: &[Call]) -> Result<(), SandboxError> {
-    let program = calls::filter(devices)?;
+/// [`SandboxError::Calls`] where the kernel has no seccomp; [`SandboxError::Host`].
+pub fn close_calls(needs: &SandboxNeeds) -> Result<(), SandboxError> {
+    let kept = paths::keep(&needs.remove)?;
+    let program = calls::filter(needs, kept)?;
+    refused::tell_of()?;
+    // SAFETY: a number for the allocator, at any time.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     seccompiler::apply_filter_all_threads(&program)?;
     Ok(())
 }

@@ -1,15 +1,18 @@
 //! The socket that a VM is spoken to through: made private, never stolen, taken away at the end.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::sandbox;
 
 /// Clients that wait for the server to take them on.
 const BACKLOG: i32 = 16;
@@ -37,15 +40,16 @@ pub enum BindError {
 /// while that lives, no other file can have the same identity.
 #[derive(Debug)]
 pub struct SocketFile {
-    path: PathBuf,
+    path: CString,
     identity: (u64, u64),
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        let path = sandbox::kept(&self.path);
         // By now somebody may have put another socket there; that one must stay.
-        if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity) {
-            let _ = fs::remove_file(&self.path);
+        if identity(path).is_ok_and(|now| now == self.identity) {
+            let _ = rustix::fs::unlinkat(CWD, path, AtFlags::empty());
         }
     }
 }
@@ -53,9 +57,15 @@ impl Drop for SocketFile {
 impl SocketFile {
     /// The socket that was just bound at `path`.
     fn of(path: &Path) -> io::Result<Self> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(Self { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) })
+        let path = sandbox::absolute(path)?;
+        Ok(Self { identity: identity(&path)?, path })
     }
+}
+
+/// Tells a file from another one of its name.
+fn identity(path: &CStr) -> Result<(u64, u64), Errno> {
+    let found = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok((found.st_dev, found.st_ino))
 }
 
 /// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
@@ -117,6 +127,7 @@ fn stream_socket() -> Result<OwnedFd, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::UnixStream;
 
     #[test]

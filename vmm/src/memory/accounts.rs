@@ -6,10 +6,10 @@
 //! counts, and until it is done they get its last count, moved by what the kernel has given to this
 //! process and taken from it since. That figure of the whole process costs nothing to read.
 
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Seek};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -41,8 +41,10 @@ pub struct Held {
 
 /// The accounts of a few mappings of this process.
 pub struct Accounts {
-    /// Where the kernel tells of the mappings of this process.
-    smaps: PathBuf,
+    /// What the kernel tells of the mappings of this process, from the start.
+    smaps: Box<dyn Fn() -> io::Result<Box<dyn BufRead>> + Send + Sync>,
+    /// What it tells of the whole.
+    statm: File,
     mappings: Vec<Range<u64>>,
     state: Mutex<State>,
     changed: Condvar,
@@ -96,10 +98,20 @@ impl Count {
 }
 
 impl Accounts {
-    /// The accounts of what lies in `mappings`, by this process's addresses.
-    pub fn new(mappings: Vec<Range<u64>>) -> Self {
+    /// The accounts of what lies in `mappings`, by this process's addresses. What they are read from is
+    /// opened here: nothing can be opened once the guest runs.
+    ///
+    /// # Errors
+    /// When the kernel's accounts can't be opened.
+    pub fn new(mappings: Vec<Range<u64>>) -> io::Result<Self> {
+        let (smaps, statm) = (Arc::new(File::open("/proc/self/smaps")?), File::open("/proc/self/statm")?);
+        let smaps = move || {
+            (&*smaps).rewind()?;
+            Ok(Box::new(BufReader::new(Arc::clone(&smaps))) as Box<dyn BufRead>)
+        };
         let state = State { last: None, counter: Counter::Asker };
-        Self { smaps: "/proc/self/smaps".into(), mappings, state: Mutex::new(state), changed: Condvar::new() }
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        Ok(Self { smaps: Box::new(smaps), statm, mappings, state, changed })
     }
 
     /// Counts once, and has a thread do it from now on, to the end of the process.
@@ -146,7 +158,7 @@ impl Accounts {
         drop(state);
         match last {
             Some(count) if count.is_good(Instant::now()) => Ok(count.held),
-            Some(count) => Ok(count.moved(process()?, self.mapped())),
+            Some(count) => Ok(count.moved(self.process()?, self.mapped())),
             None => Err(io::ErrorKind::NotFound.into()),
         }
     }
@@ -174,9 +186,9 @@ impl Accounts {
     }
 
     fn count(&self) -> io::Result<Count> {
-        let (begun, before) = (Instant::now(), process()?);
+        let (begun, before) = (Instant::now(), self.process()?);
         let held = self.ask()?;
-        let (at, after) = (Instant::now(), process()?);
+        let (at, after) = (Instant::now(), self.process()?);
         Ok(Count { at, took: at.saturating_duration_since(begun), held, process: before.min(after) })
     }
 
@@ -195,7 +207,20 @@ impl Accounts {
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn ask(&self) -> io::Result<Held> {
-        self.read(BufReader::new(File::open(&self.smaps)?))
+        self.read((self.smaps)()?)
+    }
+
+    /// The anonymous memory of this process, from counters that the kernel keeps anyway
+    /// (`/proc/self/statm`, proc(5): pages resident, and those of them that belong to files).
+    fn process(&self) -> io::Result<Bytes> {
+        let mut text = [0; 128];
+        let len = self.statm.read_at(&mut text, 0)?;
+        let statm = str::from_utf8(text.get(..len).unwrap_or_default()).unwrap_or_default();
+        let mut pages = statm.split_ascii_whitespace().skip(1).map_while(|field| field.parse().ok());
+        let (Some(resident), Some(files)) = (pages.next(), pages.next()) else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        Ok(Pages(resident).bytes().saturating_sub(Pages(files).bytes()))
     }
 
     fn read(&self, smaps: impl BufRead) -> io::Result<Held> {
@@ -226,17 +251,6 @@ impl Accounts {
     }
 }
 
-/// The anonymous memory of this process, from counters that the kernel keeps anyway
-/// (`/proc/self/statm`, proc(5): pages resident, and those of them that belong to files).
-fn process() -> io::Result<Bytes> {
-    let statm = fs::read_to_string("/proc/self/statm")?;
-    let mut pages = statm.split_ascii_whitespace().skip(1).map_while(|field| field.parse().ok());
-    let (Some(resident), Some(files)) = (pages.next(), pages.next()) else {
-        return Err(io::ErrorKind::InvalidData.into());
-    };
-    Ok(Pages(resident).bytes().saturating_sub(Pages(files).bytes()))
-}
-
 /// The addresses in the first line of a mapping in smaps, such as `7f00-7f01 rw-p ...`.
 fn mapping_line(line: &str) -> Option<Range<u64>> {
     let (start, rest) = line.split_once('-')?;
@@ -252,7 +266,7 @@ mod tests {
 
     #[test]
     fn only_the_mappings_asked_for_count_and_each_kind_of_huge_page_does() {
-        let accounts = Accounts::new(vec![0x20_0000..0x40_0000, 0x40_0000..0x80_0000]);
+        let accounts = Accounts::new(vec![0x20_0000..0x40_0000, 0x40_0000..0x80_0000]).unwrap();
         let smaps = "\
 00100000-00200000 rw-p 00000000 00:00 0
 Rss:                1024 kB
@@ -310,10 +324,13 @@ ShmemPmdMapped:     2048 kB
         let tell = |mib: u64| {
             let text = format!("10000000-20000000 rw-p 00000000 00:00 0\nRss: {} kB\n", mib << 10);
             let smaps = smaps.clone();
-            std::thread::spawn(move || fs::write(smaps, text).unwrap())
+            std::thread::spawn(move || std::fs::write(smaps, text).unwrap())
         };
         let mapping = 0x1000_0000..0x4000_0000;
-        let accounts = Arc::new(Accounts { smaps: smaps.clone(), ..Accounts::new(vec![mapping]) });
+        let path = smaps.clone();
+        let open = move || Ok(Box::new(BufReader::new(File::open(&path)?)) as Box<dyn BufRead>);
+        let accounts = Accounts::new(vec![mapping]).unwrap();
+        let accounts = Arc::new(Accounts { smaps: Box::new(open), ..accounts });
         let told = tell(100);
         accounts.start().unwrap();
         told.join().unwrap();

@@ -59,6 +59,9 @@ pub enum MemoryError {
         /// Why.
         source: io::Error,
     },
+    /// The kernel's word on it can't be had.
+    #[error("what the host holds of guest memory can't be counted: {0} (is /proc mounted?)")]
+    Accounts(io::Error),
     /// The pieces don't make a guest memory.
     #[error("guest memory could not be put together: {0}")]
     Compose(String),

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use devices::sandbox::{Argument, Call};
+use devices::sandbox::{Argument, Call, SandboxNeeds};
 use libc::c_long;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+
+use super::paths::Kept;
 
 /// Calls that are allowed whatever their arguments: they work on what is open already, on this
 /// process's own memory, or on time.
@@ -22,17 +24,8 @@ const ALWAYS: &[c_long] = &[
     libc::SYS_lseek,
     libc::SYS_close,
     libc::SYS_fstat,
-    libc::SYS_newfstatat,
-    libc::SYS_statx,
-    libc::SYS_dup,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-    libc::SYS_readlink,
     // The heap and stacks.
     libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
     // Events.
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -52,9 +45,6 @@ const ALWAYS: &[c_long] = &[
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
     libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
     libc::SYS_shutdown,
     // Threads that run already, and their end.
     libc::SYS_futex,
@@ -98,68 +88,74 @@ const COMMANDS: &[libc::c_int] = &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, 
 /// Flags of an `open` that can change something.
 const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_TMPFILE) as u64;
 
-/// The filter for the kernel: what every VM does, and what its `devices` do beside.
-pub(super) fn filter(devices: &[Call]) -> Result<BpfProgram, BackendError> {
+/// The filter for the kernel: what every VM does, and what its devices do beside. Paths that it may remove are
+/// `kept`.
+pub(super) fn filter(needs: &SandboxNeeds, kept: &Kept) -> Result<BpfProgram, BackendError> {
+    use SeccompCmpOp::{Eq, Ge, Lt, MaskedEq};
+
     let own_process = u64::from(std::process::id());
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
+    let mut allow = |call, conditions: Vec<SeccompCondition>| {
+        rules.entry(call).or_default().push(SeccompRule::new(conditions)?);
+        Ok::<_, BackendError>(())
+    };
     // A KVM request, or one of few others.
-    let mut requests = vec![rule(1, SeccompCmpOp::MaskedEq(REQUEST_TYPE), KVM_REQUESTS)?];
+    allow(libc::SYS_ioctl, vec![number(1, MaskedEq(REQUEST_TYPE), KVM_REQUESTS)?])?;
     for &request in REQUESTS {
-        requests.push(rule(1, SeccompCmpOp::Eq, request)?);
+        allow(libc::SYS_ioctl, vec![number(1, Eq, request)?])?;
     }
-    rules.insert(libc::SYS_ioctl, requests);
-    let mut commands = Vec::new();
     for &command in COMMANDS {
-        commands.push(rule(1, SeccompCmpOp::Eq, command as u64)?);
+        allow(libc::SYS_fcntl, vec![number(1, Eq, command as u64)?])?;
     }
-    let flags = condition(2, SeccompCmpOp::MaskedEq(libc::O_ASYNC as u64), 0)?;
-    commands.push(SeccompRule::new(vec![condition(1, SeccompCmpOp::Eq, libc::F_SETFL as u64)?, flags])?);
-    rules.insert(libc::SYS_fcntl, commands);
-    // Nothing new becomes code.
-    let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![rule(2, executable.clone(), 0)?]);
+    let no_signals = number(2, MaskedEq(libc::O_ASYNC as u64), 0)?;
+    allow(libc::SYS_fcntl, vec![number(1, Eq, libc::F_SETFL as u64)?, no_signals])?;
+    // Advice above that breaks the host's memory (MADV_HWPOISON and MADV_SOFT_OFFLINE).
+    allow(libc::SYS_madvise, vec![number(2, Lt, libc::MADV_HWPOISON as u64)?])?;
+    // Nothing new becomes code, and nothing takes the place of the kept paths.
+    let no_code = number(2, MaskedEq(libc::PROT_EXEC as u64), 0)?;
+    let above = address(0, Ge, kept.end)?;
+    allow(libc::SYS_mmap, vec![no_code.clone(), address(0, Eq, 0)?])?;
+    allow(libc::SYS_mmap, vec![no_code.clone(), above.clone()])?;
+    allow(libc::SYS_mprotect, vec![no_code, above.clone()])?;
+    allow(libc::SYS_munmap, vec![above.clone()])?;
+    allow(libc::SYS_mremap, vec![above, number(3, MaskedEq(libc::MREMAP_FIXED as u64), 0)?])?;
+    for path in &kept.paths {
+        let (here, path) = (number(0, Eq, libc::AT_FDCWD as u64)?, address(1, Eq, path.as_ptr() as usize)?);
+        allow(libc::SYS_newfstatat, vec![here.clone(), path.clone()])?;
+        allow(libc::SYS_unlinkat, vec![here, path, number(2, Eq, 0)?])?;
     }
-    // Landlock says which files; what is opened can only be read.
-    let reads = rule(2, SeccompCmpOp::MaskedEq(WRITES & !(libc::O_DIRECTORY as u64)), 0)?;
-    rules.insert(libc::SYS_openat, vec![reads]);
+    if !needs.read.is_empty() {
+        // Landlock says which files; what is opened can only be read.
+        let reads = number(2, MaskedEq(WRITES & !(libc::O_DIRECTORY as u64)), 0)?;
+        allow(libc::SYS_openat, vec![reads])?;
+    }
+    // To clients that are connected, and nobody else.
+    allow(libc::SYS_sendto, vec![address(4, Eq, 0)?])?;
     // Signals go to this process's own threads only: kicks for vCPUs, and abort().
-    rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, own_process)?]);
-    rules.insert(libc::SYS_prctl, vec![rule(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?]);
-    for call in devices {
-        allow(&mut rules, call)?;
-    }
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Errno(libc::EPERM as u32),
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
-}
-
-/// Adds a call to those that are allowed.
-fn allow(rules: &mut BTreeMap<c_long, Vec<SeccompRule>>, call: &Call) -> Result<(), BackendError> {
-    match (call.argument, rules.get_mut(&call.number)) {
-        // No rule at all allows the call with any arguments.
-        (None, _) => drop(rules.insert(call.number, Vec::new())),
-        (Some(_), Some(any)) if any.is_empty() => {}
-        (Some(Argument { index, value }), _) => {
-            let rule = rule(index, SeccompCmpOp::Eq, value)?;
-            rules.entry(call.number).or_default().push(rule);
+    allow(libc::SYS_tgkill, vec![number(0, Eq, own_process)?])?;
+    allow(libc::SYS_prctl, vec![number(0, Eq, libc::PR_SET_NAME as u64)?])?;
+    for &Call { number: call, argument } in &needs.calls {
+        match argument {
+            // No rule at all allows the call with any arguments.
+            None => drop(rules.insert(call, Vec::new())),
+            Some(_) if rules.get(&call).is_some_and(Vec::is_empty) => {}
+            Some(Argument { index, value }) => {
+                let rule = SeccompRule::new(vec![number(index, Eq, value)?])?;
+                rules.entry(call).or_default().push(rule);
+            }
         }
     }
-    Ok(())
+    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
-/// Allows a call when argument `index` compares to `value`.
-fn rule(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![condition(index, compare, value)?])
+/// Holds where argument `index` compares to `value`. Requests, flags and numbers of processes and
+/// descriptors are 32 bits wide in the kernel, whatever the upper half holds.
+fn number(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value & u64::from(u32::MAX))
 }
 
-/// Holds where argument `index` compares to `value`.
-fn condition(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompCondition, BackendError> {
-    // Requests, flags and process numbers are 32 bits wide in the kernel, whatever the upper half holds.
-    SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value)
+/// Holds where argument `index`, an address, compares to `value`.
+fn address(index: u8, compare: SeccompCmpOp, value: usize) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(index, SeccompCmpArgLen::Qword, compare, value as u64)
 }

@@ -1,0 +1,81 @@
+//! The paths that a sandboxed process may still name, where nothing can change them.
+//!
+//! Of a path a filter of system calls sees only where in memory it lies, and Landlock gives the right to remove
+//! files for whole directories, which are those of other VMs as well. So the paths of this VM's own sockets lie
+//! in memory that the kernel keeps read-only for good, and the filter knows where. Nor can anything else
+//! be put in that place: it lies lower than any address at which the filter lets a mapping be made,
+//! changed or taken away.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{self, Path, PathBuf};
+use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+/// Where they lie: above what the kernel keeps free (`vm.mmap_min_addr`), and below where it puts anything.
+const START: usize = 1 << 20;
+
+/// Paths that can't be changed.
+#[derive(Debug)]
+pub(super) struct Kept {
+    /// Each with its final zero.
+    pub(super) paths: Vec<&'static CStr>,
+    /// The first address behind them.
+    pub(super) end: usize,
+}
+
+/// Set once, by the one VM of this process.
+static KEPT: OnceLock<Kept> = OnceLock::new();
+
+/// A path as a system call takes it, whatever the current directory.
+///
+/// # Errors
+/// It is empty, has a zero in it, or there is no current directory.
+pub(crate) fn absolute(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path::absolute(path)?.into_os_string().into_vec())?)
+}
+
+/// The path in the place where the sandbox lets it be named; itself where there is no sandbox.
+pub(crate) fn kept(path: &CStr) -> &CStr {
+    KEPT.get().and_then(|kept| kept.paths.iter().find(|kept| **kept == path)).copied().unwrap_or(path)
+}
+
+/// Keeps `paths` from now on.
+///
+/// # Errors
+/// The kernel refuses, or there are some already.
+pub(super) fn keep(paths: &[PathBuf]) -> io::Result<&'static Kept> {
+    let paths = paths.iter().map(|path| absolute(path)).collect::<io::Result<Vec<_>>>()?;
+    let text: Vec<u8> = paths.iter().flat_map(|path| path.as_bytes_with_nul()).copied().collect();
+    let mut kept = Kept { paths: Vec::new(), end: START };
+    if !text.is_empty() {
+        let mut rest = map(&text)?;
+        kept.end = START + text.len().next_multiple_of(rustix::param::page_size());
+        while let Ok(path) = CStr::from_bytes_until_nul(rest) {
+            kept.paths.push(path);
+            rest = rest.get(path.to_bytes_with_nul().len()..).unwrap_or_default();
+        }
+    }
+    KEPT.set(kept).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
+    KEPT.get().ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Puts `text` at [`START`] for good.
+fn map(text: &[u8]) -> io::Result<&'static [u8]> {
+    let file = rustix::fs::memfd_create(c"paths", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::io::write(&file, text)?;
+    // The mapping below can't be made writable with it (memfd_create(2)), and once the file is closed nobody
+    // can make another.
+    rustix::fs::fcntl_add_seals(&file, SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::SEAL)?;
+    let (at, len) = (ptr::without_provenance_mut(START), text.len());
+    let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: a new mapping, which takes no other's place.
+    let mapped = NonNull::new(unsafe { mmap(at, len, ProtFlags::READ, flags, &file, 0) }?);
+    let mapped = mapped.filter(|mapped| mapped.addr().get() == START).ok_or(io::ErrorKind::AddrInUse)?;
+    // SAFETY: `len` bytes that were just mapped, are never unmapped, and which nobody can change.
+    Ok(unsafe { std::slice::from_raw_parts(mapped.cast::<u8>().as_ptr(), len) })
+}
