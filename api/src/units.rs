@@ -2,11 +2,10 @@
 
 use std::fmt;
 use std::iter::Sum;
-use std::marker::PhantomData;
 use std::ops::{Add, AddAssign, Sub, SubAssign};
 use std::str::FromStr;
 
-use serde::de::{Deserializer, Error, Unexpected, Visitor};
+use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 
 /// log2 of the size in which virtio-balloon counts, whatever the guest's or
@@ -95,7 +94,7 @@ impl Pages {
 /// # Errors
 /// For anything else, and what `T` can't hold.
 pub fn whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(input: D) -> Result<T, D::Error> {
-    Whole::deserialize(input).map(|Whole(number)| number)
+    Number::deserialize(input)?.whole()
 }
 
 /// As [`whole`], where there may be none.
@@ -103,46 +102,28 @@ pub fn whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(input: D) -> Result<T, 
 /// # Errors
 /// As [`whole`].
 pub fn optional_whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(input: D) -> Result<Option<T>, D::Error> {
-    let number: Option<Whole<T>> = Option::deserialize(input)?;
-    Ok(number.map(|Whole(number)| number))
+    Option::<Number>::deserialize(input)?.map(Number::whole).transpose()
 }
 
-struct Whole<T>(T);
-
-impl<'de, T: TryFrom<u64>> Deserialize<'de> for Whole<T> {
-    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
-        input.deserialize_u64(WholeVisitor(PhantomData))
-    }
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a whole number")]
+enum Number {
+    Whole(u64),
+    Float(f64),
 }
 
-struct WholeVisitor<T>(PhantomData<T>);
-
-impl<T: TryFrom<u64>> Visitor<'_> for WholeVisitor<T> {
-    type Value = Whole<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a whole number of at most {} bits", 8 * size_of::<T>())
-    }
-
-    fn visit_u64<E: Error>(self, number: u64) -> Result<Whole<T>, E> {
-        let held = T::try_from(number).map(Whole);
-        held.map_err(|_| E::invalid_value(Unexpected::Unsigned(number), &self))
-    }
-
-    fn visit_i64<E: Error>(self, number: i64) -> Result<Whole<T>, E> {
-        match u64::try_from(number) {
-            Ok(number) => self.visit_u64(number),
-            Err(_) => Err(E::invalid_value(Unexpected::Signed(number), &self)),
-        }
-    }
-
-    fn visit_f64<E: Error>(self, number: f64) -> Result<Whole<T>, E> {
-        // 2^64 is exact in an f64; at and above it the cast would saturate silently.
-        if number.fract() == 0.0 && (0.0..u64::MAX as f64).contains(&number) {
-            self.visit_u64(number as u64)
-        } else {
-            Err(E::invalid_value(Unexpected::Float(number), &self))
-        }
+impl Number {
+    fn whole<T: TryFrom<u64>, E: Error>(self) -> Result<T, E> {
+        let number = match self {
+            Self::Whole(number) => Some(number),
+            // 2^64 is exact in an f64; at and above it the cast would saturate silently.
+            Self::Float(number) => {
+                let fits = number.fract() == 0.0 && (0.0..u64::MAX as f64).contains(&number);
+                fits.then_some(number as u64)
+            }
+        };
+        let held = number.and_then(|number| T::try_from(number).ok());
+        held.ok_or_else(|| E::custom(format!("expected a whole number of {} bits", 8 * size_of::<T>())))
     }
 }
 

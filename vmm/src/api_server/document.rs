@@ -72,7 +72,7 @@ fn at_once(control: &Arc<Control>, method: &str, target: &str, body: &str) -> Re
 fn ask(document: &Value, control: &Arc<Control>, method: &str, target: &str, body: &str) -> Response {
     let answer = at_once(control, method, target, body);
     let path = target.split_once('?').map_or(target, |(path, _)| path);
-    let response = described(document, method, path, answer.status.code());
+    let response = described(document, method, path, answer.status.as_u16());
     match answer.content_type {
         None => assert!(response["content"].is_null(), "{method} {path} has no body"),
         Some(content_type) => {
@@ -109,11 +109,11 @@ fn every_answer_is_as_described() {
     let mut statuses = BTreeSet::new();
     for served in &ROUTES {
         for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#, r#"{"address":4096}"#] {
-            statuses.insert(ask(&document, &control, served.method, served.path, body).status.code());
+            statuses.insert(ask(&document, &control, served.method, served.path, body).status.as_u16());
         }
     }
     let limits = r#"{"startup":134217728,"min":134217728,"max":268435456,"buffer_percent":5,"weight":1}"#;
-    statuses.insert(ask(&document, &control, "PUT", "/memory/limits", limits).status.code());
+    statuses.insert(ask(&document, &control, "PUT", "/memory/limits", limits).status.as_u16());
     assert_eq!(statuses, BTreeSet::from([200, 204, 400, 409]));
 }
 
@@ -141,7 +141,7 @@ fn what_may_be_asked_of_a_reports_age_is_as_described() {
         ("x=1", 400),
     ] {
         let answer = ask(&document, &control(), "GET", &format!("/memory?{query}"), "");
-        assert_eq!(answer.status.code(), status, "{query}");
+        assert_eq!(answer.status.as_u16(), status, "{query}");
     }
 }
 
@@ -150,7 +150,7 @@ fn paths_and_methods_that_are_not_served_get_the_error_that_is_described() {
     let document = document();
     for (method, path) in [("GET", "/"), ("POST", "/vm"), ("GET", "/memory/target"), ("get", "/vm")] {
         let answer = at_once(&control(), method, path, "");
-        assert!([404, 405].contains(&answer.status.code()), "{method} {path}");
+        assert!([404, 405].contains(&answer.status.as_u16()), "{method} {path}");
         check(&document, named(&document, "Error"), &serde_json::from_slice(&answer.body).unwrap());
     }
 }
@@ -258,7 +258,7 @@ fn a_pause_names_who_asks_or_nobody() {
             (r#"{"by":"balancer","force":true}"#, 400),
             ("balancer", 400),
         ] {
-            assert_eq!(ask(&document, &control, "POST", path, body).status.code(), status, "{path} {body}");
+            assert_eq!(ask(&document, &control, "POST", path, body).status.as_u16(), status, "{path} {body}");
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use ::http::StatusCode;
 use serde::Serialize;
 
 use super::stream::Stream;
@@ -80,72 +81,15 @@ impl From<Response> for Answer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// Its status code.
-    pub status: Status,
+    pub status: StatusCode,
     /// What the body is; `None` where there is none.
     pub content_type: Option<&'static str>,
-    /// Methods that the path does take, for [`Status::MethodNotAllowed`].
+    /// Methods that the path does take, for [`StatusCode::METHOD_NOT_ALLOWED`].
     pub allow: Option<String>,
     /// The body.
     pub body: Vec<u8>,
     /// What follows the body for as long as the client listens; the connection ends with it.
     pub stream: Option<Stream>,
-}
-
-/// The status codes in use (RFC 9110, section 15).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u16)]
-pub enum Status {
-    /// Here it is.
-    Ok = 200,
-    /// Done, and there is nothing to say.
-    NoContent = 204,
-    /// The request can't be understood, or asks for something impossible.
-    BadRequest = 400,
-    /// No such path.
-    NotFound = 404,
-    /// The path exists, the method does not.
-    MethodNotAllowed = 405,
-    /// The VM's state does not allow it now.
-    Conflict = 409,
-    /// A body without Content-Length.
-    LengthRequired = 411,
-    /// More than [`LONGEST_BODY`].
-    ContentTooLarge = 413,
-    /// `Expect` is not supported.
-    ExpectationFailed = 417,
-    /// More than [`LONGEST_HEAD`] or [`MOST_HEADERS`].
-    HeadersTooLarge = 431,
-    /// The host failed.
-    InternalError = 500,
-    /// As many clients as there may be have this already.
-    ServiceUnavailable = 503,
-    /// Not HTTP/1.
-    VersionNotSupported = 505,
-}
-
-impl Status {
-    /// The number on the wire.
-    pub const fn code(self) -> u16 {
-        self as u16
-    }
-
-    const fn phrase(self) -> &'static str {
-        match self {
-            Self::Ok => "OK",
-            Self::NoContent => "No Content",
-            Self::BadRequest => "Bad Request",
-            Self::NotFound => "Not Found",
-            Self::MethodNotAllowed => "Method Not Allowed",
-            Self::Conflict => "Conflict",
-            Self::LengthRequired => "Length Required",
-            Self::ContentTooLarge => "Content Too Large",
-            Self::ExpectationFailed => "Expectation Failed",
-            Self::HeadersTooLarge => "Request Header Fields Too Large",
-            Self::InternalError => "Internal Server Error",
-            Self::ServiceUnavailable => "Service Unavailable",
-            Self::VersionNotSupported => "HTTP Version Not Supported",
-        }
-    }
 }
 
 #[derive(Serialize)]
@@ -156,43 +100,54 @@ struct ErrorBody<'a> {
 impl Response {
     /// 204: done.
     pub const fn done() -> Self {
-        Self { status: Status::NoContent, content_type: None, allow: None, body: Vec::new(), stream: None }
+        Self {
+            status: StatusCode::NO_CONTENT,
+            content_type: None,
+            allow: None,
+            body: Vec::new(),
+            stream: None,
+        }
     }
 
     /// 200 with `value` as JSON.
     pub fn json(value: &impl Serialize) -> Self {
         match serde_json::to_vec(value) {
-            Ok(body) => Self::with_body(Status::Ok, "application/json", body),
-            Err(error) => {
-                Self::error(Status::InternalError, &format!("the answer can't be encoded: {error}"))
-            }
+            Ok(body) => Self::with_body(StatusCode::OK, "application/json", body),
+            Err(error) => Self::error(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                &format!("the answer can't be encoded: {error}"),
+            ),
         }
     }
 
     /// 200 with a text.
     pub fn text(content_type: &'static str, text: String) -> Self {
-        Self::with_body(Status::Ok, content_type, text.into_bytes())
+        Self::with_body(StatusCode::OK, content_type, text.into_bytes())
     }
 
     /// 200 with a line of JSON for each event, as they come.
     pub fn events(stream: Stream) -> Self {
-        Self { stream: Some(stream), ..Self::with_body(Status::Ok, "application/jsonl", Vec::new()) }
+        Self { stream: Some(stream), ..Self::with_body(StatusCode::OK, "application/jsonl", Vec::new()) }
     }
 
     /// An error with its sentence as `{"error": "..."}`.
-    pub fn error(status: Status, sentence: &str) -> Self {
+    pub fn error(status: StatusCode, sentence: &str) -> Self {
         // A struct with one string can always be encoded; an empty body would still be valid HTTP.
         let body = serde_json::to_vec(&ErrorBody { error: sentence }).unwrap_or_default();
         Self::with_body(status, "application/json", body)
     }
 
-    const fn with_body(status: Status, content_type: &'static str, body: Vec<u8>) -> Self {
+    const fn with_body(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Self {
         Self { status, content_type: Some(content_type), allow: None, body, stream: None }
     }
 
     /// The bytes to send before the body.
     pub fn head(&self, keep_alive: bool) -> Vec<u8> {
-        let mut head = format!("HTTP/1.1 {} {}\r\n", self.status.code(), self.status.phrase());
+        let mut head = format!(
+            "HTTP/1.1 {} {}\r\n",
+            self.status.as_str(),
+            self.status.canonical_reason().unwrap_or_default()
+        );
         // Writing to a String does not fail.
         if let Some(content_type) = self.content_type {
             let _ = write!(head, "Content-Type: {content_type}\r\n");
@@ -202,7 +157,7 @@ impl Response {
         }
         // A 204 must not carry a length (RFC 9110, section 8.6). What has no end known beforehand
         // ends with the connection (RFC 9112, section 6.3).
-        if self.status != Status::NoContent && self.stream.is_none() {
+        if self.status != StatusCode::NO_CONTENT && self.stream.is_none() {
             let _ = write!(head, "Content-Length: {}\r\n", self.body.len());
         }
         head.push_str(if keep_alive {
@@ -214,7 +169,7 @@ impl Response {
     }
 }
 
-fn malformed<'a>(status: Status, sentence: &str) -> Parsed<'a> {
+fn malformed<'a>(status: StatusCode, sentence: &str) -> Parsed<'a> {
     Parsed::Malformed(Response::error(status, sentence))
 }
 
@@ -227,30 +182,36 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
         Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) if bytes.len() < LONGEST_HEAD => return Parsed::Incomplete,
         Ok(httparse::Status::Partial) => {
-            return malformed(Status::HeadersTooLarge, "the request's head is longer than 8 KiB");
+            return malformed(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "the request's head is longer than 8 KiB",
+            );
         }
         Err(httparse::Error::TooManyHeaders) => {
-            return malformed(Status::HeadersTooLarge, "the request has more than 32 headers");
+            return malformed(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "the request has more than 32 headers",
+            );
         }
         Err(httparse::Error::Version) => {
-            return malformed(Status::VersionNotSupported, "this server speaks HTTP/1.1");
+            return malformed(StatusCode::HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1");
         }
         Err(error) => {
-            return malformed(Status::BadRequest, &format!("this is not an HTTP/1.1 request: {error}"));
+            return malformed(StatusCode::BAD_REQUEST, &format!("this is not an HTTP/1.1 request: {error}"));
         }
     };
     let (Some(method), Some(target), Some(version)) = (head.method, head.path, head.version) else {
-        return malformed(Status::BadRequest, "the request line is not complete");
+        return malformed(StatusCode::BAD_REQUEST, "the request line is not complete");
     };
     let framing = match Framing::of(method, head.headers) {
         Ok(framing) => framing,
         Err(response) => return Parsed::Malformed(response),
     };
     let Some(target) = without_origin(target) else {
-        return malformed(Status::BadRequest, "the request's target must be a path, such as /vm");
+        return malformed(StatusCode::BAD_REQUEST, "the request's target must be a path, such as /vm");
     };
     let Some(length) = head_length.checked_add(framing.body) else {
-        return malformed(Status::ContentTooLarge, "the request's body is longer than 64 KiB");
+        return malformed(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is longer than 64 KiB");
     };
     let Some(body) = bytes.get(head_length..length) else {
         return Parsed::Incomplete;
@@ -288,19 +249,19 @@ impl Framing {
             if is("transfer-encoding") {
                 // RFC 9112, section 6.1: refusing the coding is allowed, guessing the length is not.
                 return Err(Response::error(
-                    Status::LengthRequired,
+                    StatusCode::LENGTH_REQUIRED,
                     "send the body with a Content-Length: transfer codings are not supported",
                 ));
             } else if is("expect") {
                 return Err(Response::error(
-                    Status::ExpectationFailed,
+                    StatusCode::EXPECTATION_FAILED,
                     "send the body at once: Expect is not supported",
                 ));
             } else if is("content-length") {
                 let value = body_length(header.value)?;
                 if length.is_some_and(|before| before != value) {
                     let sentence = "the request has two lengths that contradict each other";
-                    return Err(Response::error(Status::BadRequest, sentence));
+                    return Err(Response::error(StatusCode::BAD_REQUEST, sentence));
                 }
                 length = Some(value);
             } else if is("connection") {
@@ -316,7 +277,7 @@ impl Framing {
         }
         match length {
             None if method == "PUT" => {
-                Err(Response::error(Status::LengthRequired, "send the body with a Content-Length"))
+                Err(Response::error(StatusCode::LENGTH_REQUIRED, "send the body with a Content-Length"))
             }
             length => Ok(Self { body: length.unwrap_or(0), keep_alive }),
         }
@@ -327,13 +288,12 @@ fn body_length(value: &[u8]) -> Result<usize, Response> {
     // `usize::from_str` would take a plus sign, RFC 9110 takes digits alone.
     let digits = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
     let text = str::from_utf8(value).ok().filter(|_| digits).ok_or_else(|| {
-        Response::error(Status::BadRequest, "the request's Content-Length is not a number of bytes")
+        Response::error(StatusCode::BAD_REQUEST, "the request's Content-Length is not a number of bytes")
     })?;
     // Digits that don't fit a usize are too large as well.
-    text.parse()
-        .ok()
-        .filter(|&length| length <= LONGEST_BODY)
-        .ok_or_else(|| Response::error(Status::ContentTooLarge, "the request's body is longer than 64 KiB"))
+    text.parse().ok().filter(|&length| length <= LONGEST_BODY).ok_or_else(|| {
+        Response::error(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is longer than 64 KiB")
+    })
 }
 
 #[cfg(test)]
@@ -341,7 +301,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn refused(bytes: &[u8]) -> Option<Status> {
+    fn refused(bytes: &[u8]) -> Option<StatusCode> {
         match parse(bytes) {
             Parsed::Malformed(response) => Some(response.status),
             _ => None,
@@ -373,7 +333,7 @@ mod tests {
         }
         for target in ["vm", "*", "localhost:80", "file:///vm", "://vm"] {
             let head = format!("GET {target} HTTP/1.1\r\n\r\n");
-            assert_eq!(refused(head.as_bytes()), Some(Status::BadRequest), "{target}");
+            assert_eq!(refused(head.as_bytes()), Some(StatusCode::BAD_REQUEST), "{target}");
         }
     }
 
@@ -394,20 +354,26 @@ mod tests {
     fn what_can_not_be_framed_is_refused() {
         let put = "PUT /memory/target HTTP/1.1\r\n";
         for (bytes, status) in [
-            (format!("{put}\r\n"), Status::LengthRequired),
-            (format!("{put}Transfer-Encoding: chunked\r\n\r\n"), Status::LengthRequired),
-            (format!("{put}Content-Length: 2\r\nContent-Length: 3\r\n\r\n"), Status::BadRequest),
-            (format!("{put}Content-Length: +2\r\n\r\n"), Status::BadRequest),
-            (format!("{put}Content-Length: 0x2\r\n\r\n"), Status::BadRequest),
-            (format!("{put}Content-Length: \r\n\r\n"), Status::BadRequest),
-            (format!("{put}Content-Length: 65537\r\n\r\n"), Status::ContentTooLarge),
-            (format!("{put}Content-Length: 99999999999999999999999\r\n\r\n"), Status::ContentTooLarge),
-            (format!("{put}Expect: 100-continue\r\n\r\n"), Status::ExpectationFailed),
-            ("GET / HTTP/2.0\r\n\r\n".into(), Status::VersionNotSupported),
-            ("nonsense\r\n\r\n".into(), Status::BadRequest),
-            ("\0\0\0\0".into(), Status::BadRequest),
-            (format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(33)), Status::HeadersTooLarge),
-            (format!("GET / HTTP/1.1\r\na: {}", "b".repeat(LONGEST_HEAD)), Status::HeadersTooLarge),
+            (format!("{put}\r\n"), StatusCode::LENGTH_REQUIRED),
+            (format!("{put}Transfer-Encoding: chunked\r\n\r\n"), StatusCode::LENGTH_REQUIRED),
+            (format!("{put}Content-Length: 2\r\nContent-Length: 3\r\n\r\n"), StatusCode::BAD_REQUEST),
+            (format!("{put}Content-Length: +2\r\n\r\n"), StatusCode::BAD_REQUEST),
+            (format!("{put}Content-Length: 0x2\r\n\r\n"), StatusCode::BAD_REQUEST),
+            (format!("{put}Content-Length: \r\n\r\n"), StatusCode::BAD_REQUEST),
+            (format!("{put}Content-Length: 65537\r\n\r\n"), StatusCode::PAYLOAD_TOO_LARGE),
+            (format!("{put}Content-Length: 99999999999999999999999\r\n\r\n"), StatusCode::PAYLOAD_TOO_LARGE),
+            (format!("{put}Expect: 100-continue\r\n\r\n"), StatusCode::EXPECTATION_FAILED),
+            ("GET / HTTP/2.0\r\n\r\n".into(), StatusCode::HTTP_VERSION_NOT_SUPPORTED),
+            ("nonsense\r\n\r\n".into(), StatusCode::BAD_REQUEST),
+            ("\0\0\0\0".into(), StatusCode::BAD_REQUEST),
+            (
+                format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(33)),
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ),
+            (
+                format!("GET / HTTP/1.1\r\na: {}", "b".repeat(LONGEST_HEAD)),
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ),
         ] {
             assert_eq!(refused(bytes.as_bytes()), Some(status), "{bytes}");
         }
@@ -415,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_response_says_how_long_it_is() {
-        let error = Response::error(Status::NotFound, "no \"such\" path");
+        let error = Response::error(StatusCode::NOT_FOUND, "no \"such\" path");
         let text = String::from_utf8([error.head(false), error.body].concat()).unwrap();
         assert_eq!(
             text,

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use ::http::StatusCode;
 use api::limits::Limits;
 use api::status::{PauseRequest, Pauser, TargetRequest};
 use serde::de::DeserializeOwned;
 
 use super::fresh::Fresh;
-use super::http::{Answer, Request, Response, Status};
+use super::http::{Answer, Request, Response};
 use super::metrics;
 use crate::control::{Control, ControlError};
 use crate::vcpu_set::PATIENCE;
@@ -81,11 +82,11 @@ pub fn route(request: Request<'_>, control: &Arc<Control>) -> Answer {
         methods.push("HEAD");
     }
     if methods.is_empty() {
-        return Response::error(Status::NotFound, &format!("there is no {}", request.path)).into();
+        return Response::error(StatusCode::NOT_FOUND, &format!("there is no {}", request.path)).into();
     }
     let allow = methods.join(", ");
     let sentence = format!("{} takes {allow}, not {}", request.path, request.method);
-    Response { allow: Some(allow), ..Response::error(Status::MethodNotAllowed, &sentence) }.into()
+    Response { allow: Some(allow), ..Response::error(StatusCode::METHOD_NOT_ALLOWED, &sentence) }.into()
 }
 
 /// A VM's memory, with a report of its guest as fresh as was asked for, where one comes in time. What came
@@ -93,7 +94,7 @@ pub fn route(request: Request<'_>, control: &Arc<Control>) -> Answer {
 fn memory(control: &Arc<Control>, request: Request<'_>) -> Answer {
     let Fresh { max_age, wait } = match Fresh::parse(request.query) {
         Ok(fresh) => fresh,
-        Err(error) => return Response::error(Status::BadRequest, &error.to_string()).into(),
+        Err(error) => return Response::error(StatusCode::BAD_REQUEST, &error.to_string()).into(),
     };
     let control = Arc::clone(control);
     Answer::within(wait, move |waited| {
@@ -139,7 +140,7 @@ fn events(control: &Control) -> Response {
     match control.subscribe() {
         Some(subscription) => Response::events(subscription.into()),
         None => Response::error(
-            Status::ServiceUnavailable,
+            StatusCode::SERVICE_UNAVAILABLE,
             "as many clients as may do so wait for this VM's events: end one of them",
         ),
     }
@@ -156,7 +157,7 @@ fn pause_request(body: &[u8]) -> Result<PauseRequest, Response> {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
     serde_json::from_slice(body).map_err(|error| {
-        Response::error(Status::BadRequest, &format!("the body is not what belongs here: {error}"))
+        Response::error(StatusCode::BAD_REQUEST, &format!("the body is not what belongs here: {error}"))
     })
 }
 
@@ -166,9 +167,9 @@ fn answer(result: Result<(), ControlError>) -> Response {
 
 fn refusal(error: ControlError) -> Response {
     let status = match &error {
-        ControlError::Host(_) => Status::InternalError,
-        error if error.is_conflict() => Status::Conflict,
-        _ => Status::BadRequest,
+        ControlError::Host(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        error if error.is_conflict() => StatusCode::CONFLICT,
+        _ => StatusCode::BAD_REQUEST,
     };
     Response::error(status, &error.to_string())
 }
