@@ -119,8 +119,8 @@ pub enum ConfigError {
     /// Not `^[a-z0-9][a-z0-9-]{0,62}$`.
     #[error("`{0}` is not a device's name: use 1 to 63 of a-z, 0-9 and `-`, not `-` first")]
     DeviceId(String),
-    /// Not `^[a-z0-9][a-z0-9-]{0,14}$`.
-    #[error("`{0}` is not a thread's name: use 1 to 15 of a-z, 0-9 and `-`, not `-` first")]
+    /// Not `^[a-z0-9][a-z0-9-]{0,62}$`.
+    #[error("`{0}` is not a thread's name: use 1 to 63 of a-z, 0-9 and `-`, not `-` first")]
     ThreadName(String),
     /// Two devices have one name.
     #[error("two devices are called `{0}`: give each a name of its own")]
@@ -363,7 +363,7 @@ mod tests {
         for bad in [
             r#"{"id": "a/b", "type": "rng"}"#,
             r#"{"id": "rng", "type": "teapot"}"#,
-            r#"{"id": "rng", "type": "rng", "thread": "a-name-that-is-too-long"}"#,
+            r#"{"id": "rng", "type": "rng", "thread": "A"}"#,
             r#"{"id": "serial", "type": "serial", "console": "tty:x"}"#,
             r#"{"id": "balloon", "type": "balloon", "deflate": true}"#,
         ] {

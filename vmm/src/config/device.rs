@@ -92,15 +92,12 @@ impl FromStr for DeviceId {
     }
 }
 
-/// The name of a thread: 1 to 15 of a-z, 0-9 and `-`, not `-` first, as the kernel keeps no more.
+/// The name of a thread: 1 to 63 of a-z, 0-9 and `-`, not `-` first. The kernel shows 15 of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ThreadName(String);
 
 impl ThreadName {
-    /// Bytes of a thread's name that the kernel keeps (TASK_COMM_LEN, less the final zero).
-    const LONGEST: usize = 15;
-
     /// The thread of devices that have little to do.
     pub fn shared() -> Self {
         Self("devices".to_owned())
@@ -113,7 +110,7 @@ impl ThreadName {
 
     /// A thread for this device alone.
     pub fn own(id: &DeviceId) -> Self {
-        Self(id.as_str().chars().take(Self::LONGEST).collect())
+        Self(id.as_str().to_owned())
     }
 
     /// The name as text.
@@ -131,9 +128,7 @@ impl fmt::Display for ThreadName {
 impl FromStr for ThreadName {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        if text.len() > Self::LONGEST || api::runtime::check_name(text).is_err() {
-            return Err(ConfigError::ThreadName(text.to_owned()));
-        }
+        api::runtime::check_name(text).map_err(|_| ConfigError::ThreadName(text.to_owned()))?;
         Ok(Self(text.to_owned()))
     }
 }

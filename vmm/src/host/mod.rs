@@ -43,9 +43,10 @@ pub enum HostCannot {
 }
 
 /// What every guest needs of KVM, by the names of linux/kvm.h.
-const NEEDED: [(Cap, &str); 8] = [
+const NEEDED: [(Cap, &str); 9] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
