@@ -17,7 +17,7 @@ const KVM: &str = "/sys/kernel/debug/kvm";
 /// Where interrupt controllers lie in guest memory, which are no devices.
 pub const INTERRUPT_CONTROLLERS: Range<u64> = 0xfec0_0000..0xfef0_0000;
 /// Registers of two devices never lie in the same page.
-const PAGE: u64 = 0x1000;
+pub const PAGE: u64 = 0x1000;
 /// Between two looks at the trace, which take a processor that the VM could have had.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Virtual time after which a step counts as stuck.

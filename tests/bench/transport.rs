@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use lab::Kernel;
 
-use crate::trace::{self, Counts, INTERRUPT_CONTROLLERS};
+use crate::trace::{self, Counts, INTERRUPT_CONTROLLERS, PAGE};
 use crate::vm::{Transport, USUALLY, guest};
 
 /// Requests that are counted, beyond as many that are not.
@@ -19,8 +19,17 @@ const TRACED: u32 = 200;
 /// Nothing else may disturb the guest or its devices.
 const ARGUMENTS: [&str; 4] = ["--statistics-interval", "0", "--no-agent", "--no-free-page-reporting"];
 /// What is traced.
-const EVENTS: [&str; 6] =
-    ["kvm_exit", "kvm_entry", "kvm_userspace_exit", "kvm_mmio", "kvm_eoi", "kvm_inj_virq"];
+const EVENTS: [&str; 7] = [
+    "kvm/kvm_exit",
+    "kvm/kvm_entry",
+    "kvm/kvm_userspace_exit",
+    "kvm/kvm_mmio",
+    "kvm/kvm_eoi",
+    "kvm/kvm_inj_virq",
+    "sched/sched_switch",
+];
+/// Where a virtio-mmio device is notified (virtio 1.2, section 4.2.2), in a window of a page.
+const QUEUE_NOTIFY: u64 = 0x050;
 /// Room for all of it.
 const BUFFER_KIB: &str = "16384";
 
@@ -29,7 +38,8 @@ const BUFFER_KIB: &str = "16384";
 enum Purpose {
     /// The driver tells its device of a request, and the host's kernel passes it on.
     Notification,
-    /// The driver reads or writes a register that ballast answers.
+    /// The driver reads or writes another register of its device: it asks for an interrupt's reason, or
+    /// says that it has seen it.
     Register,
     /// The guest ends an interrupt.
     EndOfInterrupt,
@@ -43,7 +53,7 @@ struct Exits {
     count: u64,
     /// Those that ballast itself had to see to.
     to_ballast: u64,
-    /// Until the guest went on.
+    /// Of the vCPU's thread until the guest went on.
     instructions: u64,
 }
 
@@ -51,7 +61,7 @@ struct Exits {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Traced {
     exits: BTreeMap<Purpose, Exits>,
-    /// Interrupts that came in and were ended, and the instructions of guest and host between.
+    /// Interrupts that came in and were ended, and the instructions of the vCPU, guest and host, between.
     interrupts: u64,
     interrupt_instructions: u64,
 }
@@ -59,10 +69,8 @@ struct Traced {
 /// An exit whose entry has not come yet.
 struct Exit {
     at: u64,
-    reason: String,
-    to_device: bool,
+    purpose: Purpose,
     to_ballast: bool,
-    ends_interrupt: bool,
 }
 
 /// Compares the transports.
@@ -71,9 +79,11 @@ struct Exit {
 /// Where a VM can't be started, or the host does not trace.
 pub fn compare() -> Result<()> {
     println!("\nrequests of 64 bytes to the entropy device: one notification and one interrupt each");
+    println!("a request: all threads of the VM, guest and host. What follows is traced, which costs some: a");
     println!(
-        "instructions are those of host and guest; the lines behind the first are traced, which costs some"
+        "notification from its exit to the next entry; an interrupt from its injection until the guest ends"
     );
+    println!("it, and what its handler asks of the device; any other exit to the next entry");
     println!("transport                          a request has   to ballast   instructions each");
     for transport in Transport::ALL {
         measure(transport).with_context(|| transport.name())?;
@@ -100,29 +110,40 @@ fn measure(transport: Transport) -> Result<()> {
     let name = transport.name();
     println!("{name:<9}  request                {exits:>8.3} exits                {instructions:>12.0}");
 
-    let trace = Traced::read(&trace_of(|| vm.step(&format!("random:{TRACED}"), USUALLY))?);
-    let share = |count: u64| count as f64 / f64::from(TRACED);
-    for (purpose, Exits { count, to_ballast, instructions }) in &trace.exits {
+    let trace = Traced::read(transport, &trace_of(|| vm.step(&format!("random:{TRACED}"), USUALLY))?);
+    let row = |what: &str, of: Exits, each: u64| {
+        let share = |count: u64| count as f64 / f64::from(TRACED);
+        let (exits, to_ballast) = (share(of.count), share(of.to_ballast));
         println!(
-            "{name:<9}  {:<22} {:>8.3} exits   {:>10.3}   {:>12}",
-            purpose.words(),
-            share(*count),
-            share(*to_ballast),
-            instructions / count
+            "{name:<9}  {what:<22} {exits:>8.3} exits   {to_ballast:>10.3}   {:>12}",
+            of.instructions / each.max(1)
         );
+    };
+    let of = |purpose| trace.exits.get(&purpose).copied().unwrap_or_default();
+    let notifications = of(Purpose::Notification);
+    row("notification", notifications, notifications.count);
+    let (registers, ends) = (of(Purpose::Register), of(Purpose::EndOfInterrupt));
+    let interrupt = Exits {
+        count: registers.count + ends.count,
+        to_ballast: registers.to_ballast + ends.to_ballast,
+        instructions: registers.instructions + trace.interrupt_instructions,
+    };
+    row("interrupt", interrupt, trace.interrupts);
+    for (purpose, exits) in &trace.exits {
+        match purpose {
+            Purpose::Notification => {}
+            Purpose::Register => row("  register for it", *exits, exits.count),
+            Purpose::EndOfInterrupt => row("  end of interrupt", *exits, exits.count),
+            Purpose::Other(reason) => row(&format!("other: {reason}"), *exits, exits.count),
+        }
     }
-    println!(
-        "{name:<9}  interrupt to its end   {:>8.3}                      {:>12}",
-        share(trace.interrupts),
-        trace.interrupt_instructions / trace.interrupts.max(1)
-    );
     Ok(())
 }
 
 /// What KVM does meanwhile.
 fn trace_of(work: impl FnOnce()) -> Result<String> {
     let enable =
-        |value| EVENTS.iter().try_for_each(|event| trace::set(&format!("events/kvm/{event}/enable"), value));
+        |value| EVENTS.iter().try_for_each(|event| trace::set(&format!("events/{event}/enable"), value));
     trace::set("trace_clock", "x86-tsc")?;
     trace::set("buffer_size_kb", BUFFER_KIB)?;
     trace::set("trace", "")?;
@@ -132,63 +153,49 @@ fn trace_of(work: impl FnOnce()) -> Result<String> {
     trace::read()
 }
 
-impl Purpose {
-    fn words(&self) -> &str {
-        match self {
-            Self::Notification => "notification",
-            Self::Register => "a device's register",
-            Self::EndOfInterrupt => "end of interrupt",
-            Self::Other(reason) => reason,
-        }
-    }
-}
-
-impl Exit {
-    fn purpose(&self) -> Purpose {
-        match self {
-            Self { ends_interrupt: true, .. } => Purpose::EndOfInterrupt,
-            Self { to_device: true, to_ballast: true, .. } => Purpose::Register,
-            Self { to_device: true, .. } => Purpose::Notification,
-            Self { reason, .. } => Purpose::Other(reason.clone()),
-        }
-    }
-}
-
 impl Traced {
     /// Reads lines such as `vcpu0-99 [000] d.... 12345678: kvm_exit: vcpu 0 reason npf rip 0x...` of one vCPU.
-    fn read(trace: &str) -> Self {
+    fn read(transport: Transport, trace: &str) -> Self {
         let mut all = Self::default();
         let (mut exit, mut injected): (Option<Exit>, Option<u64>) = (None, None);
-        for (at, event, detail) in trace.lines().filter_map(event) {
+        // What others did meanwhile is none of the vCPU's time.
+        let (mut vcpu, mut away, mut away_since) = (String::new(), 0, None);
+        for (task, at, event, detail) in trace.lines().filter_map(event) {
+            let own = at - away;
             match (event, &mut exit) {
+                ("sched_switch", _) if detail.contains(&format!("next_pid={vcpu} ")) => {
+                    away += away_since.take().map_or(0, |since| at - since);
+                }
+                ("sched_switch", _) if task == vcpu => away_since = Some(at),
                 ("kvm_exit", _) => {
-                    let reason = detail.split_once("reason ").map_or(detail, |(_, rest)| rest);
-                    let reason = reason.split_whitespace().next().unwrap_or_default().to_owned();
-                    let (to_device, to_ballast, ends_interrupt) = (false, false, false);
-                    exit = Some(Exit { at, reason, to_device, to_ballast, ends_interrupt });
+                    task.clone_into(&mut vcpu);
+                    let reason = word_behind(detail, "reason ").unwrap_or_default().to_owned();
+                    exit = Some(Exit { at: own, purpose: Purpose::Other(reason), to_ballast: false });
                 }
                 ("kvm_mmio", Some(exit)) => {
                     let address =
-                        detail.split_once("gpa 0x").and_then(|(_, rest)| rest.split_whitespace().next());
-                    let address = address.and_then(|address| u64::from_str_radix(address, 16).ok());
-                    exit.to_device |=
-                        address.is_some_and(|address| !INTERRUPT_CONTROLLERS.contains(&address));
+                        word_behind(detail, "gpa 0x").and_then(|word| u64::from_str_radix(word, 16).ok());
+                    if let Some(address) = address.filter(|address| !INTERRUPT_CONTROLLERS.contains(address))
+                    {
+                        let notifies = transport == Transport::Pci || address % PAGE == QUEUE_NOTIFY;
+                        exit.purpose = if notifies { Purpose::Notification } else { Purpose::Register };
+                    }
                 }
                 ("kvm_userspace_exit", Some(exit)) => exit.to_ballast = true,
-                ("kvm_eoi", Some(exit)) => exit.ends_interrupt = true,
-                ("kvm_inj_virq", _) => injected = Some(at),
+                ("kvm_eoi", Some(exit)) => exit.purpose = Purpose::EndOfInterrupt,
+                ("kvm_inj_virq", _) => injected = Some(own),
                 ("kvm_entry", _) => {
                     let Some(exit) = exit.take() else { continue };
-                    let exits = all.exits.entry(exit.purpose()).or_default();
-                    exits.count += 1;
-                    exits.to_ballast += u64::from(exit.to_ballast);
-                    exits.instructions += at.saturating_sub(exit.at);
-                    if exit.ends_interrupt
+                    if exit.purpose == Purpose::EndOfInterrupt
                         && let Some(begun) = injected.take()
                     {
                         all.interrupts += 1;
-                        all.interrupt_instructions += at.saturating_sub(begun);
+                        all.interrupt_instructions += own - begun;
                     }
+                    let exits = all.exits.entry(exit.purpose).or_default();
+                    exits.count += 1;
+                    exits.to_ballast += u64::from(exit.to_ballast);
+                    exits.instructions += own - exit.at;
                 }
                 _ => {}
             }
@@ -197,11 +204,16 @@ impl Traced {
     }
 }
 
-/// Moment, event and the rest of a line.
-fn event(line: &str) -> Option<(u64, &str, &str)> {
+/// Process, moment, event and the rest of a line.
+fn event(line: &str) -> Option<(&str, u64, &str, &str)> {
     let (front, rest) = line.split_once(": ")?;
     let (event, detail) = rest.split_once(": ")?;
-    Some((front.split_whitespace().next_back()?.parse().ok()?, event, detail))
+    let (_, process) = front.split_once('[')?.0.trim_end().rsplit_once('-')?;
+    Some((process, front.split_whitespace().next_back()?.parse().ok()?, event, detail))
+}
+
+fn word_behind<'a>(text: &'a str, mark: &str) -> Option<&'a str> {
+    text.split_once(mark)?.1.split_whitespace().next()
 }
 
 #[cfg(test)]
@@ -213,6 +225,8 @@ mod tests {
         let trace = "# tracer: nop\n\
             vcpu0-9 [000] d.... 100: kvm_exit: vcpu 0 reason npf rip 0x1 info1 0x2\n\
             vcpu0-9 [000] ..... 110: kvm_mmio: mmio write len 4 gpa 0xd0001050 val 0x0\n\
+            vcpu0-9 [000] d.... 115: sched_switch: prev_comm=vcpu0 prev_pid=9 ==> next_comm=io next_pid=8 next_prio=1\n\
+            io-8    [000] d.... 135: sched_switch: prev_comm=io prev_pid=8 ==> next_comm=vcpu0 next_pid=9 next_prio=1\n\
             vcpu0-9 [000] d.... 150: kvm_inj_virq: IRQ 0x21\n\
             vcpu0-9 [000] d.... 160: kvm_entry: vcpu 0, rip 0x5\n\
             vcpu0-9 [000] d.... 200: kvm_exit: vcpu 0 reason npf rip 0x6 info1 0x2\n\
@@ -225,14 +239,27 @@ mod tests {
             vcpu0-9 [000] d.... 350: kvm_entry: vcpu 0, rip 0x9\n\
             vcpu0-9 [000] d.... 400: kvm_exit: vcpu 0 reason hlt rip 0xa info1 0x0\n\
             vcpu0-9 [000] d.... 480: kvm_entry: vcpu 0, rip 0xb\n";
-        let found = Traced::read(trace);
         let exits = |to_ballast, instructions| Exits { count: 1, to_ballast, instructions };
-        let expected = BTreeMap::from([
-            (Purpose::Notification, exits(0, 60)),
-            (Purpose::Register, exits(1, 90)),
-            (Purpose::EndOfInterrupt, exits(0, 50)),
-            (Purpose::Other("hlt".to_owned()), exits(0, 80)),
-        ]);
-        assert_eq!(found, Traced { exits: expected, interrupts: 1, interrupt_instructions: 200 });
+        let mut expected = Traced {
+            exits: BTreeMap::from([
+                (Purpose::Notification, exits(0, 40)),
+                (Purpose::Register, exits(1, 90)),
+                (Purpose::EndOfInterrupt, exits(0, 50)),
+                (Purpose::Other("hlt".to_owned()), exits(0, 80)),
+            ]),
+            interrupts: 1,
+            interrupt_instructions: 200,
+        };
+        assert_eq!(Traced::read(Transport::Mmio, trace), expected);
+        let acknowledged = trace.replace("d0001050", "d0001064");
+        expected.exits.remove(&Purpose::Notification);
+        expected.exits.insert(Purpose::Register, Exits { count: 2, to_ballast: 1, instructions: 130 });
+        assert_eq!(Traced::read(Transport::Mmio, &acknowledged), expected);
+        // PCI's notifications lie anywhere, and nothing else is written to while a device runs.
+        let by_pci = Traced::read(Transport::Pci, &trace.replace("d0001050", "800003004"));
+        assert_eq!(
+            by_pci.exits[&Purpose::Notification],
+            Exits { count: 2, to_ballast: 1, instructions: 130 }
+        );
     }
 }
