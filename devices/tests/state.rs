@@ -10,6 +10,7 @@ use devices::virtio::saved::{DriverState, PciState, QueueState, Stage, Transport
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_FAILED;
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_WRITE};
 
@@ -72,6 +73,17 @@ fn a_message_that_is_pending_behind_a_mask_stays_so() {
     let pci = guest.pci().unwrap();
     pci.set_msix(MSIX_ENABLE);
     assert_eq!(pci.host.delivered(), [0, 1], "of the queue, not of the configuration");
+}
+
+#[test]
+fn a_device_that_its_driver_has_given_up_twice_can_be_moved() {
+    for mut guest in CARRIERS.map(guest) {
+        guest.start(0);
+        let failed = RUNNING | VIRTIO_CONFIG_S_FAILED;
+        guest.write(VIRTIO_MMIO_STATUS, failed);
+        guest.write(VIRTIO_MMIO_STATUS, failed);
+        assert_eq!(moved(guest).status(), failed);
+    }
 }
 
 #[test]

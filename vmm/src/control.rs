@@ -393,6 +393,8 @@ impl Control {
     /// [`ControlError::Host`] where a vCPU does not come within [`PATIENCE`], and the VM runs on;
     /// [`ControlError::Resumed`] and [`ControlError::State`] where it was resumed meanwhile, or has ended.
     pub fn paused(&self) -> Option<Result<(), ControlError>> {
+        // Held over the drain, so that nobody resumes in between and leaves a VM that runs with drained devices.
+        let _state = self.state();
         Some(match self.standing()? {
             Standing::Holding => return None,
             Standing::Held => {
@@ -405,9 +407,9 @@ impl Control {
         })
     }
 
-    /// Lets the VM run on where a [`pause`](Self::pause) has not stopped all vCPUs yet.
+    /// Lets the VM run on after a [`pause`](Self::pause) that nobody was told of.
     pub fn abandon_pause(&self, by: Pauser) {
-        if self.standing() == Some(Standing::Holding) {
+        if matches!(self.standing(), Some(Standing::Holding | Standing::Held)) {
             // It may not be this one's to end any more.
             let _ = self.resume(by);
         }
@@ -471,9 +473,10 @@ impl Control {
         match change {
             Change::Hold { .. } => parts.vcpu_set.hold(),
             Change::Run => {
-                parts.steering.rest(false);
                 parts.virtio.iter().for_each(|device| wiring::lock(device).resume());
                 parts.vcpu_set.run();
+                // Last: until they run, the last vCPU to come out may still have it rest.
+                parts.steering.rest(false);
             }
             Change::TakeOver { .. } | Change::Nothing => {}
         }

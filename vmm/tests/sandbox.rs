@@ -176,6 +176,8 @@ fn a_vm_removes_its_own_socket_and_no_other() {
         assert_kept_back("a mapping there", call(libc::SYS_mmap, [at, page, read_write, fixed, none, 0]));
         let below = at - 16 * page;
         assert_kept_back("one that covers it", call(libc::SYS_mmap, [below, 64 * page, 3, fixed, none, 0]));
+        let from_zero = [0, at + page, read_write, fixed, none, 0];
+        assert_kept_back("one from address 0 that covers it", call(libc::SYS_mmap, from_zero));
         assert_kept_back("one close by", call(libc::SYS_mmap, [below, page, 3, anonymous, none, 0]));
         assert_kept_back("taking it away", call(libc::SYS_munmap, [at, page, 0, 0, 0, 0]));
         assert_kept_back("taking it away from below", call(libc::SYS_munmap, [below, 64 * page, 0, 0, 0, 0]));

@@ -123,7 +123,10 @@ impl Msix {
             }),
             None => self.vectors.mask(number),
         };
-        vector.delivers = wanted.filter(|_| done.is_ok());
+        // One that can't be masked goes on as it was.
+        if done.is_ok() || wanted.is_some() {
+            vector.delivers = wanted.filter(|_| done.is_ok());
+        }
         if let Err(error) = done
             && !self.refused
         {

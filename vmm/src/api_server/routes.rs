@@ -106,23 +106,30 @@ fn memory(control: &Arc<Control>, request: Request<'_>) -> Answer {
 fn pause(control: &Arc<Control>, request: Request<'_>) -> Answer {
     let begun = pause_request(request.body).and_then(|PauseRequest { by }| {
         control.pause(by).map_err(refusal)?;
-        Ok(BegunPause { control: Arc::clone(control), by })
+        Ok(BegunPause { control: Arc::clone(control), by, is_told: false })
     });
     match begun {
-        Ok(begun) => Answer::within(PATIENCE, move |_| begun.control.paused().map(answer)),
+        Ok(mut begun) => Answer::within(PATIENCE, move |_| {
+            let outcome = begun.control.paused()?;
+            begun.is_told = true;
+            Some(answer(outcome))
+        }),
         Err(refused) => refused.into(),
     }
 }
 
-/// A pause that somebody waits for; who goes before it is complete was not told of any.
+/// A pause that somebody waits for. A client that goes before it was told of the pause leaves none.
 struct BegunPause {
     control: Arc<Control>,
     by: Pauser,
+    is_told: bool,
 }
 
 impl Drop for BegunPause {
     fn drop(&mut self) {
-        self.control.abandon_pause(self.by);
+        if !self.is_told {
+            self.control.abandon_pause(self.by);
+        }
     }
 }
 

@@ -244,6 +244,21 @@ fn a_vm_is_not_paused_for_who_has_gone_meanwhile() {
     assert_eq!(state(&server), VmState::Running);
 }
 
+/// The last vCPU may come out just before the client goes: it is the server's turn that tells.
+#[test]
+fn a_pause_that_nobody_was_told_of_is_ended_also_once_it_is_complete() {
+    let (server, vcpu_set) = running_guest();
+    server.control.pause(Pauser::Operator).unwrap();
+    let vcpu = thread::spawn({
+        let vcpu_set = Arc::clone(&vcpu_set);
+        move || matches!(vcpu_set.admit(0), Admission::Enter { .. })
+    });
+    until(Standing::Held, &vcpu_set);
+    server.control.abandon_pause(Pauser::Operator);
+    assert!(vcpu.join().unwrap());
+    assert_eq!(state(&server), VmState::Running);
+}
+
 #[test]
 fn a_vm_whose_vcpu_does_not_stop_runs_on_and_says_which_one_it_was() {
     let (server, _vcpu_set) = running_guest();

@@ -115,7 +115,9 @@ pub(super) fn filter(needs: &SandboxNeeds, kept: &Kept) -> Result<BpfProgram, Ba
     // Nothing new becomes code, and nothing takes the place of the kept paths.
     let no_code = number(2, MaskedEq(libc::PROT_EXEC as u64), 0)?;
     let above = address(0, Ge, kept.end)?;
-    allow(libc::SYS_mmap, vec![no_code.clone(), address(0, Eq, 0)?])?;
+    // At address 0 the kernel chooses, unless it is told to take just that one.
+    let chosen = number(3, MaskedEq(libc::MAP_FIXED as u64), 0)?;
+    allow(libc::SYS_mmap, vec![no_code.clone(), address(0, Eq, 0)?, chosen])?;
     allow(libc::SYS_mmap, vec![no_code.clone(), above.clone()])?;
     allow(libc::SYS_mprotect, vec![no_code, above.clone()])?;
     allow(libc::SYS_munmap, vec![above.clone()])?;

@@ -247,6 +247,9 @@ impl Core {
         if value & now != now {
             return;
         }
+        if matches!(self.state, State::Failed(_)) {
+            return;
+        }
         if value & VIRTIO_CONFIG_S_FAILED != 0 {
             self.stop();
             self.state = State::Failed(now);
