@@ -7,10 +7,19 @@ use lab::{Emulator, unit_tests};
 /// Several times what they take.
 const LIMIT: Duration = Duration::from_secs(600);
 
+fn pass(package: &str, tests: &[&str]) {
+    let program = unit_tests(package).expect("they build");
+    let host = Emulator { shell: false, ballast: false, limit: LIMIT, ..Emulator::default() };
+    let outcome = host.run(&program, &[&["--test-threads=1", "--nocapture"], tests].concat());
+    assert_eq!(outcome.expect("the host comes to its end").code, 0, "see the output above");
+}
+
 #[test]
 fn payloads_and_counters_of_slat() {
-    let program = unit_tests("slat").expect("they build");
-    let host = Emulator { shell: false, ballast: false, limit: LIMIT, ..Emulator::default() };
-    let outcome = host.run(&program, &["--test-threads=1", "--nocapture", "payload::", "counters::"]);
-    assert_eq!(outcome.expect("the host comes to its end").code, 0, "see the output above");
+    pass("slat", &["payload::", "counters::"]);
+}
+
+#[test]
+fn vcpus_and_devices_of_a_vm() {
+    pass("vmm", &["vcpu::", "builder::", "kvm::"]);
 }

@@ -74,6 +74,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
+    findings.push(sandbox());
     findings.push(directory());
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
@@ -196,6 +197,19 @@ fn memory_limit(limit: Option<Bytes>) -> Finding {
             "raise memory.max or memory.high (systemd: MemoryMax=, MemoryHigh=), or start VMs with less in a group \
              of their own (systemd-run --scope), where they are to have more",
         ),
+    }
+}
+
+fn sandbox() -> Finding {
+    match vmm::sandbox::check() {
+        Ok(()) => Finding::good("sandbox", "Landlock keeps a VM's process from files"),
+        Err(error) => Finding {
+            about: "sandbox",
+            grade: Grade::Hint,
+            found: error.to_string(),
+            // The sentence says what to do, too.
+            advice: None,
+        },
     }
 }
 

@@ -148,6 +148,8 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let refused = self.console.find(0, "the sandbox refused");
+        assert!(refused.is_none() || thread::panicking(), "{}: {refused:?}", self.name);
     }
 }
 

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use devices::sandbox::SandboxNeeds;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus,
+    RulesetCreated, RulesetCreatedAttr, RulesetStatus,
 };
 
 pub(crate) use paths::{absolute, kept};
@@ -80,19 +80,32 @@ fn directory_of(path: &Path) -> PathBuf {
     }
 }
 
+/// Whether this kernel can close files to a process.
+///
+/// # Errors
+/// As [`close_files`].
+pub fn check() -> Result<(), SandboxError> {
+    closed().map(drop)
+}
+
+/// What closes everything.
+fn closed() -> Result<RulesetCreated, SandboxError> {
+    Ok(Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(LEAST))?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .create()?)
+}
+
 /// Closes the file system and TCP for this thread and those it starts from now on, but for what is needed.
 ///
 /// # Errors
 /// [`SandboxError::Files`] where the kernel has no Landlock, or can't hold all rights to files;
 /// [`SandboxError::Path`].
 pub fn close_files(needs: &SandboxNeeds) -> Result<(), SandboxError> {
-    let mut ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::HardRequirement)
-        .handle_access(AccessFs::from_all(LEAST))?
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(NEWEST))?
-        .handle_access(AccessNet::from_all(NEWEST))?
-        .create()?;
+    let mut ruleset = closed()?;
     let read = needs.read.iter().map(|path| (path.clone(), AccessFs::ReadFile));
     let remove = needs.remove.iter().map(|path| (directory_of(path), AccessFs::RemoveFile));
     for (path, access) in read.chain(remove) {

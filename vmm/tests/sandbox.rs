@@ -109,6 +109,7 @@ fn no_guest_runs_where_the_kernel_has_no_landlock() {
     in_child("no_guest_runs_where_the_kernel_has_no_landlock", |_| {
         without_call(libc::SYS_landlock_create_ruleset, libc::ENOSYS);
         assert_refuses(&needs());
+        sandbox::check().expect_err("`ballast check` says so");
     });
 }
 

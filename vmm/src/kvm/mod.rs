@@ -21,6 +21,17 @@ pub struct KvmError {
     pub source: kvm_ioctls::Error,
 }
 
+/// KVM for a test; `None`, with a loud word, where the host has none. In the lab it must have.
+#[cfg(test)]
+pub fn for_tests() -> Option<Kvm> {
+    Kvm::new()
+        .inspect_err(|error| {
+            assert!(std::env::var_os("BALLAST_LAB").is_none(), "the lab's host has no KVM: {error}");
+            eprintln!("SKIPPED: this host has no KVM: {error}");
+        })
+        .ok()
+}
+
 /// `map_err` with what was asked of KVM.
 pub fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError { what, source }

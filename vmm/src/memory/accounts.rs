@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use api::units::{Bytes, Pages};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::events::STACK;
+
 /// From one count to the next there are so many times what it took, so that asking costs at most a
 /// tenth of a processor, however often anyone asks.
 const KEPT: u32 = 10;
@@ -26,9 +28,6 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Until the next count where the kernel refused one.
 const REFUSED: Duration = Duration::from_secs(2);
-
-/// Address space for the counting thread's stack; only what is used becomes memory.
-const STACK: usize = 256 << 10;
 
 /// What the host holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
