@@ -14,7 +14,7 @@ use crate::limits::Limits;
 use crate::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
 use crate::units::Bytes;
 
-/// A client for one VM.
+/// A client for one VM. Every request may fail as [`Error`] says.
 ///
 /// Keeps one connection open and makes a new one when that broke. Needs a tokio
 /// runtime with I/O and time; one thread is enough.
@@ -56,26 +56,17 @@ impl Client {
     }
 
     /// `GET /vm`: what this VM is and where it stands.
-    ///
-    /// # Errors
-    /// See [`Error`]; the same holds for every request.
     pub async fn status(&mut self) -> Result<VmStatus, Error> {
         self.http.get("/vm").await
     }
 
     /// `GET /memory`: limits, target, actual, and the guest's last report.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn memory(&mut self) -> Result<MemoryStatus, Error> {
         self.http.get("/memory").await
     }
 
     /// As [`Client::memory`], with a report that is no older than `max_age` where the guest can give one
     /// within `patience`, a second at most. A VM of an older version answers as it always did.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn fresh_memory(
         &mut self,
         max_age: Duration,
@@ -88,7 +79,7 @@ impl Client {
     /// `PUT /memory/target`: asks the guest to have `target`.
     ///
     /// # Errors
-    /// [`Error::Refused`] with 409 where no balloon driver runs; else see [`Error`].
+    /// [`Error::Refused`] with 409 where no balloon driver runs.
     pub async fn set_target(&mut self, target: Bytes) -> Result<(), Error> {
         self.http.send(Method::PUT, "/memory/target", &TargetRequest { target }).await
     }
@@ -96,15 +87,12 @@ impl Client {
     /// `PUT /memory/limits`: what the administrator allows this VM.
     ///
     /// # Errors
-    /// [`Error::Refused`] where `max` is larger than the VM's memory map; else see [`Error`].
+    /// [`Error::Refused`] where `max` is larger than the VM's memory map.
     pub async fn set_limits(&mut self, limits: Limits) -> Result<(), Error> {
         self.http.send(Method::PUT, "/memory/limits", &limits).await
     }
 
     /// `POST /vm/pause`: stops the vCPUs, keeps the memory.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn pause(&mut self) -> Result<(), Error> {
         self.http.post("/vm/pause").await
     }
@@ -118,9 +106,6 @@ impl Client {
     }
 
     /// `POST /vm/resume`: lets the vCPUs run again.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn resume(&mut self) -> Result<(), Error> {
         self.http.post("/vm/resume").await
     }
@@ -134,33 +119,21 @@ impl Client {
     }
 
     /// `POST /vm/power-button`: asks the guest to shut down.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn power_button(&mut self) -> Result<(), Error> {
         self.http.post_once("/vm/power-button").await
     }
 
     /// `POST /vm/shutdown`: ends the VM without asking its guest.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn shutdown(&mut self) -> Result<(), Error> {
         self.http.post("/vm/shutdown").await
     }
 
     /// Any other question that a VM answers: `GET path`.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
         self.http.get(path).await
     }
 
     /// Any other question that takes words: `POST path`. It must do no harm when it is asked twice.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn ask<Q: Serialize, T: DeserializeOwned>(
         &mut self,
         path: &'static str,

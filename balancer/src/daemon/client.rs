@@ -67,7 +67,8 @@ impl From<client::Error> for Error {
     }
 }
 
-/// A client of one daemon. Keeps its connection open, and makes a new one when that broke.
+/// A client of one daemon. Keeps its connection open, and makes a new one when that broke. Every request may
+/// fail as [`Error`] says.
 pub struct Client {
     http: Http,
 }
@@ -84,17 +85,11 @@ impl Client {
     }
 
     /// `GET /state`: the host and every VM at the end of the last round.
-    ///
-    /// # Errors
-    /// See [`Error`]; the same holds for every request.
     pub async fn state(&mut self) -> Result<State, Error> {
         Ok(self.http.get("/state").await?)
     }
 
     /// `GET /decisions`: the last decisions about any VM.
-    ///
-    /// # Errors
-    /// See [`Error`].
     pub async fn decisions(&mut self) -> Result<Decisions, Error> {
         Ok(self.http.get("/decisions").await?)
     }
@@ -102,7 +97,7 @@ impl Client {
     /// `GET /vms/NAME/why`: how one VM came to have what it has.
     ///
     /// # Errors
-    /// [`Error::Refused`] where the daemon knows no such VM; else see [`Error`].
+    /// [`Error::Refused`] where the daemon knows no such VM.
     pub async fn why(&mut self, vm: &str) -> Result<Why, Error> {
         Ok(self.http.get(&format!("/vms/{vm}/why")).await?)
     }
@@ -110,7 +105,7 @@ impl Client {
     /// `PUT /vms/NAME/limits`: gives a VM other limits.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the VM's own sentence; else see [`Error`].
+    /// [`Error::Refused`] with the VM's own sentence.
     pub async fn set_limits(&mut self, vm: &str, limits: Limits) -> Result<(), Error> {
         Ok(self.http.send(Method::PUT, &format!("/vms/{vm}/limits"), &limits).await?)
     }
@@ -120,7 +115,7 @@ impl Client {
     /// and where more clients come at once than its socket has room for, for as long as it is to wait.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the numbers where there is no room; else see [`Error`].
+    /// [`Error::Refused`] with the numbers where there is no room.
     pub async fn reserve(&mut self, request: &ReservationRequest) -> Result<ReservationView, Error> {
         let last = Instant::now() + request.wait() + RESTART;
         let mut again_until: Option<Instant> = None;
@@ -148,7 +143,7 @@ impl Client {
     /// `DELETE /reservations/NAME`: the VM does not start after all.
     ///
     /// # Errors
-    /// [`Error::Refused`] where nothing is reserved for it; else see [`Error`].
+    /// [`Error::Refused`] where nothing is reserved for it.
     pub async fn release(&mut self, vm: &str) -> Result<(), Error> {
         Ok(self.http.send(Method::DELETE, &format!("/reservations/{vm}"), &()).await?)
     }
