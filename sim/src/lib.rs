@@ -22,6 +22,7 @@ pub mod report;
 pub mod score;
 pub mod sweep;
 pub mod trace;
+mod words;
 pub mod world;
 
 use std::time::Duration;

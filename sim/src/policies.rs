@@ -15,8 +15,6 @@ pub mod proxmox;
 pub mod selfballoon;
 pub mod squeezed;
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use api::limits::Limits;
@@ -24,6 +22,7 @@ use api::units::Bytes;
 use serde::Serialize;
 
 use super::guest::Report;
+use super::words::words;
 use balancer::policy::guards;
 
 /// What a policy sees of one VM.
@@ -115,32 +114,6 @@ pub enum PolicyName {
 }
 
 impl PolicyName {
-    /// All of them, ours first.
-    pub const ALL: [Self; 8] = [
-        Self::Ballast,
-        Self::HyperV,
-        Self::Esxi,
-        Self::Selfballoon,
-        Self::Mom,
-        Self::Proxmox,
-        Self::Squeezed,
-        Self::Static,
-    ];
-
-    /// Its word on the command line.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Ballast => "ballast",
-            Self::Static => "static",
-            Self::HyperV => "hyper-v",
-            Self::Esxi => "esxi",
-            Self::Selfballoon => "selfballoon",
-            Self::Mom => "mom",
-            Self::Proxmox => "proxmox",
-            Self::Squeezed => "squeezed",
-        }
-    }
-
     /// Its name for people.
     pub const fn title(self) -> &'static str {
         match self {
@@ -170,23 +143,16 @@ impl PolicyName {
     }
 }
 
-impl fmt::Display for PolicyName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.word())
-    }
-}
-
-/// A word that names no policy.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no policy: use ballast, hyper-v, esxi, selfballoon, mom, proxmox, squeezed or static")]
-pub struct UnknownPolicy(String);
-
-impl FromStr for PolicyName {
-    type Err = UnknownPolicy;
-
-    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
-        Self::ALL.into_iter().find(|name| name.word() == text).ok_or_else(|| UnknownPolicy(text.to_owned()))
-    }
+words! {
+    PolicyName, UnknownPolicy: "`{}` is no policy: use one of {}",
+    Ballast "ballast",
+    HyperV "hyper-v",
+    Esxi "esxi",
+    Selfballoon "selfballoon",
+    Mom "mom",
+    Proxmox "proxmox",
+    Squeezed "squeezed",
+    Static "static",
 }
 
 /// Gives each of `floors` (what it keeps, what it wants at most, its share) its part of

@@ -81,7 +81,7 @@ impl Report {
     /// The report of `outcome`.
     pub fn new(sweep: &Sweep, outcome: &Outcome) -> Self {
         let trace = match &sweep.source {
-            Source::Generated(kind) => kind.name().to_owned(),
+            Source::Generated(kind) => kind.word().to_owned(),
             Source::Recorded(trace) => format!("recorded, {} VMs", trace.vms.len()),
         };
         let is_generated = matches!(sweep.source, Source::Generated(_));

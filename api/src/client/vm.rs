@@ -138,7 +138,7 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub async fn power_button(&mut self) -> Result<(), Error> {
-        self.http.post_once("/vm/power-button").await
+        self.http.post("/vm/power-button").await
     }
 
     /// `POST /vm/shutdown`: ends the VM without asking its guest.

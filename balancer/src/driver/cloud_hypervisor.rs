@@ -27,24 +27,10 @@ const RESIZE: &str = "/api/v1/vm.resize";
 const STATISTICS: &str = "/api/v1/vm.balloon-stats";
 
 /// Cloud Hypervisor's names of the statistics.
-const NAMES: Names = [
-    "swap_in",
-    "swap_out",
-    "major_faults",
-    "minor_faults",
-    "free_memory",
-    "total_memory",
-    "available_memory",
-    "disk_caches",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-    "oom_kills",
-    "alloc_stalls",
-    "async_scans",
-    "direct_scans",
-    "async_reclaims",
-    "direct_reclaims",
-];
+const NAMES: Names = "\
+    swap_in swap_out major_faults minor_faults free_memory total_memory available_memory disk_caches \
+    hugetlb_allocations hugetlb_failures oom_kills alloc_stalls async_scans direct_scans \
+    async_reclaims direct_reclaims";
 
 /// `GET vm.info`, as far as it matters here.
 #[derive(Deserialize)]
@@ -166,8 +152,8 @@ impl CloudHypervisor {
             Err(error) => return Err(error),
         };
         self.tells_statistics = Some(true);
-        let report = statistics::read(&NAMES, &stats)
-            .map_err(|what| self.http.nonsense(format!("GET {STATISTICS}"), &what))?;
+        let report = statistics::read(NAMES, &stats)
+            .map_err(|what| self.http.nonsense(&format!("GET {STATISTICS}"), &what))?;
         if last_update == 0 {
             return Ok(None);
         }

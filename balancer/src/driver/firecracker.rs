@@ -30,24 +30,10 @@ const UNCHANGED: Duration = Duration::from_secs(10);
 const POLLING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Firecracker's names of the statistics (the last six since 1.14).
-const NAMES: Names = [
-    "swap_in",
-    "swap_out",
-    "major_faults",
-    "minor_faults",
-    "free_memory",
-    "total_memory",
-    "available_memory",
-    "disk_caches",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-    "oom_kill",
-    "alloc_stall",
-    "async_scan",
-    "direct_scan",
-    "async_reclaim",
-    "direct_reclaim",
-];
+const NAMES: Names = "\
+    swap_in swap_out major_faults minor_faults free_memory total_memory available_memory disk_caches \
+    hugetlb_allocations hugetlb_failures oom_kill alloc_stall async_scan direct_scan async_reclaim \
+    direct_reclaim";
 
 /// `GET /`.
 #[derive(Deserialize)]
@@ -141,8 +127,8 @@ impl Firecracker {
     }
 
     fn report(&mut self, answer: &Statistics) -> Result<Option<AgedReport>, Error> {
-        let report = statistics::read(&NAMES, &answer.guest)
-            .map_err(|what| self.http.nonsense("GET /balloon/statistics".to_owned(), &what))?;
+        let report = statistics::read(NAMES, &answer.guest)
+            .map_err(|what| self.http.nonsense("GET /balloon/statistics", &what))?;
         if report == api::report::Report::default() {
             return Ok(None);
         }

@@ -33,24 +33,11 @@ const QOM_PATHS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"]
 const POLLING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// QEMU's names of the statistics (`hw/virtio/virtio-balloon.c`; the last six since QEMU 9.1).
-const NAMES: Names = [
-    "stat-swap-in",
-    "stat-swap-out",
-    "stat-major-faults",
-    "stat-minor-faults",
-    "stat-free-memory",
-    "stat-total-memory",
-    "stat-available-memory",
-    "stat-disk-caches",
-    "stat-htlb-pgalloc",
-    "stat-htlb-pgfail",
-    "stat-oom-kills",
-    "stat-alloc-stalls",
-    "stat-async-scans",
-    "stat-direct-scans",
-    "stat-async-reclaims",
-    "stat-direct-reclaims",
-];
+const NAMES: Names = "\
+    stat-swap-in stat-swap-out stat-major-faults stat-minor-faults stat-free-memory \
+    stat-total-memory stat-available-memory stat-disk-caches stat-htlb-pgalloc stat-htlb-pgfail \
+    stat-oom-kills stat-alloc-stalls stat-async-scans stat-direct-scans stat-async-reclaims \
+    stat-direct-reclaims";
 
 /// `query-status`.
 #[derive(Deserialize)]
@@ -205,7 +192,7 @@ impl Qemu {
         let question = json!({ "path": path, "property": "guest-stats" });
         let GuestStatistics { stats, last_update } = qmp.execute("qom-get", question).await?;
         let report =
-            statistics::read(&NAMES, &stats).map_err(|what| qmp.nonsense("qom-get guest-stats", &what))?;
+            statistics::read(NAMES, &stats).map_err(|what| qmp.nonsense("qom-get guest-stats", &what))?;
         if last_update == 0 {
             return Ok(None);
         }
