@@ -10,14 +10,12 @@ pub mod ballast;
 pub mod cloud_hypervisor;
 pub mod firecracker;
 mod foreign;
-mod foreign_vm;
 pub(crate) mod process;
 pub mod qemu;
 mod statistics;
 
 use std::fmt;
 use std::future::Future;
-use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -84,9 +82,6 @@ pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 
 
 /// A way to one VM. Whoever holds it makes one request at a time.
 pub trait Driver: Send {
-    /// Where the VM is spoken to.
-    fn socket(&self) -> &Path;
-
     /// The VMM's process by the kernel's word, as of the last connection, whether the VM answered on it or
     /// not. `None` before the first, and where the process lives in another PID namespace.
     fn process(&self) -> Option<u32>;

@@ -35,6 +35,15 @@ pub enum RequestOutcome {
     LimitsSet,
 }
 
+/// What is said of a VM in the log, each no more often than need be.
+#[derive(Default)]
+struct Logs {
+    starts: LogLimiter,
+    errors: LogLimiter,
+    standing: LogLimiter,
+    usage: LogLimiter,
+}
+
 /// One VM.
 pub struct ManagedVm {
     /// Its name.
@@ -69,12 +78,9 @@ pub struct ManagedVm {
     answered: Option<Duration>,
     errs: bool,
     heard: Option<(Duration, Bytes)>,
-    start_log: LogLimiter,
     /// How soon it answers.
     pub response_times: ResponseTimes,
-    error_log: LogLimiter,
-    standing_log: LogLimiter,
-    use_log: LogLimiter,
+    logs: Logs,
     /// What the balancer does or advises as a last resort.
     pub last_resort: LastResortState,
     last_reason: Option<Reason>,
@@ -108,11 +114,8 @@ impl ManagedVm {
             answered: None,
             errs: false,
             heard: None,
-            start_log: LogLimiter::default(),
             response_times: ResponseTimes::default(),
-            error_log: LogLimiter::default(),
-            standing_log: LogLimiter::default(),
-            use_log: LogLimiter::default(),
+            logs: Logs::default(),
             last_resort: LastResortState::default(),
             last_reason: None,
             grows: 0,
@@ -227,7 +230,7 @@ impl ManagedVm {
         let Status { pid, uptime, overhead, memory } = status;
         if pid.is_some() {
             if self.pid.is_some() && self.pid != *pid {
-                if self.start_log.is_due(now, "anew") {
+                if self.logs.starts.is_due(now, "anew") {
                     info!(vm = name, "{name} was started anew");
                 }
                 self.vm = None;
@@ -241,7 +244,7 @@ impl ManagedVm {
         self.limits = Some(memory.limits);
         self.huge_percent = memory.huge_percent();
         self.gone = false;
-        if self.error_log.end() {
+        if self.logs.errors.end() {
             info!(vm = name, "{name} answers again");
         }
         let observed = self.account.believe(now, name, Observation::from(memory), *overhead, total);
@@ -261,7 +264,7 @@ impl ManagedVm {
         match &mut self.vm {
             Some(vm) => vm.observed = observed,
             None => {
-                if self.start_log.is_due(now, "found") {
+                if self.logs.starts.is_due(now, "found") {
                     info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
                 }
                 self.vm = Some(Vm::new(self.id, uptime, observed));
@@ -275,7 +278,7 @@ impl ManagedVm {
         if matches!(error, Error::NoSuchVm { .. }) {
             self.gone = true;
             // A socket that is left behind is tried again and again.
-            if self.answered.take().is_some() && self.error_log.is_due(now, error.word()) {
+            if self.answered.take().is_some() && self.logs.errors.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
             }
             self.vm = None;
@@ -286,7 +289,7 @@ impl ManagedVm {
         }
         self.errors += 1;
         let kind = error.word();
-        if self.error_log.is_due(now, kind) {
+        if self.logs.errors.is_due(now, kind) {
             match &self.vm {
                 Some(vm) => {
                     let charge = vm.observed.target.max(vm.observed.actual);
@@ -361,11 +364,11 @@ impl ManagedVm {
         };
         match trouble {
             None => {
-                if vm.standing() == Standing::Following && self.standing_log.end() {
+                if vm.standing() == Standing::Following && self.logs.standing.end() {
                     info!(vm = name, "{name} reports and follows again");
                 }
             }
-            Some(kind) if self.standing_log.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
+            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
                 (Standing::NoDriver, _) => warn!(
                     vm = name,
                     "no balloon driver runs in {name}: it is charged its full {}",
@@ -399,7 +402,7 @@ impl ManagedVm {
         let most = |held: Bytes| held.saturating_add(held).saturating_add(USE_TOLERANCE);
         match vm.used().zip(vm.observed.host_rss) {
             Some((used, held)) if held > Bytes::ZERO && used > most(held) => {
-                if self.use_log.is_due(now, "use") {
+                if self.logs.usage.is_due(now, "use") {
                     warn!(
                         vm = name,
                         "{name} says that it uses {used}, but the host holds {held} for it: \
@@ -407,7 +410,7 @@ impl ManagedVm {
                     );
                 }
             }
-            _ => drop(self.use_log.end()),
+            _ => drop(self.logs.usage.end()),
         }
     }
 

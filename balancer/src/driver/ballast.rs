@@ -1,6 +1,6 @@
 //! A ballast VM, over its API.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::client::{Client, EventSource};
@@ -51,16 +51,12 @@ impl Ballast {
 }
 
 impl Driver for Ballast {
-    fn socket(&self) -> &Path {
-        self.client.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.client.pid()
     }
 
     fn events(&self) -> Option<EventSource> {
-        Some(EventSource::new(self.socket().to_owned()))
+        Some(EventSource::new(self.client.socket().to_owned()))
     }
 
     fn report(&mut self, patience: Duration) -> Answer<'_, Box<Status>> {

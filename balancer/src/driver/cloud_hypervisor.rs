@@ -6,7 +6,7 @@
 //! them has its VMs held and charged for what they have.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::client::{DEFAULT_TIMEOUT, Http, Peer, clean};
@@ -18,8 +18,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
 const INFO: &str = "/api/v1/vm.info";
@@ -153,7 +152,7 @@ impl CloudHypervisor {
         };
         self.tells_statistics = Some(true);
         let report = statistics::read(NAMES, &stats)
-            .map_err(|what| self.http.nonsense(&format!("GET {STATISTICS}"), &what))?;
+            .map_err(|what| self.http.nonsense(format!("GET {STATISTICS}"), &what))?;
         if last_update == 0 {
             return Ok(None);
         }
@@ -163,10 +162,6 @@ impl CloudHypervisor {
 }
 
 impl ForeignDriver for CloudHypervisor {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.http.pid()
     }

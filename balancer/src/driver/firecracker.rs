@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::client::{DEFAULT_TIMEOUT, Http, Peer};
@@ -18,8 +18,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
 /// For so long statistics that say the same as before count as new: an idle guest has no news,
@@ -128,7 +127,7 @@ impl Firecracker {
 
     fn report(&mut self, answer: &Statistics) -> Result<Option<AgedReport>, Error> {
         let report = statistics::read(NAMES, &answer.guest)
-            .map_err(|what| self.http.nonsense("GET /balloon/statistics", &what))?;
+            .map_err(|what| self.http.nonsense("GET /balloon/statistics".to_owned(), &what))?;
         if report == api::report::Report::default() {
             return Ok(None);
         }
@@ -142,10 +141,6 @@ impl Firecracker {
 }
 
 impl ForeignDriver for Firecracker {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.http.pid()
     }

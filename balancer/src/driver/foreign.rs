@@ -1,20 +1,26 @@
-//! Everything about the drivers of other VMMs that does not differ from one to another.
+//! Everything about the drivers of other VMMs that does not differ from one to another: they tell little, so a
+//! driver keeps for its VM what it does not tell.
 
 use std::future::Future;
-use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::limits::{Limits, Wanted};
+use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use api::units::Bytes;
+use tokio::task::spawn_blocking;
 
-use super::foreign_vm::{ConfiguredLimits, ForeignStatus, ForeignVm};
-use super::{Answer, Driver, Error, Status};
+use super::statistics::Age;
+use super::{Answer, Driver, Error, Status, process};
 
-/// What differs from one VMM to another: its words. The rest is kept by its driver.
+/// How often what a VMM holds beside guest memory is looked at: it changes little,
+/// and the look takes as long as the guest is large.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// A mapping of at least this size is guest memory: nothing else in a VMM comes near.
+const GUEST_MEMORY: Bytes = Bytes::mib(64);
+
+/// What differs from one VMM to another: its words.
 pub trait ForeignDriver: Send {
-    /// Where the VM is spoken to.
-    fn socket(&self) -> &Path;
-
     /// The VMM's process, as [`Driver::process`].
     fn process(&self) -> Option<u32>;
 
@@ -29,10 +35,6 @@ pub trait ForeignDriver: Send {
 }
 
 impl<V: ForeignDriver> Driver for V {
-    fn socket(&self) -> &Path {
-        ForeignDriver::socket(self)
-    }
-
     fn process(&self) -> Option<u32> {
         ForeignDriver::process(self)
     }
@@ -51,11 +53,107 @@ impl<V: ForeignDriver> Driver for V {
     }
 
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.vm().limits.set(limits);
+        self.vm().wanted = Some(limits.into());
         Box::pin(std::future::ready(Ok(())))
     }
 
     fn configure(&mut self, memory: Option<Wanted>) {
-        self.vm().limits = ConfiguredLimits::new(memory);
+        self.vm().wanted = memory;
+    }
+}
+
+/// What a VMM told in its own words.
+#[derive(Clone, Debug)]
+pub struct ForeignStatus {
+    /// What the guest can have at most.
+    pub has: Bytes,
+    /// What it was last asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// How its balloon driver is doing.
+    pub driver: DriverState,
+    /// Its last report.
+    pub report: Option<AgedReport>,
+}
+
+/// What is kept for a VM from one request to the next.
+pub struct ForeignVm {
+    /// How old its reports are.
+    pub age: Age,
+    /// The limits that the configuration, or somebody at run time, set. Without any, its memory stays as it is.
+    wanted: Option<Wanted>,
+    pid: Option<u32>,
+    /// What the host holds for the VMM beside guest memory, and when that was looked at.
+    vmm_own: Option<(Bytes, Instant)>,
+}
+
+impl ForeignVm {
+    /// For a VM with these limits, whose process nobody has seen yet.
+    pub fn new(wanted: Option<Wanted>) -> Self {
+        Self { age: Age::default(), wanted, pid: None, vmm_own: None }
+    }
+
+    /// The process at the other end, where that is known.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// The limits of the VM, which has this much memory at most.
+    pub fn limits(&self, has: Bytes) -> Limits {
+        self.wanted.unwrap_or(Wanted::fixed(has)).of_vm(has)
+    }
+
+    /// Notes which process is at the other end. True where it is another than before,
+    /// about which nothing is known yet.
+    pub fn meet(&mut self, pid: Option<u32>) -> bool {
+        if self.pid == pid {
+            return false;
+        }
+        (self.pid, self.vmm_own) = (pid, None);
+        self.age.forget();
+        true
+    }
+
+    /// What the host holds for the VMM beside the memory of its guest, which `has` so much at most.
+    async fn vmm_own(&mut self, pid: u32, has: Bytes) -> Bytes {
+        match self.vmm_own {
+            Some((own, looked)) if looked.elapsed() < LOOK_AGAIN => own,
+            _ => {
+                let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
+                // Another user's mappings can't be read; then all of it counts as the guest's.
+                let own = look.await.ok().flatten().unwrap_or_default();
+                self.vmm_own = Some((own, Instant::now()));
+                own
+            }
+        }
+    }
+
+    /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
+    /// says of its process.
+    async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
+        let ForeignStatus { has, target, actual, driver, report } = status;
+        let (mut overhead, mut host_rss) = (Bytes::ZERO, None);
+        if let Some(pid) = self.pid {
+            overhead = self.vmm_own(pid, has).await;
+            host_rss = process::resident(pid).map(|all| all.saturating_sub(overhead));
+        }
+        let memory = MemoryStatus {
+            limits: self.limits(has),
+            target,
+            actual,
+            settled: false,
+            followed: None,
+            paused_by: None,
+            host_rss,
+            host_huge: None,
+            driver,
+            report,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+        };
+        let uptime = self.pid.and_then(process::age);
+        Box::new(Status { pid: self.pid, uptime, overhead, memory })
     }
 }

@@ -9,7 +9,7 @@ mod lines;
 mod qmp;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::client::DEFAULT_TIMEOUT;
@@ -22,8 +22,7 @@ use tracing::{info, warn};
 
 use self::qmp::{Event, Qmp};
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
 /// Where QEMU keeps devices that the command line or a hot plug made: with an id, and without.
@@ -153,7 +152,7 @@ impl Qemu {
         qmp.greet().await?;
         let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
-        let limits = self.vm.limits.of_vm(has);
+        let limits = self.vm.limits(has);
         let machine = match machine {
             // One may have been plugged.
             Some(machine) if machine.balloon || !has_balloon(qmp).await? => machine,
@@ -228,10 +227,6 @@ impl Qemu {
 }
 
 impl ForeignDriver for Qemu {
-    fn socket(&self) -> &Path {
-        &self.socket
-    }
-
     fn process(&self) -> Option<u32> {
         self.vm.pid()
     }
