@@ -1,8 +1,8 @@
 //! A Firecracker VM: HTTP and JSON over its API socket.
 //!
-//! Written from Firecracker's published API description (`swagger/firecracker.yaml`).
-//! It tells the guest's size, the balloon's target and size in MiB, and, where they
-//! were enabled before the boot, the guest's statistics; not when those came (see `UNCHANGED`).
+//! Written from Firecracker's published API description (`swagger/firecracker.yaml`). It tells the guest's
+//! size, the balloon's target and size in MiB, and the guest's statistics if they were enabled before the
+//! boot. It does not tell when those came (see `UNCHANGED`).
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -21,8 +21,8 @@ use super::Error;
 use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
-/// For so long statistics that say the same as before count as new: an idle guest has no news,
-/// and Firecracker does not tell it from one that has stopped reporting.
+/// How long unchanged statistics count as new: an idle guest has no news, and Firecracker does not tell
+/// whether a guest has stopped reporting.
 const UNCHANGED: Duration = Duration::from_secs(10);
 
 /// How often Firecracker is to ask the guest for statistics.
@@ -64,7 +64,7 @@ struct Statistics {
     guest: BTreeMap<String, Value>,
 }
 
-/// The body of a refusal.
+/// The body of an error.
 #[derive(Deserialize)]
 struct Fault {
     fault_message: String,
@@ -77,11 +77,11 @@ fn sentence(body: &[u8]) -> Option<String> {
 static PEER: Peer =
     Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Firecracker VM?" };
 
-/// A way to one Firecracker VM.
+/// The driver of one Firecracker VM.
 pub struct Firecracker {
     http: Http,
     vm: ForeignVm,
-    /// Whether the guest was seen to be asked for statistics often enough.
+    /// Firecracker is known to ask the guest for statistics often enough.
     polled: bool,
 }
 
@@ -116,7 +116,7 @@ impl Firecracker {
             Err(error) => return Err(error),
         };
         let wanted = POLLING_INTERVAL.as_secs();
-        // Statistics that were off at the boot stay off.
+        // Statistics that were off at boot can't be switched on.
         if !self.polled && balloon.stats_polling_interval_s > wanted {
             let order = json!({ "stats_polling_interval_s": wanted });
             self.http.send(Method::PATCH, "/balloon/statistics", &order).await?;
@@ -180,7 +180,7 @@ impl ForeignDriver for Firecracker {
 
     async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
         let has = self.size().await?;
-        // In whole MiB, and rather too little memory than more than was granted.
+        // In whole MiB, rounded so that the guest gets no more than was granted.
         let amount = has.saturating_sub(target).0.div_ceil(1 << 20);
         self.http.send(Method::PATCH, "/balloon", &json!({ "amount_mib": amount })).await
     }

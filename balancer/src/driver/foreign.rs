@@ -1,5 +1,5 @@
-//! Everything about the drivers of other VMMs that does not differ from one to another: they tell little, so a
-//! driver keeps for its VM what it does not tell.
+//! What the drivers of other VMMs have in common. Those VMMs tell little, so a driver keeps for its VM what
+//! its VMM does not tell.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -12,14 +12,14 @@ use tokio::task::spawn_blocking;
 use super::statistics::Age;
 use super::{Answer, Driver, Error, Status, process};
 
-/// How often what a VMM holds beside guest memory is looked at: it changes little,
-/// and the look takes as long as the guest is large.
+/// How often memory of a VMM beside guest memory is measured: it changes little, and measuring takes time in
+/// proportion to the guest's size.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// A mapping of at least this size is guest memory: nothing else in a VMM comes near.
 const GUEST_MEMORY: Bytes = Bytes::mib(64);
 
-/// What differs from one VMM to another: its words.
+/// What differs from one VMM to another.
 pub trait ForeignDriver: Send {
     /// The VMM's process, as [`Driver::process`].
     fn process(&self) -> Option<u32>;
@@ -39,8 +39,8 @@ impl<V: ForeignDriver> Driver for V {
         ForeignDriver::process(self)
     }
 
-    /// QEMU and Firecracker ask their guests at an interval of whole seconds, Cloud Hypervisor at each
-    /// question: none lets itself be told how long to wait.
+    /// `patience` has no effect: QEMU and Firecracker ask their guests at intervals of whole seconds, Cloud
+    /// Hypervisor at each request.
     fn report(&mut self, _patience: Duration) -> Answer<'_, Box<Status>> {
         Box::pin(async move {
             let status = self.look().await?;
@@ -81,20 +81,20 @@ pub struct ForeignStatus {
 pub struct ForeignVm {
     /// How old its reports are.
     pub age: Age,
-    /// The limits that the configuration, or somebody at run time, set. Without any, its memory stays as it is.
+    /// The limits from the configuration or set at run time. Without any, its memory stays as it is.
     wanted: Option<Wanted>,
     pid: Option<u32>,
-    /// What the host holds for the VMM beside guest memory, and when that was looked at.
+    /// What the host holds for the VMM beside guest memory, and when that was measured.
     vmm_own: Option<(Bytes, Instant)>,
 }
 
 impl ForeignVm {
-    /// For a VM with these limits, whose process nobody has seen yet.
+    /// For a VM with these limits, whose process is not known yet.
     pub fn new(wanted: Option<Wanted>) -> Self {
         Self { age: Age::default(), wanted, pid: None, vmm_own: None }
     }
 
-    /// The process at the other end, where that is known.
+    /// The process at the other end, if that is known.
     pub fn pid(&self) -> Option<u32> {
         self.pid
     }
@@ -104,8 +104,7 @@ impl ForeignVm {
         self.wanted.unwrap_or(Wanted::fixed(has)).of_vm(has)
     }
 
-    /// Notes which process is at the other end. True where it is another than before,
-    /// about which nothing is known yet.
+    /// Notes which process is at the other end. True if it is a new one, about which nothing is known yet.
     pub fn meet(&mut self, pid: Option<u32>) -> bool {
         if self.pid == pid {
             return false;
@@ -121,7 +120,7 @@ impl ForeignVm {
             Some((own, looked)) if looked.elapsed() < LOOK_AGAIN => own,
             _ => {
                 let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
-                // Another user's mappings can't be read; then all of it counts as the guest's.
+                // Another user's mappings can't be read: then all memory counts as the guest's.
                 let own = look.await.ok().flatten().unwrap_or_default();
                 self.vmm_own = Some((own, Instant::now()));
                 own
@@ -129,8 +128,8 @@ impl ForeignVm {
         }
     }
 
-    /// What a VMM told in ballast's words, with the limits that are kept for it and what the kernel
-    /// says of its process.
+    /// A VMM's answer as a [`Status`], with the limits that are kept for it and the kernel's word about its
+    /// process.
     async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
         let ForeignStatus { has, target, actual, driver, report } = status;
         let (mut overhead, mut host_rss) = (Bytes::ZERO, None);
