@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::words::words;
 
-/// From when on a [`Fault::Silent`] guest says nothing, and an [`Fault::Unresponsive`] VM does not answer.
+/// When a [`Fault::Silent`] guest stops reporting, and an [`Fault::Unresponsive`] VM stops answering.
 pub const QUIET_FROM: Duration = Duration::from_secs(300);
 
 /// How long an [`Fault::Intermittent`] balloon works, and then how long it does not.
@@ -26,15 +26,15 @@ pub enum Fault {
     Stuck,
     /// Gives memory up half of the time.
     Intermittent,
-    /// Says that it uses all it has, whatever it has.
+    /// Claims to use all it has.
     Lying,
-    /// Stops reporting after a while, and follows its target on.
+    /// Stops reporting after a while, but follows its target.
     Silent,
     /// Has no balloon driver: it can touch all of its memory map.
     Driverless,
     /// Its API stops answering: no news from it, and no target reaches it.
     Unresponsive,
-    /// It dies without a word, and starts anew a while later; again and again.
+    /// Dies without a word and starts again a while later, again and again.
     Dying,
 }
 

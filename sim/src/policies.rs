@@ -1,19 +1,17 @@
-//! Who decides: ours and the others, behind one interface.
+//! Memory policies, ours and others, behind one interface.
 //!
-//! The others are written from what their makers and sources say they do. Each
-//! file names its source and says what had to be guessed. None is handicapped
-//! knowingly: all see the same reports, have the same limits, the same budget
-//! and the same balloon, and where a system's hypervisor refuses memory that is
-//! not there (Xen, ESXi, Hyper-V), so does the simulated one.
+//! The others are written from what their makers and sources say they do. Each file names its source and what
+//! had to be guessed. None is handicapped knowingly: all have the same reports, limits, budget and balloon.
+//! If a system's hypervisor refuses memory that is not there (Xen, ESXi, Hyper-V), so does the simulated one.
 
-pub mod ballast;
-pub mod esxi;
-pub mod fixed;
-pub mod hyperv;
-pub mod mom;
-pub mod proxmox;
-pub mod selfballoon;
-pub mod squeezed;
+pub(crate) mod ballast;
+mod esxi;
+mod fixed;
+mod hyperv;
+mod mom;
+mod proxmox;
+mod selfballoon;
+mod squeezed;
 
 use std::time::Duration;
 
@@ -49,7 +47,7 @@ pub struct VmInput {
 }
 
 impl VmInput {
-    /// What it may hold: one that starts has not touched what its balloon is to take.
+    /// What it may hold. A VM that starts has not touched what its balloon is to take.
     pub fn held(&self) -> Bytes {
         let starts = !self.driver && self.uptime < guards::BOOT;
         let may = if starts { self.target } else { self.actual };
@@ -97,19 +95,19 @@ pub trait MemoryPolicy {
 pub enum PolicyName {
     /// [`balancer::policy`].
     Ballast,
-    /// [`fixed`].
+    /// Static sizes.
     Static,
-    /// [`hyperv`].
+    /// Like Hyper-V's Dynamic Memory.
     HyperV,
-    /// [`esxi`].
+    /// Like ESXi's.
     Esxi,
-    /// [`selfballoon`].
+    /// Xen's selfballooning.
     Selfballoon,
-    /// [`mom`].
+    /// oVirt's Memory Overcommitment Manager.
     Mom,
-    /// [`proxmox`].
+    /// Proxmox VE's automatic allocation.
     Proxmox,
-    /// [`squeezed`].
+    /// XenServer's squeezed.
     Squeezed,
 }
 
@@ -128,7 +126,7 @@ impl PolicyName {
         }
     }
 
-    /// The policy itself, at its start.
+    /// The policy at its start.
     pub fn make(self) -> Box<dyn MemoryPolicy> {
         match self {
             Self::Ballast => Box::new(ballast::Ballast::default()),
@@ -155,8 +153,8 @@ words! {
     Static "static",
 }
 
-/// Gives each of `floors` (what it keeps, what it wants at most, its share) its part of
-/// `capacity`: everyone the smaller of what it wants and its share of what is left.
+/// Divides `capacity` among claims (what it keeps, what it wants at most, its share): each gets the smaller
+/// of what it wants and its share of what is left.
 fn fill(capacity: Bytes, claims: &[(Bytes, Bytes, u64)]) -> Vec<Bytes> {
     let mut given: Vec<Bytes> = claims.iter().map(|&(floor, _, _)| floor).collect();
     let mut left = capacity.saturating_sub(given.iter().copied().sum());

@@ -1,9 +1,8 @@
 //! Demand over time, made by seed.
 //!
-//! A VM is the same VM in every run of a seed, however many others there are:
-//! 20 VMs are the 19 and one more. Its size, its base and its bursts are drawn
-//! from distributions whose constants stand below; 88 % of bursts are over in
-//! two minutes, as published for memory overloads in clouds.
+//! A VM is the same in every run of a seed, however many others there are: 20 VMs are the 19 and one more.
+//! Its size, base and bursts are drawn from the distributions below; 88 % of bursts are over in two minutes,
+//! as published for memory overloads in clouds.
 
 use std::time::Duration;
 
@@ -14,14 +13,11 @@ use serde::{Deserialize, Serialize};
 use super::random::Random;
 use super::words::words;
 
-/// The time between two samples of demand; in between it moves in a line.
-pub const SAMPLE: Duration = Duration::from_secs(1);
-
 /// Sizes of VMs in MiB, and how often each is met, in percent. A guess at a mixed host.
 const SIZES: [(u64, u64); 3] = [(4096, 50), (8192, 35), (16384, 15)];
 
-/// What a VM uses when nothing special happens, as a part of its size. Published
-/// traces of business VMs lie lower; a host of those would be too easy.
+/// What a VM uses between bursts, as a part of its size. Published traces of business VMs lie lower; a host
+/// of those would be too easy.
 const BASE: (f64, f64) = (0.15, 0.45);
 
 /// How much of what is left above the base a burst takes.
@@ -88,7 +84,7 @@ pub struct Series {
     /// When it ends, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ends: Option<u64>,
-    /// What the guest would use if it had enough, each [`SAMPLE`], kernel included, caches not.
+    /// What the guest would use if it had enough, in each second, including its kernel and not its caches.
     pub demand: Vec<Bytes>,
     /// Committed memory in percent of use: what the guest promised its programs.
     pub commit_percent: u64,

@@ -1,6 +1,6 @@
-//! Choices that have a word each on the command line.
+//! Enums whose values are words on the command line.
 
-/// Gives an enum all its words: `ALL`, `word`, `Display`, `FromStr`, and the error of any other word.
+/// Implements `ALL`, `word`, `Display` and `FromStr` for an enum, and the error for any other word.
 macro_rules! words {
     ($kind:ident, $error:ident: $message:literal, $($variant:ident $word:literal),+ $(,)?) => {
         impl $kind {
