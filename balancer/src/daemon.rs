@@ -1,9 +1,8 @@
 //! The daemon: once a tick it asks every VM, decides, and tells those whose target changes.
 //!
-//! It keeps nothing that a restart could lose: targets and limits are read from
-//! the VMs each round, so that after `kill -9` a new daemon carries on from there.
-//! Only what it has promised to VMs that have no socket yet is on file. Whom it paused as a last
-//! resort the VMs know themselves; they stay paused while no daemon runs.
+//! It keeps nothing that a restart could lose: targets and limits are read from the VMs each round, so that
+//! after `kill -9` a new daemon carries on from there. Only the room that it has promised to VMs without a
+//! socket is on file. A VM knows itself that the balancer paused it, and stays paused while no daemon runs.
 
 mod account;
 mod api_error;
@@ -58,11 +57,10 @@ use self::server::Api;
 use self::shared::Shared;
 use crate::host::{HostError, HostReader};
 
-/// The daemon's own place in the runtime directory, which no VM's socket can be.
+/// The daemon's directory within the runtime directory; no VM's socket has this name.
 const OWN_DIRECTORY: &str = "balancer";
 
-/// How many commands may wait for the end of a round, which then are begun at once; more clients than
-/// that wait longer.
+/// How many commands may wait for the end of a round. Further clients wait longer.
 const COMMANDS: usize = 1024;
 
 /// Why the daemon can't start.
@@ -77,7 +75,7 @@ pub enum DaemonError {
     /// The host's memory is unknown.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// One is enough; two would undo each other's work.
+    /// Another daemon runs: two would undo each other's work.
     #[error("a balancer already looks after the VMs in {} (process {pid}): stop it first", .directory.display())]
     AlreadyRunning {
         /// Which VMs.
@@ -107,7 +105,8 @@ fn own_directory(directory: &Path) -> PathBuf {
     directory.join(OWN_DIRECTORY)
 }
 
-/// Where the daemon that looks after the VMs in `directory` is asked, as `resources/balancer-openapi.yaml` says.
+/// The socket of the daemon for the VMs in `directory`; `resources/balancer-openapi.yaml` describes what it
+/// answers.
 pub fn socket_in(directory: &Path) -> PathBuf {
     own_directory(directory).join("balancer.sock")
 }
@@ -115,7 +114,7 @@ pub fn socket_in(directory: &Path) -> PathBuf {
 /// Ends when the process is asked to: SIGTERM, or Ctrl-C on the terminal.
 ///
 /// # Errors
-/// Where the kernel allows no handlers.
+/// The kernel allows no handlers.
 pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -137,8 +136,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     start(config, None, shutdown).await
 }
 
-/// As [`run`], with settings that are read anew by `reread` at each SIGHUP. What can't be
-/// taken over is said, and changes nothing.
+/// As [`run`]; `reread` reads the settings anew at each SIGHUP. Settings that can't be taken over are logged
+/// and change nothing.
 ///
 /// # Errors
 /// See [`DaemonError`]; all of them before the first round.
@@ -180,17 +179,16 @@ async fn start(
     Ok(())
 }
 
-/// Each VM is one connection, and one of ballast's another on which its guest calls: takes as many as
-/// the hard limit allows, as 1024, the usual soft limit, is too few.
+/// Raises the limit of open files to the hard limit. Each VM takes one connection, and each of ballast's VMs
+/// another one for events: the usual soft limit of 1024 is too low.
 fn allow_connections() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // Without it some VMs are not answered, which is said for each.
+    // Without it some VMs get no connection, and the log names them.
     if current != maximum {
         let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     }
 }
 
-/// Makes the directories.
 fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
     let directory = match &config.directory {
         Some(directory) => directory.clone(),
@@ -205,7 +203,7 @@ fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
     Ok(directory)
 }
 
-/// Holds a lock that the kernel drops when this process ends in whatever way.
+/// Takes a lock that the kernel drops when this process ends, however it ends.
 fn lock(directory: &Path) -> Result<File, DaemonError> {
     let path = own_directory(directory).join("lock");
     let own = |source| DaemonError::Own { path: path.clone(), source };
@@ -223,7 +221,7 @@ fn lock(directory: &Path) -> Result<File, DaemonError> {
     Ok(file)
 }
 
-/// Serves the last state. The lock is held, so that a socket found there is a dead daemon's.
+/// Serves the last state. This process holds the lock, so a socket that it finds belongs to a dead daemon.
 async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<()>, DaemonError> {
     let path = socket_in(directory);
     let own = |source| DaemonError::Own { path: path.clone(), source };

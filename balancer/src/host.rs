@@ -1,4 +1,4 @@
-//! The host's memory: what there is, and how much of it VMs may hold.
+//! The host's memory, and how much of it VMs may hold.
 
 pub mod cgroup;
 
@@ -12,7 +12,7 @@ use self::cgroup::{GroupMemory, Groups};
 use crate::driver::process::{self, PROCESSES, ResidentMemory};
 use crate::policy::Pressure;
 
-/// Where Linux tells about memory.
+/// Where Linux shows the host's memory.
 pub const MEMINFO: &str = "/proc/meminfo";
 
 /// Where the host's memory is read.
@@ -20,14 +20,13 @@ pub const MEMINFO: &str = "/proc/meminfo";
 pub struct Sources {
     /// `/proc/meminfo`.
     pub meminfo: PathBuf,
-    /// `/proc/pressure/memory`; kernels without PSI have none.
+    /// `/proc/pressure/memory`; absent in kernels without PSI.
     pub pressure: PathBuf,
     /// `/proc/self/cgroup`: which control groups this process is in.
     pub own_groups: PathBuf,
     /// Where control groups are mounted.
     pub groups: PathBuf,
-    /// `/proc`, for what VMMs' processes hold. Where it tells nothing of them, VMs are taken at their
-    /// word, as far as that can be.
+    /// `/proc`, for what VMMs' processes hold. If it shows nothing of them, VMs are believed within bounds.
     pub processes: PathBuf,
 }
 
@@ -43,7 +42,7 @@ impl Default for Sources {
     }
 }
 
-/// What is read of the host before each round.
+/// Reads the host's memory before each round.
 #[derive(Clone, Debug)]
 pub struct HostReader {
     sources: Sources,
@@ -51,7 +50,7 @@ pub struct HostReader {
 }
 
 impl HostReader {
-    /// Finds out which control groups count; they don't change while a process lives.
+    /// Finds out which control groups count; they don't change while this process lives.
     pub fn new(sources: &Sources) -> Self {
         let groups = Groups::beside(&sources.own_groups, &sources.groups);
         Self { sources: sources.clone(), groups }
@@ -66,19 +65,19 @@ impl HostReader {
         Ok(HostMemory { group: self.groups.memory(), ..memory })
     }
 
-    /// What the host holds for a process; `None` where the kernel does not say.
+    /// What the host holds for a process; `None` if the kernel does not tell.
     pub fn resident_memory(&self, pid: u32) -> Option<ResidentMemory> {
         process::resident_memory(&self.sources.processes, pid)
     }
 
-    /// What the control groups of a process allow it, where one of them has a limit.
+    /// What the control groups of a process allow it, if one of them has a limit.
     pub fn cgroup_limit(&self, pid: u32) -> Option<Bytes> {
         let file = self.sources.processes.join(format!("{pid}/cgroup"));
         Groups::of(&file, &self.sources.groups).limit()
     }
 
-    /// How much of the last ten seconds some task on the host waited for memory, where the
-    /// kernel tells (Documentation/accounting/psi.rst).
+    /// How much of the last ten seconds some task on the host waited for memory, if the kernel tells
+    /// (Documentation/accounting/psi.rst).
     pub fn pressure(&self) -> Option<Pressure> {
         let text = fs::read_to_string(&self.sources.pressure).ok()?;
         let some = text.lines().find_map(|line| line.strip_prefix("some "))?;
@@ -87,11 +86,11 @@ impl HostReader {
     }
 }
 
-/// What a host keeps for itself where nobody says otherwise.
+/// What a host keeps for itself by default.
 pub const DEFAULT_RESERVE: Bytes = Bytes::mib(512);
 
-/// A budget that follows the host's free memory moves only by this much or more,
-/// so that the page cache's comings and goings don't move guests.
+/// The least change of a budget that follows the host's free memory, so that a change of the page cache does
+/// not move guests.
 const BUDGET_STEP: Bytes = Bytes::mib(64);
 
 /// Why the host's memory is unknown.
@@ -122,9 +121,9 @@ pub struct HostMemory {
     pub total: Bytes,
     /// `MemAvailable`: what could be had without swapping.
     pub available: Bytes,
-    /// `SwapFree`: what could still be swapped out, where the kernel tells.
+    /// `SwapFree`: what could still be swapped out, if the kernel tells.
     pub swap: Option<Bytes>,
-    /// What the control groups leave to VMs, where one of them has a limit.
+    /// What the control groups leave to VMs, if one of them has a limit.
     pub group: Option<GroupMemory>,
 }
 
@@ -153,7 +152,7 @@ impl HostMemory {
         })
     }
 
-    /// What VMs could have without swapping, within their control groups too.
+    /// What VMs could have without swapping and within their control groups.
     pub fn to_be_had(&self) -> Bytes {
         self.group.map_or(self.available, |group| group.free.min(self.available))
     }
@@ -162,7 +161,7 @@ impl HostMemory {
 /// What all VMs together may hold.
 #[derive(Clone, Copy, Debug)]
 pub enum Budget {
-    /// As the administrator says.
+    /// As the administrator set it.
     Fixed(Bytes),
     /// All but this much of the host, and less where other programs need more.
     AllBut {
@@ -179,7 +178,7 @@ impl Budget {
         Self::AllBut { reserve, current: None }
     }
 
-    /// What it is now, when VMs hold `resident` of the host's memory.
+    /// The budget now, if VMs hold `resident` of the host's memory.
     pub fn now(&mut self, host: HostMemory, resident: Bytes) -> Bytes {
         match self {
             Self::Fixed(budget) => *budget,
@@ -187,7 +186,7 @@ impl Budget {
                 let whole = host.total.saturating_sub(*reserve);
                 let left = resident.saturating_add(host.available).saturating_sub(*reserve);
                 let mut budget = whole.min(left);
-                // The reserve is the host's; a control group's limit leaves that alone already.
+                // A control group's limit leaves the host's reserve alone already.
                 if let Some(GroupMemory { limit, free }) = host.group {
                     budget = budget.min(limit).min(resident.saturating_add(free));
                 }

@@ -1,8 +1,7 @@
 //! Dynamic memory over one host.
 //!
-//! [`policy`] decides, [`host`] tells what there is, [`driver`] asks VMs and tells
-//! them, and [`daemon`] does all of it once a second. The crate `sim` plays
-//! the same policy over simulated VMs.
+//! [`policy`] decides, [`host`] reads what there is, [`driver`] speaks to VMs, and [`daemon`] runs all of it
+//! once a second. The crate `sim` runs the same policy over simulated VMs.
 
 pub mod daemon;
 pub mod driver;

@@ -26,7 +26,7 @@ async fn outcome(manner: Manner) -> Error {
 }
 
 #[tokio::test]
-async fn every_request_reaches_the_vm_over_one_connection() {
+async fn every_request_reaches_the_vm_and_its_questions_share_a_connection() {
     let directory = tempfile::tempdir().unwrap();
     let vm = FakeVm::start(directory.path(), "vm", LIMITS, Bytes::mib(100));
     let mut client = Client::new(vm.socket());
@@ -36,13 +36,14 @@ async fn every_request_reaches_the_vm_over_one_connection() {
     let limits = "256M,min=64M,max=512M".parse().unwrap();
     client.set_limits(limits).await.unwrap();
     assert_eq!(client.memory().await.unwrap().limits, limits);
+    assert_eq!(vm.state().connections, 1);
+    // What must not be done twice has a connection of its own.
     client.pause().await.unwrap();
     client.resume().await.unwrap();
     client.power_button().await.unwrap();
     client.shutdown().await.unwrap();
     assert_eq!(vm.state().requests, 9);
-    // The power button has one of its own.
-    assert_eq!(vm.state().connections, 2);
+    assert_eq!(vm.state().connections, 5);
 }
 
 #[tokio::test]

@@ -1,10 +1,9 @@
 //! What no policy can do better than.
 //!
-//! Each guest that is to wait for nothing needs its demand and what its kernel keeps free. When
-//! that is more than the budget, somebody waits, whoever decides: at least as many guests as
-//! it takes to do without what is missing, each down to its least. A policy that moved memory at
-//! once and knew the future would still have these stalls. One that overruns the budget
-//! is not bound by it.
+//! A guest that waits for nothing needs its demand and what its kernel keeps free. When all guests together
+//! need more than the budget, some wait under any policy: at least as many as it takes to do without what is
+//! missing, each down to its min. A policy that moved memory at once and knew the future would still have
+//! these stalls. A policy that overruns the budget is not bound by this.
 
 use std::time::Duration;
 
@@ -16,8 +15,8 @@ use super::trace::{Series, Trace};
 use super::world::{LONGEST_WAIT, WARM_UP};
 use super::{STEP, Setup};
 
-/// The least that VMs must wait for memory in this trace, all of which is counted as the
-/// scores of policies are. What faulty VMs need, and what starting VMs need early, is left out.
+/// The least that VMs must wait for memory in this trace, counted as for policies. What faulty VMs need, and
+/// what starting VMs need early, is left out.
 pub fn bound(trace: &Trace, setup: &Setup) -> Score {
     let budget = setup.host.budget();
     let steps = Duration::from_secs(trace.seconds).as_millis() / STEP.as_millis();
@@ -53,12 +52,12 @@ fn need(series: &Series, now: Duration) -> Bytes {
     if series.starts > 0 {
         let since = now.saturating_sub(Duration::from_secs(series.starts) + LONGEST_WAIT + BOOT);
         demand = demand.min(Bytes(LOADING.0.saturating_mul(since.as_secs())));
-        // One that waits or boots holds no more than it has touched.
+        // A VM that waits or boots holds no more than it has touched.
         if since.is_zero() {
             min = Bytes::ZERO;
         }
     }
-    // A 128th of what it has is kept free, so that much more than of its demand.
+    // A 128th of all that it has is kept free, which is more than a 128th of its demand.
     let need = demand.saturating_add(watermark(demand)).min(series.limits.max());
     need.max(min)
 }

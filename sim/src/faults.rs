@@ -1,12 +1,12 @@
 //! What goes wrong with VMs.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// From when on a [`Fault::Silent`] guest says nothing, and an [`Fault::Unresponsive`] VM does not answer.
+use super::words::words;
+
+/// When a [`Fault::Silent`] guest stops reporting, and an [`Fault::Unresponsive`] VM stops answering.
 pub const QUIET_FROM: Duration = Duration::from_secs(300);
 
 /// How long an [`Fault::Intermittent`] balloon works, and then how long it does not.
@@ -26,30 +26,19 @@ pub enum Fault {
     Stuck,
     /// Gives memory up half of the time.
     Intermittent,
-    /// Says that it uses all it has, whatever it has.
+    /// Claims to use all it has.
     Lying,
-    /// Stops reporting after a while, and follows its target on.
+    /// Stops reporting after a while, but follows its target.
     Silent,
     /// Has no balloon driver: it can touch all of its memory map.
     Driverless,
     /// Its API stops answering: no news from it, and no target reaches it.
     Unresponsive,
-    /// It dies without a word, and starts anew a while later; again and again.
+    /// Dies without a word and starts again a while later, again and again.
     Dying,
 }
 
 impl Fault {
-    /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Stuck,
-        Self::Intermittent,
-        Self::Lying,
-        Self::Silent,
-        Self::Driverless,
-        Self::Unresponsive,
-        Self::Dying,
-    ];
-
     /// Whether a balloon with this fault gives memory up at `now`.
     pub fn inflates(self, now: Duration) -> bool {
         match self {
@@ -78,35 +67,15 @@ impl Fault {
         let into_a_life = now.as_secs() % LIFE.as_secs();
         self == Self::Dying && now >= LIFE && into_a_life < DEAD.as_secs()
     }
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Stuck => "stuck",
-            Self::Intermittent => "intermittent",
-            Self::Lying => "lying",
-            Self::Silent => "silent",
-            Self::Driverless => "driverless",
-            Self::Unresponsive => "unresponsive",
-            Self::Dying => "dying",
-        }
-    }
 }
 
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// A word that names no fault.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no fault: use stuck, intermittent, lying, silent, driverless, unresponsive or dying")]
-pub struct UnknownFault(String);
-
-impl FromStr for Fault {
-    type Err = UnknownFault;
-
-    fn from_str(text: &str) -> Result<Self, UnknownFault> {
-        Self::ALL.into_iter().find(|fault| fault.name() == text).ok_or_else(|| UnknownFault(text.to_owned()))
-    }
+words! {
+    Fault, UnknownFault: "`{}` is no fault: use one of {}",
+    Stuck "stuck",
+    Intermittent "intermittent",
+    Lying "lying",
+    Silent "silent",
+    Driverless "driverless",
+    Unresponsive "unresponsive",
+    Dying "dying",
 }

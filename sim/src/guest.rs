@@ -1,10 +1,9 @@
 //! How a VM lives with the memory it has.
 //!
-//! A guest touches what its programs demand as far as it has memory. What is
-//! missing goes to swap, no faster than swap is, and for that time the guest
-//! stalls; where swap is full too, programs are killed. Free memory fills with
-//! page cache slowly and is given back at once. A balloon takes free memory
-//! first, then cache, and then what programs use, which must be swapped out.
+//! A guest touches what its programs demand, as far as it has memory. The rest goes to swap at the speed of
+//! swap, and the guest stalls meanwhile. When swap is full, programs are killed. Free memory fills with page
+//! cache slowly and is given back at once. A balloon takes free memory first, then cache, and then what
+//! programs use, which must be swapped out.
 
 use std::time::Duration;
 
@@ -23,22 +22,21 @@ pub const BOOT: Duration = Duration::from_secs(8);
 /// How much more a guest uses each second after its boot, at most: its programs load.
 pub const LOADING: Bytes = Bytes::mib(64);
 
-/// How often a guest tells of itself where nobody asks, and how late it does while it stalls.
+/// How often a guest reports by its own clock, and how late while it stalls.
 pub const REPORT: Duration = Duration::from_secs(1);
 
-/// See [`REPORT`]: those who need it most answer later.
+/// See [`REPORT`].
 pub const REPORT_STALLED: Duration = Duration::from_secs(2);
 
-/// What a guest said of itself.
+/// A guest's report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// When.
     pub taken: Duration,
     /// What it had then (`MemTotal`).
     pub total: Bytes,
     /// What could be had without swapping (`MemAvailable`).
     pub available: Bytes,
-    /// What nothing was in (`MemFree`).
+    /// What was unused (`MemFree`).
     pub free: Bytes,
     /// What it had promised its programs (`Committed_AS`).
     pub committed: Bytes,
@@ -49,7 +47,6 @@ pub struct Report {
 /// One running VM.
 #[derive(Clone, Debug)]
 pub struct Guest {
-    /// Its limits.
     pub limits: Limits,
     /// What its balloon was last asked to leave it.
     pub target: Bytes,
@@ -59,13 +56,11 @@ pub struct Guest {
     pub resident: Bytes,
     /// When it was started.
     pub started: Duration,
-    /// Its last report.
     pub report: Option<Report>,
     /// Whether its balloon driver runs.
     pub driver: bool,
     /// What is wrong with it.
     pub fault: Option<Fault>,
-    /// By what it grows.
     pub grow: Grow,
     used: Bytes,
     swapped: Bytes,
@@ -103,7 +98,7 @@ impl Guest {
         Self {
             driver,
             settled: driver,
-            // Reports come at different moments, as guests' timers do.
+            // Guests' timers don't run in step.
             reports_at: STEP * (index % 4) as u32,
             ..Self::starting(limits, actual, fault, Grow::Balloon, Duration::ZERO)
         }
@@ -114,8 +109,8 @@ impl Guest {
         Self { grow, ..self }
     }
 
-    /// A guest that starts `now`: it has all of its memory map until its driver takes some.
-    /// One that grows by plugging has what it starts with, and no more.
+    /// A guest that starts `now`. It has all of its memory map until its driver takes some, or its startup
+    /// memory if it grows by plugging.
     pub fn starting(limits: Limits, target: Bytes, fault: Option<Fault>, grow: Grow, now: Duration) -> Self {
         let actual = if now == Duration::ZERO || grow == Grow::Plug { target } else { limits.max() };
         Self {
@@ -137,7 +132,7 @@ impl Guest {
         }
     }
 
-    /// What it may hold without anyone asking: that is what the host must have for it.
+    /// What it may hold without asking, which the host must have for it.
     ///
     /// Until its balloon has reached the first target, that is what it has touched.
     pub fn holds(&self) -> Bytes {
@@ -148,17 +143,7 @@ impl Guest {
         }
     }
 
-    /// What its programs and kernel use.
-    pub fn used(&self) -> Bytes {
-        self.used
-    }
-
-    /// Its page cache.
-    pub fn cache(&self) -> Bytes {
-        self.cache
-    }
-
-    /// One step of its life. `room` is what the host would give it now; `None` is no limit.
+    /// One step. `room` is what the host would give it now; `None` is no limit.
     pub fn step(
         &mut self,
         now: Duration,
@@ -202,7 +187,7 @@ impl Guest {
         }
     }
 
-    /// Takes its statistics as somebody asks for them, which it can where it does not wait for memory.
+    /// Takes its statistics on request, which it can unless it waits for memory.
     pub fn answer(&mut self, now: Duration, commit_percent: u64) {
         self.report(now, commit_percent, false);
     }
@@ -254,7 +239,7 @@ impl Guest {
         self.cache -= from_cache;
         let mut down = from_free + from_cache;
         if self.cache == Bytes::ZERO {
-            // The rest is in use: it goes as fast as swap takes it, and not when that is full.
+            // The rest is in use: it goes at the speed of swap, until swap is full.
             let space = SWAP.saturating_sub(self.swapped);
             down += (wanted - down).min(in_a_step(speeds.swap)).min(space);
         }
@@ -298,7 +283,7 @@ mod tests {
             guest.tell(now, 120, happened.stalled);
             stalled += u64::from(happened.stalled);
             killed += u64::from(happened.killed);
-            assert!(guest.used() + guest.cache() <= guest.actual, "memory appears from nowhere");
+            assert!(guest.used + guest.cache <= guest.actual, "memory appears from nowhere");
             assert!(guest.resident <= guest.actual);
             assert!(guest.actual <= guest.limits.max());
         }

@@ -1,27 +1,27 @@
-//! What would happen: memory policies under the same guests, demand and faults.
+//! Simulates memory policies with the same guests, demand and faults.
 //!
-//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a policy: no
-//! clock, no I/O, no randomness of its own. So two runs of the same seed are
-//! equal to the bit, and the difference between two policies is the policies'.
+//! A run is a pure function of a [`trace::Trace`], a [`Setup`] and a policy, without a clock, I/O or
+//! randomness of its own. So two runs of the same seed are equal to the bit, and only the policy makes a
+//! difference.
 //!
-//! [`trace`] makes demand, [`recorded`] reads it from files, [`guest`] is how a
-//! VM lives with what it has, [`faults`] what goes wrong, [`policies`] who decides,
-//! [`world`] brings them together, [`score`] judges, [`bound`] tells what nobody can do
-//! better than, [`sweep`] runs many, and [`plot`] draws.
+//! [`trace`] makes demand, [`recorded`] reads it from files, `guest` models a VM, [`faults`] what goes wrong
+//! with it, and [`policies`] decide. [`world`] runs all of them together, `score` judges the run, `bound`
+//! tells the best possible score, [`sweep`] makes many runs, and [`plot`] draws them.
 //!
-//! Ours is [`balancer::policy`] itself, the code the daemon runs.
+//! Ours is [`balancer::policy`] itself, the code that the daemon runs.
 
-pub mod bound;
+mod bound;
 pub mod faults;
-pub mod guest;
+mod guest;
 pub mod plot;
 pub mod policies;
-pub mod random;
+mod random;
 pub mod recorded;
 pub mod report;
-pub mod score;
+mod score;
 pub mod sweep;
 pub mod trace;
+mod words;
 pub mod world;
 
 use std::time::Duration;
@@ -78,9 +78,9 @@ pub struct Speeds {
     pub read: Bytes,
 }
 
-/// Guesses for a current server and a balloon of 4 KiB pages: the guest's allocator
-/// and the virtqueue bound inflation, an SSD bounds swap. Plugging moves whole blocks: in the
-/// lab it took a fifth to a third of a balloon's time.
+/// Guesses for a current server and a balloon of 4 KiB pages: the guest's allocator and the virtqueue limit
+/// inflation, an SSD limits swap. Plugging moves whole blocks, and took a fifth to a third of a balloon's
+/// time in the lab.
 impl Default for Speeds {
     fn default() -> Self {
         Self {
@@ -95,14 +95,14 @@ impl Default for Speeds {
     }
 }
 
-/// By what guests grow beyond what they start with, as `ballast run --grow` has it.
+/// How guests grow beyond their startup memory, as with `ballast run --grow`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Grow {
     /// They have all of their memory map from the start, and a balloon in it.
     #[default]
     Balloon,
-    /// They start with what they start with, and more is plugged in. A balloon takes what goes below that.
+    /// They have their startup memory, and more is plugged in. A balloon takes what goes below that.
     Plug,
 }
 
@@ -119,15 +119,15 @@ impl Grow {
     }
 }
 
-/// When guests tell of themselves.
+/// When guests report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reports {
     /// When a policy is about to look, as a VM of ballast's asks its guest (`GET /memory?max_age_ms=20`), and
-    /// by their own clock. One that waits for memory answers late.
+    /// by their own clock. A guest that waits for memory answers late.
     #[default]
     Asked,
-    /// By their own clock alone, as under a VMM that can't be told to ask.
+    /// By their own clock alone, as with a VMM that can't be told to ask.
     Timed,
 }
 
@@ -138,9 +138,9 @@ pub struct Setup {
     pub host: SimulatedHost,
     /// How fast memory moves.
     pub speeds: Speeds,
-    /// By what guests grow.
+    /// How guests grow.
     pub grow: Grow,
-    /// When guests tell of themselves, to all policies alike.
+    /// When guests report, to all policies alike.
     pub reports: Reports,
     /// What is wrong with the first VMs, one each.
     pub faults: Vec<Fault>,

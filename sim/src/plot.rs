@@ -1,4 +1,4 @@
-//! Pictures: what service a number of VMs gets under each policy, and memory over time.
+//! Pictures: the service that VMs get under each policy by their number, and memory over time.
 
 use std::path::Path;
 

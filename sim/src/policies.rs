@@ -1,22 +1,18 @@
-//! Who decides: ours and the others, behind one interface.
+//! Memory policies, ours and others, behind one interface.
 //!
-//! The others are written from what their makers and sources say they do. Each
-//! file names its source and says what had to be guessed. None is handicapped
-//! knowingly: all see the same reports, have the same limits, the same budget
-//! and the same balloon, and where a system's hypervisor refuses memory that is
-//! not there (Xen, ESXi, Hyper-V), so does the simulated one.
+//! The others are written from what their makers and sources say they do. Each file names its source and what
+//! had to be guessed. None is handicapped knowingly: all have the same reports, limits, budget and balloon.
+//! If a system's hypervisor refuses memory that is not there (Xen, ESXi, Hyper-V), so does the simulated one.
 
-pub mod ballast;
-pub mod esxi;
-pub mod fixed;
-pub mod hyperv;
-pub mod mom;
-pub mod proxmox;
-pub mod selfballoon;
-pub mod squeezed;
+pub(crate) mod ballast;
+mod esxi;
+mod fixed;
+mod hyperv;
+mod mom;
+mod proxmox;
+mod selfballoon;
+mod squeezed;
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use api::limits::Limits;
@@ -24,6 +20,7 @@ use api::units::Bytes;
 use serde::Serialize;
 
 use super::guest::Report;
+use super::words::words;
 use balancer::policy::guards;
 
 /// What a policy sees of one VM.
@@ -50,7 +47,7 @@ pub struct VmInput {
 }
 
 impl VmInput {
-    /// What it may hold: one that starts has not touched what its balloon is to take.
+    /// What it may hold. A VM that starts has not touched what its balloon is to take.
     pub fn held(&self) -> Bytes {
         let starts = !self.driver && self.uptime < guards::BOOT;
         let may = if starts { self.target } else { self.actual };
@@ -98,49 +95,23 @@ pub trait MemoryPolicy {
 pub enum PolicyName {
     /// [`balancer::policy`].
     Ballast,
-    /// [`fixed`].
+    /// Static sizes.
     Static,
-    /// [`hyperv`].
+    /// Like Hyper-V's Dynamic Memory.
     HyperV,
-    /// [`esxi`].
+    /// Like ESXi's.
     Esxi,
-    /// [`selfballoon`].
+    /// Xen's selfballooning.
     Selfballoon,
-    /// [`mom`].
+    /// oVirt's Memory Overcommitment Manager.
     Mom,
-    /// [`proxmox`].
+    /// Proxmox VE's automatic allocation.
     Proxmox,
-    /// [`squeezed`].
+    /// XenServer's squeezed.
     Squeezed,
 }
 
 impl PolicyName {
-    /// All of them, ours first.
-    pub const ALL: [Self; 8] = [
-        Self::Ballast,
-        Self::HyperV,
-        Self::Esxi,
-        Self::Selfballoon,
-        Self::Mom,
-        Self::Proxmox,
-        Self::Squeezed,
-        Self::Static,
-    ];
-
-    /// Its word on the command line.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Ballast => "ballast",
-            Self::Static => "static",
-            Self::HyperV => "hyper-v",
-            Self::Esxi => "esxi",
-            Self::Selfballoon => "selfballoon",
-            Self::Mom => "mom",
-            Self::Proxmox => "proxmox",
-            Self::Squeezed => "squeezed",
-        }
-    }
-
     /// Its name for people.
     pub const fn title(self) -> &'static str {
         match self {
@@ -155,7 +126,7 @@ impl PolicyName {
         }
     }
 
-    /// The policy itself, at its start.
+    /// The policy at its start.
     pub fn make(self) -> Box<dyn MemoryPolicy> {
         match self {
             Self::Ballast => Box::new(ballast::Ballast::default()),
@@ -170,27 +141,20 @@ impl PolicyName {
     }
 }
 
-impl fmt::Display for PolicyName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.word())
-    }
+words! {
+    PolicyName, UnknownPolicy: "`{}` is no policy: use one of {}",
+    Ballast "ballast",
+    HyperV "hyper-v",
+    Esxi "esxi",
+    Selfballoon "selfballoon",
+    Mom "mom",
+    Proxmox "proxmox",
+    Squeezed "squeezed",
+    Static "static",
 }
 
-/// A word that names no policy.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no policy: use ballast, hyper-v, esxi, selfballoon, mom, proxmox, squeezed or static")]
-pub struct UnknownPolicy(String);
-
-impl FromStr for PolicyName {
-    type Err = UnknownPolicy;
-
-    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
-        Self::ALL.into_iter().find(|name| name.word() == text).ok_or_else(|| UnknownPolicy(text.to_owned()))
-    }
-}
-
-/// Gives each of `floors` (what it keeps, what it wants at most, its share) its part of
-/// `capacity`: everyone the smaller of what it wants and its share of what is left.
+/// Divides `capacity` among claims (what it keeps, what it wants at most, its share): each gets the smaller
+/// of what it wants and its share of what is left.
 fn fill(capacity: Bytes, claims: &[(Bytes, Bytes, u64)]) -> Vec<Bytes> {
     let mut given: Vec<Bytes> = claims.iter().map(|&(floor, _, _)| floor).collect();
     let mut left = capacity.saturating_sub(given.iter().copied().sum());

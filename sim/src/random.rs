@@ -1,10 +1,9 @@
-//! Numbers that look random and are the same on every machine of one kind, in every version. (Logarithms and
-//! cosines come from the system's library, whose last bit may differ on another.)
+//! Pseudorandom numbers that are the same in every version on every machine of one kind. (The last bit of
+//! logarithms and cosines may differ with the system's library.)
 
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
 ///
-/// A crate's generator may change with its version, and with it every figure
-/// that was ever published for a seed.
+/// A crate's generator may change with its version, and with it every published figure for a seed.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 

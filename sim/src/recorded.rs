@@ -7,10 +7,10 @@
 //! | Bitbrains GWA-T-12 | a directory, or `.csv` with `;` | one file a VM: `Timestamp [ms]` (in truth seconds in some files), `Memory capacity provisioned [KB]`, `Memory usage [KB]` |
 //! | Google 2019 | `.jsonl`, InstanceUsage as BigQuery exports it | `start_time`, `end_time` (microseconds), `collection_id`, `instance_index`, `average_usage.memory`, `maximum_usage.memory`, `assigned_memory` |
 //!
-//! The published traces say what was used every five minutes. In between, demand is a
-//! line: they test the balance of hours, not the reaction to a burst.
+//! The published traces have a sample every five minutes. In between, demand is a line: they test the balance
+//! over hours, not the reaction to a burst.
 //!
-//! Files are somebody's input: sizes are bounded, and errors name file and line.
+//! Files are untrusted input: sizes are bounded, and errors name file and line.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,8 +23,8 @@ use serde::Deserialize;
 use super::trace::{Series, Trace};
 use super::world::WARM_UP;
 
-/// How the first line of a recording in CSV begins. Amounts are bytes; `used` is without
-/// caches; what is not known of `cache` and `committed` is 0.
+/// How the first line of a recording in CSV begins. Amounts are bytes; `used` is without caches; unknown
+/// `cache` and `committed` are 0.
 pub const OWN_HEADER: &str = "second,vm,min,max,used,cache,committed";
 
 /// The largest file that is read.
@@ -42,10 +42,10 @@ const MOST_SAMPLES: u64 = 200_000_000;
 /// The largest number that anything in a trace may be: a pebibyte, or the year 37,000 in milliseconds.
 const MOST: f64 = (1u64 << 50) as f64;
 
-/// The machine that Google's 1.0 stands for. They do not say; a guess.
+/// The machine that Google's 1.0 stands for. This is a guess, as it was not published.
 const GOOGLE_MACHINE: Bytes = Bytes::gib(256);
 
-/// Committed memory in percent of use, where a trace does not tell.
+/// Committed memory in percent of use, if a trace does not tell.
 const COMMIT_PERCENT: u64 = 125;
 
 /// The most that this may be.
@@ -73,10 +73,10 @@ pub enum TraceError {
     Read {
         /// Which file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Larger than anyone's trace.
+    /// Too large.
     #[error("{path} is larger than {LARGEST_FILE}: cut it into parts")]
     TooLarge {
         /// Which file.
@@ -111,8 +111,7 @@ struct Recording {
 }
 
 impl Recording {
-    /// Forgets what came later; one sample behind it is left, as demand goes towards it. False where the
-    /// VM was not there yet.
+    /// Drops later samples but one, towards which demand goes. False if the VM was not there yet.
     fn keep_until(&mut self, last: u64) -> bool {
         self.samples.sort_unstable();
         let before = self.samples.partition_point(|sample| sample.0 <= last);
@@ -123,7 +122,7 @@ impl Recording {
 
 type Found = BTreeMap<String, Recording>;
 
-/// Reads a part of a trace; the format is told by the name and the first line.
+/// Reads a part of a trace. The name and the first line tell the format.
 ///
 /// # Errors
 /// [`TraceError`] names the file, the line and what is wrong with it.
@@ -264,7 +263,7 @@ fn bitbrains(path: &Path, content: &str, found: &mut Found) -> Result<(), TraceE
     Ok(())
 }
 
-/// A number that BigQuery writes as text where it has 64 bits.
+/// A number, which BigQuery writes as text if it has 64 bits.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Number {
@@ -323,7 +322,7 @@ fn google(path: &Path, content: &str, found: &mut Found) -> Result<(), TraceErro
         seen.max =
             seen.max.max(amount(part(usage.assigned_memory.as_ref()).unwrap_or(0.0))).max(amount(most));
         seen.samples.push((from as u64, amount(average), Bytes::ZERO, Bytes::ZERO));
-        // The most that was used in the window stands in its middle.
+        // The highest use of the window counts for its middle.
         seen.samples.push((((from + to) / 2.0) as u64, amount(most), Bytes::ZERO, Bytes::ZERO));
     }
     Ok(())
@@ -359,7 +358,7 @@ fn series(name: &str, seen: Recording, first: u64, last: u64) -> Result<Series, 
     let startup = Bytes(max.0 / 2).page_ceil().max(min);
     let limits = Limits::new(startup, min, max, 20, 100).map_err(|error| error.to_string())?;
     let (begins, ends) = (seen.samples[0].0, seen.samples[seen.samples.len() - 1].0);
-    // Where a guest's agent came later, what it committed before is not known.
+    // Before a guest's agent came, what it had committed is not known.
     let told = || seen.samples.iter().filter(|sample| sample.3 > Bytes::ZERO);
     let used: u128 = told().map(|sample| u128::from(sample.1.0)).sum();
     let committed: u128 = told().map(|sample| u128::from(sample.3.0)).sum();
@@ -386,8 +385,8 @@ fn series(name: &str, seen: Recording, first: u64, last: u64) -> Result<Series, 
     Ok(Series {
         name: name.to_owned(),
         limits,
-        // Not all that were there have their first sample in the first second; and what happens before that
-        // is not judged.
+        // VMs that were there from the start may have their first sample a little later, and what happens
+        // before the warm-up ends is not judged.
         starts: if begins - first < WARM_UP.as_secs() { 0 } else { begins - first },
         ends: (ends < last).then_some(ends - first),
         demand,

@@ -1,4 +1,4 @@
-//! What a sweep came to, as a table for people and as JSON for programs.
+//! The result of a sweep, as a table for people and as JSON for programs.
 
 use std::fmt::Write;
 
@@ -21,7 +21,7 @@ pub struct Row {
     pub vms: usize,
     /// How many runs (seeds).
     pub runs: usize,
-    /// What they came to together.
+    /// Their score together.
     #[serde(flatten)]
     pub score: ScoreReport,
 }
@@ -37,7 +37,7 @@ pub struct Served {
     pub capacity: Capacity,
 }
 
-/// With so many VMs no policy does better that keeps the budget.
+/// The bound with so many VMs: no policy that keeps the budget does better.
 #[derive(Clone, Debug, Serialize)]
 pub struct BoundRow {
     /// How many VMs.
@@ -67,7 +67,7 @@ pub struct Report {
     pub seconds: u64,
     /// How many VMs each policy serves.
     pub served: Vec<Served>,
-    /// How many VMs a policy could serve at most that knew the future.
+    /// How many VMs a policy that knew the future could serve at most.
     pub bound: Capacity,
     /// The bound with every number of VMs.
     pub bounds: Vec<BoundRow>,
@@ -81,7 +81,7 @@ impl Report {
     /// The report of `outcome`.
     pub fn new(sweep: &Sweep, outcome: &Outcome) -> Self {
         let trace = match &sweep.source {
-            Source::Generated(kind) => kind.name().to_owned(),
+            Source::Generated(kind) => kind.word().to_owned(),
             Source::Recorded(trace) => format!("recorded, {} VMs", trace.vms.len()),
         };
         let is_generated = matches!(sweep.source, Source::Generated(_));
@@ -192,7 +192,7 @@ impl Report {
     }
 }
 
-/// One line. A `+` where even the largest number that was tried is served well.
+/// One line. A `+` means that even the largest number that was tried is served well.
 fn capacity(title: &str, own: &Capacity, largest: Option<usize>) -> String {
     let most = match own.most_vms {
         Some(vms) if Some(vms) == largest => format!("{vms}+"),

@@ -1,4 +1,4 @@
-//! What a run is judged by.
+//! The score of a run.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ pub const REVERSAL: Duration = Duration::from_secs(60);
 /// Demand that stayed within this part of itself was steady, in percent.
 pub const STEADY_PERCENT: u64 = 3;
 
-/// What one run, or many together, came to. Times in steps of [`STEP`] inside, in seconds outside.
+/// The score of one run, or of many together. Times are counted in steps of [`STEP`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Score {
     /// VM-steps that were looked at.
@@ -38,10 +38,9 @@ pub struct Score {
     pub waited: u64,
     /// Memory moved.
     pub churn: Bytes,
-    /// Targets that went against the last within [`REVERSAL`] while the VM's own demand was
-    /// steady since that. What is called back before the guest gave it is none: nothing moved.
+    /// Targets that went against the last one within [`REVERSAL`] while the VM's own demand was steady.
+    /// Calling back what the guest has not given yet is no reversal, as nothing moved.
     pub reversals: u64,
-    /// Targets set.
     pub decisions: u64,
     /// VM-steps of VMs with a fault, stalled or killed; those are not counted above.
     pub faulty_stalled: u64,
@@ -94,32 +93,20 @@ impl Score {
     }
 }
 
-/// A score as it is told in JSON.
+/// A score in JSON, with times in seconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct ScoreReport {
-    /// See [`Score::meets_slo`].
     pub meets_slo: bool,
-    /// See [`Score::stalled_percent`].
     pub stalled_percent: f64,
-    /// See [`Score::killed_seconds`].
     pub killed_seconds: f64,
-    /// See [`Score::churn_rate`].
     pub churn_gib_per_vm_hour: f64,
-    /// See [`Score::reversals`].
     pub reversals: u64,
-    /// See [`Score::over_seconds`].
     pub over_budget_seconds: f64,
-    /// See [`Score::worst_over`].
     pub worst_over_bytes: Bytes,
-    /// Seconds in which the host itself had to swap.
     pub host_full_seconds: f64,
-    /// VM-seconds waited for a start.
     pub waited_seconds: f64,
-    /// Targets set.
     pub decisions: u64,
-    /// VM-seconds looked at.
     pub vm_seconds: f64,
-    /// Stalled VM-seconds of VMs with a fault.
     pub faulty_stalled_seconds: f64,
 }
 

@@ -1,7 +1,7 @@
 //! Many runs: every policy with every number of VMs over every seed, on all cores.
 //!
-//! Each run is a pure function, and results are added up in a fixed order: how
-//! many cores there are changes the time it takes and nothing else.
+//! Each run is a pure function, and results are added up in a fixed order: the number of cores changes
+//! nothing but the time.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -21,7 +21,7 @@ use super::{bound, world};
 pub enum Source {
     /// Made by seed.
     Generated(Kind),
-    /// Read from a file: the same for every seed; fewer VMs are its first ones.
+    /// Read from a file; a smaller number of VMs takes its first ones.
     Recorded(Trace),
 }
 
@@ -58,7 +58,7 @@ impl Cell {
     }
 }
 
-/// What came out.
+/// The results.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// By policy and number of VMs.
@@ -74,8 +74,8 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The largest number of VMs up to which `policy` met the SLO with every number that was
-    /// run; `None` if not even with the smallest.
+    /// The largest number of VMs such that `policy` met the SLO with it and every smaller number; `None` if
+    /// not even with the smallest.
     pub fn most_vms(&self, policy: PolicyName) -> Option<usize> {
         self.capacity(policy).most_vms
     }
@@ -97,18 +97,18 @@ impl Outcome {
 /// How many VMs are served well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Capacity {
-    /// The most with which all runs together meet the SLO, and with all smaller numbers; `None`
+    /// The largest number such that all runs together meet the SLO with it and every smaller number; `None`
     /// if even the smallest number was too many.
     pub most_vms: Option<usize>,
-    /// Where the stalled share crosses the SLO, on a line between the logarithms of two
-    /// neighbours. A number with which something is killed earns no part.
+    /// Where the stalled share crosses the SLO, on a line between the logarithms of two neighbours. A number
+    /// of VMs with kills counts nothing.
     pub interpolated_vms: Option<f64>,
-    /// The mean over the runs of the most that each serves; a run in which the smallest number
-    /// is too many counts as one less than that.
+    /// The mean over all runs of the largest number served. A run in which the smallest number is too many
+    /// counts one less than that.
     pub mean_vms: Option<f64>,
 }
 
-/// Less stalling than this, in percent, is taken as this: zero has no logarithm.
+/// The least stalled share that is used, in percent, as zero has no logarithm.
 const LEAST_STALLED: f64 = 1e-4;
 
 impl Capacity {
@@ -128,7 +128,7 @@ impl Capacity {
     }
 }
 
-/// Between the last number that meets the SLO and the first that doesn't.
+/// The number of VMs between the last that meets the SLO and the first that doesn't.
 fn crossing((vms, score): (usize, Score), next: Option<(usize, Score)>) -> f64 {
     let vms_there = vms as f64;
     let Some((more, worse)) = next.filter(|(_, worse)| worse.killed == 0) else { return vms_there };
@@ -154,8 +154,8 @@ impl Sweep {
         }
     }
 
-    /// Runs all of it. `done` is called after each run from any thread with how many are
-    /// done; `stop` ends it early with what there is.
+    /// Makes all runs. `done` is called after each run, from any thread, with the number that are done.
+    /// `stop` ends the sweep early with the results so far.
     pub fn run(&self, stop: &AtomicBool, done: &(dyn Fn(usize) + Sync)) -> Outcome {
         // A job is a seed and a number of VMs: its trace is made once for all policies.
         let jobs: Vec<(u64, usize)> =
@@ -201,8 +201,8 @@ impl Sweep {
     }
 }
 
-/// Takes in that a run with so many VMs came to `score`. Runs come with more and more VMs, and
-/// one counts only if all with fewer were served well.
+/// Takes in the `score` of a run with so many VMs. Runs come in the order of their VMs, and one counts only
+/// if all with fewer VMs were served well.
 fn serve(most: &mut Option<usize>, vms: usize, score: &Score, all: &[usize]) {
     let fewer = all.iter().copied().filter(|&other| other < vms).max();
     if score.meets_slo() && *most == fewer {
@@ -210,7 +210,7 @@ fn serve(most: &mut Option<usize>, vms: usize, score: &Score, all: &[usize]) {
     }
 }
 
-/// One run with what it looked like, for a plot.
+/// One run with its snapshots, for a plot.
 pub fn watch(sweep: &Sweep, policy: PolicyName, vms: usize, seed: u64) -> (Trace, Vec<world::Snapshot>) {
     let trace = sweep.trace(seed, vms);
     let mut snapshots = Vec::new();

@@ -1,12 +1,9 @@
 //! Demand over time, made by seed.
 //!
-//! A VM is the same VM in every run of a seed, however many others there are:
-//! 20 VMs are the 19 and one more. Its size, its base and its bursts are drawn
-//! from distributions whose constants stand below; 88 % of bursts are over in
-//! two minutes, as published for memory overloads in clouds.
+//! A VM is the same in every run of a seed, however many others there are: 20 VMs are the 19 and one more.
+//! Its size, base and bursts are drawn from the distributions below; 88 % of bursts are over in two minutes,
+//! as published for memory overloads in clouds.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use api::limits::Limits;
@@ -14,15 +11,13 @@ use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::random::Random;
-
-/// The time between two samples of demand; in between it moves in a line.
-pub const SAMPLE: Duration = Duration::from_secs(1);
+use super::words::words;
 
 /// Sizes of VMs in MiB, and how often each is met, in percent. A guess at a mixed host.
 const SIZES: [(u64, u64); 3] = [(4096, 50), (8192, 35), (16384, 15)];
 
-/// What a VM uses when nothing special happens, as a part of its size. Published
-/// traces of business VMs lie lower; a host of those would be too easy.
+/// What a VM uses between bursts, as a part of its size. Published traces of business VMs lie lower; a host
+/// of those would be too easy.
 const BASE: (f64, f64) = (0.15, 0.45);
 
 /// How much of what is left above the base a burst takes.
@@ -64,42 +59,15 @@ pub enum Kind {
     Storm,
 }
 
-impl Kind {
-    /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Mixed, Self::Steady, Self::Diurnal, Self::Burst, Self::Peaks, Self::Leak, Self::Storm];
-
-    /// Its word on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Mixed => "mixed",
-            Self::Steady => "steady",
-            Self::Diurnal => "diurnal",
-            Self::Burst => "burst",
-            Self::Peaks => "peaks",
-            Self::Leak => "leak",
-            Self::Storm => "storm",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// A word that names no kind of trace.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no trace: use mixed, steady, diurnal, burst, peaks, leak or storm, or name a file")]
-pub struct UnknownKind(String);
-
-impl FromStr for Kind {
-    type Err = UnknownKind;
-
-    fn from_str(text: &str) -> Result<Self, UnknownKind> {
-        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or_else(|| UnknownKind(text.to_owned()))
-    }
+words! {
+    Kind, UnknownKind: "`{}` is no trace: name a file, or use one of {}",
+    Mixed "mixed",
+    Steady "steady",
+    Diurnal "diurnal",
+    Burst "burst",
+    Peaks "peaks",
+    Leak "leak",
+    Storm "storm",
 }
 
 /// One VM's demand.
@@ -116,7 +84,7 @@ pub struct Series {
     /// When it ends, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ends: Option<u64>,
-    /// What the guest would use if it had enough, each [`SAMPLE`], kernel included, caches not.
+    /// What the guest would use if it had enough, in each second, including its kernel and not its caches.
     pub demand: Vec<Bytes>,
     /// Committed memory in percent of use: what the guest promised its programs.
     pub commit_percent: u64,
@@ -238,7 +206,7 @@ fn generate(kind: Kind, seed: u64, index: usize, seconds: u64, peaks: &[Burst]) 
     let limits = Limits::new(Bytes::mib(size / 2), Bytes::mib(size / 16), Bytes::mib(size), 20, 100)
         .expect("the sizes above are in order, whole pages and above the smallest");
     Series {
-        name: format!("vm{index:02}-{}", kind.name()),
+        name: format!("vm{index:02}-{}", kind.word()),
         limits,
         starts,
         ends,
@@ -304,7 +272,7 @@ mod tests {
             let many = Trace::generate(kind, 3, 9, 600);
             assert_eq!(few.vms[..], many.vms[..5], "{kind}");
             assert_ne!(few.vms, Trace::generate(kind, 4, 5, 600).vms, "{kind}");
-            assert_eq!(kind.name().parse::<Kind>(), Ok(kind));
+            assert_eq!(kind.word().parse::<Kind>(), Ok(kind));
         }
     }
 

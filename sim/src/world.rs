@@ -11,14 +11,14 @@ use super::score::{ReversalDetector, Score};
 use super::trace::{Series, Trace};
 use super::{Reports, STEP, Setup};
 
-/// What happens before this is not scored: every policy first has to get from an
-/// equal start to where it wants to be.
+/// What happens before this is not scored, as every policy first has to get from the same start to where it
+/// wants to be.
 pub const WARM_UP: Duration = Duration::from_secs(120);
 
-/// A VM whose start finds no room after this long is started all the same.
+/// After so long a VM is started even if there is no room for it.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
-/// The state of the world at one moment, for those who draw it.
+/// The state of the world at one moment, for plots.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// When.

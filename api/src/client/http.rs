@@ -96,15 +96,11 @@ impl Http {
         self.exchange(method, path, json.into()).await.map(drop)
     }
 
-    /// `POST path` without a body. It must do no harm when it is asked twice.
+    /// `POST path` without a body, for what must not be done twice. It uses a new connection, as a request
+    /// that is lost on a used one is sent again.
     pub async fn post(&mut self, path: &str) -> Result<(), Error> {
-        self.exchange(Method::POST, path, Bytes::new()).await.map(drop)
-    }
-
-    /// As [`Http::post`], for what must not be done twice: nothing is sent again on a new connection.
-    pub async fn post_once(&mut self, path: &str) -> Result<(), Error> {
         self.connection = None;
-        self.post(path).await
+        self.exchange(Method::POST, path, Bytes::new()).await.map(drop)
     }
 
     /// An answer that was well-formed and made no sense.

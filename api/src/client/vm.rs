@@ -120,7 +120,7 @@ impl Client {
 
     /// `POST /vm/power-button`: asks the guest to shut down.
     pub async fn power_button(&mut self) -> Result<(), Error> {
-        self.http.post_once("/vm/power-button").await
+        self.http.post("/vm/power-button").await
     }
 
     /// `POST /vm/shutdown`: ends the VM without asking its guest.

@@ -1,4 +1,4 @@
-//! How the daemon is set up: a TOML file, and what the command line says on top.
+//! The daemon's settings: a TOML file, with the command line on top.
 
 mod foreign;
 mod mistakes;
@@ -24,7 +24,7 @@ pub const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 /// The longest time between two rounds: a guest in need waits that long.
 pub const LONGEST_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The file that is read where nobody names another.
+/// The file that is read by default.
 pub const DEFAULT_FILE: &str = "/etc/ballast/balancer.toml";
 
 /// Why a configuration can't be used.
@@ -38,7 +38,7 @@ pub enum ConfigError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It is not TOML, or keys or values are not what belongs there.
+    /// It is not TOML, or has wrong keys or values.
     #[error("the configuration is wrong:{}", list(.path, .mistakes))]
     Wrong {
         /// Which file.
@@ -65,7 +65,7 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
     })
 }
 
-/// Everything that can be set. Every field has a default; a key that is none of these is an error.
+/// All settings. Every field has a default; an unknown key is an error.
 ///
 /// `resources/balancer.toml` is an example with all of them, and
 /// `resources/balancer.schema.json` describes them to editors.
@@ -112,16 +112,16 @@ pub struct Config {
     pub sources: Sources,
 }
 
-/// What is done when VMs hold more than there is, an emergency has lasted, none can give more, and
-/// the host has no swap for it. A VM that the balancer has paused is resumed when there is room for it,
-/// whatever is set by then.
+/// What is done when an emergency has lasted, VMs hold more than there is, none can give more, and the host
+/// has no swap for the rest. A VM that the balancer paused is resumed when there is room for it, whatever
+/// this is set to by then.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LastResort {
     /// The log says which VM should be paused.
     #[default]
     Advise,
-    /// That VM is paused. VMs of other VMMs, which don't know who paused them, are only advised on.
+    /// That VM is paused. For VMs of other VMMs, which don't know who paused them, it stays advice.
     Pause,
 }
 

@@ -1,5 +1,5 @@
-//! Which VMs there are: the sockets in the runtime directory and those that the configuration
-//! names, and word of their coming and going.
+//! Finds VMs by their sockets: those in the runtime directory and those that the configuration names. Watches
+//! for changes.
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::fs;
@@ -23,7 +23,7 @@ use crate::driver::firecracker::Firecracker;
 use crate::driver::qemu::Qemu;
 use crate::driver::{Driver, Kind};
 
-/// How long after one change the next is told: a directory that is not ours may change all the time.
+/// The least time between two reports of changes: another VMM's directory may change all the time.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
 
 /// Tells a socket from another one that took its name.
@@ -31,14 +31,14 @@ const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
 pub struct Incarnation {
     device: u64,
     inode: u64,
-    /// When it was made: an inode number may be given anew at once. Of file systems that don't tell, when
-    /// it was changed last, as by a chmod.
+    /// When it was made, as an inode number may be reused at once. Where the file system does not tell,
+    /// `changed` is set instead, which a chmod alters too.
     born: Option<SystemTime>,
     changed: Option<(i64, i64)>,
 }
 
 impl Incarnation {
-    /// The socket at `path`; `None` where none is.
+    /// The socket at `path`, if there is one.
     fn of(path: &Path) -> Option<Self> {
         let metadata = fs::symlink_metadata(path).ok()?;
         let born = metadata.created().ok();
@@ -54,20 +54,16 @@ impl Incarnation {
 /// A socket that may be a VM's.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// The VM's name.
     pub name: String,
-    /// Its socket.
     pub socket: PathBuf,
-    /// Which one of that name.
     pub incarnation: Incarnation,
-    /// Which VMM it is.
     pub kind: Kind,
     /// What it may have, where its VMM does not say.
     pub memory: Option<Wanted>,
 }
 
 impl Found {
-    /// The way to it.
+    /// A new driver for it.
     pub fn driver(&self) -> Box<dyn Driver> {
         let Self { name, socket, memory, .. } = self;
         match self.kind {
@@ -84,7 +80,7 @@ pub struct Discovery {
     directory: PathBuf,
     foreign: Vec<ForeignVms>,
     clash_logs: BTreeMap<PathBuf, LogLimiter>,
-    /// Nobody has looked yet.
+    /// No scan has been made yet.
     new: bool,
 }
 
@@ -94,16 +90,15 @@ impl Discovery {
         Self { directory, foreign, clash_logs: BTreeMap::new(), new: true }
     }
 
-    /// ballast's own directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Every socket there is. Of two VMs of one name the second is left out, which is said; and so is, the
-    /// first time, for which entry of the configuration there is none.
+    /// All sockets. Of two VMs with one name the second is left out and logged. The first scan also logs each
+    /// entry of the configuration for which there is no socket.
     ///
     /// # Errors
-    /// Where ballast's own directory can't be read.
+    /// ballast's own directory can't be read.
     pub fn scan(&mut self, now: Duration) -> Result<Vec<Found>, runtime::RuntimeError> {
         let own = runtime::sockets(&self.directory)?;
         let mut found = BTreeMap::new();
@@ -127,7 +122,7 @@ impl Discovery {
         Ok(found.into_values().collect())
     }
 
-    /// False where there is no socket.
+    /// Adds one; false where there is no socket.
     fn add(
         &mut self,
         found: &mut BTreeMap<String, Found>,
@@ -171,23 +166,23 @@ impl Discovery {
     }
 }
 
-/// Word of changes in directories.
+/// Reports changes in directories.
 pub struct DirectoryWatch {
     inotify: AsyncFd<Inotify>,
     quiet: Instant,
 }
 
 impl DirectoryWatch {
-    /// Watches `directory`, and of the others those that exist.
+    /// Watches `directory` and those of the others that exist.
     ///
     /// # Errors
-    /// Where `directory` does not exist, or the user has no inotify watches left.
+    /// `directory` does not exist, or the user has no inotify watches left.
     pub fn new(directory: &Path, others: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
         let inotify = Inotify::init()?;
         let changes = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::DELETE_SELF;
         inotify.watches().add(directory, changes)?;
         for other in others {
-            // Looked for again with the next watch; until then the rescans see it.
+            // The next watch tries again; until then rescans see changes there.
             let _ = inotify.watches().add(other, changes);
         }
         // SAFETY: `Inotify` owns its descriptor until it is dropped, and nothing here replaces it.
@@ -198,7 +193,7 @@ impl DirectoryWatch {
     /// Waits for a change. What changed is left to [`Discovery::scan`].
     ///
     /// # Errors
-    /// Where the watch is lost; make a new one.
+    /// The watch is lost; make a new one.
     pub async fn changed(&mut self) -> io::Result<()> {
         sleep_until(self.quiet).await;
         let mut buffer = [0; 4096];

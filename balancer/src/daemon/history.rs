@@ -1,7 +1,6 @@
-//! What was decided and what became of it, as long as somebody may ask why.
+//! What was decided lately and what became of it, to answer why a VM has what it has.
 //!
-//! Bounded for each VM and for all of them, and kept in memory alone: a daemon
-//! that starts anew explains what it decides from then on.
+//! Bounded for each VM and in all. It is kept in memory only: a new daemon explains its own decisions alone.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -15,41 +14,41 @@ use super::state::{MemoryView, VmView};
 use crate::policy::guards::Standing;
 use crate::policy::reason::Reason;
 
-/// How many decisions, and how many changes of standing, are kept for one VM.
+/// How many decisions and changes of standing are kept for one VM.
 pub const KEPT_OF_A_VM: usize = 32;
 
-/// How many decisions of all VMs together are kept.
+/// How many decisions about all VMs together are kept.
 pub const KEPT_OF_ALL: usize = 256;
 
 /// What became of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fate {
-    /// The VM did it: it has the target, is paused, or runs on.
+    /// The VM carried it out: it has the target, is paused, or runs on.
     Taken,
     /// The host's operator was told; nothing was asked of the VM.
     Advised,
     /// The VM refused it; what was before still holds.
     Refused,
-    /// The VM gave no answer that can be used: either target may hold.
+    /// The VM gave no usable answer: either target may hold.
     Unanswered,
-    /// The VM was not told, as it still owed the answer to an earlier request.
+    /// The VM was not told: an earlier request to it was still open.
     Postponed,
 }
 
-/// One decision, with every number that it was made of.
+/// One decision with all its numbers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DecisionView {
     /// Which VM.
     pub vm: String,
-    /// Milliseconds since it was made, for the last time where it was made several times.
+    /// Milliseconds since it was made last.
     pub age_ms: u64,
     /// What became of it.
     pub fate: Fate,
-    /// What the VM said to it, where it did not just take it.
+    /// What the VM answered, if it did not carry it out.
     #[serde(rename = "complaint", skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// How often in a row the same was decided with the same end.
+    /// How often in a row the same was decided with the same fate.
     pub times: u64,
     /// The numbers.
     #[serde(flatten)]
@@ -58,12 +57,12 @@ pub struct DecisionView {
     pub sentence: String,
 }
 
-/// A moment at which a VM came to stand otherwise.
+/// A change of a VM's standing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StandingView {
     /// Milliseconds since then.
     pub age_ms: u64,
-    /// How it stood from then on.
+    /// The new standing.
     pub standing: Standing,
 }
 
@@ -74,15 +73,15 @@ pub struct Why {
     pub name: String,
     /// How it stands.
     pub standing: Standing,
-    /// Why it is as it is now, as a sentence.
+    /// Why it has what it has now, as a sentence.
     pub sentence: String,
-    /// Its memory; absent where it never answered.
+    /// Its memory; absent if it never answered.
     pub memory: Option<MemoryView>,
     /// Milliseconds since the guest's last report.
     pub report_age_ms: Option<u64>,
     /// The last decisions about it.
     pub decisions: Vec<DecisionView>,
-    /// How it came to stand as it does.
+    /// Its last standings.
     pub standings: Vec<StandingView>,
 }
 
@@ -154,7 +153,7 @@ impl History {
         keep(&mut self.all, record, KEPT_OF_ALL);
     }
 
-    /// Keeps how `vm` stands, where that is news.
+    /// Keeps how `vm` stands, if that changed.
     pub fn stands(&mut self, vm: &str, standing: Standing) {
         if let Some(past) = self.of.get_mut(vm) {
             if past.standings.back().is_some_and(|&(_, last)| last == standing) {
@@ -170,12 +169,12 @@ impl History {
         }
     }
 
-    /// How often a VM's target was moved the other way than the time before.
+    /// How often a VM's target was moved against its last move.
     pub fn reversals(&self, vm: &str) -> u64 {
         self.of.get(vm).map_or(0, |past| past.reversals)
     }
 
-    /// Forgets a VM that has gone. What all VMs share keeps its decisions for a while.
+    /// Forgets a VM that has gone. The list of all VMs' decisions keeps its entries for a while.
     pub fn forget(&mut self, vm: &str) {
         self.of.remove(vm);
     }

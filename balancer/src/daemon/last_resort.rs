@@ -1,4 +1,4 @@
-//! What is said of a VM, and kept about it, when a last resort is advised or taken.
+//! Last resorts (swap, pause, resume) as far as one VM is concerned: what is remembered and logged.
 
 use std::time::Duration;
 
@@ -10,15 +10,14 @@ use crate::driver::Kind;
 use crate::policy::Vm;
 use crate::policy::reason::{Reason, Rule};
 
-/// How long one that refused to be paused is not asked again: others may do it at once.
+/// How long a VM that refused a pause is not asked again; others are asked at once.
 const AFTER_REFUSAL: Duration = Duration::from_secs(60);
 
-/// The last resort as far as one VM is concerned.
 #[derive(Debug, Default)]
 pub struct LastResortState {
     advice_log: LogLimiter,
     paused_log: LogLimiter,
-    /// Since when it is seen to be paused by the balancer.
+    /// Since when the balancer's pause of it lasts.
     since: Option<Duration>,
     refused: Option<Duration>,
 }
@@ -29,12 +28,12 @@ impl LastResortState {
         self.refused = Some(now);
     }
 
-    /// Whether it has not refused just now.
+    /// Whether its last refusal is long enough ago.
     pub fn may_pause(&self, now: Duration) -> bool {
         self.refused.is_none_or(|then| now.saturating_sub(then) >= AFTER_REFUSAL)
     }
 
-    /// Says what the operator should do: at once, then ever more seldom while it is advised again.
+    /// Logs what the operator should do: at once, then less and less often while the advice stands.
     pub fn advise(&mut self, now: Duration, vm: &str, vmm: Kind, reason: &Reason) {
         let Some((kind, what)) = (match reason.rule {
             Rule::Swap => Some(("swap", "swap from")),
@@ -57,15 +56,15 @@ impl LastResortState {
         }
     }
 
-    /// The emergency is over: advice in another, which comes after a minute of it at the soonest, is news.
+    /// The emergency is over: advice in the next one is logged at once.
     pub fn calm(&mut self) {
         self.advice_log = LogLimiter::default();
     }
 
-    /// Says that it lies paused, for as long as it does, and what it waits for.
+    /// Logs that it is paused, from time to time, and what it waits for.
     pub fn remind(&mut self, now: Duration, name: &str, vm: &Vm) {
         if vm.observed.vcpus.paused_by() != Some(Pauser::Balancer) {
-            // One that does not answer may still be paused.
+            // A VM that does not answer may still be paused.
             if vm.answers
                 && let (Some(since), true) = (self.since.take(), self.paused_log.end())
             {

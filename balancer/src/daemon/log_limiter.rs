@@ -1,32 +1,31 @@
-//! Saying a thing that lasts, or comes and goes: at once, then ever more seldom.
+//! Limits how often a lasting or recurring trouble is logged: at once, then less and less often.
 
 use std::time::Duration;
 
-/// The time until something that has not changed is said a second time.
+/// The time until an unchanged trouble is logged a second time.
 const FIRST: Duration = Duration::from_secs(60);
 
-/// The longest time between two reminders, and how long a thing must be well until its next trouble is
-/// said at once: a guest decides how often it goes wrong, and must not decide how long the log gets.
+/// The longest time between two reminders. After so long without trouble, the next one is logged at once: a
+/// guest decides how often it goes wrong, and must not decide how long the log gets.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// One thing that may be wrong, and when it was said last.
+/// One thing that may be wrong, and when it was logged last.
 #[derive(Debug, Default)]
 pub struct LogLimiter {
-    /// All that was said to be wrong with it since it was well for long.
+    /// The troubles that were logged since the last long time without any.
     kinds: Vec<&'static str>,
-    /// How long it is silent after the next word.
+    /// How long nothing is logged after the next line.
     pause: Duration,
-    /// From when on there may be another word.
+    /// When the next line is allowed.
     next: Duration,
-    /// When it was wrong last.
+    /// When there was trouble last.
     wrong: Duration,
-    /// Somebody who read the log believes that it is wrong.
+    /// The log's last word is that there is trouble.
     observed: bool,
 }
 
 impl LogLimiter {
-    /// It is wrong: whether to say it now. `kind` tells one trouble from another: one that was not said
-    /// yet is said at once.
+    /// Notes a trouble. True if it is to be logged now. A `kind` that was not logged yet is logged at once.
     pub fn is_due(&mut self, now: Duration, kind: &'static str) -> bool {
         if now.saturating_sub(self.wrong) >= LONGEST {
             *self = Self::default();
@@ -45,7 +44,7 @@ impl LogLimiter {
         true
     }
 
-    /// It is over. True where that is to be said, as the trouble was.
+    /// Notes the trouble's end. True if the end is to be logged, as the trouble was.
     pub fn end(&mut self) -> bool {
         std::mem::take(&mut self.observed)
     }

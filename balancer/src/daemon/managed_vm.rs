@@ -1,4 +1,4 @@
-//! One VM as the daemon knows it: its client, what it said, what was said about it.
+//! One VM as the daemon knows it: its driver, what it reported, and what was logged about it.
 
 use std::time::Duration;
 
@@ -19,11 +19,11 @@ use crate::policy::guards::Standing;
 use crate::policy::reason::{Reason, Rule};
 use crate::policy::{Observation, Vcpus, Vm};
 
-/// A guest may say that it uses twice what the host holds for it and this much more before it
-/// is doubted: the two are not counted at the same moment, nor in the same way.
+/// A guest may claim to use twice what the host holds for it and this much more before its reports are called
+/// wrong. The two are not counted at the same moment or in the same way.
 const USE_TOLERANCE: Bytes = Bytes::mib(256);
 
-/// What a VM was asked, and what came back.
+/// What came of a request to a VM.
 pub enum RequestOutcome {
     /// How it stands.
     Reported(Result<Box<Status>, Error>),
@@ -31,37 +31,40 @@ pub enum RequestOutcome {
     TargetSet(Reason, Result<(), Error>),
     /// Whether it is paused, or runs on.
     PauseSet(Reason, Result<(), Error>),
-    /// Somebody else asked for something, and was told.
+    /// A client asked for new limits and has its answer.
     LimitsSet,
+}
+
+/// The troubles of a VM that are logged.
+#[derive(Default)]
+struct Logs {
+    starts: LogLimiter,
+    errors: LogLimiter,
+    standing: LogLimiter,
+    usage: LogLimiter,
 }
 
 /// One VM.
 pub struct ManagedVm {
-    /// Its name.
     pub name: String,
-    /// Which VMM it runs in.
     pub vmm: Kind,
-    /// Which socket of that name this is.
     pub incarnation: Incarnation,
     /// `None` while a request is under way.
     pub driver: Option<Box<dyn Driver>>,
-    /// What the configuration allows it, where its VMM does not say.
+    /// What the configuration allows it, if its VMM keeps no limits.
     memory: Option<Wanted>,
     /// Its driver has not heard of `memory` yet.
     unconfigured: bool,
-    /// What the policy knows; `None` until it first answered.
+    /// What the policy knows of it; `None` until its first answer.
     pub vm: Option<Vm>,
-    /// What its administrator set; the policy knows no more of it than the guest has drivers for.
+    /// What its administrator set. The policy sees it capped by what the guest has drivers for.
     limits: Option<Limits>,
-    /// Nobody listens: its process has ended.
+    /// Its process has ended: nothing listens at the socket.
     pub gone: bool,
-    /// What the host holds for its VMM beside guest memory.
     overhead: Bytes,
-    /// What is known of its memory without its word.
     account: Account,
-    /// That it lies in reserved huge pages was said.
+    /// It was logged that its memory lies in reserved huge pages.
     told_apart: bool,
-    /// The share of what the host holds for its guest that lies in huge pages.
     huge_percent: Option<u8>,
     id: u64,
     pid: Option<u32>,
@@ -69,13 +72,8 @@ pub struct ManagedVm {
     answered: Option<Duration>,
     errs: bool,
     heard: Option<(Duration, Bytes)>,
-    start_log: LogLimiter,
-    /// How soon it answers.
     pub response_times: ResponseTimes,
-    error_log: LogLimiter,
-    standing_log: LogLimiter,
-    use_log: LogLimiter,
-    /// What the balancer does or advises as a last resort.
+    logs: Logs,
     pub last_resort: LastResortState,
     last_reason: Option<Reason>,
     grows: u64,
@@ -84,7 +82,7 @@ pub struct ManagedVm {
 }
 
 impl ManagedVm {
-    /// A socket that was just found.
+    /// The VM of a socket that was just found.
     pub fn new(id: u64, found: Found) -> Self {
         let driver = found.driver();
         let Found { name, kind: vmm, incarnation, memory, .. } = found;
@@ -108,11 +106,8 @@ impl ManagedVm {
             answered: None,
             errs: false,
             heard: None,
-            start_log: LogLimiter::default(),
             response_times: ResponseTimes::default(),
-            error_log: LogLimiter::default(),
-            standing_log: LogLimiter::default(),
-            use_log: LogLimiter::default(),
+            logs: Logs::default(),
             last_resort: LastResortState::default(),
             last_reason: None,
             grows: 0,
@@ -126,7 +121,7 @@ impl ManagedVm {
         self.name == found.name && self.incarnation == found.incarnation && self.vmm == found.kind
     }
 
-    /// The configuration may allow it something else than before.
+    /// Takes over what the configuration allows it now.
     pub fn configure(&mut self, memory: Option<Wanted>) {
         if memory != self.memory {
             info!(vm = self.name, "{} may have other memory from now on", self.name);
@@ -135,7 +130,7 @@ impl ManagedVm {
         }
     }
 
-    /// The way to it for one request; `None` while another is under way.
+    /// Its driver for one request; `None` while another request is under way.
     pub fn take_driver(&mut self) -> Option<Box<dyn Driver>> {
         let mut driver = self.driver.take()?;
         if std::mem::take(&mut self.unconfigured) {
@@ -150,8 +145,8 @@ impl ManagedVm {
         self.driver = Some(driver);
     }
 
-    /// Looks anew at what the host holds for it if it did not answer when it was asked last: what it said
-    /// before is old by now, and its guest may go on without its API.
+    /// Looks again at what the host holds for it if its last request failed or is still open: its guest may
+    /// go on touching memory while its API is silent.
     pub fn look_if_silent(&mut self, now: Duration, total: Bytes, host: &HostReader) {
         if self.gone || !(self.errs || self.driver.is_none()) {
             return;
@@ -167,30 +162,30 @@ impl ManagedVm {
         self.vm.as_ref().map_or(Bytes::ZERO, |vm| self.account.resident(&vm.observed))
     }
 
-    /// What the host holds for a VM that is there and never gave an answer that could be used: that is
-    /// its charge until it does. Of reserved huge pages none.
+    /// The charge of a VM that never gave a usable answer: what the host holds for its process, except
+    /// reserved huge pages.
     pub fn unheard(&self) -> Bytes {
         if self.gone || self.vm.is_some() { Bytes::ZERO } else { self.account.ordinary() }
     }
 
-    /// What the host holds for its VMM beside guest memory; of a VM on reserved huge pages, all of its
-    /// process's ordinary memory.
+    /// What the host holds for its VMM beside guest memory. For a VM on reserved huge pages that is all of
+    /// its process's ordinary memory.
     pub fn overhead(&self) -> Bytes {
         if self.is_reserved() { self.account.ordinary() } else { self.overhead }
     }
 
-    /// Whether it was heard, and its memory lies in the host's reserved huge pages. It is no part of the
-    /// budget, and nobody moves it.
+    /// Whether it has answered and its memory lies in the host's reserved huge pages. Such a VM is no part of
+    /// the budget and is not moved.
     pub fn is_reserved(&self) -> bool {
         self.vm.is_some() && self.account.is_reserved()
     }
 
-    /// Notes that it asked for room as a VM on reserved huge pages.
+    /// Notes that its reservation is for a VM on reserved huge pages.
     pub fn reserves(&mut self) {
         self.account.reserves();
     }
 
-    /// Takes in what came back, on a host with `total` memory.
+    /// Takes in what came of a request, on a host with `total` memory.
     pub fn take(&mut self, now: Duration, total: Bytes, outcome: RequestOutcome) {
         match outcome {
             RequestOutcome::Reported(Ok(status)) => self.answered(now, total, &status),
@@ -212,8 +207,8 @@ impl ManagedVm {
             }
             RequestOutcome::TargetSet(reason, Ok(())) => self.took(&reason),
             RequestOutcome::TargetSet(reason, Err(error)) => {
-                // A refusal changed nothing; after any other error either target may hold,
-                // and the larger stays charged until the VM says which.
+                // A refusal changed nothing. After any other error either target may hold: the larger one
+                // stays charged until the VM tells.
                 if let (Error::Refused { .. }, Some(vm)) = (&error, &mut self.vm) {
                     vm.observed.target = reason.old;
                 }
@@ -227,7 +222,7 @@ impl ManagedVm {
         let Status { pid, uptime, overhead, memory } = status;
         if pid.is_some() {
             if self.pid.is_some() && self.pid != *pid {
-                if self.start_log.is_due(now, "anew") {
+                if self.logs.starts.is_due(now, "anew") {
                     info!(vm = name, "{name} was started anew");
                 }
                 self.vm = None;
@@ -241,7 +236,7 @@ impl ManagedVm {
         self.limits = Some(memory.limits);
         self.huge_percent = memory.huge_percent();
         self.gone = false;
-        if self.error_log.end() {
+        if self.logs.errors.end() {
             info!(vm = name, "{name} answers again");
         }
         let observed = self.account.believe(now, name, Observation::from(memory), *overhead, total);
@@ -261,7 +256,7 @@ impl ManagedVm {
         match &mut self.vm {
             Some(vm) => vm.observed = observed,
             None => {
-                if self.start_log.is_due(now, "found") {
+                if self.logs.starts.is_due(now, "found") {
                     info!(vm = name, "found {name}: has {}, limits {}", memory.actual, memory.limits);
                 }
                 self.vm = Some(Vm::new(self.id, uptime, observed));
@@ -274,8 +269,8 @@ impl ManagedVm {
         let name = &self.name;
         if matches!(error, Error::NoSuchVm { .. }) {
             self.gone = true;
-            // A socket that is left behind is tried again and again.
-            if self.answered.take().is_some() && self.error_log.is_due(now, error.word()) {
+            // A stale socket is tried again and again.
+            if self.answered.take().is_some() && self.logs.errors.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
             }
             self.vm = None;
@@ -286,7 +281,7 @@ impl ManagedVm {
         }
         self.errors += 1;
         let kind = error.word();
-        if self.error_log.is_due(now, kind) {
+        if self.logs.errors.is_due(now, kind) {
             match &self.vm {
                 Some(vm) => {
                     let charge = vm.observed.target.max(vm.observed.actual);
@@ -326,10 +321,10 @@ impl ManagedVm {
         self.vm.as_ref().is_some_and(|vm| vm.observed.actual != vm.observed.target)
     }
 
-    /// Hands the VM over for a round's decision, with its news as old as it is by now.
-    /// With `pauses`, the balancer may pause it if its VMM lets it.
+    /// Hands the VM over for a round's decision, with the present age of its reports. With `pauses`, the
+    /// balancer may pause it if its VMM knows who paused.
     ///
-    /// `None` where there is nothing to decide: it was never heard, or lies in reserved huge pages.
+    /// `None` if there is nothing to decide: it never answered, or lies in reserved huge pages.
     pub fn lend(&mut self, now: Duration, patience: Duration, pauses: bool) -> Option<Vm> {
         if self.is_reserved() {
             return None;
@@ -344,14 +339,14 @@ impl ManagedVm {
         Some(vm)
     }
 
-    /// Takes the VM back, and says what the round found wrong with its guest.
+    /// Takes the VM back, and logs what the round found wrong with its guest.
     pub fn settle(&mut self, now: Duration, vm: Vm) {
         let name = &self.name;
         let trouble = match vm.standing() {
             Standing::Stale => Some("stale"),
             Standing::NoDriver => Some("no-driver"),
             Standing::Stuck => Some("stuck"),
-            // Of these the log has another line, or none is due.
+            // These are logged elsewhere, or need no line.
             Standing::Following
             | Standing::Static
             | Standing::Booting
@@ -361,11 +356,11 @@ impl ManagedVm {
         };
         match trouble {
             None => {
-                if vm.standing() == Standing::Following && self.standing_log.end() {
+                if vm.standing() == Standing::Following && self.logs.standing.end() {
                     info!(vm = name, "{name} reports and follows again");
                 }
             }
-            Some(kind) if self.standing_log.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
+            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
                 (Standing::NoDriver, _) => warn!(
                     vm = name,
                     "no balloon driver runs in {name}: it is charged its full {}",
@@ -392,14 +387,14 @@ impl ManagedVm {
         self.vm = Some(vm);
     }
 
-    /// A guest has touched what it uses, so that the host holds it. One that says far more lies,
-    /// which costs others no more than its limits and its weight allow, and is said.
+    /// The host holds what a guest has touched. A guest that claims to use far more lies: that is logged, and
+    /// costs others no more than its limits and weight allow.
     fn check_use(&mut self, now: Duration, vm: &Vm) {
         let name = &self.name;
         let most = |held: Bytes| held.saturating_add(held).saturating_add(USE_TOLERANCE);
         match vm.used().zip(vm.observed.host_rss) {
             Some((used, held)) if held > Bytes::ZERO && used > most(held) => {
-                if self.use_log.is_due(now, "use") {
+                if self.logs.usage.is_due(now, "use") {
                     warn!(
                         vm = name,
                         "{name} says that it uses {used}, but the host holds {held} for it: \
@@ -407,16 +402,16 @@ impl ManagedVm {
                     );
                 }
             }
-            _ => drop(self.use_log.end()),
+            _ => drop(self.logs.usage.end()),
         }
     }
 
-    /// Whether it has answered in any way, be it with an error.
+    /// Whether it has answered in any way, even with an error.
     pub fn is_heard(&self) -> bool {
         self.gone || self.errs || self.vm.is_some()
     }
 
-    /// What it keeps whatever others need, as things stand.
+    /// What it keeps at present, however much others need.
     pub fn floor(&self) -> Bytes {
         if self.is_reserved() {
             return Bytes::ZERO;
@@ -429,13 +424,12 @@ impl ManagedVm {
             | Standing::NotAnswering
             | Standing::Stale
             | Standing::Stuck => vm.charge(),
-            // Whoever starts takes no room from one that waits to be resumed.
+            // A VM that starts takes no room from one that waits to be resumed.
             Standing::Paused if vm.is_paused_by_balancer() => vm.charge().saturating_add(vm.untouched()),
             Standing::Paused => vm.charge(),
         })
     }
 
-    /// How it is shown.
     pub fn view(&self) -> VmView {
         let reserved = self.is_reserved();
         let memory = self.vm.as_ref().zip(self.limits).map(|(vm, limits)| MemoryView {

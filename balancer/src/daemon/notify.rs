@@ -1,6 +1,6 @@
-//! Telling systemd how the daemon is doing: sd_notify(3), as a few lines over a datagram socket.
+//! Tells systemd how the daemon is doing: sd_notify(3), a few lines over a datagram socket.
 //!
-//! Where no `NOTIFY_SOCKET` is set nobody is listening, and nothing is sent.
+//! Without `NOTIFY_SOCKET` nothing is sent.
 
 use std::env;
 use std::io;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::warn;
 
-/// The way to the service manager.
+/// The connection to the service manager.
 #[derive(Debug, Default)]
 pub struct Notify {
     to: Option<(UnixDatagram, SocketAddr)>,
@@ -24,7 +24,7 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// From `NOTIFY_SOCKET` and `WATCHDOG_USEC`, as the service manager set them.
+    /// As the service manager set `NOTIFY_SOCKET` and `WATCHDOG_USEC`.
     pub fn from_environment() -> Self {
         let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
             return Self::default();
@@ -53,7 +53,7 @@ impl Notify {
         self.watchdog
     }
 
-    /// A round is over: the first makes the daemon ready, later ones keep it alive.
+    /// A round is over: the first one makes the daemon ready, later ones are signs of life.
     pub fn round(&mut self, status: impl FnOnce() -> String) {
         if self.to.is_none() {
             return;
@@ -72,26 +72,25 @@ impl Notify {
         }
     }
 
-    /// New settings are read; [`Notify::reloaded`] follows in any case.
+    /// Settings are read anew; [`Notify::reloaded`] follows in any case.
     pub fn reloading(&self) {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let microseconds = i128::from(now.tv_sec) * 1_000_000 + i128::from(now.tv_nsec) / 1000;
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"));
     }
 
-    /// It goes on, with new settings or with those before.
+    /// The daemon goes on, with new settings or the old ones.
     pub fn reloaded(&self) {
         self.send("READY=1");
     }
 
-    /// The daemon ends.
     pub fn stopping(&self) {
         self.send("STOPPING=1");
     }
 
     fn send(&self, text: &str) {
         if let Some((socket, address)) = &self.to {
-            // A message that gets lost is followed by others; without them the manager acts.
+            // A lost message is followed by others; without any the manager acts.
             let _ = socket.send_to_addr(text.as_bytes(), address);
         }
     }

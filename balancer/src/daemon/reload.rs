@@ -1,13 +1,13 @@
-//! Taking other settings over while the daemon runs, or none of them.
+//! Changes settings while the daemon runs: all of them or none.
 
 use tracing::{info, warn};
 
 use super::config::{Config, ConfigError};
 
-/// Reads the settings anew, as at the start: the file, and the command line on top.
+/// Reads the settings as at the start: the file, with the command line on top.
 pub type Reread = Box<dyn FnMut() -> Result<Config, ConfigError> + Send>;
 
-/// The settings to go on with; `None` where the new ones can't be taken over, which is said.
+/// The settings to go on with; `None`, and a line in the log, if the new ones can't be taken over.
 pub fn reload(old: &Config, reread: &mut Reread) -> Option<Config> {
     let new = match reread().and_then(|config| config.validate().map(|()| config)) {
         Ok(new) => new,

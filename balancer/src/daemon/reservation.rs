@@ -1,11 +1,10 @@
 //! Room for VMs that are about to start.
 //!
-//! A reservation is to the policy a VM that has nothing yet and is owed what it
-//! starts with. So memory is taken for it from others as for any guest in need,
-//! what it was given is charged, and nothing of it exceeds the budget. When the
-//! VM's socket answers, the VM's own charge takes its place. Until then it is kept on
-//! file ([`kept`]), as a daemon that starts anew could learn of it from nobody, and what the VM has
-//! touched of it by then is known from its process ([`starting`]).
+//! The policy sees a reservation as a VM that has nothing yet and needs what it starts with. So memory is
+//! taken from others for it as for any guest in need, grants to it are charged, and the budget holds. When
+//! the VM's socket answers, the VM's own charge replaces the reservation. Until then the reservation is on
+//! file ([`store`]), as a new daemon could not learn of it otherwise, and the VM's process tells what it has
+//! touched already ([`starting_process`]).
 
 mod starting_process;
 mod store;
@@ -28,21 +27,21 @@ use super::api_error::ApiError;
 use crate::policy::reason::Decision;
 use crate::policy::{Observation, Vcpus, Vm};
 
-/// How long a reservation stands for a VM that does not appear. A VM's socket is there within a second
-/// of the answer where its memory is not touched first; where it is, that may take minutes, and the
-/// reservation stands for as long as its process is seen to touch more.
+/// How long a reservation stands for a VM that does not appear. A VM's socket is there within a second of the
+/// answer, or after minutes if the VM touches its memory first: then the reservation stands while its process
+/// touches more.
 pub const LIFE: Duration = Duration::from_secs(60);
 
 /// The longest that a client may wait for room.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
-/// How long it waits where it does not say.
+/// How long it waits by default.
 pub const DEFAULT_WAIT: Duration = Duration::from_secs(30);
 
-/// More reservations than this are not held at a time.
+/// The most reservations at a time.
 const MOST: usize = 1024;
 
-/// What a VMM holds beside guest memory, at most: `make bench` counts 5.5 MiB.
+/// The most that a VMM holds beside guest memory: `make bench` counts 5.5 MiB.
 const OF_A_VMM: Bytes = Bytes::mib(8);
 
 /// Guest memory for each byte of second-level page tables: 8 bytes map 4 KiB.
@@ -56,16 +55,15 @@ pub struct ReservationRequest {
     pub name: String,
     /// Its limits; it is given what it starts with.
     pub limits: Limits,
-    /// How many milliseconds to wait until there is room; 30,000 where it is not said,
-    /// 300,000 at most.
+    /// How many milliseconds to wait for room; 30,000 by default, 300,000 at most.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_whole")]
     pub wait_ms: Option<u64>,
-    /// The process that will hold its memory, where that runs already: what it comes to hold from now on
-    /// is taken for the VM's.
+    /// The process that will hold its memory, if it runs already: what it comes to hold from now on counts as
+    /// the VM's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<Process>,
     /// Its guest's memory lies in the host's reserved huge pages (hugetlb), which are no part of the budget:
-    /// room is needed for its VMM alone.
+    /// it needs room for its VMM alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub reserved_huge_pages: bool,
 }
@@ -76,12 +74,12 @@ impl ReservationRequest {
         self.wait_ms.map_or(DEFAULT_WAIT, Duration::from_millis).min(LONGEST_WAIT)
     }
 
-    /// What it needs: what the guest starts with, the VMM, and page tables for all it may get. On reserved
-    /// huge pages only the last two, and no less than any VM has.
+    /// What it needs: the guest's startup memory, the VMM, and page tables for its max. On reserved huge
+    /// pages the last two, and no less than the smallest VM.
     pub fn size(&self) -> Bytes {
         let tables = Bytes(self.limits.max().0 / BYTES_MAPPED_BY_A_BYTE);
         if self.reserved_huge_pages {
-            // A table of the last level maps one huge page, and is not there.
+            // Huge pages need no tables of the last level.
             let tables = Bytes(tables.0 / BYTES_MAPPED_BY_A_BYTE);
             return OF_A_VMM.saturating_add(tables).max(SMALLEST).page_floor();
         }
@@ -107,12 +105,12 @@ struct Reservation {
     vm: Vm,
     size: Bytes,
     granted: Bytes,
-    /// When it is dropped: the end of the client's patience, or of [`LIFE`].
+    /// When it is dropped: at the end of the client's wait, or of [`LIFE`].
     until: Duration,
     starting: Option<StartingProcess>,
     /// The rest of the VM's memory lies in reserved huge pages.
     reserved_huge_pages: bool,
-    /// Whoever waits for it; nobody once it is there.
+    /// The client that waits for it; `None` once it is granted.
     answer: Option<oneshot::Sender<Result<ReservationView, ApiError>>>,
 }
 
@@ -128,12 +126,12 @@ impl Reservation {
     }
 }
 
-/// What can't be had for a new VM: what others must keep at least.
+/// What is not available to a new VM.
 #[derive(Clone, Copy, Debug)]
 pub struct Taken {
     /// What all VMs together may hold.
     pub budget: Bytes,
-    /// What those that run can't be shrunk below.
+    /// What the running VMs can't be shrunk below.
     pub by_vms: Bytes,
 }
 
@@ -145,8 +143,8 @@ pub struct Reservations {
 }
 
 impl Reservations {
-    /// One that is kept on file in the daemon's `own` directory, with all that the daemon before this one
-    /// had promised. `next_id` gives each its number as a VM of the policy.
+    /// Those on file in the daemon's `own` directory, which the daemon before this one granted. `next_id`
+    /// numbers them as VMs of the policy.
     pub fn in_directory(own: &Path, now: Duration, mut next_id: impl FnMut() -> u64) -> Self {
         let store = ReservationStore::in_directory(own);
         let kept = store.read().unwrap_or_else(|error| {
@@ -160,7 +158,7 @@ impl Reservations {
             let vm = Vm::new(next_id(), LONGEST_WAIT, observed);
             let until = now + kept.left();
             let StoredReservation { size, starting, .. } = kept;
-            // Whether it lies in huge pages its process will tell.
+            // Its process will tell whether it lies in huge pages.
             let reservation = Reservation {
                 vm,
                 size,
@@ -175,7 +173,7 @@ impl Reservations {
         Self { of, store: Some(store) }
     }
 
-    /// Writes down what was promised, where this changed it.
+    /// Writes what was granted to the file.
     fn keep(&self, now: Duration) {
         let Some(store) = &self.store else { return };
         let promised = self.of.iter().filter(|(_, reservation)| reservation.granted >= reservation.size);
@@ -192,9 +190,9 @@ impl Reservations {
         }
     }
 
-    /// Admits a VM, or refuses it with the numbers. Whoever waits is answered by [`Reservations::grant`]
-    /// or [`Reservations::expire`]. A request that is admitted takes the place of an earlier one for the same
-    /// name, and whoever waits for that one is told so; one that is refused changes nothing.
+    /// Admits a VM, or refuses it with the numbers. [`Reservations::grant`] or [`Reservations::expire`]
+    /// answers a request that was admitted. It replaces an earlier one for the same name, whose client is
+    /// told so; a refused one changes nothing.
     pub fn admit(
         &mut self,
         id: u64,
@@ -228,7 +226,7 @@ impl Reservations {
                     .saturating_sub(size.saturating_sub(request.limits.startup())),
             }),
         };
-        // Whoever asked may have hung up.
+        // The client may have hung up.
         match (api_error, observed) {
             (None, Some(observed)) => {
                 let vm = Vm::new(id, LONGEST_WAIT, observed);
@@ -254,7 +252,7 @@ impl Reservations {
         }
     }
 
-    /// Drops one. True where there was one.
+    /// Drops one; true if there was one.
     pub fn release(&mut self, now: Duration, name: &str) -> bool {
         let found = self.of.remove(name);
         if found.is_some() {
@@ -264,7 +262,7 @@ impl Reservations {
         found.is_some()
     }
 
-    /// Drops those whose VM has come, whose client has gone, and whose time is over.
+    /// Drops those whose VM has come, whose client has gone, or whose time is over.
     pub fn expire(&mut self, now: Duration, has_come: impl Fn(&str) -> bool) {
         let before = self.of.len();
         self.of.retain(|name, reservation| {
@@ -273,7 +271,7 @@ impl Reservations {
                     vm = name,
                     "{name} has come: its reservation of {} is its own now", reservation.granted
                 );
-                // It started without waiting for the answer, or another of this name did.
+                // A VM of this name started without waiting for the answer.
                 if let Some(answer) = reservation.answer.take() {
                     let _ = answer.send(Err(ApiError::RunsAlready(name.clone())));
                 }
@@ -301,21 +299,21 @@ impl Reservations {
         }
     }
 
-    /// When the first of those that wait for room has waited long enough.
+    /// When the next client that waits for room has waited long enough.
     pub fn next_to_give_up(&self) -> Option<Duration> {
         let waiting = self.of.values().filter(|reservation| reservation.answer.is_some());
         waiting.map(|reservation| reservation.until).min()
     }
 
-    /// Looks at what VMs have touched of what was granted to them; to be done before the host's free
-    /// memory is read, so that nothing is counted twice that is touched in between.
+    /// Looks at what VMs have touched of their grants. Call it before the host's free memory is read, so that
+    /// what is touched in between is not counted twice.
     pub fn look(&mut self, now: Duration, held: impl Fn(Process) -> ProcessMemory) {
         let mut changed = false;
         for Reservation { starting, granted, size, until, .. } in self.of.values_mut() {
             let Some(starting) = starting else { continue };
             let moved = match starting.look(*granted, &held) {
                 Growth::More if granted >= size => prolonged(*until, now, LIFE),
-                // Nobody is left who could come.
+                // There is no process left that could come.
                 Growth::Ended => Some(now),
                 Growth::More | Growth::Same => None,
             };
@@ -329,8 +327,8 @@ impl Reservations {
         }
     }
 
-    /// What of the host's memory is in use by VMs that have not come yet. It is charged as granted, so
-    /// the budget must not be less by it.
+    /// Memory of the host that VMs use before they appear. It is charged as granted already, so it must not
+    /// reduce the budget.
     pub fn touched(&self) -> Bytes {
         self.of
             .values()
@@ -339,12 +337,10 @@ impl Reservations {
             .sum()
     }
 
-    /// Whether one stands for a VM of this name.
     pub fn is_for(&self, name: &str) -> bool {
         self.of.contains_key(name)
     }
 
-    /// Whether one stands for a VM of this name that will lie in reserved huge pages.
     pub fn is_for_huge_pages(&self, name: &str) -> bool {
         self.of.get(name).is_some_and(|reservation| reservation.reserved_huge_pages)
     }
@@ -359,7 +355,7 @@ impl Reservations {
         }
     }
 
-    /// Takes one back from the policy. False where the VM is no reservation.
+    /// Takes one back from the policy; false if the VM is no reservation.
     pub fn settle(&mut self, vm: &Vm) -> bool {
         let found = self.of.values_mut().find(|reservation| reservation.vm.id == vm.id);
         match found {
@@ -371,11 +367,11 @@ impl Reservations {
         }
     }
 
-    /// Gives what the policy decided. False where the decision is about no reservation.
+    /// Grants what the policy decided; false if the decision is about no reservation.
     pub fn grant(&mut self, now: Duration, decision: &Decision) -> bool {
         let found = self.of.iter_mut().find(|(_, reservation)| reservation.vm.id == decision.vm);
         let Some((name, reservation)) = found else { return false };
-        // What is reserved is not taken away again.
+        // A grant is never taken away again.
         reservation.granted = reservation.granted.max(decision.reason.new.min(reservation.size));
         if reservation.granted >= reservation.size
             && let Some(answer) = reservation.answer.take()
@@ -383,14 +379,13 @@ impl Reservations {
             info!(vm = name, "{} is reserved for {name}", reservation.size);
             reservation.until = now + LIFE;
             let view = reservation.view(name, now);
-            // First on file: nobody holds a promise that a killed daemon forgets.
+            // First to the file: a killed daemon must not forget a grant that a client knows of.
             self.keep(now);
             let _ = answer.send(Ok(view));
         }
         true
     }
 
-    /// How they stand.
     pub fn views(&self, now: Duration) -> Vec<ReservationView> {
         self.of.iter().map(|(name, reservation)| reservation.view(name, now)).collect()
     }
@@ -401,9 +396,9 @@ impl Reservations {
     }
 }
 
-/// A guest that uses all it was given and is owed `size`. `None` where no limits can say so.
+/// The observation of a guest that uses all it was granted and needs `size`; `None` if no limits can say so.
 fn observed(size: Bytes, granted: Bytes) -> Option<Observation> {
-    // One page of range, as a VM that nobody may move is given nothing either.
+    // A range of one page, as the policy gives nothing to a VM whose limits leave nothing to move.
     let limits =
         Limits::new(size, size, Bytes(size.0.checked_add(PAGE_SIZE)?), 0, api::limits::DEFAULT_WEIGHT);
     Some(Observation {

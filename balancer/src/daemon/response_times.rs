@@ -1,17 +1,18 @@
-//! How soon one VM answers: whoever is slow may not hold up a round, as others' guests wait meanwhile.
+//! How fast one VM answers: a slow one must not hold up a round, as other guests wait meanwhile.
 
 use std::time::Duration;
 
-/// An answer that takes longer than this is a slow one. A VM waits 100 ms for its guest at most.
+/// A slower answer than this counts as slow. A VM waits at most 100 ms for its guest.
 const SLOW: Duration = Duration::from_millis(200);
 
-/// What one slow answer adds; each that is not takes one away.
+/// The penalty of one slow answer; a quick one takes 1 off.
 const PENALTY: u8 = 5;
 
-/// From this on nobody waits for the VM: two slow answers of five. One alone may be the host's fault.
+/// From this penalty on rounds don't wait for the VM: two slow answers of five. One alone may be the host's
+/// fault.
 const ENOUGH: u8 = 6;
 
-/// The most: after some ten good answers it is waited for again.
+/// The highest penalty: after some ten quick answers rounds wait for it again.
 const MOST: u8 = 15;
 
 /// How a VM's last answers came.
@@ -22,12 +23,12 @@ pub struct ResponseTimes {
 }
 
 impl ResponseTimes {
-    /// It is asked for something.
+    /// A request is sent to it.
     pub fn asked(&mut self, now: Duration) {
         self.asked = Some(now);
     }
 
-    /// It has answered, if only by its silence until the time limit.
+    /// Its request has ended, with an answer or at the time limit.
     pub fn answered(&mut self, now: Duration) {
         let Some(asked) = self.asked.take() else { return };
         self.penalty = if now.saturating_sub(asked) > SLOW {
@@ -37,7 +38,7 @@ impl ResponseTimes {
         };
     }
 
-    /// Whether rounds go on without its answer, and take it when it comes.
+    /// Whether rounds go on without its answer and take it later.
     pub fn is_slow(&self) -> bool {
         self.penalty >= ENOUGH
     }

@@ -1,4 +1,4 @@
-//! Round after round: ask every VM, decide, tell those whose target changes.
+//! The rounds: ask every VM, decide, set the targets that change.
 
 mod commands;
 mod requests;
@@ -41,13 +41,13 @@ use crate::policy::host_state::HostState;
 use crate::policy::reason::{Decision, Reason};
 use crate::policy::{Balance, DEADBAND, HostObservation, Policy, Pressure, STALE_TICKS, Vm};
 
-/// The directory is read this often even where no change was told.
+/// How often the directory is read even if no change was reported.
 const RESCAN: Duration = Duration::from_secs(10);
 
 /// How long a new daemon waits for the first answers of the VMs that it finds.
 const FIRST_ANSWERS: Duration = Duration::from_secs(3);
 
-/// Where the daemon's clock starts, so that a report of before its time has a moment too.
+/// Where the daemon's clock starts, so that reports older than the daemon have a time too.
 const EPOCH: Duration = Duration::from_secs(24 * 3600);
 
 /// How long a VM may wait for its guest's report in a round. Linux answers well within a millisecond.
@@ -75,14 +75,14 @@ pub struct Daemon {
     over: LogLimiter,
     read_log: LogLimiter,
     watch_log: LogLimiter,
-    /// Whether anything was ever decided.
+    /// A first decision was made.
     decided: bool,
     rounds: u64,
     rounds_over_budget: u64,
     shared: Shared,
     commands: mpsc::Receiver<Command>,
     reservations: Reservations,
-    /// Since when a guest has been short of what it wants.
+    /// Since when guests have been short of what they want.
     waiting: BTreeMap<u64, Duration>,
     pressure: Option<Pressure>,
     notify: Notify,
@@ -90,7 +90,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon that has asked nobody yet.
+    /// A daemon before its first round.
     pub fn new(
         config: Config,
         directory: PathBuf,
@@ -145,7 +145,7 @@ impl Daemon {
         self.discovery.directory()
     }
 
-    /// Tells the service manager that this is the end.
+    /// Tells the service manager that the daemon stops.
     pub fn say_stopping(&self) {
         self.notify.stopping();
     }
@@ -154,7 +154,7 @@ impl Daemon {
         EPOCH + self.began.elapsed()
     }
 
-    /// Round after round, for ever.
+    /// Makes rounds for ever.
     pub async fn balance(&mut self) {
         let mut ticks = rhythm(self.tick);
         let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
@@ -164,13 +164,13 @@ impl Daemon {
         let (mut watch, mut anew, mut revive) = (None, true, true);
         loop {
             if std::mem::take(&mut anew) {
-                // In this order: nothing comes or goes unseen between the two.
+                // In this order, so that no change between the two is missed.
                 watch = self.watch();
                 self.rescan(std::mem::take(&mut revive));
             }
             let gives_up = self.next_to_give_up();
             tokio::select! {
-                // In this order: however many guests call, rounds come first, and what clients ask for.
+                // Rounds and clients' commands come first, however many guests are in distress.
                 biased;
                 planned = ticks.tick() => {
                     if planned.elapsed() > self.tick / 10 {
@@ -189,7 +189,7 @@ impl Daemon {
                     self.reload();
                     (ticks, anew) = (rhythm(self.tick), true);
                 }
-                // Before the first decision nobody knows what there is.
+                // Before the first decision it is unknown what there is.
                 Some(command) = self.commands.recv(), if self.decided => {
                     if self.start_commands(command) {
                         ticks.reset_immediately();
@@ -203,7 +203,7 @@ impl Daemon {
         }
     }
 
-    /// Takes other settings over, as whole as they are.
+    /// Takes over new settings, all or none.
     fn reload(&mut self) {
         let Some(reread) = &mut self.reread else { return };
         self.notify.reloading();
@@ -221,8 +221,8 @@ impl Daemon {
         self.notify.reloaded();
     }
 
-    /// Asks, decides, tells. No VM can make it longer than the tick, and none that is often slow holds it
-    /// up: those are asked when it is over, so that what they say is there for the next.
+    /// Asks, decides, tells. No VM makes it longer than the tick. VMs that are often slow are asked at its
+    /// end, and their answers are there for the next round.
     async fn round(&mut self) {
         let began = Instant::now();
         let asked = self.ask(PATIENCE, |_, managed| !managed.response_times.is_slow());
@@ -232,7 +232,7 @@ impl Daemon {
             let deciding = Instant::now();
             self.decide();
             self.shared.timings().policy.observe(deciding.elapsed());
-            // Only here: its share of the rounds is what people look at, and looks between them are none.
+            // Counted here only, as a share of the rounds: the urgent ones between them don't count.
             self.rounds_over_budget += u64::from(self.balance.over > Bytes::ZERO);
             let told = self.tell();
             self.gather(told, self.tick / 4).await;
@@ -245,15 +245,15 @@ impl Daemon {
         self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
     }
 
-    /// Whether every VM that was there at the start has been heard. Before that, what one of
-    /// them holds would pass for free memory; but no VM can delay the others for long.
+    /// Whether every VM that was there at the start has answered. Before that, its memory would count as
+    /// free. No VM delays the others for long.
     fn knows_enough(&self) -> bool {
         self.decided
             || self.began.elapsed() >= FIRST_ANSWERS
             || self.managed_vms.values().all(ManagedVm::is_heard)
     }
 
-    /// Asks them how they stand; gives those that were asked.
+    /// Asks VMs how they stand; returns those that were asked.
     fn ask(&mut self, patience: Duration, whom: impl Fn(u64, &ManagedVm) -> bool) -> BTreeSet<u64> {
         let mut asked = BTreeSet::new();
         let now = self.now();
@@ -261,7 +261,7 @@ impl Daemon {
             if managed.gone || !whom(id, managed) {
                 continue;
             }
-            // Without a driver its last request is still under way.
+            // Without a driver, its last request is still under way.
             let Some(mut driver) = managed.take_driver() else { continue };
             managed.response_times.asked(now);
             self.requests.spawn(async move {
@@ -273,8 +273,8 @@ impl Daemon {
         asked
     }
 
-    /// Takes in answers until those that are `awaited` have come or `patience` is over. Who still owes an
-    /// answer of before keeps nobody, nor does who is often slow.
+    /// Takes in answers until the `awaited` ones have come or `patience` is over. It does not wait for VMs
+    /// with an older open request or that are often slow.
     async fn gather(&mut self, mut awaited: BTreeSet<u64>, patience: Duration) {
         let deadline = Instant::now() + patience;
         awaited
@@ -294,7 +294,7 @@ impl Daemon {
         let Some(managed) = self.managed_vms.get_mut(&id) else { return };
         managed.put_back(now, driver, &self.reader);
         managed.response_times.answered(now);
-        // It was told when its turn to be asked came.
+        // Its turn to be asked came while another request was open.
         let owes = managed.response_times.is_slow() && !matches!(outcome, RequestOutcome::Reported(_));
         if let RequestOutcome::PauseSet(reason, result) = &outcome {
             remember(&self.shared, &managed.name, *reason, result);
@@ -345,10 +345,10 @@ impl Daemon {
         let has_come =
             |name: &str| managed_vms.values().any(|managed| managed.name == name && managed.vm.is_some());
         self.reservations.expire(now, has_come);
-        // What VMMs hold beside guest memory can be given to no guest.
+        // What VMMs hold beside guest memory can't be given to guests.
         let overhead: Bytes = self.managed_vms.values().map(ManagedVm::overhead).sum();
         let resident: Bytes = self.managed_vms.values().map(ManagedVm::resident).sum();
-        // What is reserved for one that starts is its charge until it answers.
+        // Until a starting VM answers, its reservation is its charge.
         let unheard = self.managed_vms.values().filter(|managed| !self.reservations.is_for(&managed.name));
         let unheard: Bytes = unheard.map(ManagedVm::unheard).sum();
         self.vms.clear();
@@ -437,11 +437,11 @@ impl Daemon {
     }
 }
 
-/// A request that is over: whose, the driver that made it, and what came of it.
+/// A finished request: the VM, the driver, and what came of it.
 type Done = (u64, Box<dyn Driver>, RequestOutcome);
 
-/// What a request came to. A panic in one ends the daemon, also where panics unwind: the VM's driver is lost
-/// with the request, and the next daemon asks that VM again.
+/// What a request came to. A panic in one ends the daemon even if panics unwind: the VM's driver is lost with
+/// the request, and the next daemon asks that VM again.
 fn finished(done: Result<Done, JoinError>) -> Done {
     match done {
         Ok(done) => done,
@@ -449,7 +449,7 @@ fn finished(done: Result<Done, JoinError>) -> Done {
     }
 }
 
-/// Keeps what became of a decision, for those who ask why.
+/// Keeps what became of a decision, to answer why.
 fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error>) {
     let (fate, error) = match result {
         Ok(()) => (Fate::Taken, None),
@@ -459,7 +459,7 @@ fn remember(shared: &Shared, vm: &str, reason: Reason, result: &Result<(), Error
     shared.history().decided(vm, reason, fate, error);
 }
 
-/// Waits until then; for ever, where there is no such time.
+/// Waits until then, or for ever if there is no such time.
 async fn due(when: Option<Instant>) {
     match when {
         Some(when) => tokio::time::sleep_until(when).await,
@@ -467,14 +467,14 @@ async fn due(when: Option<Instant>) {
     }
 }
 
-/// Rounds at a steady pace; one that comes late is not made up for.
+/// A steady interval; a late tick is not made up for.
 fn rhythm(tick: Duration) -> Interval {
     let mut ticks = interval(tick);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }
 
-/// The signal; never, where nobody waits for it.
+/// Waits for the signal, or for ever if there is none.
 async fn heard(signal: &mut Option<Signal>) {
     match signal {
         Some(signal) => drop(signal.recv().await),
@@ -482,7 +482,7 @@ async fn heard(signal: &mut Option<Signal>) {
     }
 }
 
-/// A change in the watched directory; never, where nothing is watched.
+/// Waits for a change in a watched directory, or for ever if none is watched.
 async fn changed(watch: &mut Option<DirectoryWatch>) -> io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,

@@ -1,4 +1,4 @@
-//! What the rounds leave for those who answer clients meanwhile.
+//! What the rounds share with the tasks that answer clients.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::history::History;
 use super::state::State;
 use super::timings::Timings;
 
-/// The last [`State`] and the past, for whoever asks while the next round runs.
+/// The last [`State`], the history and timings, readable while a round runs.
 #[derive(Clone, Debug, Default)]
 pub struct Shared(Arc<Inner>);
 
@@ -20,12 +20,12 @@ struct Inner {
 }
 
 impl Shared {
-    /// The last one.
+    /// The last state.
     pub fn get(&self) -> Arc<State> {
         Arc::clone(&self.0.state.lock())
     }
 
-    /// Puts a newer one in its place.
+    /// Replaces the state.
     pub fn set(&self, state: State) {
         *self.0.state.lock() = Arc::new(state);
     }
@@ -35,7 +35,7 @@ impl Shared {
         &self.0.timings
     }
 
-    /// The past. Don't hold it for long: rounds wait for it.
+    /// The history. Don't hold it for long: rounds wait for it.
     pub fn history(&self) -> MutexGuard<'_, History> {
         self.0.history.lock()
     }

@@ -40,14 +40,14 @@ pub struct HostView {
     pub free: Bytes,
     /// How far they are over it.
     pub over: Bytes,
-    /// What VMs are entitled to and was not there to give.
+    /// What VMs are entitled to and can't get yet.
     pub unserved: Bytes,
     /// How short the host is.
     pub state: HostState,
     /// Rounds in which VMs were charged more than the budget.
     pub rounds_over_budget: u64,
-    /// How much of the last ten seconds some task on the host waited for memory, in percent;
-    /// absent where the kernel does not tell.
+    /// How much of the last ten seconds some task on the host waited for memory, in percent; absent if the
+    /// kernel does not tell.
     #[serde(default)]
     pub pressure_percent: Option<f64>,
 }
@@ -62,13 +62,13 @@ pub struct VmView {
     pub vmm: Kind,
     /// How it stands.
     pub standing: Standing,
-    /// Who paused it; absent where it is not paused, or its VMM does not tell.
+    /// Who paused it; absent if it is not paused or its VMM does not tell.
     #[serde(default)]
     pub paused_by: Option<Pauser>,
-    /// What it said of itself; absent where it never answered.
+    /// Its memory; absent if it never answered.
     pub memory: Option<MemoryView>,
-    /// What the host holds for its process, which is its charge, where it never answered; absent where it
-    /// did, and where that is unknown.
+    /// What the host holds for the process of a VM that never answered, which is its charge; absent for
+    /// others, and if it is unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<Bytes>,
     /// Milliseconds since the guest's last report reached the VM.
@@ -79,7 +79,7 @@ pub struct VmView {
     pub grows: u64,
     /// Targets lowered.
     pub shrinks: u64,
-    /// Requests that it did not answer as it should.
+    /// Requests that failed.
     pub errors: u64,
 }
 
@@ -88,7 +88,7 @@ pub struct VmView {
 pub struct MemoryView {
     /// What the administrator set.
     pub limits: Limits,
-    /// What the guest uses, as far as it ever said.
+    /// What the guest uses, if it ever reported.
     pub used: Option<Bytes>,
     /// Its use with its buffer.
     pub demand: Bytes,
@@ -98,9 +98,9 @@ pub struct MemoryView {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
-    /// What the host holds of its guest's memory, where that is known.
+    /// What the host holds of its guest's memory, if that is known.
     pub host_rss: Option<Bytes>,
-    /// The share of that in huge pages of the host, in percent, where it is known.
+    /// The share of that in huge pages of the host, in percent, if that is known.
     #[serde(default)]
     pub huge_percent: Option<u8>,
     /// What the host holds for its VMM beside that, as far as it is counted.
@@ -108,7 +108,7 @@ pub struct MemoryView {
     pub overhead: Bytes,
     /// What it is charged.
     pub charge: Bytes,
-    /// What its control groups allow its process, where one of them has a limit: it is given no more.
+    /// What its control groups allow its process, if one of them has a limit: it is given no more.
     #[serde(default)]
     pub cgroup_limit: Option<Bytes>,
     /// Its memory lies in the host's reserved huge pages (hugetlb): it is no part of the budget, is not moved

@@ -1,4 +1,4 @@
-//! Guests that can't wait for the next round: who calls, heard from all VMs that can tell.
+//! Subscriptions to the events of VMs: a guest in distress can't wait for the next round.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -9,24 +9,24 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 use tracing::debug;
 
-/// Calls that wait to be answered. One that finds no place is made again: a guest that goes on
-/// waiting for memory says so twice a second.
+/// Events that wait to be handled. One that finds no place comes again: a guest in distress says so twice a
+/// second.
 const QUEUE_LENGTH: usize = 256;
 
-/// How soon after one call a VM is heard again.
+/// The least time between two events of a VM that are handled.
 const REST: Duration = Duration::from_millis(100);
 
-/// How long a VM that could not be heard is left alone, at first and at last.
+/// How long to wait before subscribing again: the first time, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Everybody who may call.
+/// The subscriptions to all VMs that have events.
 pub struct EventSubscriptions {
     sender: Sender<u64>,
     urgent: Receiver<u64>,
     subscriptions: BTreeMap<u64, Subscription>,
 }
 
-/// One VM's line; it is cut when this goes.
+/// One VM's subscription; it ends when this is dropped.
 struct Subscription {
     task: AbortHandle,
     answered: Option<Instant>,
@@ -46,22 +46,22 @@ impl Default for EventSubscriptions {
 }
 
 impl EventSubscriptions {
-    /// Hears `id` from now on.
+    /// Subscribes to the events of VM `id`.
     pub fn subscribe(&mut self, id: u64, urgent: EventSource) {
         let sender = self.sender.clone();
         let task = tokio::spawn(listen(id, urgent, sender)).abort_handle();
         self.subscriptions.insert(id, Subscription { task, answered: None });
     }
 
-    /// Hears only those from now on whom `stays` names.
+    /// Ends the subscriptions to all other VMs than those that `stays` names.
     pub fn retain(&mut self, stays: impl Fn(u64) -> bool) {
         self.subscriptions.retain(|id, _| stays(*id));
     }
 
-    /// Waits until somebody calls; gives all who do.
+    /// Waits until guests are in distress; returns their VMs.
     pub async fn next(&mut self) -> BTreeSet<u64> {
         loop {
-            // It never ends, as this holds a sender.
+            // It never ends, as this owns a sender.
             let first = self.urgent.recv().await;
             let mut callers = BTreeSet::from_iter(first);
             while let Ok(id) = self.urgent.try_recv() {
@@ -79,7 +79,7 @@ impl EventSubscriptions {
 }
 
 impl Subscription {
-    /// Whether this call is to be answered: not so soon after the last.
+    /// Whether this event is to be handled: not too soon after the last one.
     fn answer(&mut self, now: Instant) -> bool {
         let rested = self.answered.is_none_or(|then| now.saturating_duration_since(then) >= REST);
         if rested {
@@ -89,7 +89,7 @@ impl Subscription {
     }
 }
 
-/// Listens to one VM for as long as there is anybody to tell.
+/// Listens to one VM for ever.
 async fn listen(id: u64, urgent: EventSource, sender: Sender<u64>) {
     let mut wait = RETRY.0;
     loop {
@@ -104,7 +104,7 @@ async fn listen(id: u64, urgent: EventSource, sender: Sender<u64>) {
             .await;
         debug!("{error}; listening again in {} s", wait.as_secs());
         sleep(wait).await;
-        // A VM of an older version never tells anything.
+        // A VM of an older version has no events.
         wait = match error {
             _ if heard => RETRY.0,
             Error::Refused { .. } => RETRY.1,

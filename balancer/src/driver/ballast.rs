@@ -1,6 +1,6 @@
 //! A ballast VM, over its API.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::client::{Client, EventSource};
@@ -13,7 +13,7 @@ use super::{Answer, Driver, Error, FRESH, Status};
 /// A way to one VM of ballast.
 pub struct Ballast {
     client: Client,
-    /// What it is; asked at first sight and after an error.
+    /// What it is; asked at the first report and after an error.
     known: Option<Known>,
 }
 
@@ -31,7 +31,7 @@ impl Ballast {
     }
 
     async fn stand(&mut self, patience: Duration) -> Result<Box<Status>, Error> {
-        // Unknown again where anything fails: another process may take its place.
+        // Unknown again if anything fails: another process may take its place.
         let known = match self.known.take() {
             Some(known) => known,
             None => {
@@ -43,7 +43,7 @@ impl Ballast {
         };
         let memory = self.client.fresh_memory(FRESH, patience).await?;
         self.known = Some(known);
-        // The VM's own word only where the kernel has none.
+        // The VM's own word counts only if the kernel has none.
         let pid = self.client.pid().or(Some(known.pid));
         let uptime = Some(known.started.elapsed());
         Ok(Box::new(Status { pid, uptime, overhead: Bytes::ZERO, memory }))
@@ -51,16 +51,12 @@ impl Ballast {
 }
 
 impl Driver for Ballast {
-    fn socket(&self) -> &Path {
-        self.client.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.client.pid()
     }
 
     fn events(&self) -> Option<EventSource> {
-        Some(EventSource::new(self.socket().to_owned()))
+        Some(EventSource::new(self.client.socket().to_owned()))
     }
 
     fn report(&mut self, patience: Duration) -> Answer<'_, Box<Status>> {

@@ -1,12 +1,12 @@
 //! A Cloud Hypervisor VM: HTTP and JSON over its API socket.
 //!
-//! Written from its published API description (`vmm/src/api/openapi/cloud-hypervisor.yaml`).
-//! It tells the guest's size, the balloon's target, what the guest has, and, in its newest
-//! versions, the guest's statistics with the millisecond of their arrival. A version without
-//! them has its VMs held and charged for what they have.
+//! Written from its published API description (`vmm/src/api/openapi/cloud-hypervisor.yaml`). It tells the
+//! guest's size, the balloon's target, what the guest has, and, in its newest versions, the guest's
+//! statistics with the millisecond of their arrival. VMs of a version without them are never shrunk, and
+//! charged for what they have.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::client::{DEFAULT_TIMEOUT, Http, Peer, clean};
@@ -18,8 +18,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
 const INFO: &str = "/api/v1/vm.info";
@@ -27,24 +26,10 @@ const RESIZE: &str = "/api/v1/vm.resize";
 const STATISTICS: &str = "/api/v1/vm.balloon-stats";
 
 /// Cloud Hypervisor's names of the statistics.
-const NAMES: Names = [
-    "swap_in",
-    "swap_out",
-    "major_faults",
-    "minor_faults",
-    "free_memory",
-    "total_memory",
-    "available_memory",
-    "disk_caches",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-    "oom_kills",
-    "alloc_stalls",
-    "async_scans",
-    "direct_scans",
-    "async_reclaims",
-    "direct_reclaims",
-];
+const NAMES: Names = "\
+    swap_in swap_out major_faults minor_faults free_memory total_memory available_memory disk_caches \
+    hugetlb_allocations hugetlb_failures oom_kills alloc_stalls async_scans direct_scans \
+    async_reclaims direct_reclaims";
 
 /// `GET vm.info`, as far as it matters here.
 #[derive(Deserialize)]
@@ -63,7 +48,7 @@ struct VmConfig {
 
 #[derive(Deserialize)]
 struct Memory {
-    /// 0 where it is made of zones.
+    /// 0 if it consists of zones.
     size: u64,
     hotplug_size: Option<u64>,
     hotplugged_size: Option<u64>,
@@ -113,7 +98,7 @@ impl Memory {
     }
 }
 
-/// A refusal is a list of sentences, the outermost first; older versions send text.
+/// An error is a list of sentences, the outermost first; older versions send text.
 fn sentence(body: &[u8]) -> Option<String> {
     match serde_json::from_slice::<Vec<String>>(body) {
         Ok(sentences) => Some(sentences.join(": ")),
@@ -124,11 +109,11 @@ fn sentence(body: &[u8]) -> Option<String> {
 static PEER: Peer =
     Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Cloud Hypervisor VM?" };
 
-/// A way to one Cloud Hypervisor VM.
+/// The driver of one Cloud Hypervisor VM.
 pub struct CloudHypervisor {
     http: Http,
     vm: ForeignVm,
-    /// Whether this version tells statistics; `None` until it was asked.
+    /// Whether this version has statistics; `None` until it was asked.
     tells_statistics: Option<bool>,
 }
 
@@ -156,7 +141,7 @@ impl CloudHypervisor {
         }
         let BalloonStatistics { last_update, stats } = match self.http.get(STATISTICS).await {
             Ok(statistics) => statistics,
-            // This version has no such thing.
+            // This version has no statistics.
             Err(Error::Refused { status, .. }) if status == "404" => {
                 self.tells_statistics = Some(false);
                 return Ok(None);
@@ -166,7 +151,7 @@ impl CloudHypervisor {
             Err(error) => return Err(error),
         };
         self.tells_statistics = Some(true);
-        let report = statistics::read(&NAMES, &stats)
+        let report = statistics::read(NAMES, &stats)
             .map_err(|what| self.http.nonsense(format!("GET {STATISTICS}"), &what))?;
         if last_update == 0 {
             return Ok(None);
@@ -177,10 +162,6 @@ impl CloudHypervisor {
 }
 
 impl ForeignDriver for CloudHypervisor {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.http.pid()
     }
@@ -219,7 +200,7 @@ impl ForeignDriver for CloudHypervisor {
         let VmInfo { config, .. } = self.http.get(INFO).await?;
         let order = match mechanism(&config) {
             Some(Mechanism::Plug { least }) => json!({ "desired_ram": target.max(least).0 }),
-            // One without a balloon refuses in its own words.
+            // A VM without a balloon refuses that itself.
             _ => json!({ "desired_balloon": config.memory.total().saturating_sub(target).0 }),
         };
         self.http.send(Method::PUT, RESIZE, &order).await

@@ -1,12 +1,12 @@
 //! A Firecracker VM: HTTP and JSON over its API socket.
 //!
-//! Written from Firecracker's published API description (`swagger/firecracker.yaml`).
-//! It tells the guest's size, the balloon's target and size in MiB, and, where they
-//! were enabled before the boot, the guest's statistics; not when those came (see `UNCHANGED`).
+//! Written from Firecracker's published API description (`swagger/firecracker.yaml`). It tells the guest's
+//! size, the balloon's target and size in MiB, and the guest's statistics if they were enabled before the
+//! boot. It does not tell when those came (see `UNCHANGED`).
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::client::{DEFAULT_TIMEOUT, Http, Peer};
@@ -18,36 +18,21 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
-/// For so long statistics that say the same as before count as new: an idle guest has no news,
-/// and Firecracker does not tell it from one that has stopped reporting.
+/// How long unchanged statistics count as new: an idle guest has no news, and Firecracker does not tell
+/// whether a guest has stopped reporting.
 const UNCHANGED: Duration = Duration::from_secs(10);
 
 /// How often Firecracker is to ask the guest for statistics.
 const POLLING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Firecracker's names of the statistics (the last six since 1.14).
-const NAMES: Names = [
-    "swap_in",
-    "swap_out",
-    "major_faults",
-    "minor_faults",
-    "free_memory",
-    "total_memory",
-    "available_memory",
-    "disk_caches",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-    "oom_kill",
-    "alloc_stall",
-    "async_scan",
-    "direct_scan",
-    "async_reclaim",
-    "direct_reclaim",
-];
+const NAMES: Names = "\
+    swap_in swap_out major_faults minor_faults free_memory total_memory available_memory disk_caches \
+    hugetlb_allocations hugetlb_failures oom_kill alloc_stall async_scan direct_scan async_reclaim \
+    direct_reclaim";
 
 /// `GET /`.
 #[derive(Deserialize)]
@@ -79,7 +64,7 @@ struct Statistics {
     guest: BTreeMap<String, Value>,
 }
 
-/// The body of a refusal.
+/// The body of an error.
 #[derive(Deserialize)]
 struct Fault {
     fault_message: String,
@@ -92,11 +77,11 @@ fn sentence(body: &[u8]) -> Option<String> {
 static PEER: Peer =
     Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Firecracker VM?" };
 
-/// A way to one Firecracker VM.
+/// The driver of one Firecracker VM.
 pub struct Firecracker {
     http: Http,
     vm: ForeignVm,
-    /// Whether the guest was seen to be asked for statistics often enough.
+    /// Firecracker is known to ask the guest for statistics often enough.
     polled: bool,
 }
 
@@ -131,7 +116,7 @@ impl Firecracker {
             Err(error) => return Err(error),
         };
         let wanted = POLLING_INTERVAL.as_secs();
-        // Statistics that were off at the boot stay off.
+        // Statistics that were off at boot can't be switched on.
         if !self.polled && balloon.stats_polling_interval_s > wanted {
             let order = json!({ "stats_polling_interval_s": wanted });
             self.http.send(Method::PATCH, "/balloon/statistics", &order).await?;
@@ -141,7 +126,7 @@ impl Firecracker {
     }
 
     fn report(&mut self, answer: &Statistics) -> Result<Option<AgedReport>, Error> {
-        let report = statistics::read(&NAMES, &answer.guest)
+        let report = statistics::read(NAMES, &answer.guest)
             .map_err(|what| self.http.nonsense("GET /balloon/statistics".to_owned(), &what))?;
         if report == api::report::Report::default() {
             return Ok(None);
@@ -156,10 +141,6 @@ impl Firecracker {
 }
 
 impl ForeignDriver for Firecracker {
-    fn socket(&self) -> &Path {
-        self.http.socket()
-    }
-
     fn process(&self) -> Option<u32> {
         self.http.pid()
     }
@@ -199,7 +180,7 @@ impl ForeignDriver for Firecracker {
 
     async fn ask_for(&mut self, target: Bytes) -> Result<(), Error> {
         let has = self.size().await?;
-        // In whole MiB, and rather too little memory than more than was granted.
+        // In whole MiB, rounded so that the guest gets no more than was granted.
         let amount = has.saturating_sub(target).0.div_ceil(1 << 20);
         self.http.send(Method::PATCH, "/balloon", &json!({ "amount_mib": amount })).await
     }

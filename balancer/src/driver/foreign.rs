@@ -1,20 +1,26 @@
-//! Everything about the drivers of other VMMs that does not differ from one to another.
+//! What the drivers of other VMMs have in common. Those VMMs tell little, so a driver keeps for its VM what
+//! its VMM does not tell.
 
 use std::future::Future;
-use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::limits::{Limits, Wanted};
+use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use api::units::Bytes;
+use tokio::task::spawn_blocking;
 
-use super::foreign_vm::{ConfiguredLimits, ForeignStatus, ForeignVm};
-use super::{Answer, Driver, Error, Status};
+use super::statistics::Age;
+use super::{Answer, Driver, Error, Status, process};
 
-/// What differs from one VMM to another: its words. The rest is kept by its driver.
+/// How often memory of a VMM beside guest memory is measured: it changes little, and measuring takes time in
+/// proportion to the guest's size.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// A mapping of at least this size is guest memory: nothing else in a VMM comes near.
+const GUEST_MEMORY: Bytes = Bytes::mib(64);
+
+/// What differs from one VMM to another.
 pub trait ForeignDriver: Send {
-    /// Where the VM is spoken to.
-    fn socket(&self) -> &Path;
-
     /// The VMM's process, as [`Driver::process`].
     fn process(&self) -> Option<u32>;
 
@@ -29,16 +35,12 @@ pub trait ForeignDriver: Send {
 }
 
 impl<V: ForeignDriver> Driver for V {
-    fn socket(&self) -> &Path {
-        ForeignDriver::socket(self)
-    }
-
     fn process(&self) -> Option<u32> {
         ForeignDriver::process(self)
     }
 
-    /// QEMU and Firecracker ask their guests at an interval of whole seconds, Cloud Hypervisor at each
-    /// question: none lets itself be told how long to wait.
+    /// `patience` has no effect: QEMU and Firecracker ask their guests at intervals of whole seconds, Cloud
+    /// Hypervisor at each request.
     fn report(&mut self, _patience: Duration) -> Answer<'_, Box<Status>> {
         Box::pin(async move {
             let status = self.look().await?;
@@ -51,11 +53,106 @@ impl<V: ForeignDriver> Driver for V {
     }
 
     fn set_limits(&mut self, limits: Limits) -> Answer<'_, ()> {
-        self.vm().limits.set(limits);
+        self.vm().wanted = Some(limits.into());
         Box::pin(std::future::ready(Ok(())))
     }
 
     fn configure(&mut self, memory: Option<Wanted>) {
-        self.vm().limits = ConfiguredLimits::new(memory);
+        self.vm().wanted = memory;
+    }
+}
+
+/// What a VMM told in its own words.
+#[derive(Clone, Debug)]
+pub struct ForeignStatus {
+    /// What the guest can have at most.
+    pub has: Bytes,
+    /// What it was last asked to have.
+    pub target: Bytes,
+    /// What it has.
+    pub actual: Bytes,
+    /// How its balloon driver is doing.
+    pub driver: DriverState,
+    /// Its last report.
+    pub report: Option<AgedReport>,
+}
+
+/// What is kept for a VM from one request to the next.
+pub struct ForeignVm {
+    /// How old its reports are.
+    pub age: Age,
+    /// The limits from the configuration or set at run time. Without any, its memory stays as it is.
+    wanted: Option<Wanted>,
+    pid: Option<u32>,
+    /// What the host holds for the VMM beside guest memory, and when that was measured.
+    vmm_own: Option<(Bytes, Instant)>,
+}
+
+impl ForeignVm {
+    /// For a VM with these limits, whose process is not known yet.
+    pub fn new(wanted: Option<Wanted>) -> Self {
+        Self { age: Age::default(), wanted, pid: None, vmm_own: None }
+    }
+
+    /// The process at the other end, if that is known.
+    pub fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    /// The limits of the VM, which has this much memory at most.
+    pub fn limits(&self, has: Bytes) -> Limits {
+        self.wanted.unwrap_or(Wanted::fixed(has)).of_vm(has)
+    }
+
+    /// Notes which process is at the other end. True if it is a new one, about which nothing is known yet.
+    pub fn meet(&mut self, pid: Option<u32>) -> bool {
+        if self.pid == pid {
+            return false;
+        }
+        (self.pid, self.vmm_own) = (pid, None);
+        self.age.forget();
+        true
+    }
+
+    /// What the host holds for the VMM beside the memory of its guest, which `has` so much at most.
+    async fn vmm_own(&mut self, pid: u32, has: Bytes) -> Bytes {
+        match self.vmm_own {
+            Some((own, looked)) if looked.elapsed() < LOOK_AGAIN => own,
+            _ => {
+                let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
+                // Another user's mappings can't be read: then all memory counts as the guest's.
+                let own = look.await.ok().flatten().unwrap_or_default();
+                self.vmm_own = Some((own, Instant::now()));
+                own
+            }
+        }
+    }
+
+    /// A VMM's answer as a [`Status`], with the limits that are kept for it and the kernel's word about its
+    /// process.
+    async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
+        let ForeignStatus { has, target, actual, driver, report } = status;
+        let (mut overhead, mut host_rss) = (Bytes::ZERO, None);
+        if let Some(pid) = self.pid {
+            overhead = self.vmm_own(pid, has).await;
+            host_rss = process::resident(pid).map(|all| all.saturating_sub(overhead));
+        }
+        let memory = MemoryStatus {
+            limits: self.limits(has),
+            target,
+            actual,
+            settled: false,
+            followed: None,
+            paused_by: None,
+            host_rss,
+            host_huge: None,
+            driver,
+            report,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+        };
+        let uptime = self.pid.and_then(process::age);
+        Box::new(Status { pid: self.pid, uptime, overhead, memory })
     }
 }

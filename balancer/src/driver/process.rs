@@ -1,4 +1,4 @@
-//! What the kernel says of a VMM's process, whatever the VMM itself says.
+//! The kernel's word about a VMM's process, whatever the VMM itself says.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use api::units::Bytes;
 use rustix::io::Errno;
 use rustix::param::clock_ticks_per_second;
 
-/// Where Linux tells of processes.
+/// Where Linux shows processes.
 pub const PROCESSES: &str = "/proc";
 
 /// What the host holds for a process.
@@ -22,17 +22,17 @@ pub struct ResidentMemory {
 }
 
 impl ResidentMemory {
-    /// Both.
+    /// All of it.
     pub fn all(self) -> Bytes {
         self.ordinary.saturating_add(self.reserved)
     }
 }
 
-/// What the host holds for the process, as `processes` tells, which is [`PROCESSES`] outside tests.
-/// `None` where there is no such process, or this one may not see it.
+/// What the host holds for the process, read in `processes`, which is [`PROCESSES`] outside tests. `None` if
+/// there is no such process, or this one may not see it.
 ///
-/// From `PID/status`, whose counters the kernel keeps anyway: adding up
-/// the mappings takes the process's mmap lock and a walk of its page tables.
+/// From `PID/status`, whose counters the kernel keeps anyway. Adding up the mappings would take the process's
+/// mmap lock and a walk of its page tables.
 pub fn resident_memory(processes: &Path, pid: u32) -> Option<ResidentMemory> {
     resident_memory_in(&fs::read_to_string(processes.join(format!("{pid}/status"))).ok()?)
 }
@@ -47,8 +47,8 @@ pub fn resident(pid: u32) -> Option<Bytes> {
     Some(resident_memory(Path::new(PROCESSES), pid)?.all())
 }
 
-/// What of the host's memory is the process's own: what is neither free while it runs nor to be had by
-/// dropping caches. Reserved huge pages are not counted, which the kernel counts as free for nobody.
+/// The host's memory that is the process's own: not free while it runs, and not to be had by dropping caches.
+/// Reserved huge pages don't count, as the kernel never counts them as available.
 ///
 /// From `/proc/PID/status`, as [`resident`].
 pub fn own(pid: u32) -> Option<Bytes> {
@@ -67,7 +67,7 @@ fn field(status: &str, name: &str) -> Option<Bytes> {
 
 /// What the host holds for the process outside its large mappings, which are guest memory.
 ///
-/// From `/proc/PID/smaps`, so it takes a while for a large guest: not for every tick.
+/// From `/proc/PID/smaps`, which takes a while for a large guest: not for every tick.
 pub fn vmm_own(pid: u32, guest_mapping: Bytes) -> Option<Bytes> {
     Some(vmm_own_in(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, guest_mapping))
 }
@@ -94,8 +94,8 @@ pub fn age(pid: u32) -> Option<Duration> {
     age_in(&stat, &uptime, clock_ticks_per_second())
 }
 
-/// When the process started, in clock ticks since boot: no other has this number and this start.
-/// `None` where no process has that number, or only the remains of one.
+/// When the process started, in clock ticks since boot: no other process has the same number and start.
+/// `None` if no process has that number, or only a zombie.
 ///
 /// # Errors
 /// The kernel does not say.
@@ -103,7 +103,7 @@ pub fn started(pid: u32) -> io::Result<Option<u64>> {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) if is_zombie(&stat) => Ok(None),
         Ok(stat) => started_in(&stat).map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into()),
-        // The second, where it ends while it is read.
+        // The second one, if the process ends while it is read.
         Err(error)
             if error.kind() == io::ErrorKind::NotFound
                 || error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) =>
@@ -114,13 +114,13 @@ pub fn started(pid: u32) -> io::Result<Option<u64>> {
     }
 }
 
-/// The fields of proc_pid_stat(5) from the third on: the name in the second may hold anything, so they
-/// are counted behind its closing bracket.
+/// The fields of proc_pid_stat(5) from the third on. They are counted behind the last closing bracket, as the
+/// name in the second field may contain anything.
 fn fields(stat: &str) -> impl Iterator<Item = &str> {
     stat.rsplit_once(')').map_or("", |(_, behind_name)| behind_name).split_whitespace()
 }
 
-/// Field 3: it has ended, and its parent has not asked yet how.
+/// Field 3: it has ended, and its parent has not waited for it yet.
 fn is_zombie(stat: &str) -> bool {
     fields(stat).next().is_some_and(|state| state.starts_with(['Z', 'X']))
 }

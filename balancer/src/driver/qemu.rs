@@ -1,15 +1,13 @@
 //! A QEMU VM: QMP over its Unix socket.
 //!
-//! QEMU tells the guest's size, what its balloon has, and the guest's
-//! statistics with the second of their arrival. It does not tell what it was
-//! asked for last (so whoever asks keeps that), nor what the host holds (so
-//! the kernel is asked about its process).
+//! QEMU tells the guest's size, what its balloon leaves it, and the guest's statistics with the second of
+//! their arrival. It does not tell its last target, so the driver keeps that. It does not tell what the host
+//! holds either, so the kernel is asked about its process.
 
-mod lines;
 mod qmp;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::client::DEFAULT_TIMEOUT;
@@ -22,35 +20,21 @@ use tracing::{info, warn};
 
 use self::qmp::{Event, Qmp};
 use super::Error;
-use super::foreign::ForeignDriver;
-use super::foreign_vm::{ForeignStatus, ForeignVm};
+use super::foreign::{ForeignDriver, ForeignStatus, ForeignVm};
 use super::statistics::{self, Names};
 
-/// Where QEMU keeps devices that the command line or a hot plug made: with an id, and without.
+/// Where QEMU keeps devices with an id and without one.
 const QOM_PATHS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// How often QEMU is to ask the guest for statistics. It takes no less than a second.
 const POLLING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// QEMU's names of the statistics (`hw/virtio/virtio-balloon.c`; the last six since QEMU 9.1).
-const NAMES: Names = [
-    "stat-swap-in",
-    "stat-swap-out",
-    "stat-major-faults",
-    "stat-minor-faults",
-    "stat-free-memory",
-    "stat-total-memory",
-    "stat-available-memory",
-    "stat-disk-caches",
-    "stat-htlb-pgalloc",
-    "stat-htlb-pgfail",
-    "stat-oom-kills",
-    "stat-alloc-stalls",
-    "stat-async-scans",
-    "stat-direct-scans",
-    "stat-async-reclaims",
-    "stat-direct-reclaims",
-];
+const NAMES: Names = "\
+    stat-swap-in stat-swap-out stat-major-faults stat-minor-faults stat-free-memory \
+    stat-total-memory stat-available-memory stat-disk-caches stat-htlb-pgalloc stat-htlb-pgfail \
+    stat-oom-kills stat-alloc-stalls stat-async-scans stat-direct-scans stat-async-reclaims \
+    stat-direct-reclaims";
 
 /// `query-status`.
 #[derive(Deserialize)]
@@ -70,7 +54,7 @@ struct MemorySize {
 /// `query-balloon`.
 #[derive(Deserialize)]
 struct BalloonInfo {
-    /// Signed, and below zero where a guest claims a balloon larger than its memory.
+    /// Signed, and below zero if a guest claims a balloon larger than its memory.
     actual: i64,
 }
 
@@ -87,11 +71,11 @@ struct Property {
 #[serde(rename_all = "kebab-case")]
 struct GuestStatistics {
     stats: BTreeMap<String, Value>,
-    /// Seconds since 1970; 0 where the guest never sent any.
+    /// Seconds since 1970; 0 if the guest never sent any.
     last_update: u64,
 }
 
-/// What is found out once for each connection, and again when a device may have come or gone.
+/// Found out once for each connection, and again when a device may have come or gone.
 struct Machine {
     /// Whether there is a balloon that takes targets.
     balloon: bool,
@@ -105,14 +89,14 @@ struct Link {
     machine: Option<Machine>,
 }
 
-/// A way to one QEMU VM.
+/// The driver of one QEMU VM.
 pub struct Qemu {
     name: String,
     socket: PathBuf,
     timeout: Duration,
     vm: ForeignVm,
     link: Option<Link>,
-    /// What it was last asked to have, by this driver.
+    /// The last target that this driver set.
     target: Option<Bytes>,
 }
 
@@ -149,7 +133,7 @@ impl Qemu {
         Ok(Link { qmp, machine: None })
     }
 
-    /// Keeps a connection on which no half of an exchange is left.
+    /// Keeps the connection, unless a part of an exchange is still in flight on it.
     fn keep<T>(&mut self, mut link: Link, outcome: Result<T, Error>) -> Result<T, Error> {
         if matches!(outcome, Err(Error::Refused { .. })) {
             // The balloon may have been unplugged, or another plugged in its place.
@@ -166,14 +150,14 @@ impl Qemu {
         qmp.greet().await?;
         let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
-        let limits = self.vm.limits.of_vm(has);
+        let limits = self.vm.limits(has);
         let machine = match machine {
-            // One may have been plugged.
+            // A balloon may have been plugged.
             Some(machine) if machine.balloon || !has_balloon(qmp).await? => machine,
             machine => {
                 let found = introduce(qmp).await?;
                 if found.balloon && limits.is_dynamic() {
-                    // Nobody knows what it was asked for before: from now on this driver does.
+                    // Its target was not known before: from now on it is.
                     let target = match self.target {
                         Some(target) => target,
                         None => actual(qmp, has).await?,
@@ -194,7 +178,7 @@ impl Qemu {
         let driver = match machine {
             Machine { balloon: false, .. } => DriverState::Absent,
             Machine { running: false, .. } => DriverState::Silent,
-            // Only a driver sends statistics or fills a balloon; nothing else tells that there is one.
+            // Only statistics or a filled balloon tell that the guest has a driver.
             _ if report.is_some() || actual < has => DriverState::Active,
             _ => DriverState::Absent,
         };
@@ -205,7 +189,7 @@ impl Qemu {
         let question = json!({ "path": path, "property": "guest-stats" });
         let GuestStatistics { stats, last_update } = qmp.execute("qom-get", question).await?;
         let report =
-            statistics::read(&NAMES, &stats).map_err(|what| qmp.nonsense("qom-get guest-stats", &what))?;
+            statistics::read(NAMES, &stats).map_err(|what| qmp.nonsense("qom-get guest-stats", &what))?;
         if last_update == 0 {
             return Ok(None);
         }
@@ -241,10 +225,6 @@ impl Qemu {
 }
 
 impl ForeignDriver for Qemu {
-    fn socket(&self) -> &Path {
-        &self.socket
-    }
-
     fn process(&self) -> Option<u32> {
         self.vm.pid()
     }
@@ -266,7 +246,7 @@ impl ForeignDriver for Qemu {
     }
 }
 
-/// Finds out what there is, and has the guest asked for statistics once a second.
+/// Finds out what there is, and has QEMU ask the guest for statistics once a second.
 async fn introduce(qmp: &mut Qmp) -> Result<Machine, Error> {
     let RunState { running } = qmp.execute("query-status", json!({})).await?;
     let balloon = has_balloon(qmp).await?;
@@ -308,6 +288,6 @@ async fn poll_guest(qmp: &mut Qmp, path: &str) -> Result<(), Error> {
 
 async fn actual(qmp: &mut Qmp, has: Bytes) -> Result<Bytes, Error> {
     let BalloonInfo { actual } = qmp.execute("query-balloon", json!({})).await?;
-    // The guest's word: whatever does not fit is taken for the most that it can have.
+    // This is the guest's word: a value out of range counts as the most that it can have.
     Ok(u64::try_from(actual).map_or(has, |actual| Bytes(actual).min(has)))
 }

@@ -10,17 +10,17 @@ use serde_json::Value;
 /// What QEMU shows for a statistic that the guest has not sent.
 const NOT_SENT: u64 = u64::MAX;
 
-/// A VMM's names of the statistics, by their tag (virtio 1.2, section 5.5.6.4).
-pub type Names = [&'static str; 16];
+/// A VMM's names of the statistics in the order of their tags (virtio 1.2, section 5.5.6.4), with spaces between.
+pub type Names = &'static str;
 
-/// The statistics with these names. One that is not there was not sent; other names are passed over.
+/// The statistics with these names. A missing one was not sent; other names are ignored.
 ///
 /// # Errors
-/// The name of one that is no number.
-pub fn read(names: &Names, values: &BTreeMap<String, Value>) -> Result<Report, String> {
+/// The name of a statistic that is no number.
+pub fn read(names: Names, values: &BTreeMap<String, Value>) -> Result<Report, String> {
     let mut report = Report::default();
-    for (tag, name) in (0..).zip(names) {
-        let Some(value) = values.get(*name) else { continue };
+    for (tag, name) in (0..).zip(names.split_whitespace()) {
+        let Some(value) = values.get(name) else { continue };
         let value = value.as_u64().ok_or_else(|| format!("{name} is {value}, which is no count"))?;
         if value != NOT_SENT {
             report.set(tag, value);
@@ -29,18 +29,18 @@ pub fn read(names: &Names, values: &BTreeMap<String, Value>) -> Result<Report, S
     Ok(report)
 }
 
-/// Tells how old a report is where a VMM says when or says nothing: a report
-/// counts from the moment when it was first seen to differ from the one before.
+/// Tells how old a report is. A report counts from the moment when it was first seen to differ from the one
+/// before.
 ///
-/// A VMM's own time only counts for the first one: clocks jump.
+/// A VMM's own time counts only for the first report, as clocks jump.
 #[derive(Debug, Default)]
 pub struct Age {
     seen: Option<(u64, Instant)>,
 }
 
 impl Age {
-    /// The age of a report with this `mark` (its time, or a digest of what it says),
-    /// which was `old` already if it is the first that is seen.
+    /// The age of a report with this `mark` (its time, or a digest of its content). The first report that is
+    /// seen is `old` already.
     pub fn of(&mut self, now: Instant, mark: u64, old: Duration) -> Duration {
         let since = match self.seen {
             Some((last, since)) if last == mark => since,
@@ -51,7 +51,7 @@ impl Age {
         now.saturating_duration_since(since)
     }
 
-    /// The same for a report that the VMM says came at this time since 1970.
+    /// The same for a report that came at this time since 1970, by the VMM's word.
     pub fn of_report_at(&mut self, since_1970: Duration, mark: u64) -> Duration {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.of(Instant::now(), mark, now.saturating_sub(since_1970))
@@ -75,24 +75,8 @@ mod tests {
 
     use super::*;
 
-    const NAMES: Names = [
-        "swap-in",
-        "swap-out",
-        "major",
-        "minor",
-        "free",
-        "total",
-        "available",
-        "caches",
-        "h",
-        "f",
-        "oom",
-        "stalls",
-        "as",
-        "ds",
-        "ar",
-        "dr",
-    ];
+    const NAMES: Names =
+        "swap-in swap-out major minor free total available caches h f oom stalls as ds ar dr";
 
     fn values(value: Value) -> BTreeMap<String, Value> {
         serde_json::from_value(value).unwrap()
@@ -101,7 +85,7 @@ mod tests {
     #[test]
     fn what_was_not_sent_is_unknown_and_not_huge() {
         let report = read(
-            &NAMES,
+            NAMES,
             &values(json!({"free": 5, "available": 18446744073709551615u64, "stalls": 3, "new-one": "x"})),
         )
         .unwrap();
@@ -113,7 +97,7 @@ mod tests {
     #[test]
     fn no_number_is_named() {
         for wrong in [json!("5"), json!(-1), json!(1.5), json!(null), json!([1])] {
-            let error = read(&NAMES, &values(json!({ "free": wrong }))).unwrap_err();
+            let error = read(NAMES, &values(json!({ "free": wrong }))).unwrap_err();
             assert!(error.contains("free"), "{error}");
         }
     }

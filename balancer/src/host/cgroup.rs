@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
 
-/// A part of a limit that is left for page tables and the VMMs themselves, in percent.
+/// The part of a limit that is left for page tables and the VMMs themselves, in percent.
 const MARGIN_PERCENT: u64 = 3;
 
 /// What a control group leaves to the VMs in it.
@@ -24,7 +24,7 @@ pub struct GroupMemory {
     pub free: Bytes,
 }
 
-/// Which files tell about a group.
+/// Which files describe a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
     One,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::driver::Kind;
 
-/// VMs that no directory of ballast's holds.
+/// VMs of another VMM.
 ///
 /// ```toml
 /// [[vms]]
@@ -24,8 +24,8 @@ pub struct ForeignVms {
     pub driver: Kind,
     /// Where its sockets are.
     pub sockets: Sockets,
-    /// What each VM may have; `max` is what the VMM says where it is left out. Without any of it,
-    /// a VM's memory stays as it is and is charged in full.
+    /// What each VM may have; without `max`, the VMM's size of the VM is its max. Without this setting a VM's
+    /// memory stays as it is and is charged in full.
     #[serde(default, deserialize_with = "memory")]
     pub memory: Option<Wanted>,
 }
@@ -41,7 +41,7 @@ impl Sockets {
     /// Reads a pattern.
     ///
     /// # Errors
-    /// A sentence, where it is no pattern, or no absolute path.
+    /// A sentence: it is no pattern, or no absolute path.
     pub fn new(text: &str) -> Result<Self, String> {
         if !text.starts_with('/') {
             return Err(format!("`{text}` is not an absolute path: sockets are named from the root on"));
@@ -57,7 +57,7 @@ impl Sockets {
         self.0.as_str()
     }
 
-    /// What there is now, sorted by path. What can't be read is not there.
+    /// The sockets there are now, sorted by path, except where paths can't be read.
     pub fn find(&self) -> Vec<Named> {
         // A name that begins with a dot is hidden from `*`, as in a shell.
         let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
@@ -65,7 +65,7 @@ impl Sockets {
         paths.flatten().map(|path| (self.name(&path), path)).collect()
     }
 
-    /// The directory in which something changes when the first of the sockets comes or goes.
+    /// The directory that changes when the first of the sockets comes or goes.
     pub fn parent(&self) -> PathBuf {
         let whole = Path::new(self.as_str());
         let mut fixed: PathBuf = whole.components().take_while(|component| !is_pattern(component)).collect();
@@ -75,8 +75,8 @@ impl Sockets {
         fixed
     }
 
-    /// The name of the VM at `path`: the file's name without its ending; or, where only
-    /// directories differ, as Firecracker's jailer has it, the one that the last pattern stands for.
+    /// The name of the VM at `path`: the file's name without its extension, or the directory that the last
+    /// pattern stands for if only directories differ, as with Firecracker's jailer.
     fn name(&self, path: &Path) -> String {
         let pattern: Vec<_> = Path::new(self.as_str()).components().collect();
         let behind = pattern.iter().rev().position(is_pattern).unwrap_or(0);
@@ -93,8 +93,7 @@ fn is_pattern(component: &Component<'_>) -> bool {
     component.as_os_str().to_string_lossy().contains(['*', '?', '['])
 }
 
-/// A name as VMs of ballast have it (see [`api::runtime::check_name`]), for a file that may be
-/// called anything.
+/// A valid VM name (see [`api::runtime::check_name`]) for a file with any name.
 fn named(text: &str) -> String {
     let plain: String = text
         .chars()

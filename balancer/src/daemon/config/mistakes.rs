@@ -1,7 +1,7 @@
-//! Reading TOML so that every mistake is found at once, not only the first.
+//! Reads TOML and reports all mistakes at once, not only the first.
 //!
-//! A reader of types stops at what it first stumbles over. So what it stumbled
-//! over is taken out, and it reads again, until nothing is wrong with the rest.
+//! Deserializing stops at the first mistake. So the wrong entry is taken out and the rest is read again,
+//! until nothing is wrong with it.
 
 use std::fmt;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use std::ops::Range;
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
-/// More mistakes than this are not looked for.
+/// The most mistakes that are looked for.
 const MOST: usize = 100;
 
 /// One thing that is wrong, and where.
@@ -43,7 +43,7 @@ pub fn read<T: DeserializeOwned>(text: &str) -> Result<T, Vec<Mistake>> {
     let (mut table, syntax) = DeTable::parse_recoverable(text);
     let mut mistakes: Vec<Mistake> =
         syntax.iter().map(|error| at(text, error.span(), String::new(), error.message())).collect();
-    // What comes after a mistake in the syntax is guesswork.
+    // What follows a mistake in the syntax would be guesswork.
     if !mistakes.is_empty() {
         return Err(mistakes);
     }
@@ -57,7 +57,7 @@ pub fn read<T: DeserializeOwned>(text: &str) -> Result<T, Vec<Mistake>> {
         let key = error.span().and_then(|span| take_out(table.get_mut(), &span));
         let is_out = key.is_some();
         let key = key.unwrap_or_default();
-        // A table that lacks what was just taken out of it has been complained of.
+        // A table lacks what was just taken out of it: that was reported already.
         if !(error.message().starts_with("missing field") && damaged.contains(&key)) {
             mistakes.push(at(text, error.span(), key.clone(), error.message()));
         }
@@ -86,7 +86,7 @@ fn at(text: &str, span: Option<Range<usize>>, key: String, what: &str) -> Mistak
 /// Takes the innermost entry at `span` out of `table`. Returns its whole key.
 fn take_out(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
     let keys: Vec<_> = table.iter().map(|(key, _)| key.clone()).collect();
-    // First whoever holds it further in: a table's own span may be its heading alone.
+    // Inner entries first: a table's own span may be its heading alone.
     for key in &keys {
         let within = table.get_mut(key).and_then(|value| take_out_of(value.get_mut(), span));
         if let Some(within) = within {
@@ -124,7 +124,7 @@ fn covers(outer: &Range<usize>, inner: &Range<usize>) -> bool {
     outer.start <= inner.start && inner.end <= outer.end
 }
 
-/// Checks what a type can't say, at the place where the value stands.
+/// Checks what a type can't express, so that the error names the place of the value.
 pub fn checked<'de, D, T, E>(from: D, check: impl FnOnce(&T) -> Result<(), E>) -> Result<T, D::Error>
 where
     D: serde::Deserializer<'de>,

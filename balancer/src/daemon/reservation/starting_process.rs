@@ -1,7 +1,7 @@
-//! The process that is to hold a VM's memory, as long as only the kernel can tell what of it is there.
+//! The process of a VM that starts, while only the kernel can tell what of its memory is there.
 //!
-//! A VM with `--prefault` touches its memory before it has a socket. From then on this memory is in no
-//! account of the host's free memory, and the VM can't say yet that it is the one who holds it.
+//! A VM with `--prefault` touches its memory before it has a socket. That memory is no longer free on the
+//! host, and the VM can't say yet that it holds it.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::process;
 
-/// A process. Its start tells it from another that has its number later, or in another PID namespace.
+/// A process. Its start tells it from another one with the same number, later or in another PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Process {
@@ -23,7 +23,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// This one; `None` where `/proc` does not tell.
+    /// This process; `None` if `/proc` does not tell.
     pub fn own() -> Option<Self> {
         let pid = std::process::id();
         Some(Self { pid, started_ticks: process::started(pid).ok()?? })
@@ -44,9 +44,9 @@ impl Process {
 /// What is known of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessMemory {
-    /// So much of the host's memory is its own.
+    /// It holds so much of the host's memory.
     Holds(Bytes),
-    /// There is none of that number and that start here: it has ended, or lives in another PID namespace.
+    /// No process has that number and start: it has ended, or lives in another PID namespace.
     Gone,
     /// The kernel does not say.
     Unknown,
@@ -57,7 +57,7 @@ pub enum ProcessMemory {
 pub enum Growth {
     /// It holds no more than before, as far as is known.
     Same,
-    /// It has come to hold more.
+    /// It holds more.
     More,
     /// It was there, and has ended.
     Ended,
@@ -74,7 +74,7 @@ pub struct StartingProcess {
 }
 
 impl StartingProcess {
-    /// One that nobody has looked at yet. The first look is to come before it is granted anything.
+    /// Before the first look, which has to come before any grant.
     pub fn new(process: Process) -> Self {
         Self { process, before: None, touched: Bytes::ZERO }
     }
@@ -98,9 +98,9 @@ impl StartingProcess {
     }
 }
 
-/// For how long a reservation stands on from `now` whose VM has just touched more of its memory.
+/// Until when a reservation stands whose VM has just touched more memory, if that is to change.
 pub fn prolonged(until: Duration, now: Duration, life: Duration) -> Option<Duration> {
-    // Not at each look: it is written down.
+    // Not at each look, as a change is written to a file.
     (until.saturating_sub(now) < life / 2).then_some(now + life)
 }
 

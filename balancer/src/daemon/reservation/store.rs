@@ -1,8 +1,8 @@
-//! What was granted to VMs that have not come yet, on file.
+//! The file of grants to VMs that have not appeared yet.
 //!
-//! All else a new daemon learns from the VMs. A VM that starts has no socket yet, and may be touching the
-//! memory that the daemon before this one promised: for a moment only this file knows of it. It lies in the
-//! runtime directory, which is gone with the host's next boot.
+//! A new daemon learns everything else from the VMs. A VM that starts has no socket yet and may be touching
+//! the memory that the last daemon granted: for a moment only this file knows of it. It lies in the runtime
+//! directory, which does not outlive the host's boot.
 
 use std::fs;
 use std::io;
@@ -16,14 +16,14 @@ use serde::{Deserialize, Serialize};
 use super::LIFE;
 use super::starting_process::StartingProcess;
 
-/// One line of the file.
+/// One entry of the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredReservation {
     /// The VM that is about to start.
     pub name: String,
     /// What it was granted.
     pub size: Bytes,
-    /// Who touches it meanwhile, where that is known.
+    /// The process that touches it meanwhile, if that is known.
     #[serde(default)]
     pub starting: Option<StartingProcess>,
     /// When it is dropped, in milliseconds since the host's boot.
@@ -31,7 +31,7 @@ pub struct StoredReservation {
 }
 
 impl StoredReservation {
-    /// A reservation that stands for `left` from now on.
+    /// An entry that stands for `left` from now on.
     pub fn new(name: &str, size: Bytes, starting: Option<StartingProcess>, left: Duration) -> Self {
         let until = since_boot().saturating_add(left).as_millis();
         Self {
@@ -42,7 +42,7 @@ impl StoredReservation {
         }
     }
 
-    /// For how long it stands yet: never longer than any does. Zero where its time is over.
+    /// How long it still stands: at most [`LIFE`], and zero if its time is over.
     pub fn left(&self) -> Duration {
         Duration::from_millis(self.until_boot_ms).saturating_sub(since_boot()).min(LIFE)
     }
@@ -55,12 +55,12 @@ pub struct ReservationStore {
 }
 
 impl ReservationStore {
-    /// The one in the daemon's own directory.
+    /// The file in the daemon's own directory.
     pub fn in_directory(own: &Path) -> Self {
         Self { path: own.join("reservations.json") }
     }
 
-    /// What the daemon before this one had promised; nothing where there is no file.
+    /// The entries of the last daemon; none if there is no file.
     ///
     /// # Errors
     /// It can't be read, or makes no sense.
@@ -72,10 +72,10 @@ impl ReservationStore {
         }
     }
 
-    /// Replaces it as a whole: who is killed in the middle leaves the old one.
+    /// Replaces the file as a whole: a daemon that is killed meanwhile leaves the old one.
     ///
     /// # Errors
-    /// As the system says.
+    /// The file can't be written.
     pub fn write(&self, kept: &[StoredReservation]) -> io::Result<()> {
         if kept.is_empty() {
             return match fs::remove_file(&self.path) {
@@ -88,7 +88,6 @@ impl ReservationStore {
         fs::rename(&new, &self.path)
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }

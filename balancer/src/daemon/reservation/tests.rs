@@ -218,7 +218,7 @@ proptest! {
     }
 }
 
-/// A ledger in which all is there that `web` waits for, until a minute after 100 s.
+/// Reservations in which `web` has all that it asked for, until a minute after 100 s.
 fn promised() -> Reservations {
     let second = Duration::from_secs(1);
     let mut reservations = Reservations::default();

@@ -1,4 +1,4 @@
-//! What clients of the daemon's socket ask for, begun between two rounds.
+//! Commands of clients, started between two rounds.
 
 use tokio::time::Instant;
 use tracing::info;
@@ -11,10 +11,10 @@ use crate::daemon::managed_vm::{ManagedVm, RequestOutcome};
 use crate::daemon::reservation::Taken;
 
 impl Daemon {
-    /// Begins what clients asked for by now. True where a round should follow at once: one for all of them.
+    /// Starts all commands that have come. True if a round should follow at once, one for all of them.
     pub(super) fn start_commands(&mut self, first: Command) -> bool {
         let mut due = self.start_command(first);
-        // However fast they ask, there is an end.
+        // However fast commands come, this ends.
         for _ in 1..COMMANDS {
             let Ok(command) = self.commands.try_recv() else { break };
             due |= self.start_command(command);
@@ -22,19 +22,20 @@ impl Daemon {
         due
     }
 
-    /// When the patience of the next that waits for room ends, which may be long before the next round.
+    /// When the next client that waits for room has waited long enough, which may be long before the next
+    /// round.
     pub(super) fn next_to_give_up(&self) -> Option<Instant> {
         let until = self.reservations.next_to_give_up()?;
         Some(self.began + until.saturating_sub(EPOCH))
     }
 
-    /// Tells those who have waited long enough that there is no room yet.
+    /// Tells clients that have waited long enough that there is no room yet.
     pub(super) fn give_up(&mut self) {
         self.reservations.expire(self.now(), |_| false);
         self.publish();
     }
 
-    /// Begins what a client asked for. True where a round should follow at once.
+    /// Starts one command. True if a round should follow at once.
     fn start_command(&mut self, command: Command) -> bool {
         // Its client knows by now that it failed.
         if command.is_abandoned() {
@@ -47,7 +48,7 @@ impl Daemon {
                     .values()
                     .any(|managed| managed.name == request.name && managed.vm.is_some())
                 {
-                    // Whoever asked may have hung up, here and below.
+                    // The client may have hung up, here and below.
                     let _ = answer.send(Err(ApiError::RunsAlready(request.name)));
                     return false;
                 }

@@ -1,4 +1,4 @@
-//! Carrying out what was decided.
+//! Carries out decisions.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::policy::reason::{Decision, Reason, Rule};
 use crate::policy::{Vcpus, Vm};
 
 impl Daemon {
-    /// Tells those about whom something was decided; gives those that were told.
+    /// Sends decisions to their VMs; returns the VMs.
     pub(super) fn tell(&mut self) -> BTreeSet<u64> {
         let mut told = BTreeSet::new();
         let now = self.now();
@@ -24,7 +24,7 @@ impl Daemon {
                 self.shared.history().decided(&managed.name, reason, Fate::Advised, None);
                 continue;
             }
-            // While an earlier request is under way, the decision is made anew next time.
+            // While an earlier request is under way, the decision has to be made again in the next round.
             let Some(mut driver) = managed.take_driver() else {
                 self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
                 continue;
@@ -34,7 +34,7 @@ impl Daemon {
             if reason.rule.keeps_target() {
                 warn!(vm = managed.name, rule = ?reason.rule, "{}: {reason}", managed.name);
                 if let (Rule::Resume, Some(vm)) = (reason.rule, &mut managed.vm) {
-                    // Until it is known that it does not run, it is charged as if it did.
+                    // It is charged as a running VM from now on, as it may run before the answer comes.
                     vm.observed.vcpus = Vcpus::Run;
                 }
                 self.requests.spawn(async move {
@@ -49,7 +49,7 @@ impl Daemon {
                 continue;
             }
             if let Some(vm) = &mut managed.vm {
-                // Until it is known to be done, the larger of both is what it may hold.
+                // Until the answer comes it may hold the larger of both.
                 vm.observed.target = reason.old.max(reason.new);
             }
             self.requests.spawn(async move {
@@ -60,8 +60,8 @@ impl Daemon {
         told
     }
 
-    /// Names those that the balancer paused and that nobody resumes from now on. They are left so:
-    /// there was no room for them a moment ago, and the next daemon goes on from there.
+    /// Logs the VMs that the balancer paused and that stay paused when it stops. There was no room for them a
+    /// moment ago; the next daemon resumes them.
     pub fn log_who_stays_paused(&self) {
         for managed in self
             .managed_vms
@@ -82,8 +82,8 @@ fn paused_by(vm: Option<&Vm>) -> Option<Pauser> {
     vm.and_then(|vm| vm.observed.vcpus.paused_by())
 }
 
-/// Whether a last resort is the balancer's to carry out: a pause where it was told to and the VM lets
-/// it, and the end of its own pause always.
+/// Whether the balancer carries out a last resort itself: a pause if it is set to and the VM allows it, and
+/// always the end of its own pause.
 fn is_carried_out(reason: &Reason, managed: &ManagedVm, set: LastResort) -> bool {
     match reason.rule {
         Rule::Pause => set == LastResort::Pause && managed.vm.as_ref().is_some_and(|vm| vm.observed.pausable),

@@ -1,4 +1,4 @@
-//! Who is there: slots for VMs that come, and none for those that went.
+//! Keeps the list of managed VMs up to date.
 
 use tracing::{debug, info, warn};
 
@@ -7,7 +7,7 @@ use crate::daemon::discovery::DirectoryWatch;
 use crate::daemon::managed_vm::ManagedVm;
 
 impl Daemon {
-    /// Word of VMs that come and go; `None` where the kernel gives none, which is said.
+    /// A watch for VMs that come and go; `None`, and a line in the log, if the kernel gives none.
     pub(super) fn watch(&mut self) -> Option<DirectoryWatch> {
         match self.discovery.watch() {
             Ok(watch) => {
@@ -27,7 +27,7 @@ impl Daemon {
         }
     }
 
-    /// Finds out who came and who went; with `revive`, tries those again that had ended.
+    /// Finds out which VMs came and went. With `revive`, those that had ended are tried again.
     pub(super) fn rescan(&mut self, revive: bool) {
         let found = match self.discovery.scan(self.now()) {
             Ok(found) => found,

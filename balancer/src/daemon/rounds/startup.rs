@@ -1,4 +1,4 @@
-//! What the daemon says of itself when it starts, and when it goes on with other settings.
+//! What the daemon logs of its settings.
 
 use api::units::Bytes;
 use tracing::{info, warn};
@@ -7,7 +7,7 @@ use super::Daemon;
 use crate::daemon::config::LastResort;
 
 impl Daemon {
-    /// Says what it is about to do, and what is odd about it.
+    /// Logs the settings and what is odd about them.
     pub fn log_settings(&mut self) {
         let budget = self.budget.now(self.host, Bytes::ZERO);
         info!(

@@ -1,4 +1,4 @@
-//! What happens between two rounds, for guests that can't wait for the next.
+//! Urgent rounds between the regular ones, for guests in distress.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,19 +8,19 @@ use tokio::time::Instant;
 
 use super::Daemon;
 
-/// How long answers are waited for where a guest can't wait.
+/// How long an urgent round waits for answers.
 const HURRY: Duration = Duration::from_millis(100);
 
-/// So many of the VMs that wait for memory are looked at in a round between the rounds.
+/// How many of the VMs that wait for memory an urgent round looks at.
 const MOST_LOOKED_AT: usize = 32;
 
-/// While others still pay for what a calling guest is to get, they are looked at this often,
+/// While others still give up memory for a guest in distress, urgent rounds follow at this interval,
 const CHASE_EVERY: Duration = Duration::from_millis(50);
 
-/// and for this long; after that, the rounds have it.
+/// and for this long; after that the regular rounds do.
 const CHASE_FOR: Duration = Duration::from_secs(2);
 
-/// Short rounds that follow a call.
+/// Urgent rounds that are to follow.
 #[derive(Clone, Copy)]
 pub struct FollowUp {
     next: Instant,
@@ -35,10 +35,10 @@ impl FollowUp {
 }
 
 impl Daemon {
-    /// A round between the rounds: for guests that call, and then until others have paid what these are
-    /// to get. Only VMs that have something new to say are asked: those that call, that move, and that
-    /// wait for memory, so that they get what they want by now. A guest in distress may answer late, and
-    /// holds nobody up: what it says then is there at the next look.
+    /// An urgent round: for guests in distress, and then until others have given up what these need. Only VMs
+    /// that may have news are asked: those in distress, those whose memory moves, and those that wait for
+    /// memory. The round does not wait for a guest in distress that answers late; the next one sees its
+    /// answer.
     pub(super) async fn answer(&mut self, urgent: &BTreeSet<u64>) {
         let eager: BTreeSet<u64> = urgent.iter().copied().chain(self.wait_longest()).collect();
         let asked = self.ask(Duration::ZERO, |id, managed| {
@@ -62,8 +62,8 @@ impl Daemon {
         self.follow_up = goes_on.then_some(FollowUp { next: now + CHASE_EVERY, until });
     }
 
-    /// Some of those that wait for memory, from the longest on: on a host that is short of much, to look at
-    /// all of them so often would take its processors too.
+    /// Some of the VMs that wait for memory, the longest waiting first. On a host that is very short, looking
+    /// at all of them so often would take its processors too.
     fn wait_longest(&self) -> impl Iterator<Item = u64> {
         let waiting: BTreeSet<(Duration, u64)> =
             self.waiting.iter().map(|(id, since)| (*since, *id)).collect();

@@ -1,8 +1,7 @@
 //! QEMU's machine protocol over a Unix socket (QEMU, `docs/interop/qmp-spec.rst`).
 //!
-//! One JSON object a line: a greeting, an answer to each command, and events at
-//! any moment. QEMU serves one client at a time; another is let in by the
-//! kernel and waits, without a word, until the first one has gone.
+//! One JSON object a line: a greeting, an answer to each command, and events at any moment. QEMU serves one
+//! client at a time. The kernel connects another one, which then waits until the first has gone.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,13 +10,11 @@ use api::client::{Error, LARGEST_ANSWER, Peer, clean, peer_pid};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::lines::Lines;
-
-/// Events that are kept until somebody looks at them; QEMU holds most of them to one a second.
+/// How many events are kept until they are read; QEMU sends most kinds at most once a second.
 const MOST_EVENTS: usize = 64;
 
 /// QEMU's sentences have fields of their own.
@@ -48,7 +45,7 @@ struct QmpError {
     desc: String,
 }
 
-/// What QEMU says unasked, as far as the balancer minds.
+/// The events of QEMU that matter to the balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The vCPUs stand still.
@@ -77,8 +74,9 @@ impl Event {
 pub struct Qmp {
     socket: PathBuf,
     timeout: Duration,
-    stream: UnixStream,
-    lines: Lines,
+    stream: BufReader<UnixStream>,
+    /// The beginning of a line.
+    line: Vec<u8>,
     greeted: bool,
     next_id: u64,
     events: Vec<Event>,
@@ -96,8 +94,8 @@ impl Qmp {
         Ok(Self {
             socket: socket.to_owned(),
             timeout: within,
-            stream,
-            lines: Lines::default(),
+            stream: BufReader::new(stream),
+            line: Vec::new(),
             greeted: false,
             next_id: 0,
             events: Vec::new(),
@@ -106,11 +104,11 @@ impl Qmp {
 
     /// The process at the other end, as the kernel knows it.
     pub fn pid(&self) -> Option<u32> {
-        peer_pid(&self.stream)
+        peer_pid(self.stream.get_ref())
     }
 
-    /// Waits for QEMU's greeting and begins. May be called again after [`Error::Busy`],
-    /// which is what it comes to while another client is served.
+    /// Waits for QEMU's greeting and begins. May be called again after [`Error::Busy`], which it returns
+    /// while another client is served.
     pub async fn greet(&mut self) -> Result<(), Error> {
         if self.greeted {
             return Ok(());
@@ -143,7 +141,7 @@ impl Qmp {
         serde_json::from_value(answer).map_err(|error| self.nonsense(command, &error.to_string()))
     }
 
-    /// What QEMU said unasked since the last call.
+    /// The events since the last call.
     pub fn events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
     }
@@ -162,7 +160,8 @@ impl Qmp {
         self.next_id += 1;
         let id = self.next_id;
         let line = format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": id }));
-        self.stream.write_all(line.as_bytes()).await.map_err(|error| self.hung_up(command, &error))?;
+        let sent = self.stream.get_mut().write_all(line.as_bytes()).await;
+        sent.map_err(|error| self.hung_up(command, &error))?;
         let message = self.next(command).await?;
         if message.id != Some(id) {
             return Err(self.nonsense(command, "an answer to another question"));
@@ -180,28 +179,28 @@ impl Qmp {
 
     /// The next line that is no event. However many events come first, the bytes are bounded.
     async fn next(&mut self, request: &str) -> Result<Message, Error> {
-        let mut buffer = [0; 4096];
-        let mut read = 0;
+        let mut left = LARGEST_ANSWER;
         loop {
-            while let Some(line) = self.lines.pop() {
-                let message: Message = serde_json::from_slice(&line)
-                    .map_err(|error| self.nonsense(request, &error.to_string()))?;
-                let Some(event) = message.event else { return Ok(message) };
-                if let Some(event) = Event::named(&event)
-                    && self.events.len() < MOST_EVENTS
-                {
-                    self.events.push(event);
-                }
+            // What has come of a line stays here if this is called again after the time limit.
+            let length = (&mut self.stream).take(left as u64).read_until(b'\n', &mut self.line).await;
+            left = left.saturating_sub(length.map_err(|error| self.hung_up(request, &error))?);
+            if !self.line.ends_with(b"\n") {
+                return Err(match left {
+                    0 => self.nonsense(request, &format!("more than {LARGEST_ANSWER} bytes")),
+                    _ => self.hung_up(request, &std::io::ErrorKind::UnexpectedEof.into()),
+                });
             }
-            let length =
-                self.stream.read(&mut buffer).await.map_err(|error| self.hung_up(request, &error))?;
-            if length == 0 {
-                return Err(self.hung_up(request, &std::io::ErrorKind::UnexpectedEof.into()));
+            let line = std::mem::take(&mut self.line);
+            if line.trim_ascii().is_empty() {
+                continue;
             }
-            read += length;
-            let taken = self.lines.push(buffer.get(..length).unwrap_or_default());
-            if taken.is_err() || read > LARGEST_ANSWER {
-                return Err(self.nonsense(request, &format!("more than {LARGEST_ANSWER} bytes")));
+            let message: Message =
+                serde_json::from_slice(&line).map_err(|error| self.nonsense(request, &error.to_string()))?;
+            let Some(event) = message.event else { return Ok(message) };
+            if let Some(event) = Event::named(&event)
+                && self.events.len() < MOST_EVENTS
+            {
+                self.events.push(event);
             }
         }
     }
