@@ -256,7 +256,7 @@ impl Emulator {
             // The emulator dies with the thread that started it, and inherits its processors.
             scope.spawn(|| self.emulate(command, &cores, booting, &stopped)).join()
         });
-        let (ended, said) = ran.unwrap_or_else(|_| Err(Error::Stopped))?;
+        let (ended, said) = ran.unwrap_or(Err(Error::Stopped))?;
         // A terminal's Ctrl-C ends the emulator as well.
         if stopped() {
             return Err(Error::Stopped);

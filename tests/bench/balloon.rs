@@ -78,7 +78,7 @@ fn by_ballast(init_on_alloc: bool) -> Result<[Step; 3]> {
     let arguments = ["--no-free-page-reporting"];
     let cmdline = cmdline(init_on_alloc);
     let mut vm = guest(&images()?, "1G,min=128M", &cmdline, Transport::Mmio, &arguments).start();
-    by_balloon("balloon", init_on_alloc, &mut vm, |vm| Memory::of(vm))
+    by_balloon("balloon", init_on_alloc, &mut vm, Memory::of)
 }
 
 fn by_qemu(init_on_alloc: bool) -> Result<()> {

@@ -24,8 +24,8 @@ const MOUNTS: &[(&str, &str)] = &[
 /// # Errors
 /// The first one that failed; the rest is mounted all the same.
 pub fn mount_all() -> io::Result<()> {
-    let all = MOUNTS.iter().map(|(kind, place)| mount(kind, place));
-    all.fold(Ok(()), |first, mounted| first.and(mounted))
+    let failed: Vec<_> = MOUNTS.iter().filter_map(|(kind, place)| mount(kind, place).err()).collect();
+    failed.into_iter().next().map_or(Ok(()), Err)
 }
 
 /// Mounts a file system that takes no source.

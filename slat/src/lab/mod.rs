@@ -128,7 +128,7 @@ impl Visit {
         };
         thread::scope(|scope| {
             for _ in 0..self.jobs.max(1) {
-                scope.spawn(&work);
+                scope.spawn(work);
             }
         });
         let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
