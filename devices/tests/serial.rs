@@ -21,6 +21,9 @@ const INTERRUPT_ENABLE: u16 = 1;
 const MODEM_CONTROL: u16 = 4;
 const LINE_STATUS: u16 = 5;
 const RECEIVED: u8 = 1;
+const TRANSMITTER: u8 = 2;
+const INTERRUPT_IDENTIFICATION: u16 = 2;
+const TRANSMITTER_EMPTY: u8 = 2;
 const DATA_READY: u8 = 1;
 const RTS: u8 = 2;
 const LOOPBACK: u8 = 0x10;
@@ -83,6 +86,17 @@ fn a_line_goes_out_together_and_a_prompt_soon() {
     assert_eq!(chunks.concat(), texts.concat().as_bytes());
     // Three, unless the host is busy.
     assert!(chunks.len() < 10, "{chunks:?}");
+}
+
+/// As where another program has written the registers behind the driver's back.
+#[test]
+fn a_driver_that_enables_the_transmitters_interrupt_anew_is_interrupted_anew() {
+    let (port, irq) = port(FirstReader::Present);
+    for round in 0..3 {
+        write(&port, INTERRUPT_ENABLE, TRANSMITTER);
+        assert!(irq.read().is_ok(), "in round {round}");
+        assert_eq!(read(&port, INTERRUPT_IDENTIFICATION), TRANSMITTER_EMPTY);
+    }
 }
 
 #[test]

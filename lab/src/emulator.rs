@@ -263,8 +263,10 @@ impl Emulator {
         }
         let read = |name| String::from_utf8_lossy(&fs::read(at(name)).unwrap_or_default()).into_owned();
         let log = read("kernel.log") + &read("errors");
-        let results = Results(results::read(&fs::read(at("results")).unwrap_or_default()));
+        let mut results = Results(results::read(&fs::read(at("results")).unwrap_or_default()));
         let code = results.get(EXIT_CODE).and_then(|code| str::from_utf8(code).ok()?.parse().ok());
+        // The lab's own, and no file of the program.
+        results.0.retain(|(name, _)| name != EXIT_CODE);
         let code = code.ok_or_else(|| {
             let how = match ended {
                 Ended::ByItself(status) => format!("the emulated host ended ({status})"),

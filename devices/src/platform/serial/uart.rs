@@ -220,10 +220,10 @@ impl Uart {
             IER if self.is_divisor() => self.divisor[1] = value,
             DATA => self.transmit(value, now),
             IER => {
-                let enabled = value & !self.interrupt_enable;
                 self.interrupt_enable = value & IER_BITS;
-                // It is empty, or soon will be.
-                self.transmitter_news |= enabled & IER_TRANSMITTER != 0;
+                // It is empty, or soon will be. Told also where the bit stood already: a driver that believes it
+                // is off, as another program has written the register, waits for this interrupt.
+                self.transmitter_news |= self.enables(IER_TRANSMITTER);
             }
             FCR => self.fifos = value & FCR_ENABLE != 0,
             LCR => self.line_control = value,
