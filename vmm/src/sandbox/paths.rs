@@ -19,6 +19,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap};
 /// Where they lie: above what the kernel keeps free (`vm.mmap_min_addr`), and below where it puts anything.
 const START: usize = 1 << 20;
 
+/// x86-64's smallest page. Not asked of rustix, which reads `/proc/self/auxv` for it, and that is closed by now.
+const PAGE: usize = 4096;
+
 /// Paths that can't be changed.
 #[derive(Debug)]
 pub(super) struct Kept {
@@ -54,7 +57,7 @@ pub(super) fn keep(paths: &[PathBuf]) -> io::Result<&'static Kept> {
     let mut kept = Kept { paths: Vec::new(), end: START };
     if !text.is_empty() {
         let mut rest = map(&text)?;
-        kept.end = START + text.len().next_multiple_of(rustix::param::page_size());
+        kept.end = START + text.len().next_multiple_of(PAGE);
         while let Ok(path) = CStr::from_bytes_until_nul(rest) {
             kept.paths.push(path);
             rest = rest.get(path.to_bytes_with_nul().len()..).unwrap_or_default();
