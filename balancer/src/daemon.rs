@@ -24,6 +24,7 @@ mod response_times;
 mod rounds;
 mod server;
 mod shared;
+pub mod signals;
 mod state;
 mod subscriptions;
 mod timings;
@@ -39,7 +40,7 @@ use api::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::info;
@@ -56,6 +57,7 @@ use self::reload::Reread;
 use self::rounds::Daemon;
 use self::server::Api;
 use self::shared::Shared;
+use self::signals::Inherited;
 use crate::host::{HostError, HostReader};
 
 /// The daemon's own place in the runtime directory, which no VM's socket can be.
@@ -112,21 +114,6 @@ pub fn socket_in(directory: &Path) -> PathBuf {
     own_directory(directory).join("balancer.sock")
 }
 
-/// Ends when the process is asked to: SIGTERM, or Ctrl-C on the terminal.
-///
-/// # Errors
-/// Where the kernel allows no handlers.
-pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-}
-
 /// Balances the VMs of one directory until `shutdown` ends. VMs keep what they have then.
 ///
 /// Needs a tokio runtime with I/O and time; one thread is enough.
@@ -156,6 +143,8 @@ async fn start(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), DaemonError> {
     config.validate()?;
+    // Whoever finds its socket may send one, which must not end it, though the rounds take them up later.
+    let _hangup = reread.is_some().then(|| Inherited::take(SignalKind::hangup()));
     allow_connections();
     let directory = prepare(&config)?;
     let lock = lock(&directory)?;

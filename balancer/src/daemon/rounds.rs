@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use api::units::Bytes;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
@@ -32,6 +32,7 @@ use super::own_directory;
 use super::reload::{Reread, reload};
 use super::reservation::{Process, Reservations};
 use super::shared::Shared;
+use super::signals::Inherited;
 use super::state::{HostView, State};
 use super::subscriptions::EventSubscriptions;
 use crate::driver::{Driver, Error};
@@ -157,7 +158,7 @@ impl Daemon {
     /// Round after round, for ever.
     pub async fn balance(&mut self) {
         let mut ticks = rhythm(self.tick);
-        let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
+        let mut hangup = self.reread.is_some().then(|| Inherited::take(SignalKind::hangup()).ok()).flatten();
         let mut rescans = rhythm(RESCAN);
         // The first scan is made below, before anything else.
         rescans.reset();
@@ -475,9 +476,9 @@ fn rhythm(tick: Duration) -> Interval {
 }
 
 /// The signal; never, where nobody waits for it.
-async fn heard(signal: &mut Option<Signal>) {
+async fn heard(signal: &mut Option<Inherited>) {
     match signal {
-        Some(signal) => drop(signal.recv().await),
+        Some(signal) => signal.received().await,
         None => std::future::pending().await,
     }
 }
