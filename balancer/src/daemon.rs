@@ -36,9 +36,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use api::client::raise_descriptor_limit;
 use api::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
@@ -145,7 +145,7 @@ async fn start(
     config.validate()?;
     // Whoever finds its socket may send one, which must not end it, though the rounds take them up later.
     let _hangup = reread.is_some().then(|| Inherited::take(SignalKind::hangup()));
-    allow_connections();
+    raise_descriptor_limit();
     let directory = prepare(&config)?;
     let lock = lock(&directory)?;
     let host = HostReader::new(&config.sources).memory()?;
@@ -169,20 +169,13 @@ async fn start(
     Ok(())
 }
 
-/// Each VM is one connection, and one of ballast's another on which its guest calls: takes as many as
-/// the hard limit allows, as 1024, the usual soft limit, is too few.
-fn allow_connections() {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // Without it some VMs are not answered, which is said for each.
-    if current != maximum {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
-    }
-}
-
 /// Makes the directories.
 fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
     let directory = match &config.directory {
-        Some(directory) => directory.clone(),
+        Some(directory) => {
+            runtime::create_private(directory)?;
+            directory.clone()
+        }
         None => runtime::create_directory()?,
     };
     let own = own_directory(&directory);

@@ -76,6 +76,7 @@ pub struct Daemon {
     over: LogLimiter,
     read_log: LogLimiter,
     watch_log: LogLimiter,
+    descriptor_log: LogLimiter,
     /// Whether anything was ever decided.
     decided: bool,
     rounds: u64,
@@ -132,6 +133,7 @@ impl Daemon {
             over: LogLimiter::default(),
             read_log: LogLimiter::default(),
             watch_log: LogLimiter::default(),
+            descriptor_log: LogLimiter::default(),
             decided: false,
             rounds: 0,
             rounds_over_budget: 0,

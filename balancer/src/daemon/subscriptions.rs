@@ -53,6 +53,21 @@ impl EventSubscriptions {
         self.subscriptions.insert(id, Subscription { task, answered: None });
     }
 
+    /// Whether `id` is heard.
+    pub fn hears(&self, id: u64) -> bool {
+        self.subscriptions.contains_key(&id)
+    }
+
+    /// How many are heard.
+    pub fn len(&self) -> usize {
+        self.subscriptions.len()
+    }
+
+    /// Hears no more than `most` from now on: those that came first.
+    pub fn keep_at_most(&mut self, most: usize) {
+        while self.subscriptions.len() > most && self.subscriptions.pop_last().is_some() {}
+    }
+
     /// Hears only those from now on whom `stays` names.
     pub fn retain(&mut self, stays: impl Fn(u64) -> bool) {
         self.subscriptions.retain(|id, _| stays(*id));

@@ -1,11 +1,13 @@
 //! What a driver adds to the little that another VMM tells, and keeps for it.
 
+use std::io;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::limits::{Limits, Wanted};
 use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use api::units::Bytes;
-use tokio::task::spawn_blocking;
+use tokio::sync::oneshot;
 
 use super::statistics::Age;
 use super::{Status, process};
@@ -76,14 +78,26 @@ impl VmmProcess {
     pub async fn held(&mut self, has: Bytes) -> Option<VmmMemory> {
         if self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_AGAIN) {
             let pid = self.pid;
-            let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
-            // Another user's mappings can't be read; then all of it counts as the guest's.
-            self.vmm_own = look.await.ok().flatten().unwrap_or_default();
+            // Where there is no thread for it, what was seen last stays until the next look.
+            if let Ok(looked) = in_thread(move || process::vmm_own(pid, has.min(GUEST_MEMORY))) {
+                // Another user's mappings can't be read; then all of it counts as the guest's.
+                self.vmm_own = looked.await.ok().flatten().unwrap_or_default();
+            }
             self.looked = Some(Instant::now());
         }
         let all = process::resident(self.pid)?;
         Some(VmmMemory { guest: all.saturating_sub(self.vmm_own), vmm_own: self.vmm_own.min(all) })
     }
+}
+
+/// Does what blocks in a thread of its own. tokio's would panic where the kernel gives none.
+fn in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<oneshot::Receiver<T>> {
+    let (sender, receiver) = oneshot::channel();
+    // Nobody may be left to hear it.
+    Builder::new().name("look".to_owned()).spawn(move || drop(sender.send(work())))?;
+    Ok(receiver)
 }
 
 /// What a VMM told in its own words.
@@ -158,5 +172,38 @@ impl ForeignVm {
         let pid = self.pid();
         let uptime = self.process.and_then(|process| process.age());
         Box::new(Status { pid, uptime, overhead: held.unwrap_or_default().vmm_own, memory })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::process::{Resource, Rlimit, setrlimit};
+
+    use super::*;
+
+    #[tokio::test]
+    #[ignore = "the next test runs it, in a process of its own"]
+    async fn looked_at_without_a_thread() {
+        let own = std::process::id();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        let size: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
+        // Room for some heap, and not for a stack.
+        let limit = Some((size + 1024) << 10);
+        setrlimit(Resource::As, Rlimit { current: limit, maximum: limit }).unwrap();
+        assert!(Builder::new().spawn(|| ()).is_err(), "there are threads to be had");
+        let held = VmmProcess::new(own).held(Bytes::gib(1)).await.unwrap();
+        assert!(held.guest > Bytes::mib(1) && held.vmm_own == Bytes::ZERO);
+    }
+
+    #[test]
+    fn no_thread_to_be_had_ends_nothing() {
+        let test = "driver::foreign_vm::tests::looked_at_without_a_thread";
+        let mut alone = Command::new(std::env::current_exe().unwrap());
+        let output = alone.args(["--ignored", "--exact", test, "--test-threads=1"]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     }
 }
