@@ -11,6 +11,7 @@ mod vm;
 
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 
 pub use self::error::{Error, clean};
@@ -44,6 +45,16 @@ pub static BALLAST: Peer = Peer {
     where_to_look: "; `ballast ps` lists those that run",
     should_be: "is it a ballast VM of this version?",
 };
+
+/// Takes as many descriptors as the hard limit allows: who speaks to many VMs needs one or two for each, and
+/// 1024, the usual soft limit, is too few.
+pub fn raise_descriptor_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    // Without it some VMs are not asked, which is said for each.
+    if current != maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+}
 
 /// The body of every refusal.
 #[derive(Deserialize)]

@@ -7,5 +7,6 @@ pub mod limits;
 pub mod metrics;
 pub mod report;
 pub mod runtime;
+pub mod signals;
 pub mod status;
 pub mod units;

@@ -21,6 +21,9 @@ pub const LONGEST_NAME: usize = 63;
 /// The longest path that a Unix socket's address takes, less the final NUL (unix(7)).
 const LONGEST_SOCKET_PATH: usize = 107;
 
+/// The longest runtime directory, in bytes: the balancer's socket in it is `/balancer/balancer.sock`.
+const LONGEST_DIRECTORY: usize = LONGEST_SOCKET_PATH - "/balancer/balancer.sock".len();
+
 const EXTENSION: &str = "sock";
 
 /// Why there is no directory or no socket for a VM.
@@ -67,6 +70,12 @@ pub enum RuntimeError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The balancer's socket would have no place in it.
+    #[error(
+        "the runtime directory {} is longer than the {LONGEST_DIRECTORY} bytes that leave room for sockets: \
+         choose a shorter one ({DIRECTORY_VARIABLE})", .0.display()
+    )]
+    DirectoryTooLong(PathBuf),
     /// Not a name that a VM may have.
     #[error("`{0}` is not a VM's name: use 1 to {LONGEST_NAME} of a-z, 0-9 and -, not beginning with -")]
     Name(String),
@@ -84,14 +93,21 @@ pub enum RuntimeError {
 /// `$XDG_RUNTIME_DIR/ballast` or `/run/user/UID/ballast` for everybody else.
 ///
 /// # Errors
-/// [`RuntimeError::NoDirectory`] or [`RuntimeError::Relative`].
+/// [`RuntimeError::NoDirectory`], [`RuntimeError::Relative`] or [`RuntimeError::DirectoryTooLong`].
 pub fn directory() -> Result<PathBuf, RuntimeError> {
-    directory_of(
+    let path = directory_of(
         rustix::process::geteuid().as_raw(),
         env::var_os(DIRECTORY_VARIABLE),
         env::var_os("XDG_RUNTIME_DIR"),
         Path::new("/run/user"),
-    )
+    )?;
+    check_length(&path)?;
+    Ok(path)
+}
+
+fn check_length(path: &Path) -> Result<(), RuntimeError> {
+    let fits = path.as_os_str().as_bytes().len() <= LONGEST_DIRECTORY;
+    if fits { Ok(()) } else { Err(RuntimeError::DirectoryTooLong(path.to_owned())) }
 }
 
 fn directory_of(
@@ -136,7 +152,12 @@ pub fn create_directory() -> Result<PathBuf, RuntimeError> {
     Ok(path)
 }
 
-fn create_private(path: &Path) -> Result<(), RuntimeError> {
+/// As [`create_directory`], for a directory of one's own choice.
+///
+/// # Errors
+/// When it is too long for sockets or can't be made, or others can write in it.
+pub fn create_private(path: &Path) -> Result<(), RuntimeError> {
+    check_length(path)?;
     let io = |source| RuntimeError::Io { path: path.to_owned(), source };
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
     let metadata = fs::metadata(path).map_err(io)?;
@@ -246,6 +267,13 @@ mod tests {
         let found = directory_of(1000, None, None, sessions.path()).unwrap();
         assert_eq!(found, sessions.path().join("1000/ballast"));
         assert!(directory_of(1000, os("vms"), None, sessions.path()).is_err());
+    }
+
+    #[test]
+    fn a_directory_without_room_for_sockets_is_refused_with_the_limit() {
+        assert!(check_length(Path::new(&format!("/{}", "d".repeat(83)))).is_ok());
+        let error = check_length(Path::new(&format!("/{}", "d".repeat(84)))).unwrap_err();
+        assert!(error.to_string().contains("84 bytes"), "{error}");
     }
 
     #[test]

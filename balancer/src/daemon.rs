@@ -23,6 +23,7 @@ mod response_times;
 mod rounds;
 mod server;
 mod shared;
+pub mod signals;
 mod state;
 mod subscriptions;
 mod timings;
@@ -34,11 +35,11 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use api::client::raise_descriptor_limit;
 use api::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::info;
@@ -55,6 +56,7 @@ use self::reload::Reread;
 use self::rounds::Daemon;
 use self::server::Api;
 use self::shared::Shared;
+use self::signals::Inherited;
 use crate::host::{HostError, HostReader};
 
 /// The daemon's directory within the runtime directory; no VM's socket has this name.
@@ -111,21 +113,6 @@ pub fn socket_in(directory: &Path) -> PathBuf {
     own_directory(directory).join("balancer.sock")
 }
 
-/// Ends when the process is asked to: SIGTERM, or Ctrl-C on the terminal.
-///
-/// # Errors
-/// The kernel allows no handlers.
-pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
-}
-
 /// Balances the VMs of one directory until `shutdown` ends. VMs keep what they have then.
 ///
 /// Needs a tokio runtime with I/O and time; one thread is enough.
@@ -155,7 +142,9 @@ async fn start(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), DaemonError> {
     config.validate()?;
-    allow_connections();
+    // Whoever finds its socket may send one, which must not end it, though the rounds take them up later.
+    let _hangup = reread.is_some().then(|| Inherited::take(SignalKind::hangup()));
+    raise_descriptor_limit();
     let directory = prepare(&config)?;
     let lock = lock(&directory)?;
     let host = HostReader::new(&config.sources).memory()?;
@@ -179,19 +168,13 @@ async fn start(
     Ok(())
 }
 
-/// Raises the limit of open files to the hard limit. Each VM takes one connection, and each of ballast's VMs
-/// another one for events: the usual soft limit of 1024 is too low.
-fn allow_connections() {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // Without it some VMs get no connection, and the log names them.
-    if current != maximum {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
-    }
-}
-
+/// Makes the directories.
 fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
     let directory = match &config.directory {
-        Some(directory) => directory.clone(),
+        Some(directory) => {
+            runtime::create_private(directory)?;
+            directory.clone()
+        }
         None => runtime::create_directory()?,
     };
     let own = own_directory(&directory);

@@ -85,7 +85,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let config = args.config().map_err(DaemonError::from)?;
     let args = args.clone();
     client::block_on(async {
-        let stop = daemon::stop_signal().map_err(Failure::new)?;
+        let stop = daemon::signals::stop_signal().map_err(Failure::new)?;
         Ok(daemon::run_with(config, move || args.config(), stop).await?)
     })
 }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use api::client::Client;
 pub use api::client::Error;
+use api::client::{Client, raise_descriptor_limit};
 use api::runtime;
 
 use crate::failure::Failure;
@@ -32,6 +32,7 @@ fn unknown(name: &str, socket: &Path) -> String {
 /// # Errors
 /// What `work` returns, or that the kernel gave no event loop.
 pub fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|error| Failure::new(format!("cannot start an event loop: {error}")))?.block_on(work)
 }

@@ -106,7 +106,7 @@ impl From<client::Error> for Failure {
 /// What clap has to say: help and version on standard output, mistakes on standard error.
 pub fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
-        error.exit();
+        return error.print().map_or_else(|error| Failure::from(error).tell(), |()| ExitCode::SUCCESS);
     }
     let text = error.render().to_string();
     match text.strip_prefix("error: ") {

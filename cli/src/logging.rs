@@ -11,6 +11,7 @@ use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::EnvFilter;
 
 use crate::sentence;
+use crate::standard_error::{self, LogWriter};
 
 /// The variable that says what is logged, as tracing's filters are written.
 const VARIABLE: &str = "BALLAST_LOG";
@@ -31,8 +32,10 @@ impl Options {
             _ => "trace",
         };
         let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
-        let log =
-            tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+        standard_error::open();
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(LogWriter).with_target(false);
+        // Its own errors would go where it could not write.
+        let log = log.log_internal_errors(false);
         log.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init();
     }
 
@@ -43,6 +46,7 @@ impl Options {
         if self.verbose > 0 || env::var_os(VARIABLE).is_some() {
             return self.start();
         }
+        standard_error::open();
         // Only a second call could fail.
         let _ = tracing::subscriber::set_global_default(Sentences);
     }
@@ -63,7 +67,7 @@ impl Subscriber for Sentences {
     fn event(&self, event: &Event<'_>) {
         let mut sentence = Sentence(String::new());
         event.record(&mut sentence);
-        sentence::say(sentence.0);
+        sentence::log(sentence.0);
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {

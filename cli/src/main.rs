@@ -23,6 +23,7 @@ mod run;
 mod sentence;
 mod sim;
 mod slat;
+mod standard_error;
 mod stop;
 mod table;
 mod top;

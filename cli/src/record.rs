@@ -100,7 +100,7 @@ async fn take(
     recording: &mut Recording,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    let stop = daemon::stop_signal().map_err(Failure::new)?;
+    let stop = daemon::signals::stop_signal().map_err(Failure::new)?;
     tokio::pin!(stop);
     let begun = Instant::now();
     let length = args.length.unwrap_or(Duration::from_secs(LONGEST));

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use api::signals::is_ignored;
 use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use sim::faults::Fault;
@@ -20,7 +21,7 @@ use sim::world::WARM_UP;
 use sim::{Grow, Reports, Setup, SimulatedHost, Speeds, plot, recorded};
 
 use crate::failure::Failure;
-use crate::output;
+use crate::{output, sentence};
 
 /// The most VMs that are simulated at once.
 const MOST_VMS: usize = 10_000;
@@ -260,7 +261,11 @@ fn speeds(path: &Path) -> Result<Speeds, Failure> {
 fn stopped_by_user() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let set = Arc::clone(&stop);
-    thread::spawn(move || {
+    if is_ignored(libc::SIGINT) {
+        return stop;
+    }
+    // Without a thread Ctrl-C does what it does by default.
+    let waiting = thread::Builder::new().spawn(move || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
         if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
             set.store(true, Ordering::Relaxed);
@@ -269,6 +274,7 @@ fn stopped_by_user() -> Arc<AtomicBool> {
             std::process::exit(130);
         }
     });
+    drop(waiting);
     stop
 }
 
@@ -308,7 +314,7 @@ fn draw(
         drawn.push(path);
     }
     for path in drawn {
-        eprintln!("drew {}", path.display());
+        sentence::progress(format_args!("drew {}", path.display()));
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use api::signals::is_ignored;
 use vmm_sys_util::signal::register_signal_handler;
 
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -10,9 +11,11 @@ extern "C" fn note(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void
     STOP.store(true, Ordering::SeqCst);
 }
 
-/// A flag that SIGINT, SIGTERM and SIGHUP (a terminal that closes) set from now on.
+/// A flag that SIGINT, SIGTERM and SIGHUP (a terminal that closes) set from now on, but for those that this
+/// process was started to ignore.
 pub fn flag() -> &'static AtomicBool {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+    let taken = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter(|&signal| !is_ignored(signal));
+    for signal in taken {
         // Fails only for signals that nobody may catch; these may be.
         let _ = register_signal_handler(signal, note);
     }

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -241,7 +241,9 @@ impl Drop for Reloaded<'_> {
             return;
         }
         if let Err(error) = self.switch.restore() {
-            eprintln!("ballast: {error}; put the module back by hand: {}", self.switch.rescue());
+            let rescue = self.switch.rescue();
+            // A panic here would hide what is worse.
+            let _ = writeln!(io::stderr(), "ballast: {error}; put the module back by hand: {rescue}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use api::signals::is_ignored;
 use api::status::Pauser;
 use devices::events::Subscriber;
 use event_manager::{EventOps, EventSet, Events, Result as EventResult};
@@ -22,8 +23,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals away from their default effect. To be called before other threads
-    /// are started: they inherit it.
+    /// Takes the signals away from their default effect, but for those that this process was started to
+    /// ignore. To be called before other threads are started: they inherit it.
     ///
     /// # Errors
     /// When the kernel gives no descriptor.
@@ -33,7 +34,7 @@ impl Signals {
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             let mut set = set.assume_init();
-            for signal in ENDING {
+            for signal in ENDING.into_iter().filter(|&signal| !is_ignored(signal)) {
                 libc::sigaddset(&mut set, signal);
             }
             let error = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
@@ -94,5 +95,31 @@ impl Subscriber for Signals {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_parent_ignored_is_left_ignored() {
+        let control = Arc::new(Control::new(
+            "web".parse().expect("a name"),
+            "1".parse().expect("a number of vCPUs"),
+            "256M".parse().expect("limits"),
+        ));
+        // SAFETY: no handler is set.
+        let before = unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        let _signals = Signals::take(&control).expect("signals as events");
+        let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: nothing is changed of the mask, which fills `mask`; then it is only read.
+        let blocked = [libc::SIGHUP, libc::SIGTERM].map(|signal| unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), mask.as_mut_ptr());
+            libc::sigismember(mask.as_ptr(), signal)
+        });
+        // SAFETY: as it was.
+        unsafe { libc::signal(libc::SIGHUP, before) };
+        assert_eq!(blocked, [0, 1]);
     }
 }

@@ -4,6 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::Peer;
 
 /// The longest text from a VM that is passed on in an error, in characters.
@@ -25,6 +27,16 @@ pub enum Error {
     NotAllowed {
         /// The socket.
         socket: PathBuf,
+    },
+    /// No connection could be made, for a reason that lies on this side.
+    #[error("this process could not ask the VM at {} for {request}: {cause}", .socket.display())]
+    Unable {
+        /// The socket.
+        socket: PathBuf,
+        /// What was to be asked.
+        request: String,
+        /// What the kernel said, and what to do.
+        cause: String,
     },
     /// No answer in time.
     #[error(
@@ -94,7 +106,10 @@ impl Error {
             io::ErrorKind::WouldBlock => {
                 Self::NotAnswering { socket, request: request.to_owned(), within: Duration::ZERO }
             }
-            _ => Self::HungUp { socket, request: request.to_owned(), cause: error.to_string() },
+            io::ErrorKind::ConnectionReset => {
+                Self::HungUp { socket, request: request.to_owned(), cause: error.to_string() }
+            }
+            _ => Self::Unable { socket, request: request.to_owned(), cause: own_trouble(error) },
         }
     }
 
@@ -108,12 +123,22 @@ impl Error {
         match self {
             Self::NoSuchVm { .. } => "gone",
             Self::NotAllowed { .. } => "not-allowed",
+            Self::Unable { .. } => "unable",
             Self::NotAnswering { .. } => "not-answering",
             Self::HungUp { .. } => "hung-up",
             Self::Nonsense { .. } => "nonsense",
             Self::Busy { .. } => "busy",
             Self::Refused { .. } => "refused",
         }
+    }
+}
+
+fn own_trouble(error: &io::Error) -> String {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE) => {
+            format!("{error}; raise how many descriptors a process may have (`ulimit -n`, LimitNOFILE=)")
+        }
+        _ => error.to_string(),
     }
 }
 
@@ -125,6 +150,21 @@ pub fn clean(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn trouble_of_ones_own_is_not_told_as_the_vms() {
+        let error = |errno: Errno| {
+            let error = io::Error::from(errno);
+            Error::unreachable(&super::super::BALLAST, Path::new("/x.sock"), "GET /vm", &error)
+        };
+        for own in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS, Errno::INVAL, Errno::NAMETOOLONG]
+        {
+            assert_eq!(error(own).word(), "unable", "{own}");
+        }
+        assert!(error(Errno::MFILE).to_string().contains("ulimit -n"));
+        assert_eq!(error(Errno::CONNREFUSED).word(), "gone");
+        assert_eq!(error(Errno::CONNRESET).word(), "hung-up");
+    }
 
     #[test]
     fn text_from_a_vm_cannot_drive_a_terminal() {

@@ -59,6 +59,9 @@ impl From<client::Error> for Error {
             }
             client::Error::Refused { error, .. } => Self::Refused(error),
             error @ client::Error::Busy { .. } => Self::Failed(error.to_string()),
+            client::Error::Unable { cause, .. } => {
+                Self::Failed(format!("this process could not ask it: {cause}"))
+            }
             client::Error::NotAllowed { socket } => Self::Failed(format!(
                 "not allowed to connect to {}: run as the user who runs it, or as root",
                 socket.display()

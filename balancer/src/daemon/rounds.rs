@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use api::units::Bytes;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
@@ -32,6 +32,7 @@ use super::own_directory;
 use super::reload::{Reread, reload};
 use super::reservation::{Process, Reservations};
 use super::shared::Shared;
+use super::signals::Inherited;
 use super::state::{HostView, State};
 use super::subscriptions::EventSubscriptions;
 use crate::driver::{Driver, Error};
@@ -75,6 +76,7 @@ pub struct Daemon {
     over: LogLimiter,
     read_log: LogLimiter,
     watch_log: LogLimiter,
+    descriptor_log: LogLimiter,
     /// A first decision was made.
     decided: bool,
     rounds: u64,
@@ -131,6 +133,7 @@ impl Daemon {
             over: LogLimiter::default(),
             read_log: LogLimiter::default(),
             watch_log: LogLimiter::default(),
+            descriptor_log: LogLimiter::default(),
             decided: false,
             rounds: 0,
             rounds_over_budget: 0,
@@ -157,7 +160,7 @@ impl Daemon {
     /// Makes rounds for ever.
     pub async fn balance(&mut self) {
         let mut ticks = rhythm(self.tick);
-        let mut hangup = self.reread.is_some().then(|| signal(SignalKind::hangup()).ok()).flatten();
+        let mut hangup = self.reread.is_some().then(|| Inherited::take(SignalKind::hangup()).ok()).flatten();
         let mut rescans = rhythm(RESCAN);
         // The first scan is made below, before anything else.
         rescans.reset();
@@ -475,9 +478,9 @@ fn rhythm(tick: Duration) -> Interval {
 }
 
 /// Waits for the signal, or for ever if there is none.
-async fn heard(signal: &mut Option<Signal>) {
+async fn heard(signal: &mut Option<Inherited>) {
     match signal {
-        Some(signal) => drop(signal.recv().await),
+        Some(signal) => signal.received().await,
         None => std::future::pending().await,
     }
 }

@@ -53,6 +53,21 @@ impl EventSubscriptions {
         self.subscriptions.insert(id, Subscription { task, answered: None });
     }
 
+    /// Whether `id` is heard.
+    pub fn hears(&self, id: u64) -> bool {
+        self.subscriptions.contains_key(&id)
+    }
+
+    /// How many are heard.
+    pub fn len(&self) -> usize {
+        self.subscriptions.len()
+    }
+
+    /// Keeps the `most` subscriptions that came first.
+    pub fn keep_at_most(&mut self, most: usize) {
+        while self.subscriptions.len() > most && self.subscriptions.pop_last().is_some() {}
+    }
+
     /// Ends the subscriptions to all other VMs than those that `stays` names.
     pub fn retain(&mut self, stays: impl Fn(u64) -> bool) {
         self.subscriptions.retain(|id, _| stays(*id));

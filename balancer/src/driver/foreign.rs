@@ -2,12 +2,14 @@
 //! its VMM does not tell.
 
 use std::future::Future;
+use std::io;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::limits::{Limits, Wanted};
 use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use api::units::Bytes;
-use tokio::task::spawn_blocking;
+use tokio::sync::oneshot;
 
 use super::statistics::Age;
 use super::{Answer, Driver, Error, Status, process};
@@ -60,6 +62,16 @@ impl<V: ForeignDriver> Driver for V {
     fn configure(&mut self, memory: Option<Wanted>) {
         self.vm().wanted = memory;
     }
+}
+
+/// Does what blocks in a thread of its own. tokio's would panic where the kernel gives none.
+fn in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<oneshot::Receiver<T>> {
+    let (sender, receiver) = oneshot::channel();
+    // Nobody may be left to hear it.
+    Builder::new().name("look".to_owned()).spawn(move || drop(sender.send(work())))?;
+    Ok(receiver)
 }
 
 /// What a VMM told in its own words.
@@ -119,9 +131,12 @@ impl ForeignVm {
         match self.vmm_own {
             Some((own, looked)) if looked.elapsed() < LOOK_AGAIN => own,
             _ => {
-                let look = spawn_blocking(move || process::vmm_own(pid, has.min(GUEST_MEMORY)));
-                // Another user's mappings can't be read: then all memory counts as the guest's.
-                let own = look.await.ok().flatten().unwrap_or_default();
+                // Another user's mappings can't be read, and there may be no thread to be had: then all memory
+                // counts as the guest's.
+                let own = match in_thread(move || process::vmm_own(pid, has.min(GUEST_MEMORY))) {
+                    Ok(looked) => looked.await.ok().flatten().unwrap_or_default(),
+                    Err(_) => Bytes::ZERO,
+                };
                 self.vmm_own = Some((own, Instant::now()));
                 own
             }
@@ -154,5 +169,37 @@ impl ForeignVm {
         };
         let uptime = self.pid.and_then(process::age);
         Box::new(Status { pid: self.pid, uptime, overhead, memory })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::process::{Resource, Rlimit, setrlimit};
+
+    use super::*;
+
+    #[tokio::test]
+    #[ignore = "the next test runs it, in a process of its own"]
+    async fn looked_at_without_a_thread() {
+        let own = std::process::id();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        let size: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
+        // Room for some heap, and not for a stack.
+        let limit = Some((size + 1024) << 10);
+        setrlimit(Resource::As, Rlimit { current: limit, maximum: limit }).unwrap();
+        assert!(Builder::new().spawn(|| ()).is_err(), "there are threads to be had");
+        assert_eq!(ForeignVm::new(None).vmm_own(own, Bytes::gib(1)).await, Bytes::ZERO);
+    }
+
+    #[test]
+    fn no_thread_to_be_had_ends_nothing() {
+        let test = "driver::foreign::tests::looked_at_without_a_thread";
+        let mut alone = Command::new(std::env::current_exe().unwrap());
+        let output = alone.args(["--ignored", "--exact", test, "--test-threads=1"]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     }
 }

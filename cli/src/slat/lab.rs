@@ -13,7 +13,7 @@ use slat::{host, interrupt, probe};
 
 use super::{Set, save, setups, writable};
 use crate::failure::Failure;
-use crate::{output, table};
+use crate::{output, sentence, table};
 
 /// Run with SLAT on and off in throw-away hosts: emulated ones, or with --nested in VMs of this host
 #[derive(clap::Args)]
@@ -128,7 +128,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     // One that can't be written is told of in the end.
     let keep = |so_far: &Findings| drop(save(args.output.as_ref(), so_far));
     let stop = interrupt::flag();
-    let result = visit.run(&args.kernel_root, stop, |what| eprintln!("{what}"), keep);
+    let result = visit.run(&args.kernel_root, stop, |what| sentence::progress(what), keep);
     let result = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),
@@ -166,7 +166,7 @@ fn nested(args: &Args) -> Result<(), Failure> {
     writable(off.as_ref())?;
     let nested = Nested::find(&probe::probe()).map_err(Failure::host_cannot)?;
     let limit = Duration::from_secs(args.limit * 60);
-    let result = nested.run(&args.kernel_root, limit, interrupt::flag(), |what| eprintln!("{what}"));
+    let result = nested.run(&args.kernel_root, limit, interrupt::flag(), |what| sentence::progress(what));
     let pair = result.map_err(|error| match error {
         lab::Error::Interrupted => Failure::stopped(error),
         error => Failure::new(error),

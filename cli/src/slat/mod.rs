@@ -22,7 +22,7 @@ use slat::walk::PageSize;
 use slat::{host, interrupt};
 
 use crate::failure::Failure;
-use crate::{output, table};
+use crate::{output, sentence, table};
 
 /// Measure what second-level address translation does on this host
 #[derive(clap::Args)]
@@ -327,7 +327,7 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
         reasons: args.reasons,
     };
     let run = run::run(&plan, interrupt::flag(), |pass, setup| {
-        eprintln!("pass {} of {}: {}", pass + 1, plan.passes, setup.describe());
+        sentence::progress(format_args!("pass {} of {}: {}", pass + 1, plan.passes, setup.describe()));
     });
     // A file that can't be written is no reason not to show what was measured.
     let saved = save(args.output.as_ref(), &run);

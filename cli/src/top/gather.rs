@@ -117,9 +117,9 @@ fn vm(Answer { name, memory }: Answer) -> Vm {
         Err(Error::NotAnswering { .. } | Error::Busy { .. } | Error::HungUp { .. }) => {
             Condition::NotAnswering
         }
-        Err(Error::Nonsense { .. } | Error::NotAllowed { .. } | Error::Refused { .. }) => {
-            Condition::Unreadable
-        }
+        Err(
+            Error::Nonsense { .. } | Error::NotAllowed { .. } | Error::Unable { .. } | Error::Refused { .. },
+        ) => Condition::Unreadable,
     };
     Vm::mute(name, condition)
 }

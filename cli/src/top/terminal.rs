@@ -10,11 +10,12 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
+use balancer::daemon::signals::Inherited;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::cursor::Show;
 use ratatui::crossterm::event::{self, Event as Key, KeyEventKind};
 use ratatui::crossterm::execute;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -94,7 +95,8 @@ fn gather(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start an event loop: {error}"))?;
     runtime.block_on(async {
-        let handler = |kind| signal(kind).map_err(|error| format!("can't listen for signals: {error}"));
+        let handler =
+            |kind| Inherited::take(kind).map_err(|error| format!("can't listen for signals: {error}"));
         let mut interrupt = handler(SignalKind::interrupt())?;
         let mut terminate = handler(SignalKind::terminate())?;
         let mut hangup = handler(SignalKind::hangup())?;
@@ -129,9 +131,9 @@ fn gather(
         };
         tokio::select! {
             () = work => {}
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
+            () = interrupt.received() => {}
+            () = terminate.received() => {}
+            () = hangup.received() => {}
         }
         Ok(())
     })

@@ -1,10 +1,14 @@
 //! Keeps the list of managed VMs up to date.
 
+use rustix::process::{Resource, getrlimit};
 use tracing::{debug, info, warn};
 
 use super::{Daemon, RESCAN};
 use crate::daemon::discovery::DirectoryWatch;
 use crate::daemon::managed_vm::ManagedVm;
+
+/// Descriptors that are kept for the daemon's own files, sockets and clients.
+const SPARE_DESCRIPTORS: usize = 32;
 
 impl Daemon {
     /// A watch for VMs that come and go; `None`, and a line in the log, if the kernel gives none.
@@ -62,12 +66,34 @@ impl Daemon {
                     self.next_id += 1;
                     debug!(vm = found.name, "found {}", found.socket.display());
                     let managed = ManagedVm::new(id, found);
-                    if let Some(events) = managed.driver.as_ref().and_then(|driver| driver.events()) {
-                        self.subscriptions.subscribe(id, events);
-                    }
                     self.managed_vms.insert(id, managed);
                 }
             }
         }
+        self.subscribe();
+    }
+
+    /// Hears those that can call, as far as there are descriptors: what VMs are asked in rounds goes before.
+    fn subscribe(&mut self) {
+        let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
+        let most = limit.unwrap_or(usize::MAX).saturating_sub(SPARE_DESCRIPTORS + self.managed_vms.len());
+        self.subscriptions.keep_at_most(most);
+        for (&id, managed) in &self.managed_vms {
+            if self.subscriptions.hears(id) {
+                continue;
+            }
+            let Some(events) = managed.driver.as_ref().and_then(|driver| driver.events()) else { continue };
+            if self.subscriptions.len() >= most {
+                if self.descriptor_log.is_due(self.now(), "descriptors") {
+                    warn!(
+                        "guests that run short are heard only once a round, not all of them at once: there are \
+                         too few descriptors for so many VMs (LimitNOFILE= or `ulimit -n` is the limit)"
+                    );
+                }
+                return;
+            }
+            self.subscriptions.subscribe(id, events);
+        }
+        self.descriptor_log.end();
     }
 }
