@@ -40,7 +40,7 @@ pub fn write(archive: &mut impl Write, name: &str, contents: &[u8]) -> io::Resul
 /// Adds a file, or all below a directory, at its own path.
 ///
 /// # Errors
-/// As [`write`], and where it can't be read.
+/// As [`write()`], and where it can't be read.
 pub fn pack(archive: &mut impl Write, path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return fs::read_dir(path)?.try_for_each(|entry| pack(archive, &entry?.path()));
