@@ -274,14 +274,14 @@ impl FromStr for Wanted {
 
     fn from_str(text: &str) -> Result<Self, LimitsError> {
         let mut parts = text.split(',');
-        let startup: Bytes = parts.next().unwrap_or_default().parse()?;
+        let startup = size(parts.next().unwrap_or_default())?;
         let mut wanted = Self { startup, min: None, max: None, buffer_percent: None, weight: None };
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| LimitsError::Unknown(part.to_owned()))?;
             let percent = value.strip_suffix('%').unwrap_or(value);
             let twice = match key {
-                "min" => wanted.min.replace(value.parse::<Bytes>()?).is_some(),
-                "max" => wanted.max.replace(value.parse::<Bytes>()?).is_some(),
+                "min" => wanted.min.replace(size(value)?).is_some(),
+                "max" => wanted.max.replace(size(value)?).is_some(),
                 "buffer" => wanted.buffer_percent.replace(number("buffer", percent)?).is_some(),
                 "weight" => wanted.weight.replace(number("weight", value)?).is_some(),
                 _ => return Err(LimitsError::Unknown(key.to_owned())),
@@ -294,6 +294,11 @@ impl FromStr for Wanted {
         wanted.with_max(wanted.max.unwrap_or(wanted.startup))?;
         Ok(wanted)
     }
+}
+
+/// A size in whole pages: people write 1.1G.
+fn size(text: &str) -> Result<Bytes, ParseBytesError> {
+    Ok(text.parse::<Bytes>()?.page_floor())
 }
 
 fn number(name: &'static str, value: &str) -> Result<u32, LimitsError> {
@@ -325,6 +330,17 @@ mod tests {
         let limits: Limits = "256M".parse().unwrap();
         assert!(!limits.is_dynamic());
         assert_eq!(limits.max(), Bytes::mib(256));
+    }
+
+    #[test]
+    fn sizes_are_rounded_down_to_pages() {
+        let limits: Limits = "1.1G,min=0.3G,max=1.7G".parse().unwrap();
+        assert_eq!(limits.startup(), Bytes(1_181_114_368));
+        for size in [limits.startup(), limits.min(), limits.max()] {
+            assert!(size.0.is_multiple_of(PAGE_SIZE), "{size}");
+        }
+        assert_eq!("100000001".parse::<Limits>().unwrap().max(), Bytes(99_999_744));
+        assert_eq!(limits.to_string().parse::<Limits>().unwrap(), limits);
     }
 
     #[test]
@@ -373,7 +389,6 @@ mod tests {
             "256M,min=128M,min=64M",
             "256M,maxx=1G",
             "256M,max",
-            "100000001",
         ] {
             assert!(text.parse::<Limits>().is_err(), "{text}");
         }

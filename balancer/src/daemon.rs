@@ -148,6 +148,7 @@ async fn start(
     let directory = prepare(&config)?;
     let lock = lock(&directory)?;
     let host = HostReader::new(&config.sources).memory()?;
+    config.validate_for(host.total)?;
     let shared = Shared::default();
     let (commands, asked) = mpsc::channel(COMMANDS);
     let mut servers = serve(&config, &directory, &Api { shared: shared.clone(), commands }).await?;

@@ -1,5 +1,6 @@
 //! `ballast balancer`.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -64,9 +65,7 @@ pub struct Args {
 impl Args {
     /// The settings with what the command line says on top; read anew each time.
     fn config(&self) -> Result<Config, ConfigError> {
-        let default = Path::new(DEFAULT_FILE);
-        let file = self.config.as_deref().or_else(|| default.exists().then_some(default));
-        let mut config = file.map(Config::read).transpose()?.unwrap_or_default();
+        let mut config = read(self.config.as_deref(), Path::new(DEFAULT_FILE))?;
         if let Some(reserve) = self.host_reserve {
             // A reserve that is asked for here goes before a budget from the file.
             (config.host_reserve, config.budget) = (reserve, None);
@@ -76,6 +75,19 @@ impl Args {
         config.metrics = self.metrics.or(config.metrics);
         Ok(config)
     }
+}
+
+/// What `file` says, or else `default` where that exists. One that is there and can't be read is an error.
+fn read(file: Option<&Path>, default: &Path) -> Result<Config, ConfigError> {
+    let Some(file) = file else {
+        return match Config::read(default) {
+            Err(ConfigError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                Ok(Config::default())
+            }
+            read => read,
+        };
+    };
+    Config::read(file)
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
@@ -94,4 +106,19 @@ fn check(file: &Path) -> Result<(), Failure> {
     let config = Config::read(file).map_err(DaemonError::from)?;
     config.validate().map_err(DaemonError::from)?;
     output::text(&format!("{} is in order\n", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_that_cannot_be_read_are_not_taken_for_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let missing = directory.path().join("missing.toml");
+        assert_eq!(read(None, &missing).unwrap(), Config::default());
+        assert!(read(Some(&missing), &missing).is_err());
+        let error = read(None, directory.path()).unwrap_err();
+        assert!(matches!(error, ConfigError::Read { .. }), "{error}");
+    }
 }

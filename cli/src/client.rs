@@ -14,7 +14,10 @@ use crate::failure::Failure;
 /// No such name, no runtime directory, or no VM of that name.
 pub fn named(name: &str) -> Result<Client, Failure> {
     let socket = runtime::socket(name)?;
-    if !socket.exists() {
+    let exists = socket.try_exists().map_err(|error| {
+        Failure::new(format!("cannot look for the VM `{name}` at {}: {error}", socket.display()))
+    })?;
+    if !exists {
         return Err(Failure::new(unknown(name, &socket)));
     }
     Ok(Client::new(socket))

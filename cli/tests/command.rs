@@ -196,6 +196,7 @@ fn a_balancer_starts_once_says_what_it_does_and_stops_when_asked() {
     for (arguments, word) in [
         (&["balancer", "--interval", "1ms"][..], "interval"),
         (&["balancer", "--budget", "0"], "budget"),
+        (&["balancer", "--host-reserve", "99999T"], "leaves nothing"),
         (&["balancer", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
         (&["balancer", "--budget", "1G", "--host-reserve", "1G"], "cannot be used with"),
         (&["balancer", "--metrics", "here"], "--metrics"),

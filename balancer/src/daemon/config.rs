@@ -55,6 +55,14 @@ pub enum ConfigError {
     /// A budget of nothing.
     #[error("a budget of 0 leaves nothing to any VM: name a size such as 4G, or leave it out")]
     NoBudget,
+    /// The host keeps all that it has.
+    #[error("a host reserve of {reserve} leaves nothing of the host's {total} to any VM: name a smaller one")]
+    Reserve {
+        /// As set.
+        reserve: Bytes,
+        /// The host's memory.
+        total: Bytes,
+    },
 }
 
 fn list(path: &Path, mistakes: &[Mistake]) -> String {
@@ -162,6 +170,18 @@ impl Config {
         }
         if self.budget == Some(Bytes::ZERO) {
             return Err(ConfigError::NoBudget);
+        }
+        Ok(())
+    }
+
+    /// Whether these settings make sense on a host with this much memory.
+    ///
+    /// # Errors
+    /// As [`Config::validate`], and [`ConfigError::Reserve`].
+    pub fn validate_for(&self, total: Bytes) -> Result<(), ConfigError> {
+        self.validate()?;
+        if self.budget.is_none() && self.host_reserve >= total {
+            return Err(ConfigError::Reserve { reserve: self.host_reserve, total });
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Changes settings while the daemon runs: all of them or none.
 
+use api::units::Bytes;
 use tracing::{info, warn};
 
 use super::config::{Config, ConfigError};
@@ -7,9 +8,10 @@ use super::config::{Config, ConfigError};
 /// Reads the settings as at the start: the file, with the command line on top.
 pub type Reread = Box<dyn FnMut() -> Result<Config, ConfigError> + Send>;
 
-/// The settings to go on with; `None`, and a line in the log, if the new ones can't be taken over.
-pub fn reload(old: &Config, reread: &mut Reread) -> Option<Config> {
-    let new = match reread().and_then(|config| config.validate().map(|()| config)) {
+/// The settings to go on with, on a host with `total` memory; `None`, and a line in the log, if the new ones can't
+/// be taken over.
+pub fn reload(old: &Config, total: Bytes, reread: &mut Reread) -> Option<Config> {
+    let new = match reread().and_then(|config| config.validate_for(total).map(|()| config)) {
         Ok(new) => new,
         Err(error) => {
             warn!("going on with the settings before: {error}");
@@ -32,20 +34,21 @@ pub fn reload(old: &Config, reread: &mut Reread) -> Option<Config> {
 
 #[cfg(test)]
 mod tests {
-    use api::units::Bytes;
-
     use super::*;
 
     #[test]
     fn settings_are_taken_over_whole_or_not_at_all() {
         let old = Config::default();
-        let with = |config: Config| reload(&old, &mut (Box::new(move || Ok(config.clone())) as Reread));
+        let with = |config: Config| {
+            reload(&old, Bytes::gib(4), &mut (Box::new(move || Ok(config.clone())) as Reread))
+        };
         let budget = Config { budget: Some(Bytes::gib(1)), ..Config::default() };
         assert_eq!(with(budget.clone()), Some(budget));
         assert_eq!(with(Config { budget: Some(Bytes::ZERO), ..Config::default() }), None);
+        assert_eq!(with(Config { host_reserve: Bytes::gib(4), ..Config::default() }), None);
         assert_eq!(with(Config { directory: Some("/x".into()), ..Config::default() }), None);
         assert_eq!(with(Config { metrics: "[::1]:1".parse().ok(), ..Config::default() }), None);
         let bad = Box::new(|| Config::read(std::path::Path::new("/nowhere.toml")));
-        assert_eq!(reload(&old, &mut (bad as Reread)), None);
+        assert_eq!(reload(&old, Bytes::gib(4), &mut (bad as Reread)), None);
     }
 }

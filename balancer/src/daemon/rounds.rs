@@ -210,7 +210,7 @@ impl Daemon {
     fn reload(&mut self) {
         let Some(reread) = &mut self.reread else { return };
         self.notify.reloading();
-        if let Some(config) = reload(&self.config, reread) {
+        if let Some(config) = reload(&self.config, self.host.total, reread) {
             self.tick = config.interval;
             self.budget = config.to_budget();
             self.policy.set_settings(config.to_settings());
