@@ -54,8 +54,9 @@ fn boot_on_each_transport(sizes: &[(&str, &str)]) {
 }
 
 const USUAL_SIZES: &[(&str, &str)] = &[("1", "256M"), ("2", "256M")];
-/// From the smallest guest to one with memory on both sides of the hole below 4 GiB.
-const ALL_SIZES: &[(&str, &str)] = &[("1", "64M"), ("4", "256M"), ("16", "512M"), ("1", "3200M")];
+/// From about the smallest guest that a stock bzImage unpacks in to one with memory on both sides of the hole
+/// below 4 GiB.
+const ALL_SIZES: &[(&str, &str)] = &[("1", "96M"), ("4", "256M"), ("16", "512M"), ("1", "3200M")];
 
 #[test]
 fn kernels_boot_with_nested_paging() {

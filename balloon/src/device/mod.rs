@@ -17,6 +17,7 @@
 //! the pages until the device has answered.
 
 pub(crate) mod handle;
+mod moves;
 pub mod pace;
 pub mod saved;
 
@@ -28,13 +29,13 @@ use std::time::Duration;
 use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
 use devices::virtio::device::{Active, Progress, VirtioDevice};
-use devices::virtio::queue::{Budget, Chain, Faults, Verdict, serve};
+use devices::virtio::queue::{Budget, Faults, Verdict, serve};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use vm_memory::GuestMemoryMmap;
 
 use handle::{Answers, Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
+use moves::{Flow, move_pages};
 
 use crate::advise;
 use crate::discard::Discard;
@@ -60,9 +61,6 @@ pub const PAGE_REPORTING: u32 = 5;
 
 /// Pages in one chain at most; Linux sends 256, Windows 1024.
 const MOST_PAGES: u64 = 16 << 10;
-
-/// Page numbers read and discarded at a time: 4 KiB of them, on the stack.
-const BATCH: usize = 1024;
 
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
@@ -115,17 +113,6 @@ enum Role {
     Deflate,
     Statistics,
     Reporting,
-}
-
-/// What becomes of the pages whose numbers a driver sends.
-#[derive(Clone, Copy)]
-enum Flow {
-    /// They go to the host now.
-    Give,
-    /// They go to the host when that suits it.
-    GiveSoon,
-    /// The guest uses them again.
-    TakeBack,
 }
 
 /// The balloon device.
@@ -327,48 +314,6 @@ fn register(pages: Pages) -> [u8; 4] {
 /// What the balloon holds when the guest has `target` of `map`.
 fn wanted_pages(map: Bytes, target: Bytes) -> Pages {
     map.saturating_sub(target).pages()
-}
-
-/// Reads the page numbers of an inflate or deflate chain, a batch at a time, and moves the pages.
-fn move_pages(
-    memory: &GuestMemoryMmap,
-    chain: &Chain,
-    discard: &mut Discard,
-    shared: &Shared,
-    flow: Flow,
-) -> Verdict {
-    let bytes = chain.len();
-    if !chain.writable().is_empty() || !bytes.is_multiple_of(4) || bytes / 4 > MOST_PAGES {
-        return Verdict::Malformed;
-    }
-    let mut reader = chain.reader(memory);
-    let mut piece = [0; BATCH * 4];
-    let mut pfns = [0; BATCH];
-    loop {
-        let count = reader.read(&mut piece);
-        let (numbers, _) = piece.get(..count).unwrap_or_default().as_chunks();
-        for (pfn, number) in pfns.iter_mut().zip(numbers) {
-            *pfn = u32::from_le_bytes(*number);
-        }
-        let Some(batch) = pfns.get_mut(..numbers.len()).filter(|batch| !batch.is_empty()) else {
-            return Verdict::Used(0);
-        };
-        match flow {
-            Flow::Give | Flow::GiveSoon => {
-                let given = match flow {
-                    Flow::GiveSoon => discard.give_up_soon(batch),
-                    _ => discard.give_up(batch),
-                };
-                let mut state = shared.state();
-                state.counters.inflated = state.counters.inflated.saturating_add(given);
-            }
-            Flow::TakeBack => {
-                let taken = discard.take_back(batch);
-                let mut state = shared.state();
-                state.counters.deflated = state.counters.deflated.saturating_add(taken);
-            }
-        }
-    }
 }
 
 /// The device's own descriptors, by their place.
