@@ -50,7 +50,7 @@ pub use self::config::{
 };
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
 pub use self::reservation::{Process, ReservationRequest, ReservationView};
-pub use self::state::{HostView, MemoryView, State, VmView};
+pub use self::state::{Holder, HostView, MemoryView, State, VmView};
 
 use self::reload::Reread;
 use self::rounds::Daemon;

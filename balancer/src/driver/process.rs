@@ -138,12 +138,9 @@ mod tests {
     #[test]
     fn all_that_is_resident_counts() {
         let status = "Name:\tqemu\nVmHWM:\t  9000 kB\nVmRSS:\t  5000 kB\nRssAnon:\t 4000 kB\nHugetlbPages:\t 2048 kB\n";
-        let resident_memory = resident_memory_in(status).unwrap();
-        assert_eq!(
-            resident_memory,
-            ResidentMemory { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) }
-        );
-        assert_eq!(resident_memory.all(), Bytes::kib(7048));
+        let held = resident_memory_in(status).unwrap();
+        assert_eq!(held, ResidentMemory { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) });
+        assert_eq!(held.all(), Bytes::kib(7048));
         assert_eq!(resident_memory_in("Name:\tkthreadd\n"), None);
         let own = resident_memory(Path::new(PROCESSES), std::process::id()).unwrap().all();
         assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");

@@ -115,6 +115,13 @@ pub struct FakeVm {
 impl FakeVm {
     /// Listens at `directory/name.sock` with these limits, using `used`.
     pub fn start(directory: &Path, name: &str, limits: &str, used: Bytes) -> Self {
+        let socket = directory.join(format!("{name}.sock"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        Self::listening(listener, socket, name, limits, used)
+    }
+
+    /// As [`FakeVm::start`], on a socket that somebody else may have made.
+    pub fn listening(listener: UnixListener, socket: PathBuf, name: &str, limits: &str, used: Bytes) -> Self {
         let limits: Limits = limits.parse().unwrap();
         let memory = MemoryStatus {
             limits,
@@ -147,8 +154,6 @@ impl FakeVm {
             pace: None,
             journal: None,
         }));
-        let socket = directory.join(format!("{name}.sock"));
-        let listener = UnixListener::bind(&socket).unwrap();
         let shared = Arc::clone(&state);
         let vm_name = name.to_owned();
         let name = name.to_owned();
