@@ -115,6 +115,11 @@ impl Account {
         self.look_again(now, host);
     }
 
+    /// The process at the other end of its socket.
+    pub const fn process(&self) -> PeerProcess {
+        self.process
+    }
+
     /// Looks again at the same process.
     pub fn look_again(&mut self, now: Duration, host: &HostReader) {
         self.held = Held::by(self.process, host);
