@@ -1,9 +1,11 @@
 //! `ballast check`.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use api::runtime;
 use api::units::Bytes;
+use balancer::host::zfs::{ARCSTATS, Arc};
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
@@ -74,6 +76,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
+    findings.extend(Arc::read(Path::new(ARCSTATS)).map(zfs));
     findings.push(sandbox());
     findings.push(directory());
     let can_run = host.can_run();
@@ -200,6 +203,19 @@ fn memory_limit(limit: Option<Bytes>) -> Finding {
     }
 }
 
+fn zfs(arc: Arc) -> Finding {
+    Finding::good(
+        "zfs",
+        format!(
+            "the cache of ZFS holds {}; the balancer counts all above its least size of {} (zfs_arc_min) as available \
+             to VMs: {}",
+            arc.size,
+            arc.least,
+            arc.to_be_had()
+        ),
+    )
+}
+
 fn sandbox() -> Finding {
     match vmm::sandbox::check() {
         Ok(()) => Finding::good("sandbox", "Landlock keeps a VM's process from files"),
@@ -239,4 +255,16 @@ fn render(findings: &[Finding]) -> String {
         }
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_zfs_would_give_is_said() {
+        let finding = zfs(Arc { size: Bytes::gib(2), least: Bytes::mib(256) });
+        assert_eq!(finding.grade, Grade::Good);
+        assert!(finding.found.contains("1.75 GiB") || finding.found.contains("1792 MiB"), "{}", finding.found);
+    }
 }

@@ -30,7 +30,7 @@ pub struct State {
 pub struct HostView {
     /// `MemTotal`.
     pub total: Bytes,
-    /// `MemAvailable`.
+    /// `MemAvailable`, and what ZFS would give of its cache.
     pub available: Bytes,
     /// What all VMs together may hold.
     pub budget: Bytes,
