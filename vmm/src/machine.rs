@@ -1,18 +1,17 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use api::units::Bytes;
 use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VmFd;
-use vm_memory::GuestAddress;
 
 use crate::api_server;
-use crate::arch::x86_64::layout::{self, NoPciWindow};
+use crate::arch::x86_64::layout::{self, TooMuchMemory};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
 use crate::arch::x86_64::{acpi, cpuid, reset};
 use crate::boot::kernel::{self, Boot, KernelError};
@@ -48,9 +47,9 @@ pub enum MachineError {
     /// Its configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// There is no room for its devices.
+    /// More memory than this host can give to a guest.
     #[error(transparent)]
-    NoPciWindow(#[from] NoPciWindow),
+    TooMuchMemory(#[from] TooMuchMemory),
     /// A device.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -130,11 +129,14 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
-        let ram = Arc::new(ram(&config)?);
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm::refused("tell what CPUID it supports"))?;
-        let pci = pci_window(&config, &ram, &supported)?;
+        let has_pci = config.transport == Transport::Pci;
+        let (boot, more) = memory(&config);
+        let end = layout::memory_end(boot, more, cpuid::address_bits(&supported), has_pci)?;
+        let pci = has_pci.then(|| layout::pci_window(end));
+        let ram = Arc::new(Ram::with_pluggable(boot, more, config.memory)?);
         if config.hides_devices() {
             tracing::warn!(
                 "`pci=off` hides all of the guest's devices: take it off the kernel's command line, or use \
@@ -290,24 +292,10 @@ fn serve(
     Ok(ApiThread { stop, thread })
 }
 
-/// What the guest boots with, and room for what it may plug.
-fn ram(config: &VmConfig) -> Result<Ram, MemoryError> {
+/// What the guest boots with, and what it may plug.
+fn memory(config: &VmConfig) -> (Bytes, Bytes) {
     let (startup, max) = (config.limits.startup(), config.limits.max());
-    if config.plugs_memory() {
-        Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory)
-    } else {
-        Ram::new(max, config.memory)
-    }
-}
-
-/// Where the BARs of its devices are to lie, in a guest that reaches them by PCI.
-fn pci_window(config: &VmConfig, ram: &Ram, supported: &CpuId) -> Result<Option<Range<u64>>, NoPciWindow> {
-    let ends = ram.regions().iter().map(|region| region.guest.0.saturating_add(region.size.0));
-    let end = GuestAddress(ends.max().unwrap_or_default());
-    match config.transport {
-        Transport::Pci => layout::pci_window(end, cpuid::address_bits(supported)).map(Some),
-        Transport::Mmio => Ok(None),
-    }
+    if config.plugs_memory() { (startup, max.saturating_sub(startup)) } else { (max, Bytes::ZERO) }
 }
 
 /// The memory of the guest's proximity domain.
