@@ -1,8 +1,9 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use api::units::Bytes;
 use devices::pci::access::ECAM_SIZE;
@@ -149,10 +150,16 @@ impl Machine {
             cmdline: &config.kernel_cmdline(),
             reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
-        let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
-        let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
-
-        let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
+        let ((entry, api), vm) = beside(
+            // Mostly asleep: KVM starts a thread of its own, which has to wait until all processors have taken
+            // notice that it joins this process's control groups.
+            || kvm::create_vm(&kvm_fd, ram.regions()),
+            || {
+                let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
+                let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
+                Ok((entry, api))
+            },
+        )?;
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;
@@ -230,7 +237,7 @@ impl Machine {
             })
             .map_err(refused("a thread for a vCPU"))?;
         }
-        // Before someone can ask for it, and before the guest makes it long.
+        // It counts when someone asks: a first count now would only keep the guest waiting.
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
@@ -292,6 +299,26 @@ fn serve(
     Ok(ApiThread { stop, thread })
 }
 
+/// Makes a VM on a thread of its own while `prepare` works on this one, or after it where no thread is to be had.
+///
+/// # Errors
+/// What `prepare` met; else what `create_vm` did.
+fn beside<T>(
+    create_vm: impl Fn() -> Result<Arc<VmFd>, KvmError> + Sync,
+    prepare: impl FnOnce() -> Result<T, MachineError>,
+) -> Result<(T, Arc<VmFd>), MachineError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("create".to_owned()).stack_size(events::STACK);
+        let creation = thread.spawn_scoped(scope, &create_vm);
+        let prepared = prepare()?;
+        let vm = match creation {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => create_vm(),
+        };
+        Ok((prepared, vm?))
+    })
+}
+
 /// What the guest boots with, and what it may plug.
 fn memory(config: &VmConfig) -> (Bytes, Bytes) {
     let (startup, max) = (config.limits.startup(), config.limits.max());
@@ -309,4 +336,38 @@ fn domain(ram: &Ram) -> Vec<acpi::Domain> {
             pluggable: Some(region.guest) == pluggable,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn of_two_errors_the_kernels_file_is_told_first() {
+        let no_vm = || Err(KvmError { what: "create a VM", source: kvm_ioctls::Error::new(libc::EBUSY) });
+        let no_kernel = || Err::<(), _>(KernelError::NotAKernel("/etc/motd".into()).into());
+        let error = beside(no_vm, no_kernel).expect_err("neither").to_string();
+        assert!(error.contains("/etc/motd"), "{error}");
+        let error = beside(no_vm, || Ok(())).expect_err("no VM").to_string();
+        assert!(error.contains("create a VM"), "{error}");
+    }
+
+    /// Each waits for the other.
+    #[test]
+    fn a_vm_is_made_while_its_kernel_is_loaded() {
+        let both = Barrier::new(2);
+        let error = beside(
+            || {
+                both.wait();
+                Err(KvmError { what: "create a VM", source: kvm_ioctls::Error::new(libc::EBUSY) })
+            },
+            || {
+                both.wait();
+                Ok(())
+            },
+        );
+        assert!(error.is_err());
+    }
 }
