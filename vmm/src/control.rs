@@ -196,7 +196,7 @@ impl Control {
     /// Has a thread count what the host holds of the guest's memory: who asks for it never waits long.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// When there is no thread to be had.
     pub fn count_memory(&self) -> io::Result<()> {
         self.parts.get().map_or(Ok(()), |parts| parts.ram.count())
     }
@@ -258,7 +258,10 @@ impl Control {
             };
         };
         let held = parts.ram.held().inspect_err(|error| {
-            tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            // The first count goes on.
+            if error.kind() != io::ErrorKind::WouldBlock {
+                tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            }
         });
         let held = held.ok();
         let steering = &parts.steering;
