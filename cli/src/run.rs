@@ -8,7 +8,7 @@ use api::limits::Limits;
 use api::runtime;
 use tracing::warn;
 use vmm::config::{
-    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
+    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
     MemoryOptions, Name, SerialOptions, Transport, VmConfig,
 };
 use vmm::machine::Machine;
@@ -67,6 +67,14 @@ pub struct Args {
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
     transport: Carrier,
+    /// A disk: PATH, then with commas readonly, format=raw, cache=direct or cache=buffered; once for each disk
+    ///
+    /// A file of the disk's bytes, or a block device. The guest finds the first as /dev/vda, the second as
+    /// /dev/vdb and so on; it needs the module virtio_blk. A disk is locked while the VM runs, as QEMU
+    /// locks it. One that the guest may write is not cached by the host (cache=direct), so that the guest's
+    /// cache is the only one; one that it may only read is, and guests that read the same file share that.
+    #[arg(long = "disk", value_name = "SPEC")]
+    disks: Vec<DiskOptions>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -187,7 +195,11 @@ impl Args {
         if self.grow == GrowBy::Plug {
             devices.push(("memory", Device::Memory));
         }
-        devices.into_iter().map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
+        let disks = (0..)
+            .zip(&self.disks)
+            .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
+        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks);
+        devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }
 

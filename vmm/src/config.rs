@@ -28,7 +28,10 @@ macro_rules! text {
 
 mod device;
 
-pub use device::{BalloonOptions, Console, Device, DeviceConfig, DeviceId, SerialOptions, ThreadName};
+pub use device::{
+    BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
+    ThreadName,
+};
 
 text!(Name);
 
@@ -134,6 +137,17 @@ pub enum ConfigError {
     /// Not a console.
     #[error("`{0}` is not a console: use stdio, file:PATH, socket:PATH or none")]
     Console(String),
+    /// Not a disk.
+    #[error(
+        "`{text}` is not a disk ({what}): use PATH, then with commas readonly, format=raw or format=qcow2, \
+         cache=direct or cache=buffered; a comma of the path is written twice"
+    )]
+    Disk {
+        /// As given.
+        text: String,
+        /// What is wrong.
+        what: String,
+    },
     /// Not a size of huge pages that is known.
     #[error("`{0}` is not a size of huge pages: use 2M")]
     HugePages(String),

@@ -142,6 +142,11 @@ impl Control {
         }
     }
 
+    /// How many vCPUs it has.
+    pub fn cpus(&self) -> Cpus {
+        self.cpus
+    }
+
     /// Hands over what the VM is made of. Only the first call counts.
     pub fn attach(&self, parts: Parts) {
         let (steering, events) = (parts.steering.clone(), Arc::clone(&self.events));
