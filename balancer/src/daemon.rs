@@ -28,6 +28,7 @@ mod shared;
 pub mod signals;
 mod state;
 mod subscriptions;
+mod target_watch;
 mod timings;
 
 use std::future::Future;

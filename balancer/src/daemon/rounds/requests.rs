@@ -24,8 +24,10 @@ impl Daemon {
                 self.shared.history().decided(&managed.name, reason, Fate::Advised, None);
                 continue;
             }
-            // While an earlier request is under way, the decision has to be made again in the next round.
-            let Some(mut driver) = managed.take_driver() else {
+            // While an earlier request is under way, or somebody else sets its target too, the decision has to be
+            // made again in a later round.
+            let may_order = reason.rule.keeps_target() || managed.target_watch.may_order(now);
+            let Some(mut driver) = may_order.then(|| managed.take_driver()).flatten() else {
                 self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
                 continue;
             };
