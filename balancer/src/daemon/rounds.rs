@@ -1,6 +1,7 @@
 //! The rounds: ask every VM, decide, set the targets that change.
 
 mod commands;
+mod connections;
 mod decide;
 mod requests;
 mod rescan;
@@ -21,6 +22,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
 use tracing::warn;
 
+use self::connections::Connections;
 use self::urgent::FollowUp;
 use super::command::Command;
 use super::config::Config;
@@ -70,6 +72,7 @@ pub struct Daemon {
     subscriptions: EventSubscriptions,
     follow_up: Option<FollowUp>,
     requests: JoinSet<Done>,
+    connections: Connections,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
@@ -129,6 +132,7 @@ impl Daemon {
             subscriptions: EventSubscriptions::default(),
             follow_up: None,
             requests: JoinSet::new(),
+            connections: Connections::default(),
             vms: Vec::new(),
             decisions: Vec::new(),
             balance: Balance::default(),
@@ -287,8 +291,11 @@ impl Daemon {
             // Without a driver, its last request is still under way.
             let Some(mut driver) = managed.take_driver() else { continue };
             managed.response_times.asked(now);
+            let connections = self.connections.clone();
             self.requests.spawn(async move {
+                let turn = connections.turn().await;
                 let outcome = RequestOutcome::Reported(driver.report(patience).await);
+                turn.end(&mut *driver);
                 (id, driver, outcome)
             });
             asked.insert(id);

@@ -31,6 +31,7 @@ impl Daemon {
                 self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
                 continue;
             };
+            let connections = self.connections.clone();
             told.insert(vm);
             managed.response_times.asked(now);
             if reason.rule.keeps_target() {
@@ -40,10 +41,12 @@ impl Daemon {
                     vm.observed.vcpus = Vcpus::Run;
                 }
                 self.requests.spawn(async move {
+                    let turn = connections.turn().await;
                     let result = match driver.set_paused(reason.rule == Rule::Pause) {
                         Some(result) => Some(result.await),
                         None => None,
                     };
+                    turn.end(&mut *driver);
                     let outcome = result
                         .map_or(RequestOutcome::LimitsSet, |result| RequestOutcome::PauseSet(reason, result));
                     (vm, driver, outcome)
@@ -55,7 +58,9 @@ impl Daemon {
                 vm.observed.target = reason.old.max(reason.new);
             }
             self.requests.spawn(async move {
+                let turn = connections.turn().await;
                 let result = driver.set_target(reason.new).await;
+                turn.end(&mut *driver);
                 (vm, driver, RequestOutcome::TargetSet(reason, result))
             });
         }
