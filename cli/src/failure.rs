@@ -13,6 +13,9 @@ use vmm::machine::MachineError;
 
 use crate::sentence;
 
+/// A balancer whose directory was removed or taken over while it ran.
+const DISPLACED: u8 = 4;
+
 /// An exit code with its sentence.
 #[derive(Debug)]
 pub struct Failure {
@@ -92,6 +95,9 @@ impl From<DaemonError> for Failure {
     fn from(error: DaemonError) -> Self {
         match error {
             DaemonError::Config(_) => Self::usage(error),
+            DaemonError::Displaced { .. } | DaemonError::Homeless { .. } => {
+                Self { code: DISPLACED, sentence: Some(error.to_string()) }
+            }
             error => Self::new(error),
         }
     }

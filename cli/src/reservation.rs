@@ -6,7 +6,7 @@ use api::limits::Limits;
 use api::runtime;
 use balancer::daemon::client::{Client, Error};
 use balancer::daemon::{Process, ReservationRequest, ReservationView};
-use tracing::info;
+use tracing::{info, warn};
 use vmm::config::Backing;
 
 use crate::client;
@@ -48,8 +48,12 @@ pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Rese
 fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Reservation>, String> {
     match answer {
         Ok(_) => Ok(Some(Reservation { vm })),
-        Err(Error::NotRunning { .. }) => {
-            info!("no balancer runs: starting without asking for room");
+        Err(Error::NotRunning { socket }) => {
+            if socket.exists() {
+                warn!("the balancer was killed and has not come back: starting without asking for room");
+            } else {
+                info!("no balancer runs: starting without asking for room");
+            }
             Ok(None)
         }
         Err(Error::Refused(sentence)) => Err(format!("{sentence} (--no-balancer starts without asking it)")),

@@ -87,7 +87,7 @@ impl Drop for Daemon {
 
 fn balancer(_: &Path) -> Command {
     let mut command = Command::new(BALLAST);
-    command.args(["balancer", "--interval", "50ms"]);
+    command.args(["balancer", "--interval", "50ms", "--budget", "64M", "--beside-others"]);
     command
 }
 
@@ -155,7 +155,11 @@ fn a_log_socket_that_nobody_reads_stops_nothing() {
 fn signals_that_were_ignored_stay_ignored() {
     let daemon = Daemon::start(|_| {
         let mut command = Command::new("sh");
-        command.args(["-c", "trap '' HUP INT; exec \"$0\" balancer --interval 50ms", BALLAST]);
+        command.args([
+            "-c",
+            "trap '' HUP INT; exec \"$0\" balancer --interval 50ms --budget 64M --beside-others",
+            BALLAST,
+        ]);
         command.stderr(Stdio::null());
         command
     });

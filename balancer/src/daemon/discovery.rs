@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use super::config::ForeignVms;
 use super::log_limiter::LogLimiter;
+use super::own_directory;
 use crate::driver::ballast::Ballast;
 use crate::driver::cloud_hypervisor::CloudHypervisor;
 use crate::driver::firecracker::Firecracker;
@@ -165,12 +166,13 @@ impl Discovery {
         }
     }
 
-    /// Watches all of it.
+    /// Watches all of it, and the daemon's own files.
     ///
     /// # Errors
     /// As [`DirectoryWatch::new`].
     pub fn watch(&self) -> io::Result<DirectoryWatch> {
-        DirectoryWatch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
+        let others = self.foreign.iter().map(|entry| entry.sockets.parent());
+        DirectoryWatch::new(&self.directory, others.chain([own_directory(&self.directory)]))
     }
 }
 
@@ -226,7 +228,11 @@ impl DirectoryWatch {
     /// `directory` does not exist, or the user has no inotify watches left.
     pub fn new(directory: &Path, others: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
         let inotify = Inotify::init()?;
-        let changes = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::DELETE_SELF;
+        let changes = WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::MOVE
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF;
         inotify.watches().add(directory, changes)?;
         for other in others {
             // The next watch tries again; until then rescans see changes there.

@@ -32,7 +32,7 @@ pub enum Fate {
     Refused,
     /// The VM gave no usable answer: either target may hold.
     Unanswered,
-    /// The VM was not told: an earlier request to it was still open.
+    /// The VM was not told: an earlier request to it was still open, or somebody else sets its target too.
     Postponed,
 }
 

@@ -15,6 +15,7 @@ use super::discovery::{Found, Incarnation};
 use super::last_resort::LastResortState;
 use super::log_limiter::LogLimiter;
 use super::response_times::ResponseTimes;
+use super::target_watch::TargetWatch;
 use crate::driver::{Driver, Error, Kind, Status};
 use crate::host::HostReader;
 use crate::policy::guards::Standing;
@@ -78,6 +79,7 @@ pub struct ManagedVm {
     pub response_times: ResponseTimes,
     logs: Logs,
     pub last_resort: LastResortState,
+    pub target_watch: TargetWatch,
     last_reason: Option<Reason>,
     grows: u64,
     shrinks: u64,
@@ -112,6 +114,7 @@ impl ManagedVm {
             response_times: ResponseTimes::default(),
             logs: Logs::default(),
             last_resort: LastResortState::default(),
+            target_watch: TargetWatch::default(),
             last_reason: None,
             grows: 0,
             shrinks: 0,
@@ -158,6 +161,7 @@ impl ManagedVm {
         self.pid = None;
         self.overhead = Bytes::ZERO;
         self.account = Account::default();
+        self.target_watch = TargetWatch::default();
     }
 
     /// Its driver for one request; `None` while another request is under way.
@@ -256,6 +260,7 @@ impl ManagedVm {
                     info!(vm = name, "{name} was started anew");
                 }
                 self.vm = None;
+                self.target_watch = TargetWatch::default();
             }
             self.pid = *pid;
         }
@@ -263,7 +268,10 @@ impl ManagedVm {
             self.started = now.saturating_sub(*uptime);
         }
         self.overhead = *overhead;
-        self.limits = Some(memory.limits);
+        if self.limits.replace(memory.limits) != Some(memory.limits) {
+            self.target_watch.forget();
+        }
+        self.target_watch.look(now, name, memory.target);
         self.huge_percent = memory.huge_percent();
         self.gone = false;
         if self.logs.errors.end() {
@@ -333,6 +341,7 @@ impl ManagedVm {
         if let Some(vm) = &mut self.vm {
             vm.observed.target = reason.new;
         }
+        self.target_watch.took(reason.new);
         self.account.granted(reason.new);
         self.last_reason = Some(*reason);
         if reason.new > reason.old {

@@ -1,6 +1,7 @@
 //! The rounds: ask every VM, decide, set the targets that change.
 
 mod commands;
+mod connections;
 mod decide;
 mod requests;
 mod rescan;
@@ -10,7 +11,7 @@ mod urgent;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
 use tracing::warn;
 
+use self::connections::Connections;
 use self::urgent::FollowUp;
 use super::command::Command;
 use super::config::Config;
@@ -29,12 +31,13 @@ use super::history::Fate;
 use super::log_limiter::LogLimiter;
 use super::managed_vm::{ManagedVm, RequestOutcome};
 use super::notify::Notify;
-use super::own_directory;
+use super::own_files::{Look, OwnFiles};
 use super::reload::{Reread, reload};
 use super::reservation::{Process, Reservations};
 use super::shared::Shared;
 use super::signals::Inherited;
 use super::subscriptions::EventSubscriptions;
+use super::{DaemonError, own_directory};
 use crate::driver::{Driver, Error};
 use crate::host::{Budget, HostMemory, HostReader};
 use crate::policy::reason::{Decision, Reason};
@@ -55,6 +58,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// The daemon at work.
 pub struct Daemon {
     config: Config,
+    own_files: OwnFiles,
     discovery: Discovery,
     reader: HostReader,
     tick: Duration,
@@ -68,6 +72,7 @@ pub struct Daemon {
     subscriptions: EventSubscriptions,
     follow_up: Option<FollowUp>,
     requests: JoinSet<Done>,
+    connections: Connections,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
@@ -93,13 +98,14 @@ impl Daemon {
     /// A daemon before its first round.
     pub fn new(
         config: Config,
-        directory: PathBuf,
+        own_files: OwnFiles,
         host: HostMemory,
         shared: Shared,
         commands: mpsc::Receiver<Command>,
         reread: Option<Reread>,
     ) -> Self {
         let mut next_id = 0;
+        let directory = own_files.directory().to_owned();
         let own = own_directory(&directory);
         let reservations = Reservations::in_directory(&own, EPOCH, || {
             next_id += 1;
@@ -107,6 +113,7 @@ impl Daemon {
         });
         next_id += 1;
         Self {
+            own_files,
             discovery: Discovery::new(directory, config.vms.clone()),
             reader: HostReader::new(&config.sources),
             tick: config.interval,
@@ -125,6 +132,7 @@ impl Daemon {
             subscriptions: EventSubscriptions::default(),
             follow_up: None,
             requests: JoinSet::new(),
+            connections: Connections::default(),
             vms: Vec::new(),
             decisions: Vec::new(),
             balance: Balance::default(),
@@ -142,8 +150,13 @@ impl Daemon {
     }
 
     /// Where the VMs' sockets are.
-    pub fn directory(&self) -> &Path {
+    fn directory(&self) -> &Path {
         self.discovery.directory()
+    }
+
+    /// Gives up what only a daemon that runs has.
+    pub fn leave(self) {
+        self.own_files.leave();
     }
 
     /// Tells the service manager that the daemon stops.
@@ -155,15 +168,25 @@ impl Daemon {
         EPOCH + self.began.elapsed()
     }
 
-    /// Makes rounds for ever.
-    pub async fn balance(&mut self) {
+    /// Makes rounds until there is no place for this daemon any more, and says why.
+    pub async fn balance(&mut self) -> DaemonError {
         let mut ticks = rhythm(self.tick);
         let mut hangup = self.reread.is_some().then(|| Inherited::take(SignalKind::hangup()).ok()).flatten();
         let mut rescans = rhythm(RESCAN);
         // The first scan is made below, before anything else.
         rescans.reset();
-        let (mut watch, mut anew, mut revive) = (None, true, true);
+        let (mut watch, mut anew, mut revive, mut look) = (None, true, true, false);
         loop {
+            if std::mem::take(&mut look) {
+                match self.own_files.look() {
+                    Ok(Look::Same) => {}
+                    Ok(Look::MadeAnew) => {
+                        self.reservations.keep(self.now());
+                        anew = true;
+                    }
+                    Err(error) => return error,
+                }
+            }
             if std::mem::take(&mut anew) {
                 // In this order, so that no change between the two is missed.
                 watch = self.watch();
@@ -180,12 +203,15 @@ impl Daemon {
                     self.round().await;
                 }
                 change = changed(&mut watch) => match change {
-                    Ok(()) => self.rescan(false),
+                    Ok(()) => {
+                        self.rescan(false);
+                        look = true;
+                    }
                     // The next rescan makes another.
                     Err(_) => watch = None,
                 },
                 // A watch on a directory that was removed and made again hears nothing.
-                _ = rescans.tick() => (anew, revive) = (true, true),
+                _ = rescans.tick() => (anew, revive, look) = (true, true, true),
                 () = heard(&mut hangup) => {
                     self.reload();
                     (ticks, anew) = (rhythm(self.tick), true);
@@ -265,8 +291,11 @@ impl Daemon {
             // Without a driver, its last request is still under way.
             let Some(mut driver) = managed.take_driver() else { continue };
             managed.response_times.asked(now);
+            let connections = self.connections.clone();
             self.requests.spawn(async move {
+                let turn = connections.turn().await;
                 let outcome = RequestOutcome::Reported(driver.report(patience).await);
+                turn.end(&mut *driver);
                 (id, driver, outcome)
             });
             asked.insert(id);

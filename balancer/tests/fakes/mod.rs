@@ -75,6 +75,8 @@ pub struct State {
     pub patience: Vec<Option<u64>>,
     /// Every target it was asked for.
     pub targets: Vec<Bytes>,
+    /// What somebody else sets its target to before each answer.
+    pub set_anew: Option<Bytes>,
     /// Who waits for its events.
     listeners: Vec<UnboundedSender<EventKind>>,
     /// How much of the way to its target the guest goes between two reports; all of it without.
@@ -150,6 +152,7 @@ impl FakeVm {
             steered: 0,
             patience: Vec::new(),
             targets: Vec::new(),
+            set_anew: None,
             listeners: Vec::new(),
             pace: None,
             journal: None,
@@ -359,6 +362,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
             let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
             digits.parse().unwrap()
         }));
+        state.memory.target = state.set_anew.unwrap_or(state.memory.target);
         state.walk(name);
         return http(200, &serde_json::to_string(&state.memory()).unwrap());
     }

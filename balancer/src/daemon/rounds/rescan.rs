@@ -74,7 +74,7 @@ impl Daemon {
                 }
             }
         }
-        self.subscribe();
+        self.share_descriptors();
     }
 
     /// Leaves a VM alone whose process answers for another one already: then both sockets are one VM's. Of
@@ -95,10 +95,19 @@ impl Daemon {
         }
     }
 
-    /// Hears those that can call, as far as there are descriptors: what VMs are asked in rounds goes before.
-    fn subscribe(&mut self) {
+    /// Divides the descriptors that there are: first to asking VMs, then to hearing those that can call.
+    fn share_descriptors(&mut self) {
         let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
-        let most = limit.unwrap_or(usize::MAX).saturating_sub(SPARE_DESCRIPTORS + self.managed_vms.len());
+        let most = limit.unwrap_or(usize::MAX).saturating_sub(SPARE_DESCRIPTORS);
+        if self.connections.limit(most, self.managed_vms.len()) {
+            let drivers = self.managed_vms.values_mut().filter_map(|managed| managed.driver.as_mut());
+            drivers.for_each(|driver| driver.hang_up());
+        }
+        self.subscribe(most.saturating_sub(self.managed_vms.len()));
+    }
+
+    /// Hears `most` of those that can call.
+    fn subscribe(&mut self, most: usize) {
         self.subscriptions.keep_at_most(most);
         for (&id, managed) in &self.managed_vms {
             if self.subscriptions.hears(id) {
