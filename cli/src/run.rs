@@ -9,7 +9,7 @@ use api::runtime;
 use tracing::warn;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
-    MemoryOptions, Name, SerialOptions, Transport, VmConfig,
+    MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
 };
 use vmm::machine::Machine;
 
@@ -54,6 +54,17 @@ pub struct Args {
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, allow_hyphen_values = true)]
     cmdline: String,
+    /// Words to put behind the kernel's command line, such as root=/dev/vda
+    ///
+    /// Where they contain fips=1, the default no longer contains cryptomgr.notests.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    append: String,
     /// Memory: SIZE, then with commas min=SIZE, max=SIZE, buffer=PERCENT%, weight=N
     ///
     /// The guest starts with SIZE. Alone it is static memory, which no balancer touches. With min or
@@ -163,7 +174,7 @@ impl Args {
             name,
             kernel: self.kernel,
             initrd: self.initrd,
-            cmdline: self.cmdline,
+            cmdline: with_words(&self.cmdline, &self.append),
             limits: self.memory,
             cpus: self.cpus,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
@@ -233,6 +244,13 @@ fn at_the_start(config: &VmConfig) -> Limits {
     } else {
         config.limits
     }
+}
+
+/// Has all threads share one heap, before there is a second: each of its own would take page tables, and hold memory
+/// that the others can't use. A VM's threads seldom allocate at all.
+pub fn share_one_heap() {
+    // SAFETY: a number for the allocator, at any time.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Gives the host what reading the command line took on the heap: it would

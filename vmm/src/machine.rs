@@ -138,11 +138,8 @@ impl Machine {
         let end = layout::memory_end(boot, more, cpuid::address_bits(&supported), has_pci)?;
         let pci = has_pci.then(|| layout::pci_window(end));
         let ram = Arc::new(Ram::with_pluggable(boot, more, config.memory)?);
-        if config.hides_devices() {
-            tracing::warn!(
-                "`pci=off` hides all of the guest's devices: take it off the kernel's command line, or use \
-                 --transport mmio"
-            );
+        for hindrance in config.hindrances() {
+            tracing::warn!("{hindrance}");
         }
         let boot = Boot {
             kernel: &config.kernel,
