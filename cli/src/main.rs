@@ -27,6 +27,8 @@ mod standard_error;
 mod stop;
 mod table;
 mod top;
+mod unpack_kernel;
+mod unpacking;
 mod why;
 
 use std::io::{self, IsTerminal};
@@ -90,6 +92,8 @@ enum Command {
     Sim(sim::Args),
     Record(record::Args),
     Completions(completions::Args),
+    #[command(hide = true)]
+    UnpackKernel(unpack_kernel::Args),
 }
 
 fn main() -> ExitCode {
@@ -102,6 +106,8 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     match cli.command {
+        // It opens nothing, and says one sentence.
+        Command::UnpackKernel(_) => {}
         Command::Run(_) => cli.logging.start_small(),
         // A line in the log would tear its picture.
         Command::Top(_) if io::stderr().is_terminal() => {}
@@ -122,6 +128,7 @@ fn main() -> ExitCode {
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
+        Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
 }

@@ -16,6 +16,7 @@ use crate::arch::x86_64::layout::{self, NoPciWindow};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
 use crate::arch::x86_64::{acpi, cpuid, reset};
 use crate::boot::kernel::{self, Boot, KernelError};
+use crate::boot::unpacked;
 use crate::builder::{BuildError, Builder, Threads};
 use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
@@ -130,6 +131,9 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
+        // What this takes of memory is given back before the guest has any.
+        let unpacking = config.unpacking.as_ref();
+        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
         let ram = Arc::new(ram(&config)?);
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -143,11 +147,13 @@ impl Machine {
         }
         let boot = Boot {
             kernel: &config.kernel,
+            unpacked: unpacked.as_ref(),
             initrd: config.initrd.as_deref(),
             cmdline: &config.kernel_cmdline(),
             reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
         let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
+        drop(unpacked);
         let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
 
         let vm = kvm::create_vm(&kvm_fd, ram.regions())?;

@@ -1,3 +1,4 @@
 //! From a kernel file to a first vCPU that is ready to run it.
 
 pub mod kernel;
+pub mod unpacked;
