@@ -27,6 +27,8 @@ mod standard_error;
 mod stop;
 mod table;
 mod top;
+mod unpack_kernel;
+mod unpacking;
 mod why;
 
 use std::env;
@@ -91,6 +93,8 @@ enum Command {
     Sim(sim::Args),
     Record(record::Args),
     Completions(completions::Args),
+    #[command(hide = true)]
+    UnpackKernel(unpack_kernel::Args),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +107,8 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     match cli.command {
+        // It opens nothing, and says one sentence.
+        Command::UnpackKernel(_) => {}
         Command::Run(_) => {
             run::share_one_heap();
             cli.logging.start_small();
@@ -126,6 +132,7 @@ fn main() -> ExitCode {
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
+        Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
 }

@@ -18,6 +18,7 @@ use crate::duration;
 use crate::failure::Failure;
 use crate::reservation;
 use crate::sentence;
+use crate::unpacking::{KernelCache, unpacking};
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -48,6 +49,18 @@ pub struct Args {
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
+    /// Boot a bzImage as it is: it unpacks itself in the guest
+    ///
+    /// Otherwise what is packed in it is unpacked on the host, by a process that can do nothing else,
+    /// and put at an address of chance as the kernel itself would do.
+    #[arg(long)]
+    no_unpack: bool,
+    /// Where unpacked kernels are kept: a directory, or `off`
+    ///
+    /// [default: $XDG_CACHE_HOME/ballast/kernels or ~/.cache/ballast/kernels; for root
+    /// /var/cache/ballast/kernels]
+    #[arg(long, value_name = "DIR", conflicts_with = "no_unpack")]
+    kernel_cache: Option<KernelCache>,
     /// The initial RAM file system
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -173,6 +186,7 @@ impl Args {
         Ok(VmConfig {
             name,
             kernel: self.kernel,
+            unpacking: (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref())),
             initrd: self.initrd,
             cmdline: with_words(&self.cmdline, &self.append),
             limits: self.memory,

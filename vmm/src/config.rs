@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::limits::Limits;
+use image::Unpacking;
 use serde::{Deserialize, Serialize};
 
 /// Types that are text in a configuration, read by the same rule as on the command line.
@@ -49,6 +50,9 @@ pub struct VmConfig {
     pub name: Name,
     /// A bzImage, or an uncompressed ELF with a PVH note.
     pub kernel: PathBuf,
+    /// How what is packed in a bzImage is unpacked on the host; `None` has it unpack itself.
+    #[serde(default)]
+    pub unpacking: Option<Unpacking>,
     /// The initial RAM file system.
     pub initrd: Option<PathBuf>,
     /// The kernel's command line, as the user wrote it; [`DEFAULT_CMDLINE`] is a good start.

@@ -16,6 +16,7 @@ use crate::arch::x86_64::layout::{self, TooMuchMemory};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
 use crate::arch::x86_64::{acpi, cpuid, reset};
 use crate::boot::kernel::{self, Boot, KernelError};
+use crate::boot::unpacked;
 use crate::builder::{BuildError, Builder, Threads};
 use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
@@ -130,6 +131,9 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
+        // What this takes of memory is given back before the guest has any.
+        let unpacking = config.unpacking.as_ref();
+        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm::refused("tell what CPUID it supports"))?;
@@ -143,6 +147,7 @@ impl Machine {
         }
         let boot = Boot {
             kernel: &config.kernel,
+            unpacked: unpacked.as_ref(),
             initrd: config.initrd.as_deref(),
             cmdline: &config.kernel_cmdline(),
             reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
@@ -157,6 +162,7 @@ impl Machine {
                 Ok((entry, api))
             },
         )?;
+        drop(unpacked);
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;

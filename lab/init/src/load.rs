@@ -12,6 +12,7 @@
 //! remove                    removes that file
 //! plugged                   prints in how many places there is memory that virtio_mem has added
 //! random:COUNT              reads 64 bytes from /dev/hwrng so often: each is one request to the device
+//! kernel                    says where the kernel lies (see `show`)
 //! show                      says where a page of this process is (see `show`)
 //! keep:SIZE:SEED            takes SIZE and fills it with a pattern that it remembers
 //! check                     looks whether all that is kept is as it was
@@ -137,6 +138,7 @@ impl Load {
             ["random", count] => {
                 ask_for_random(number(count)?).map_err(|error| format!("/dev/hwrng: {error}"))?
             }
+            ["kernel"] => println!("{}", show::kernel().map_err(|error| format!("no kernel is found: {error}"))?),
             ["show"] => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
             ["keep", bytes, seed] => {
                 let (mut block, seed) = (block(size(bytes)?)?, number(seed)?);
@@ -151,7 +153,7 @@ impl Load {
                 return Err(format!(
                     "`{step}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                      hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
-                     forget, hog, unbind:DRIVER, bind:DRIVER, random:COUNT or show"
+                     forget, hog, unbind:DRIVER, bind:DRIVER, random:COUNT, kernel or show"
                 ));
             }
         }

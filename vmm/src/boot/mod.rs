@@ -2,3 +2,4 @@
 
 pub mod kernel;
 mod sparse;
+pub mod unpacked;
