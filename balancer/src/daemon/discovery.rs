@@ -118,7 +118,7 @@ impl Discovery {
             }
         }
         self.new = false;
-        self.clash_logs.retain(|socket, _| socket.exists());
+        self.clash_logs.retain(|socket, _| !matches!(socket.try_exists(), Ok(false)));
         Ok(found.into_values().collect())
     }
 
