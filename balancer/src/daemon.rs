@@ -38,6 +38,7 @@ use std::path::{Path, PathBuf};
 use api::client::raise_descriptor_limit;
 use api::runtime::{self, RuntimeError};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
@@ -193,13 +194,17 @@ fn lock(directory: &Path) -> Result<File, DaemonError> {
     let own = |source| DaemonError::Own { path: path.clone(), source };
     let mut file =
         File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(own)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut pid = String::new();
-        let _ = Read::by_ref(&mut file).take(20).read_to_string(&mut pid);
-        return Err(DaemonError::AlreadyRunning {
-            directory: directory.to_owned(),
-            pid: pid.trim().to_owned(),
-        });
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            let _ = Read::by_ref(&mut file).take(20).read_to_string(&mut pid);
+            return Err(DaemonError::AlreadyRunning {
+                directory: directory.to_owned(),
+                pid: pid.trim().to_owned(),
+            });
+        }
+        Err(error) => return Err(own(error.into())),
     }
     file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(own)?;
     Ok(file)
@@ -213,16 +218,17 @@ async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<(
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(own(error)),
         _ => {}
     }
-    let listener = UnixListener::bind(&path).map_err(own)?;
-    fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
     let mut servers = JoinSet::new();
-    let router = server::private(api.clone());
-    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
+    // Before the socket, which would be left behind where this address can't be had.
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
         let router = server::public(api.clone());
         servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PUBLIC));
     }
+    let listener = UnixListener::bind(&path).map_err(own)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
+    let router = server::private(api.clone());
+    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     Ok(servers)
 }
