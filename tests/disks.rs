@@ -17,7 +17,8 @@ fn guest(kernel: Kernel, transport: &str, disks: &[&str]) -> Vm {
     let mut settings = VmSettings::new("disks", &images, "256M", "ballast.console");
     settings.initrd = images.agent_initrd;
     let disks = disks.iter().flat_map(|&disk| ["--disk", disk]);
-    let mut vm = settings.with(&["--cpus", "2", "--transport", transport]).with(&disks.collect::<Vec<_>>()).start();
+    let mut vm =
+        settings.with(&["--cpus", "2", "--transport", transport]).with(&disks.collect::<Vec<_>>()).start();
     vm.wait_until_ready();
     vm
 }
