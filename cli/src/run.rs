@@ -91,9 +91,10 @@ pub struct Args {
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
     transport: Carrier,
-    /// A disk: PATH, then with commas readonly, format=raw, cache=direct or cache=buffered; once for each disk
+    /// A disk: PATH, then with commas readonly, format=, cache= and backing=; once for each disk
     ///
-    /// A file of the disk's bytes, or a block device. The guest finds the first as /dev/vda, the second as
+    /// A file of the disk's bytes, a block device, or a qcow2 image (its name ends in .qcow2, or format=qcow2). A
+    /// qcow2 image may name another file behind it only with backing=allow. The guest finds the first as /dev/vda, the second as
     /// /dev/vdb and so on; it needs the module virtio_blk. A disk is locked while the VM runs, as QEMU
     /// locks it. One that the guest may write is not cached by the host (cache=direct), so that the guest's
     /// cache is the only one; one that it may only read is, and guests that read the same file share that.

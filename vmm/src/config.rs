@@ -143,7 +143,7 @@ pub enum ConfigError {
     /// Not a disk.
     #[error(
         "`{text}` is not a disk ({what}): use PATH, then with commas readonly, format=raw or format=qcow2, \
-         cache=direct or cache=buffered; a comma of the path is written twice"
+         cache=direct or cache=buffered, backing=allow; a comma of the path is written twice"
     )]
     Disk {
         /// As given.

@@ -198,6 +198,9 @@ pub struct DiskOptions {
     /// that is only read is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<Cache>,
+    /// A qcow2 image may show other files, which it names, where it has nothing of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub backing: bool,
 }
 
 impl DiskOptions {
@@ -213,7 +216,7 @@ impl DiskOptions {
     }
 }
 
-/// `PATH[,readonly][,format=raw|qcow2][,cache=direct|buffered]`: a comma of the path itself is written twice.
+/// `PATH[,readonly][,format=raw|qcow2][,cache=direct|buffered][,backing=allow]`: a comma of the path itself is written twice.
 impl FromStr for DiskOptions {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
@@ -222,7 +225,7 @@ impl FromStr for DiskOptions {
         let mut parts = marked.split(',').map(|part| part.replace('\0', ","));
         let path =
             parts.next().filter(|path| !path.is_empty()).ok_or_else(|| wrong("it names no file".into()))?;
-        let mut disk = Self { path: path.into(), readonly: false, format: None, cache: None };
+        let mut disk = Self { path: path.into(), readonly: false, format: None, cache: None, backing: false };
         for part in parts {
             match part.split_once('=').unwrap_or((&part, "")) {
                 ("readonly", "") => disk.readonly = true,
@@ -230,6 +233,7 @@ impl FromStr for DiskOptions {
                 ("format", "qcow2") => disk.format = Some(DiskFormat::Qcow2),
                 ("cache", "direct") => disk.cache = Some(Cache::Direct),
                 ("cache", "buffered") => disk.cache = Some(Cache::Buffered),
+                ("backing", "allow") => disk.backing = true,
                 _ => return Err(wrong(format!("`{part}` is not known"))),
             }
         }

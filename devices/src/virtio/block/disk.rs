@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
+use super::qcow2::HeadError;
 use crate::virtio::queue::IoVectors;
 
 /// Bytes of a sector, the unit of virtio-blk's addresses whatever the disk's own block is (section 5.2.4).
@@ -115,6 +116,40 @@ pub enum DiskError {
     Locked {
         /// The file.
         path: PathBuf,
+    },
+    /// A qcow2 image that can't be used.
+    #[error("the disk {} can't be used: {source}", .path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: HeadError,
+    },
+    /// An image names another file, and the user did not say that it may.
+    #[error(
+        "the disk {} shows another file where it has nothing of its own (a backing file), which it names \
+         itself: say `,backing=allow` if you trust who made the image", .path.display()
+    )]
+    HasBacking {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Images that name each other.
+    #[error("the image {} lies behind itself", .path.display())]
+    BackingLoop {
+        /// One of them.
+        path: PathBuf,
+    },
+    /// Too many images behind each other.
+    #[error(
+        "behind the image {} lie more than {most} others: make one of some with `qemu-img convert`",
+        .path.display()
+    )]
+    BackingDepth {
+        /// The last that was looked at.
+        path: PathBuf,
+        /// As many are allowed.
+        most: usize,
     },
     /// Its name says raw, and its contents qcow2. Which of both the guest may have written.
     #[error(

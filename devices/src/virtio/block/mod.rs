@@ -6,6 +6,7 @@
 mod config;
 pub mod disk;
 mod lock;
+pub mod qcow2;
 pub mod raw;
 mod request;
 mod workers;

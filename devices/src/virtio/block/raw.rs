@@ -66,22 +66,7 @@ impl RawDisk {
     pub fn open(path: &Path, options: RawOptions) -> Result<Self, DiskError> {
         let RawOptions { read_only, cache, stated } = options;
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        // A pipe would keep its opener waiting.
-        let mut file = open(path, read_only, libc::O_NONBLOCK)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        let no_disk = |what| Err(DiskError::NoDisk { path: path.to_owned(), what });
-        if kind.is_block_device() && !read_only {
-            file = open(path, read_only, libc::O_NONBLOCK | libc::O_EXCL)?;
-        } else if kind.is_fifo() {
-            return no_disk("a pipe");
-        } else if kind.is_dir() {
-            return no_disk("a directory");
-        } else if !kind.is_file() && !kind.is_block_device() {
-            return no_disk("a device that has no blocks");
-        }
-        if !lock::lock(&file, read_only).map_err(failed)? {
-            return Err(DiskError::Locked { path: path.to_owned() });
-        }
+        let mut file = open_file(path, read_only)?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         match size {
             0 => return Err(DiskError::Empty { path: path.to_owned() }),
@@ -149,7 +134,7 @@ enum Guard<'a> {
 impl Direct {
     /// None where the file system has no such way.
     fn open(path: &Path, read_only: bool) -> Option<Self> {
-        let file = open(path, read_only, libc::O_DIRECT).ok()?;
+        let file = open_direct(path, read_only)?;
         let alignment = ALIGNMENTS.into_iter().find(|&alignment| can_read(&file, alignment))?;
         Some(Self { file, alignment, aligned: RwLock::new(()) })
     }
@@ -175,6 +160,34 @@ fn can_read(file: &File, alignment: u32) -> bool {
         return false;
     };
     file.read_at(place, 0).is_ok()
+}
+
+/// Opens the file of a disk past the page cache, where its file system has such a way. The disk is locked
+/// already.
+pub(super) fn open_direct(path: &Path, read_only: bool) -> Option<File> {
+    open(path, read_only, libc::O_DIRECT).ok()
+}
+
+/// Opens and locks the file of a disk.
+pub(super) fn open_file(path: &Path, read_only: bool) -> Result<File, DiskError> {
+    let failed = |source| DiskError::Open { path: path.to_owned(), source };
+    // A pipe would keep its opener waiting.
+    let mut file = open(path, read_only, libc::O_NONBLOCK)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    let no_disk = |what| Err(DiskError::NoDisk { path: path.to_owned(), what });
+    if kind.is_block_device() && !read_only {
+        file = open(path, read_only, libc::O_NONBLOCK | libc::O_EXCL)?;
+    } else if kind.is_fifo() {
+        return no_disk("a pipe");
+    } else if kind.is_dir() {
+        return no_disk("a directory");
+    } else if !kind.is_file() && !kind.is_block_device() {
+        return no_disk("a device that has no blocks");
+    }
+    if !lock::lock(&file, read_only).map_err(failed)? {
+        return Err(DiskError::Locked { path: path.to_owned() });
+    }
+    Ok(file)
 }
 
 fn open(path: &Path, read_only: bool, flags: libc::c_int) -> Result<File, DiskError> {

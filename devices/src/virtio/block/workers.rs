@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::thread::Builder;
+use std::thread::{Builder, JoinHandle};
 
 use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -46,6 +46,7 @@ pub struct Finished {
 pub struct Workers {
     disk: Arc<dyn Disk>,
     shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
@@ -76,18 +77,18 @@ impl Workers {
             any_finished: Condvar::new(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         };
-        Ok(Self { disk, shared: Arc::new(shared) })
+        Ok(Self { disk, shared: Arc::new(shared), threads: Vec::new() })
     }
 
-    /// Starts the threads, which end when this value goes.
+    /// Starts the threads. They end when this value goes, each after what it is working on.
     ///
     /// # Errors
     /// There is no thread to be had.
-    pub fn start(&self) -> io::Result<()> {
+    pub fn start(&mut self) -> io::Result<()> {
         for number in 0..THREADS {
             let (disk, shared) = (Arc::clone(&self.disk), Arc::clone(&self.shared));
             let thread = Builder::new().name(format!("disk-{number}")).stack_size(STACK);
-            thread.spawn(move || shared.work(&*disk))?;
+            self.threads.push(thread.spawn(move || shared.work(&*disk))?);
         }
         Ok(())
     }
@@ -129,6 +130,10 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.waiting.lock().closed = true;
         self.shared.more.notify_all();
+        // The disk is closed once nobody has it any more.
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
     }
 }
 

@@ -1,125 +1,26 @@
-//! The block device: an honest driver and a hostile one, over real files.
+//! The block device: an honest driver and a hostile one, over real files and images.
+
+mod model;
+mod qcow2;
+mod room;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use devices::testing::{BUFFERS, CARRIERS, Carrier, Guest, RUNNING};
-use devices::virtio::block::Block;
+use devices::testing::{CARRIERS, RUNNING};
 use devices::virtio::block::disk::{ByteRange, Disk, DiskError};
 use devices::virtio::block::raw::{Cache, RawDisk, RawOptions};
 use devices::virtio::queue::IoVectors;
-use proptest::prelude::*;
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-const SECTORS: u64 = 256;
-const HEADER: u64 = BUFFERS;
-const DATA: u64 = BUFFERS + 0x1000;
-const STATUS: u64 = BUFFERS + 0x6_0000;
-
-/// What a disk of 128 KiB holds: every 4 bytes their own place.
-fn content() -> Vec<u8> {
-    (0..(SECTORS * 512) as u32).step_by(4).flat_map(u32::to_le_bytes).collect()
-}
-
-fn file() -> TempFile {
-    let file = TempFile::new().unwrap();
-    fs::write(file.as_path(), content()).unwrap();
-    file
-}
-
-const WRITABLE: RawOptions = RawOptions { read_only: false, cache: Cache::Direct, stated: false };
-
-fn raw(path: &Path, options: RawOptions) -> Arc<dyn Disk> {
-    Arc::new(RawDisk::open(path, options).unwrap())
-}
-
-struct Room {
-    guest: Guest,
-}
-
-impl Room {
-    fn new(carrier: Carrier, disk: Arc<dyn Disk>, refused: u64) -> Self {
-        let block = Block::new(disk, "disk-of-a-long-name-indeed", 2).unwrap();
-        let mut guest = Guest::on(carrier, |_| Box::new(block));
-        guest.start(refused);
-        Self { guest }
-    }
-
-    fn memory(&self) -> &vm_memory::GuestMemoryMmap {
-        &self.guest.ram.memory
-    }
-
-    /// Sends a request with these buffers between header and status, each with the flags of its descriptor, and
-    /// waits until it is over. Returns its status and how many bytes were written, or none where it was none.
-    fn request(
-        &mut self,
-        queue: usize,
-        kind: u32,
-        sector: u64,
-        data: &[(u64, u32, u32)],
-    ) -> (Option<u8>, u32) {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.memory().write_slice(&header, GuestAddress(HEADER)).unwrap();
-        self.memory().write_obj(0xaa_u8, GuestAddress(STATUS)).unwrap();
-        self.guest.describe(queue, 0, HEADER, 16, VRING_DESC_F_NEXT, 1);
-        let mut place = 1;
-        for &(address, len, flags) in data {
-            self.guest.describe(queue, place, address, len, flags | VRING_DESC_F_NEXT, place + 1);
-            place += 1;
-        }
-        self.guest.describe(queue, place, STATUS, 1, VRING_DESC_F_WRITE, 0);
-        self.guest.send(queue, 0);
-        let written = self.finished(queue);
-        let status: u8 = self.memory().read_obj(GuestAddress(STATUS)).unwrap();
-        ((status != 0xaa).then_some(status), written)
-    }
-
-    fn finished(&mut self, queue: usize) -> u32 {
-        loop {
-            match self.guest.used(queue)[..] {
-                [] => assert!(self.guest.wait(10_000), "nothing comes back"),
-                [(0, written)] => return written,
-                ref more => panic!("{more:?}"),
-            }
-        }
-    }
-
-    fn read(&mut self, sector: u64, len: u32) -> Vec<u8> {
-        assert_eq!(
-            self.request(0, VIRTIO_BLK_T_IN, sector, &[(DATA, len, VRING_DESC_F_WRITE)]),
-            (OK, len + 1)
-        );
-        let mut bytes = vec![0; len as usize];
-        self.memory().read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
-        bytes
-    }
-
-    fn write(&mut self, sector: u64, bytes: &[u8]) -> Option<u8> {
-        self.memory().write_slice(bytes, GuestAddress(DATA)).unwrap();
-        self.request(1, VIRTIO_BLK_T_OUT, sector, &[(DATA, bytes.len() as u32, 0)]).0
-    }
-
-    fn clear(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> Option<u8> {
-        let mut segment = [0; 16];
-        segment[..8].copy_from_slice(&sector.to_le_bytes());
-        segment[8..12].copy_from_slice(&sectors.to_le_bytes());
-        segment[12..].copy_from_slice(&flags.to_le_bytes());
-        self.memory().write_slice(&segment, GuestAddress(DATA)).unwrap();
-        self.request(0, kind, 0, &[(DATA, 16, 0)]).0
-    }
-}
-
-const OK: Option<u8> = Some(VIRTIO_BLK_S_OK as u8);
-const IO_ERROR: Option<u8> = Some(VIRTIO_BLK_S_IOERR as u8);
-const UNSUPPORTED: Option<u8> = Some(VIRTIO_BLK_S_UNSUPP as u8);
+use room::*;
 
 #[test]
 fn what_is_written_is_read_and_is_in_the_file() {
@@ -252,7 +153,7 @@ fn a_file_that_shrinks_is_an_error_of_the_disk() {
 
 /// A disk whose host fails.
 struct Failing {
-    flushes: std::sync::atomic::AtomicU32,
+    flushes: AtomicU32,
     error: Option<i32>,
 }
 
@@ -279,7 +180,7 @@ impl Disk for Failing {
         self.result()
     }
     fn flush(&self) -> io::Result<()> {
-        self.flushes.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.flushes.fetch_add(1, Ordering::Relaxed);
         self.result()
     }
     fn discard(&self, _: ByteRange) -> io::Result<()> {
@@ -311,7 +212,7 @@ fn a_driver_that_can_not_flush_has_each_write_made_to_last() {
         room.guest.raw_write(0x100 + 32, &[wce]);
         assert_eq!(room.write(0, &[1; 512]), OK);
         assert_eq!(room.clear(VIRTIO_BLK_T_WRITE_ZEROES, 0, 8, 0), OK);
-        assert_eq!(disk.flushes.load(std::sync::atomic::Ordering::Relaxed), flushes, "{refused:#x} {wce}");
+        assert_eq!(disk.flushes.load(Ordering::Relaxed), flushes, "{refused:#x} {wce}");
     }
 }
 
@@ -346,69 +247,4 @@ fn what_is_no_disk_is_refused_with_a_reason() {
     fs::write(file.as_path(), [b"QFI\xfb".as_slice(), &[0; 508]].concat()).unwrap();
     assert!(error(file.as_path()).contains("format="));
     RawDisk::open(file.as_path(), RawOptions { stated: true, ..WRITABLE }).unwrap();
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Write(u64, Vec<u8>),
-    Read(u64, u64),
-    Zero(u64, u32, bool),
-    Flush,
-    Restart,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        (0..SECTORS, any::<u8>(), 1..16_usize)
-            .prop_map(|(sector, byte, len)| Step::Write(sector, vec![byte; len * 512])),
-        (0..SECTORS, 1..32_u64).prop_map(|(sector, len)| Step::Read(sector, len)),
-        (0..SECTORS, 1..32_u32, any::<bool>())
-            .prop_map(|(sector, len, unmap)| Step::Zero(sector, len, unmap)),
-        Just(Step::Flush),
-        Just(Step::Restart),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-    #[test]
-    fn the_disk_is_what_was_written(steps in proptest::collection::vec(step(), 1..60), direct: bool) {
-        let file = file();
-        let cache = if direct { Cache::Direct } else { Cache::Buffered };
-        let mut model = content();
-        let mut room = Room::new(CARRIERS[0], raw(file.as_path(), RawOptions { cache, ..WRITABLE }), 0);
-        for step in steps {
-            match step {
-                Step::Write(sector, bytes) => {
-                    let place = sector as usize * 512;
-                    let fits = place + bytes.len() <= model.len();
-                    prop_assert_eq!(room.write(sector, &bytes), if fits { OK } else { IO_ERROR });
-                    if fits {
-                        model[place..place + bytes.len()].copy_from_slice(&bytes);
-                    }
-                }
-                Step::Read(sector, sectors) => {
-                    let sectors = sectors.min(SECTORS - sector);
-                    let place = sector as usize * 512;
-                    let len = sectors as usize * 512;
-                    prop_assert_eq!(room.read(sector, len as u32), &model[place..place + len]);
-                }
-                Step::Zero(sector, sectors, unmap) => {
-                    let place = sector as usize * 512;
-                    let len = sectors as usize * 512;
-                    let fits = place + len <= model.len();
-                    let status = room.clear(VIRTIO_BLK_T_WRITE_ZEROES, sector, sectors, u32::from(unmap));
-                    prop_assert_eq!(status, if fits { OK } else { IO_ERROR });
-                    if fits {
-                        model[place..place + len].fill(0);
-                    }
-                }
-                Step::Flush => prop_assert_eq!(room.request(0, VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK),
-                Step::Restart => room.guest.start(0),
-            }
-        }
-        let mut bytes = vec![0; model.len()];
-        File::open(file.as_path()).unwrap().read_exact_at(&mut bytes, 0).unwrap();
-        prop_assert_eq!(bytes, model);
-    }
 }
