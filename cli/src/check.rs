@@ -1,9 +1,12 @@
 //! `ballast check`.
 
 use std::fmt::Write;
+use std::path::Path;
 
+use api::guest_memory;
 use api::runtime;
 use api::units::Bytes;
+use balancer::host::HostMemory;
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
@@ -74,6 +77,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
+    let host_memory = HostMemory::read(Path::new("/proc/meminfo"));
+    findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
     findings.push(directory());
     let can_run = host.can_run();
@@ -198,6 +203,19 @@ fn memory_limit(limit: Option<Bytes>) -> Finding {
              of their own (systemd-run --scope), where they are to have more",
         ),
     }
+}
+
+/// What a guest spends that may grow to all of this host.
+fn largest_guest(total: Bytes) -> Finding {
+    let cost = guest_memory::fixed_cost(total);
+    Finding::good(
+        "max",
+        format!(
+            "a guest with max={total}, all of this host, spends {cost} before it runs: start it with at least {}, \
+             or let it plug (--grow plug)",
+            guest_memory::least_start(total)
+        ),
+    )
 }
 
 fn sandbox() -> Finding {

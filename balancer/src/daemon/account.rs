@@ -169,7 +169,7 @@ impl Account {
     /// What the host holds for the guest: the VM's count within what the kernel's leaves open.
     fn host_rss(&self, observed: &Observation, overhead: Bytes) -> Option<Bytes> {
         let Some(kernel) = self.resident_memory.map(ResidentMemory::all) else {
-            let most = observed.target.max(observed.actual).max(observed.limits.max());
+            let most = observed.target.max(observed.given()).max(observed.limits.max());
             return observed.host_rss.map(|told| told.min(most));
         };
         let least = kernel.saturating_sub(overhead.max(VMM_OWN_MOST));

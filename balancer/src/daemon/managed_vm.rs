@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::limits::{Limits, Wanted};
 use api::status::Pauser;
 use api::units::Bytes;
@@ -71,7 +72,7 @@ pub struct ManagedVm {
     started: Duration,
     answered: Option<Duration>,
     errs: bool,
-    heard: Option<(Duration, Bytes)>,
+    heard: Option<GuestMemory>,
     pub response_times: ResponseTimes,
     logs: Logs,
     pub last_resort: LastResortState,
@@ -249,7 +250,7 @@ impl ManagedVm {
                 "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
             );
         }
-        self.heard = observed.spare;
+        self.heard = observed.guest;
         self.answered = Some(now);
         self.errs = false;
         let uptime = now.saturating_sub(self.started);
@@ -335,7 +336,8 @@ impl ManagedVm {
         vm.answers = !self.errs && silent <= patience;
         vm.observed.since = silent;
         vm.observed.pausable = pauses && self.vmm.knows_who_paused() && self.last_resort.may_pause(now);
-        vm.observed.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
+        vm.observed.guest =
+            self.heard.map(|said| GuestMemory { age: said.age.saturating_add(silent), ..said });
         Some(vm)
     }
 
@@ -360,7 +362,7 @@ impl ManagedVm {
                     info!(vm = name, "{name} reports and follows again");
                 }
             }
-            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
+            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.guest) {
                 (Standing::NoDriver, _) => warn!(
                     vm = name,
                     "no balloon driver runs in {name}: it is charged its full {}",
@@ -371,7 +373,7 @@ impl ManagedVm {
                     "{name} does not give up what it was asked for: it keeps {} and is left alone for a while",
                     vm.observed.actual
                 ),
-                (_, Some((age, _))) => warn!(
+                (_, Some(GuestMemory { age, .. })) => warn!(
                     vm = name,
                     "no reports from {name} since {} s ago: it is not shrunk until its guest reports again",
                     age.as_secs()
@@ -439,6 +441,7 @@ impl ManagedVm {
             entitlement: vm.entitlement(),
             target: vm.observed.target,
             actual: vm.observed.actual,
+            unmanaged: vm.observed.unmanaged,
             host_rss: vm.observed.host_rss,
             huge_percent: self.huge_percent,
             overhead: self.overhead(),
@@ -462,8 +465,8 @@ impl ManagedVm {
             report_age_ms: self
                 .vm
                 .as_ref()
-                .and_then(|vm| vm.observed.spare)
-                .map(|(age, _)| age.as_millis() as u64),
+                .and_then(|vm| vm.observed.guest)
+                .map(|said| said.age.as_millis() as u64),
             last_reason: self.last_reason,
             grows: self.grows,
             shrinks: self.shrinks,
