@@ -111,7 +111,7 @@ mod tests {
 
     fn look(distress: &mut Distress, second: u64, stalls: Stalls, spare: u64) -> u64 {
         let reported = Duration::from_secs(second);
-        let news = News { reported, spare: Bytes::mib(spare), stalls, committed: None };
+        let news = News { reported, spare: Bytes::mib(spare), stalls, ..News::default() };
         distress.look(reported, &news, Bytes::gib(1));
         distress.boost_percent()
     }
