@@ -55,6 +55,13 @@ impl Server {
         Ok(Self { file, listener, stop, look_every: LOOK_EVERY, trouble: None })
     }
 
+    /// The same, looking so often whether somebody has removed the socket.
+    #[must_use]
+    pub fn looking_every(mut self, interval: Duration) -> Self {
+        self.look_every = interval;
+        self
+    }
+
     /// A descriptor that ends [`Server::run`] when it is written to.
     ///
     /// # Errors

@@ -30,9 +30,8 @@ impl Running {
     pub(super) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.sock");
-        let mut server = Server::bind(&path).unwrap();
         // Tests wait for what comes of a look, and not for its time.
-        server.look_every = Duration::from_millis(5);
+        let server = Server::bind(&path).unwrap().looking_every(Duration::from_millis(5));
         let stop = server.stopper().unwrap();
         let control = super::super::document::control();
         let served = Arc::clone(&control);
