@@ -22,7 +22,7 @@ async fn ps(limits: &str) -> Output {
 
 #[tokio::test]
 async fn a_client_takes_all_descriptors_that_it_may_have() {
-    let output = ps("ulimit -Hn 1024 && ulimit -Sn 64").await;
+    let output = ps("ulimit -Sn 64 && ulimit -Hn 1024").await;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(out.lines().filter(|line| line.contains("running")).count(), 100, "{out}{err}");
     assert!(output.status.success() && err.is_empty(), "{err}");
