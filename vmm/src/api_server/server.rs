@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Answering, Connection, Next};
 use super::routes::route;
-use super::socket::{BindError, SocketFile, listen};
+use super::socket::{BindError, RenewError, SocketFile, listen};
 use crate::control::Control;
 
 /// Clients at a time. A new one takes the place of the one whose turn has been over for longest; while
@@ -27,13 +27,20 @@ const EVENTS: u64 = STOP + 1;
 /// How long to leave new clients alone after the kernel could not accept one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How often it is looked whether the socket's file is still there. The kernel would tell, but an inotify
+/// instance for each VM is more than a user has of them.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
 /// An API that clients can connect to; [`Server::run`] answers them.
 #[derive(Debug)]
 pub struct Server {
     // Dropped before the listener, whose life keeps the file's inode from being given to another.
-    _file: SocketFile,
+    file: SocketFile,
     listener: UnixListener,
     stop: EventFd,
+    look_every: Duration,
+    /// Why the file is not there, which is said once.
+    trouble: Option<RenewError>,
 }
 
 impl Server {
@@ -45,7 +52,14 @@ impl Server {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| BindError::Io { path: path.to_owned(), source })?;
         let (listener, file) = listen(path)?;
-        Ok(Self { listener, stop, _file: file })
+        Ok(Self { file, listener, stop, look_every: LOOK_EVERY, trouble: None })
+    }
+
+    /// The same, looking so often whether somebody has removed the socket.
+    #[must_use]
+    pub fn looking_every(mut self, interval: Duration) -> Self {
+        self.look_every = interval;
+        self
     }
 
     /// A descriptor that ends [`Server::run`] when it is written to.
@@ -66,7 +80,33 @@ impl Server {
         self.serve(&wake, &|request| route(request, control))
     }
 
-    fn serve(self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
+    /// Makes the socket again if somebody has removed it. True if there is another one to be watched.
+    fn look(&mut self, epoll: &Epoll) -> io::Result<bool> {
+        match self.file.renew() {
+            Ok(None) => {
+                self.trouble = None;
+                Ok(false)
+            }
+            Ok(Some(listener)) => {
+                tracing::warn!("somebody removed the socket of this VM: it is there again");
+                self.trouble = None;
+                let event = EpollEvent::new(EventSet::IN, LISTENER);
+                epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), event)?;
+                // To close its only descriptor takes the other one out of the epoll set.
+                self.listener = listener;
+                Ok(true)
+            }
+            Err(error) => {
+                if self.trouble.as_ref() != Some(&error) {
+                    tracing::warn!("{error}");
+                }
+                self.trouble = Some(error);
+                Ok(false)
+            }
+        }
+    }
+
+    fn serve(mut self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
         let epoll = Epoll::new()?;
         let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
         watch(self.stop.as_raw_fd(), STOP)?;
@@ -75,8 +115,9 @@ impl Server {
         let mut clients = Clients::new(&epoll);
         let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
         let mut gate = AcceptGate::Open;
+        let mut next_look = Instant::now() + self.look_every;
         loop {
-            let count = match epoll.wait(clients.timeout(&gate, Instant::now()), &mut events) {
+            let count = match epoll.wait(clients.timeout(&gate, next_look, Instant::now()), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
@@ -102,6 +143,12 @@ impl Server {
             // After the others' turn: a client that has just asked something is not idle.
             if has_newcomer {
                 gate = clients.accept(&self.listener, now);
+            }
+            if next_look <= now {
+                next_look = now + self.look_every;
+                if self.look(&epoll)? {
+                    gate = AcceptGate::Open;
+                }
             }
             gate = self.update_gate(&epoll, gate, &clients, now)?;
         }
@@ -159,8 +206,8 @@ impl<'a> Clients<'a> {
         Self { epoll, slots: [const { None }; MOST_CONNECTIONS] }
     }
 
-    /// Milliseconds that nothing will happen for by itself; -1 is for ever.
-    fn timeout(&self, gate: &AcceptGate, now: Instant) -> i32 {
+    /// Milliseconds that nothing will happen for by itself, but for the `next_look` at the socket's file.
+    fn timeout(&self, gate: &AcceptGate, next_look: Instant, now: Instant) -> i32 {
         let clients = self.slots.iter().flatten();
         let rest = match gate {
             AcceptGate::Resting { until, .. } => Some(*until),
@@ -170,10 +217,7 @@ impl<'a> Clients<'a> {
         let soonest = clients
             .map(|client| if client.again { now } else { client.connection.deadline() })
             .chain(rest)
-            .min();
-        let Some(soonest) = soonest else {
-            return -1;
-        };
+            .fold(next_look, Instant::min);
         // Rounded up, or the loop would spin through the last millisecond.
         let wait = soonest.saturating_duration_since(now).as_nanos().div_ceil(1_000_000);
         i32::try_from(wait).unwrap_or(i32::MAX)

@@ -1,4 +1,5 @@
-//! The socket that a VM is spoken to through: made private, never stolen, taken away at the end.
+//! The socket that a VM is spoken to through: made private, never stolen, made again where somebody removes it,
+//! taken away at the end.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -15,7 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::sandbox;
 
 /// Clients that wait for the server to take them on.
-const BACKLOG: i32 = 16;
+pub(crate) const BACKLOG: i32 = 16;
 
 /// Why a VM can't be spoken to at a path.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +35,23 @@ pub enum BindError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+/// Why a socket that was removed is not there again.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RenewError {
+    /// Somebody has put another file there.
+    #[error(
+        "the socket of this VM was removed, and another file has its place: nobody can look at this VM or steer it \
+         until that file has gone"
+    )]
+    Taken,
+    /// The kernel refuses.
+    #[error(
+        "the socket of this VM was removed, and can't be made again yet ({0}): nobody can look at this VM or steer \
+         it until its directory is there again, as a balancer or the next `ballast run` makes it"
+    )]
+    Refused(Errno),
 }
 
 /// A socket's file, removed when its owner goes. To be dropped before the listener:
@@ -55,6 +73,34 @@ impl Drop for SocketFile {
 }
 
 impl SocketFile {
+    /// Listens again where the file has gone, for this user alone; `None` where it is still there.
+    ///
+    /// Works within the sandbox.
+    ///
+    /// # Errors
+    /// [`RenewError`].
+    pub fn renew(&mut self) -> Result<Option<UnixListener>, RenewError> {
+        match identity(sandbox::kept(&self.path)) {
+            Ok(now) if now == self.identity => return Ok(None),
+            Ok(_) => return Err(RenewError::Taken),
+            // Its directory may be gone as well: then to bind fails.
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(errno) => return Err(RenewError::Refused(errno)),
+        }
+        self.listen_again().map(Some).map_err(|errno| match errno {
+            Errno::ADDRINUSE => RenewError::Taken,
+            errno => RenewError::Refused(errno),
+        })
+    }
+
+    fn listen_again(&mut self) -> Result<UnixListener, Errno> {
+        let socket = private_socket()?;
+        sandbox::bind(&socket, &self.path)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        self.identity = identity(sandbox::kept(&self.path))?;
+        Ok(UnixListener::from(socket))
+    }
+
     /// The socket that was just bound at `path`.
     fn of(path: &Path) -> io::Result<Self> {
         let path = sandbox::absolute(path)?;
@@ -112,10 +158,15 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
 /// # Errors
 /// The place is taken, or the kernel refuses.
 fn bind_privately(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
-    let socket = stream_socket()?;
-    // The file gets the mode that the socket has when it is bound: private from its first moment.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    let socket = private_socket()?;
     rustix::net::bind(&socket, address)?;
+    Ok(socket)
+}
+
+/// A socket whose file will be private: it gets the mode that the socket has when it is bound.
+fn private_socket() -> Result<OwnedFd, Errno> {
+    let socket = stream_socket()?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     Ok(socket)
 }
 
@@ -164,6 +215,32 @@ mod tests {
         let _second = listen(&path).unwrap();
         drop(file);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_removed_is_made_again_and_none_is_taken_from_others() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("run");
+        fs::create_dir(&directory).unwrap();
+        let path = directory.join("vm.sock");
+        let (first, mut file) = listen(&path).unwrap();
+        assert!(file.renew().unwrap().is_none());
+        fs::remove_file(&path).unwrap();
+        let second = file.renew().unwrap().expect("it is there again");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        assert!(file.renew().unwrap().is_none());
+
+        fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(file.renew().unwrap_err(), RenewError::Refused(Errno::NOENT));
+        fs::create_dir(&directory).unwrap();
+        let other = listen(&path).unwrap();
+        assert_eq!(file.renew().unwrap_err(), RenewError::Taken);
+        drop(other.1);
+        let third = file.renew().unwrap().expect("it is there again");
+        drop(file);
+        drop((first, second, third));
+        assert!(!path.exists());
     }
 
     #[test]
