@@ -5,7 +5,7 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 gcc libc6-dev python3-venv
+PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
 LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 

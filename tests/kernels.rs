@@ -34,8 +34,11 @@ struct Addresses {
 
 fn settings(name: &str, kernel: Kernel, cache: &Path, cmdline: &str) -> VmSettings {
     let cache = cache.to_str().expect("its name is text");
-    VmSettings::new(name, &images(kernel), "256M", &format!("ballast.console {cmdline}"))
-        .with(&["-v", "--kernel-cache", cache])
+    VmSettings::new(name, &images(kernel), "256M", &format!("ballast.console {cmdline}")).with(&[
+        "-v",
+        "--kernel-cache",
+        cache,
+    ])
 }
 
 /// Boots a guest to its end; its log says `origin`.

@@ -14,6 +14,9 @@
 //!    Linux takes the pages for it from the very blocks that are to go.
 //!
 //! A VM without pluggable memory has the balloon alone.
+//!
+//! What the guest's kernel does not manage is none of the memory that it is to have. What of its boot memory
+//! that is counts as not there; what was plugged and is not on line can be unplugged, and no balloon takes it.
 
 pub mod steering;
 
@@ -25,10 +28,12 @@ use api::units::Bytes;
 /// How a guest's memory stands, as far as it matters for what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// What it booted with.
+    /// What it booted with, as far as its kernel manages that.
     pub boot: Bytes,
     /// What it has plugged.
     pub plugged: Bytes,
+    /// What of that is not on line.
+    pub off_line: Bytes,
     /// Whether it has a driver that could unplug.
     pub driver: bool,
     /// How long ago it last plugged or unplugged, or was asked for something new.
@@ -54,7 +59,8 @@ pub fn steps(standing: Standing, target: Bytes) -> Steps {
     let requested = target.saturating_sub(standing.boot);
     let surplus = standing.plugged.saturating_sub(requested);
     // With what is plugged now, the balloon must hold so much for the target to be met.
-    let needed = standing.boot.saturating_sub(target).saturating_add(surplus);
+    let has = standing.boot.saturating_add(standing.plugged.saturating_sub(standing.off_line));
+    let needed = has.saturating_sub(target);
     let unplugs = surplus > Bytes::ZERO && standing.driver && standing.waited < UNPLUG_PATIENCE;
     let held = if unplugs { needed.min(standing.held) } else { needed };
     let look_again = (held < needed).then(|| UNPLUG_PATIENCE.saturating_sub(standing.waited));
@@ -73,6 +79,7 @@ mod tests {
         Standing {
             boot: BOOT,
             plugged: Bytes::mib(plugged),
+            off_line: Bytes::ZERO,
             driver: true,
             waited: Duration::ZERO,
             held: Bytes::ZERO,
@@ -104,6 +111,16 @@ mod tests {
         // A guest that may grow again gets the balloon's part first.
         let fourth = steps(Standing { held: third.held, ..standing(98) }, Bytes::mib(300));
         assert_eq!((fourth.requested, fourth.held), (Bytes::mib(44), Bytes::mib(54)));
+    }
+
+    #[test]
+    fn what_is_not_on_line_is_unplugged_and_never_ballooned() {
+        let off_line = Standing { off_line: Bytes::mib(400), ..standing(444) };
+        let asked = steps(off_line, Bytes::mib(200));
+        assert_eq!((asked.requested, asked.held), (Bytes::ZERO, Bytes::ZERO));
+        // It can't be unplugged, and 300 MiB are all that the guest has.
+        let stuck = steps(Standing { waited: UNPLUG_PATIENCE, ..off_line }, Bytes::mib(200));
+        assert_eq!(stuck.held, Bytes::mib(100));
     }
 
     #[test]

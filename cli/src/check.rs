@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use api::runtime;
 use api::units::Bytes;
+use balancer::host::zfs::{ARCSTATS, Arc};
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
@@ -80,6 +81,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
+    findings.extend(Arc::read(Path::new(ARCSTATS)).map(zfs));
     findings.push(sandbox());
     findings.push(directory());
     findings.extend(args.kernel.as_deref().map(kernel));
@@ -207,6 +209,19 @@ fn memory_limit(limit: Option<Bytes>) -> Finding {
     }
 }
 
+fn zfs(arc: Arc) -> Finding {
+    Finding::good(
+        "zfs",
+        format!(
+            "the cache of ZFS holds {}; the balancer counts all above its least size of {} (zfs_arc_min) as available \
+             to VMs: {}",
+            arc.size,
+            arc.least,
+            arc.to_be_had()
+        ),
+    )
+}
+
 fn sandbox() -> Finding {
     match vmm::sandbox::check() {
         Ok(()) => Finding::good("sandbox", "Landlock keeps a VM's process from files"),
@@ -268,4 +283,20 @@ fn render(findings: &[Finding]) -> String {
         }
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_zfs_would_give_is_said() {
+        let finding = zfs(Arc { size: Bytes::gib(2), least: Bytes::mib(256) });
+        assert_eq!(finding.grade, Grade::Good);
+        assert!(
+            finding.found.contains("1.75 GiB") || finding.found.contains("1792 MiB"),
+            "{}",
+            finding.found
+        );
+    }
 }

@@ -98,7 +98,8 @@ fn a_kept_kernel_is_unpacked_once() {
     assert_eq!((unpacked(&all()), started()), (0, 1));
     // Damaged, it is unpacked once more.
     let kept = fs::read_dir(&cache).expect("it is there").flatten().map(|entry| entry.path());
-    let kept = kept.into_iter().find(|path| path.extension().is_some_and(|end| end == "kernel")).expect("kept");
+    let kept =
+        kept.into_iter().find(|path| path.extension().is_some_and(|end| end == "kernel")).expect("kept");
     fs::write(&kept, b"nonsense").expect("written");
     assert_eq!((unpacked(&all()), started()), (1, 2));
 }

@@ -72,7 +72,8 @@ impl Cache {
     pub fn with_limit(directory: &Path, size_limit: u64) -> Result<Self, Error> {
         let unusable = |why: String| Error::Cache { path: directory.to_owned(), why };
         let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-        let metadata = made.and_then(|()| fs::metadata(directory)).map_err(|error| unusable(error.to_string()))?;
+        let metadata =
+            made.and_then(|()| fs::metadata(directory)).map_err(|error| unusable(error.to_string()))?;
         if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
             return Err(unusable("it is another user's, or others may write to it".to_owned()));
         }
@@ -87,7 +88,8 @@ impl Cache {
     pub fn get(&self, key: &Key) -> Option<PreparedKernel> {
         let path = self.path(key);
         let options = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = OpenOptions::new().read(true).custom_flags(options.bits().cast_signed()).open(&path).ok()?;
+        let file =
+            OpenOptions::new().read(true).custom_flags(options.bits().cast_signed()).open(&path).ok()?;
         let is_own = |metadata: fs::Metadata| {
             metadata.is_file() && metadata.uid() == rustix::process::geteuid().as_raw()
         };
@@ -110,7 +112,12 @@ impl Cache {
     fn lock_within(&self, patience: Duration) -> Result<Lock, Error> {
         let start = Instant::now();
         // It belongs to the open file, so that a process which dies gives it back.
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.directory.join(LOCK));
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.directory.join(LOCK));
         let file = file.map_err(|error| self.unusable(&error))?;
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -147,7 +154,8 @@ impl Cache {
     fn make_room(&self, limit: u64) -> io::Result<()> {
         let mut kernels = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
-            let (path, metadata) = (entry.as_ref().map(fs::DirEntry::path), entry.as_ref().map(fs::DirEntry::metadata));
+            let (path, metadata) =
+                (entry.as_ref().map(fs::DirEntry::path), entry.as_ref().map(fs::DirEntry::metadata));
             let (Ok(path), Ok(Ok(metadata))) = (path, metadata) else { continue };
             if path.extension() == Some(OsStr::new(KERNEL)) {
                 kernels.push((metadata.modified()?, metadata.len(), path));
@@ -251,7 +259,8 @@ mod tests {
         assert!(cache.get(&key).is_none());
         fs::remove_file(&path).expect("it was there");
         // Nobody will ever write to it.
-        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("a pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .expect("a pipe");
         assert!(cache.get(&key).is_none());
         fs::remove_file(&path).expect("it was there");
         assert_eq!((keep(&cache, 0), cache.get(&key).is_some()), (key, true));

@@ -79,9 +79,11 @@ fn close_files() -> Result<(), Box<dyn std::error::Error>> {
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     use SeccompCmpOp::{Eq, MaskedEq};
 
-    let number = |index, compare, value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value);
+    let number =
+        |index, compare, value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value);
     let rule = |conditions| Ok::<_, seccompiler::BackendError>(vec![SeccompRule::new(conditions)?]);
-    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
+        ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_read, rule(vec![number(0, Eq, 0)?])?);
     let mut outputs = rule(vec![number(0, Eq, 1)?])?;
     outputs.extend(rule(vec![number(0, Eq, 2)?])?);
@@ -91,7 +93,8 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let of_no_file = number(3, MaskedEq(libc::MAP_ANONYMOUS as u64), libc::MAP_ANONYMOUS as u64)?;
     rules.insert(libc::SYS_mmap, rule(vec![no_code()?, of_no_file])?);
     rules.insert(libc::SYS_mprotect, rule(vec![no_code()?])?);
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
 }
 
 #[cfg(test)]

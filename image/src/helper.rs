@@ -54,7 +54,13 @@ impl Helper {
     /// # Errors
     /// [`Error::Refused`] with what the helper says of the kernel; [`Error::Write`] where `to` took no more;
     /// [`Error::Helper`], [`Error::BadEnd`] and [`Error::TooSlow`] where there was no answer.
-    pub fn unpack(&self, image: &File, header: &SetupHeader, to: &File, within: Duration) -> Result<(), Error> {
+    pub fn unpack(
+        &self,
+        image: &File,
+        header: &SetupHeader,
+        to: &File,
+        within: Duration,
+    ) -> Result<(), Error> {
         let start = || -> io::Result<(Child, OwnedFd)> {
             let mut input = image.try_clone()?;
             let size = input.seek(SeekFrom::End(0))?;

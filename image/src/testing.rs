@@ -35,7 +35,13 @@ impl Default for TestKernel {
         data[8..16].copy_from_slice(&(LINK_MAP + BASE + 0x10).to_le_bytes());
         let mut code: Vec<u8> = (0..2 * 4096).map(|number| (number % 251) as u8).collect();
         code[4..8].copy_from_slice(&((LINK_MAP + BASE + 0x20) as u32).to_le_bytes());
-        Self { format: Format::Lz4, code, data, bss: 0x10_0000, runs: vec![vec![4], vec![16], vec![DATA + 8]] }
+        Self {
+            format: Format::Lz4,
+            code,
+            data,
+            bss: 0x10_0000,
+            runs: vec![vec![4], vec![16], vec![DATA + 8]],
+        }
     }
 }
 
@@ -68,7 +74,10 @@ impl TestKernel {
         for (at, (offset, address, size, more)) in (64..).step_by(56).zip(segments) {
             write(at, &[1, 0, 0, 0, 7, 0, 0, 0]);
             let numbers = [offset, LINK_MAP + address, address, size, size + more, 2 << 20];
-            numbers.iter().zip((at + 8..).step_by(8)).for_each(|(number, at)| write(at, &number.to_le_bytes()));
+            numbers
+                .iter()
+                .zip((at + 8..).step_by(8))
+                .for_each(|(number, at)| write(at, &number.to_le_bytes()));
         }
         elf.extend(&self.code);
         elf.extend(&self.data);

@@ -21,8 +21,8 @@ const GUEST_MODULES: &[&str] = &[
     "evdev",
 ];
 
-/// What the agent's port needs beside; built into 6.12.
-const AGENT_MODULES: &[&str] = &["virtio_console"];
+/// What the agent's port (built into 6.12) and disks need beside.
+const AGENT_MODULES: &[&str] = &["virtio_console", "virtio_blk"];
 
 /// Where the agent lies in a guest.
 const AGENT_INSIDE: &str = "/bin/ballast-agent";
@@ -50,7 +50,7 @@ pub struct GuestImages {
     pub elf: Option<PathBuf>,
     /// The lab's init with the kernel's modules.
     pub initrd: PathBuf,
-    /// The same with `ballast-agent` and the module of its port.
+    /// The same with `ballast-agent`, the module of its port, and that of disks.
     pub agent_initrd: PathBuf,
 }
 

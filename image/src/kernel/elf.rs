@@ -55,7 +55,8 @@ impl Kernel {
     /// it than a kernel can be large.
     pub fn parse(file: &[u8], base: u64) -> Result<Self, Error> {
         let bad = |why: &str| Error::Elf(why.to_owned());
-        let parsed = ElfBytes::<LittleEndian>::minimal_parse(file).map_err(|error| Error::Elf(error.to_string()))?;
+        let parsed =
+            ElfBytes::<LittleEndian>::minimal_parse(file).map_err(|error| Error::Elf(error.to_string()))?;
         let head = &parsed.ehdr;
         if head.class != Class::ELF64 || head.e_machine != EM_X86_64 {
             return Err(bad("it is not for x86-64"));
@@ -73,7 +74,8 @@ impl Kernel {
         }
         let mut segments = Vec::new();
         for header in parsed.segments().iter().flat_map(|segments| segments.iter()) {
-            let file_end = end_in_file(header.p_offset, header.p_filesz).ok_or(bad("a segment lies outside it"))?;
+            let file_end =
+                end_in_file(header.p_offset, header.p_filesz).ok_or(bad("a segment lies outside it"))?;
             end = end.max(file_end);
             if header.p_type != PT_LOAD || header.p_memsz == 0 {
                 continue;

@@ -82,15 +82,17 @@ pub fn unpack(payload: &[u8], limit: u64) -> Result<Vec<u8>, Error> {
         Format::Gzip => fill(flate2::read::GzDecoder::new(payload), &mut unpacked),
         Format::Lz4 => unpack_lz4(packed, &mut unpacked),
         Format::Zstd => unpack_zstd(packed, &mut unpacked),
-        Format::Xz => {
-            fill(lzma_rust2::XzReader::new_mem_limit(packed, false, memory_limit()), &mut unpacked)
-        }
+        Format::Xz => fill(lzma_rust2::XzReader::new_mem_limit(packed, false, memory_limit()), &mut unpacked),
         Format::Lzma => lzma_rust2::LzmaReader::new_mem_limit(packed, memory_limit(), None)
             .map_err(|error| error.to_string())
             .and_then(|reader| fill(reader, &mut unpacked)),
     }
     .map_err(damaged)?;
-    if given == size as usize { Ok(unpacked) } else { Err(damaged(format!("it gives {given} bytes, and says {size}"))) }
+    if given == size as usize {
+        Ok(unpacked)
+    } else {
+        Err(damaged(format!("it gives {given} bytes, and says {size}")))
+    }
 }
 
 /// In KiB, and with what a decoder needs beside.

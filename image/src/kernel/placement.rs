@@ -81,16 +81,15 @@ mod tests {
     #[test]
     fn every_place_is_reached_and_no_other() {
         let ram = [0..640 << 10, MIB..256 * MIB];
-        let places = Places::in_memory(&ram, std::slice::from_ref(&(100 * MIB..111 * MIB)), 16 * MIB, 44 * MIB, STEP);
+        let places =
+            Places::in_memory(&ram, std::slice::from_ref(&(100 * MIB..111 * MIB)), 16 * MIB, 44 * MIB, STEP);
         let expected: BTreeSet<u64> =
             (16..=56).chain(112..=212).filter(|mib| mib % 2 == 0).map(|mib| mib * MIB).collect();
         let virtually = Places::in_link_map(16 * MIB, 44 * MIB, STEP);
         // As the kernel counts: 1 + (KERNEL_IMAGE_SIZE - minimum - size) / CONFIG_PHYSICAL_ALIGN.
         assert_eq!(virtually.count(), 1 + (1024 - 16 - 44) / 2);
-        let mut runner = TestRunner::new_with_rng(
-            Config::default(),
-            TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]),
-        );
+        let mut runner =
+            TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]));
         let mut seen = [BTreeSet::new(), BTreeSet::new()];
         for _ in 0..20_000 {
             let random = any::<u64>().new_tree(&mut runner).expect("a number").current();

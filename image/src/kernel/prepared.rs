@@ -91,7 +91,9 @@ pub fn prepare(image: &[u8], to: &mut impl Write) -> Result<(), Error> {
             }
             let place = segment.start - header.base + (page.start - segment.file.start);
             match extents.last_mut() {
-                Some((start, last)) if last.end == page.start && *start + (last.end - last.start) == place => {
+                Some((start, last))
+                    if last.end == page.start && *start + (last.end - last.start) == place =>
+                {
                     last.end = page.end;
                 }
                 _ => extents.push((place, page)),
@@ -186,7 +188,8 @@ impl PreparedKernel {
         let (mut extents, mut end, mut total) = (Vec::new(), 0, 0u64);
         for span in spans.as_chunks::<16>().0 {
             let (start, length) = span.split_at(8);
-            let [start, length] = [start, length].map(|bytes| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes));
+            let [start, length] =
+                [start, length].map(|bytes| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes));
             if start < end || length == 0 {
                 return Err(Error::Prepared("two parts of it lie in one place"));
             }

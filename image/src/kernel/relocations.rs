@@ -50,7 +50,8 @@ impl Relocations {
             return Err(bad("they don't begin with a zero"));
         }
         // From the end on, and without the zero that ends the last run.
-        let runs: Vec<&[[u8; 4]]> = words.get(1..).unwrap_or_default().rsplit(|word| *word == [0; 4]).collect();
+        let runs: Vec<&[[u8; 4]]> =
+            words.get(1..).unwrap_or_default().rsplit(|word| *word == [0; 4]).collect();
         let places = |run: &[[u8; 4]], width: u64| -> Result<Vec<u32>, Error> {
             run.iter().rev().map(|word| place(u32::from_le_bytes(*word), width, kernel, base)).collect()
         };
@@ -75,7 +76,11 @@ impl Relocations {
             let there = kernel.in_file(start..start.saturating_add(8)).and_then(|range| part(file, range));
             there.is_some_and(is_address)
         });
-        if all_addresses { Ok(Some(relocations)) } else { Err(bad("a place of 64 bits holds no address of the kernel")) }
+        if all_addresses {
+            Ok(Some(relocations))
+        } else {
+            Err(bad("a place of 64 bits holds no address of the kernel"))
+        }
     }
 
     /// How many there are.
@@ -121,7 +126,8 @@ impl Relocations {
 /// The distance from `base` of a place at a link address.
 fn place(link: u32, width: u64, kernel: &Kernel, base: u64) -> Result<u32, Error> {
     let address = i64::from(link.cast_signed()).cast_unsigned().wrapping_sub(LINK_MAP);
-    let addresses: Range<u64> = address..address.checked_add(width).ok_or(Error::Relocations("a place has no address"))?;
+    let addresses: Range<u64> =
+        address..address.checked_add(width).ok_or(Error::Relocations("a place has no address"))?;
     kernel.in_file(addresses).ok_or(Error::Relocations("a place lies outside the kernel"))?;
     let distance = address.checked_sub(base).and_then(|distance| u32::try_from(distance).ok());
     distance.ok_or(Error::Relocations("a place lies outside the kernel"))

@@ -54,7 +54,8 @@ pub fn show() -> io::Result<()> {
 pub fn kernel() -> io::Result<String> {
     let missing = |what| io::Error::other(format!("{what} does not tell"));
     let physical = kernel_code(&fs::read_to_string("/proc/iomem")?).ok_or_else(|| missing("/proc/iomem"))?;
-    let link = symbol(&fs::read_to_string("/proc/kallsyms")?, "_text").ok_or_else(|| missing("/proc/kallsyms"))?;
+    let link =
+        symbol(&fs::read_to_string("/proc/kallsyms")?, "_text").ok_or_else(|| missing("/proc/kallsyms"))?;
     let mut head = vec![0; PAGE as usize];
     let length = File::open("/proc/kcore")?.read_at(&mut head, 0)?;
     head.truncate(length);
@@ -76,7 +77,8 @@ fn direct_map(core: &[u8]) -> Option<u64> {
     let count = usize::from(u16::from_le_bytes(core.get(56..58)?.try_into().ok()?));
     let headers = (0..count).map(|index| 64 + index * 56);
     let addresses = headers.filter_map(|at| Some((number(at + 16)?, number(at + 24)?)));
-    let memory = addresses.filter(|&(mapped, physical)| physical != u64::MAX && physical != 0 && mapped < CODE);
+    let memory =
+        addresses.filter(|&(mapped, physical)| physical != u64::MAX && physical != 0 && mapped < CODE);
     memory.map(|(mapped, physical)| mapped.wrapping_sub(physical)).next()
 }
 
@@ -94,10 +96,13 @@ mod tests {
         assert_eq!(super::symbol(symbols, "_end"), None);
         let mut core = vec![0; 64 + 3 * 56];
         core[56] = 3;
-        for (index, (mapped, physical)) in
-            [(0xffff_ffff_9a00_0000, 0x200_0000), (0xffff_b000_0000_0000, u64::MAX), (0xffff_9100_0000_1000_u64, 0x1000)]
-                .into_iter()
-                .enumerate()
+        for (index, (mapped, physical)) in [
+            (0xffff_ffff_9a00_0000, 0x200_0000),
+            (0xffff_b000_0000_0000, u64::MAX),
+            (0xffff_9100_0000_1000_u64, 0x1000),
+        ]
+        .into_iter()
+        .enumerate()
         {
             let at = 64 + index * 56 + 16;
             core[at..at + 8].copy_from_slice(&u64::to_le_bytes(mapped));

@@ -19,6 +19,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use super::unpacked;
 use crate::arch::x86_64::layout::{self, MapEntry};
+use crate::boot::sparse::SparseElf;
 
 /// Bytes in a command line, without its final zero.
 const LONGEST_CMDLINE: usize = layout::CMDLINE_CAPACITY - 1;
@@ -179,7 +180,8 @@ fn load_elf(
     memory: &GuestMemoryMmap,
     size: Bytes,
 ) -> Result<Entry, KernelError> {
-    let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(|error| {
+    let mut sparse = SparseElf::new(kernel);
+    let loaded = Elf::load(memory, None, &mut sparse, Some(layout::HIGH_MEMORY)).map_err(|error| {
         KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
     })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
