@@ -147,6 +147,8 @@ fn boot() -> Result<()> {
             );
         }
     }
+    let settings = guest(&images, "256M", CMDLINE, Transport::Pci, &[]).kernel(&elf).by_default();
+    print("ballast's defaults, ELF", &measure(|| Box::new(settings.start()))?);
     let directory = tempfile::tempdir()?;
     let qemu = QemuSettings::new("bench", &images, Bytes::mib(256), CMDLINE, directory.path());
     let qemu = QemuSettings { printed: Printed::No, ..qemu };
