@@ -197,7 +197,9 @@ impl<'a> Builder<'a> {
             memory::balloon(options, self.limits, self.ram).map_err(refused("a balloon"))?;
         let (reports, agent) = (Arc::clone(self.control.events()), self.control.agent().clone());
         handle.when_reported(move || reports.report_came());
+        let deflated = agent.clone();
         handle.when_stalled(move || agent.stalls(Instant::now()));
+        handle.when_taken_back(move || deflated.deflates_on_oom(Instant::now()));
         self.balloon = Some(handle);
         Ok(balloon)
     }

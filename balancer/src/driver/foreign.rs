@@ -166,6 +166,8 @@ impl ForeignVm {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         };
         let uptime = self.pid.and_then(process::age);
         Box::new(Status { pid: self.pid, uptime, overhead, memory })

@@ -123,6 +123,10 @@ pub struct Observation {
     pub plugs: bool,
     /// What the guest could spare, and how old that news is.
     pub spare: Option<(Duration, Bytes)>,
+    /// That news is that it took pages back of its balloon rather than run out of memory.
+    pub ran_out: bool,
+    /// What it has above its target because of that: it is no shrink that the guest owes.
+    pub taken: Bytes,
     /// How it waits for memory.
     pub stalls: Stalls,
     /// What the guest has promised its programs (`Committed_AS`), where an agent tells: a hint.
@@ -175,11 +179,20 @@ impl Observation {
             followed: None,
             plugs: false,
             spare: None,
+            ran_out: false,
+            taken: Bytes::ZERO,
             stalls: Stalls::default(),
             committed: None,
             vcpus: Vcpus::Run,
             pausable: false,
         }
+    }
+}
+
+impl Observation {
+    /// What it was asked to give up and still has, and not because it ran out of memory.
+    pub fn pending(&self) -> Bytes {
+        self.actual.saturating_sub(self.target).saturating_sub(self.taken)
     }
 }
 
@@ -191,6 +204,11 @@ impl From<&MemoryStatus> for Observation {
         if let Some(agent) = agent {
             stalls.learn(agent);
         }
+        let spare = status.spare();
+        let deflated = status.oom_deflate;
+        let ran_out = deflated
+            .zip(spare)
+            .is_some_and(|(deflated, (age, _))| u128::from(deflated.age_ms) <= age.as_millis());
         Self {
             target: status.target,
             actual: status.actual,
@@ -198,7 +216,9 @@ impl From<&MemoryStatus> for Observation {
             driver: status.driver,
             followed: status.followed,
             plugs: status.plug.is_some(),
-            spare: status.spare(),
+            spare,
+            ran_out,
+            taken: deflated.map_or(Bytes::ZERO, |deflated| deflated.taken),
             stalls,
             committed: agent.and_then(|agent| agent.committed),
             vcpus: status.paused_by.into(),

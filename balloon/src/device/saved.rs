@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 
 use super::handle::{Answers, Driver};
 use super::pace::{Pace, PaceState};
-use super::{Balloon, STATISTICS, STATS_VQ, wanted_pages};
+use super::{Balloon, DEFLATE_ON_OOM, STATISTICS, STATS_VQ, wanted_pages};
 use crate::ranges::Range;
 use api::report::MOST_STATISTICS;
 use api::status::AgedReport;
@@ -99,6 +99,8 @@ impl Balloon {
             (Some(active), Some(head)) => retake(active, STATISTICS, head),
             _ => false,
         };
+        let deflates_on_oom =
+            active.as_ref().is_some_and(|active| active.features & 1 << DEFLATE_ON_OOM != 0);
         let given_up = self
             .check(&state, answers, has_buffer)
             .map_err(|what| StateError::Unreadable { device: DEVICE, what })?;
@@ -115,7 +117,8 @@ impl Balloon {
             let mut shared = self.shared.state();
             (shared.target, shared.driver) = (state.target, driver);
             // The device has taken up none so far.
-            shared.requests = u64::from(state.pending);
+            (shared.requests, shared.asks_anew) = (u64::from(state.pending), state.pending);
+            shared.deflates_on_oom = deflates_on_oom;
             shared.report = state.report.map(|report| (came(report.age_ms), report.statistics));
         }
         if answers {
