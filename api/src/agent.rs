@@ -116,6 +116,13 @@ pub struct AgentStatus {
     pub distress_age_ms: Option<u64>,
     /// What it said last of each figure.
     pub figures: AgentFigures,
+    /// What the guest had when the agent last told what is available, as in a report of the balloon's driver;
+    /// `None` where it is not known.
+    #[serde(default)]
+    pub had: Option<Bytes>,
+    /// What of that its kernel managed; `None` where it is not known.
+    #[serde(default)]
+    pub managed: Option<Bytes>,
     /// Words heard.
     pub heard: u64,
     /// Words passed over because there were too many in too short a time.

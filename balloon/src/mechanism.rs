@@ -18,6 +18,9 @@
 //! that runs out of memory has it at once (deflate-on-OOM).
 //!
 //! A VM without pluggable memory has the balloon alone.
+//!
+//! What the guest's kernel does not manage is none of the memory that it is to have. What of its boot memory
+//! that is counts as not there; what was plugged and is not on line can be unplugged, and no balloon takes it.
 
 pub mod steering;
 
@@ -45,12 +48,14 @@ pub fn cushion(target: Bytes, max: Bytes) -> Bytes {
 /// How a guest's memory stands, as far as it matters for what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// What it booted with.
+    /// What it booted with, as far as its kernel manages that.
     pub boot: Bytes,
     /// What memory is plugged in.
     pub block: Bytes,
     /// What it has plugged.
     pub plugged: Bytes,
+    /// What of that is not on line.
+    pub off_line: Bytes,
     /// Whether it has a driver that could unplug.
     pub driver: bool,
     /// How long ago it last plugged or unplugged, or was asked for something new.
@@ -77,7 +82,7 @@ pub struct Steps {
 /// What to ask of a guest that shall have `target`, which lies at a whole block above the boot
 /// memory, or below it.
 pub fn steps(standing: Standing, target: Bytes) -> Steps {
-    let Standing { boot, block, plugged, driver, waited, held, balloon, cushion } = standing;
+    let Standing { boot, block, plugged, off_line, driver, waited, held, balloon, cushion } = standing;
     let beyond = |target: Bytes, more| whole_blocks(target.saturating_add(more).saturating_sub(boot), block);
     let whole = beyond(target, cushion);
     // A guest that has taken from its cushion does not get the rest of it in other pages.
@@ -85,7 +90,8 @@ pub fn steps(standing: Standing, target: Bytes) -> Steps {
     let requested = whole.min(allowed.max(plugged));
     let surplus = plugged.saturating_sub(requested);
     // With what is plugged now, the balloon must hold so much for the target to be met.
-    let needed = boot.saturating_add(plugged).saturating_sub(target);
+    let has = boot.saturating_add(plugged.saturating_sub(off_line));
+    let needed = has.saturating_sub(target);
     let unplugs = surplus > Bytes::ZERO && driver && waited < UNPLUG_PATIENCE;
     let held = if unplugs { needed.min(held) } else { needed };
     let look_again = (held < needed).then(|| UNPLUG_PATIENCE.saturating_sub(waited));
@@ -111,6 +117,7 @@ mod tests {
             boot: BOOT,
             block: BLOCK,
             plugged: Bytes::mib(plugged),
+            off_line: Bytes::ZERO,
             driver: true,
             waited: Duration::ZERO,
             held: Bytes::ZERO,
@@ -144,6 +151,16 @@ mod tests {
         // A guest that may grow again gets the balloon's part first.
         let fourth = steps(Standing { held: third.held, ..standing(98) }, Bytes::mib(300));
         assert_eq!((fourth.requested, fourth.held), (Bytes::mib(44), Bytes::mib(54)));
+    }
+
+    #[test]
+    fn what_is_not_on_line_is_unplugged_and_never_ballooned() {
+        let off_line = Standing { off_line: Bytes::mib(400), ..standing(444) };
+        let asked = steps(off_line, Bytes::mib(200));
+        assert_eq!((asked.requested, asked.held), (Bytes::ZERO, Bytes::ZERO));
+        // It can't be unplugged, and 300 MiB are all that the guest has.
+        let stuck = steps(Standing { waited: UNPLUG_PATIENCE, ..off_line }, Bytes::mib(200));
+        assert_eq!(stuck.held, Bytes::mib(100));
     }
 
     #[test]

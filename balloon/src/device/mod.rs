@@ -42,6 +42,8 @@ use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
 use crate::timer::Timer;
+use crate::unmanaged::Unmanaged;
+use api::guest_memory::balloon_for;
 use api::units::{Bytes, Pages};
 use pace::Pace;
 
@@ -165,7 +167,7 @@ impl Balloon {
         ];
         let features = offered.iter().filter(|(_, on)| *on).fold(0, |bits, (bit, _)| bits | 1 << bit);
         let handle = Handle(shared.clone());
-        let pace = Pace::new(config.map, wanted_pages(config.map, config.target));
+        let pace = Pace::new(config.map, balloon_for(config.map, config.target, Bytes::ZERO));
         let device = Self {
             shared,
             features,
@@ -211,6 +213,7 @@ impl Balloon {
                 let statistics = &mut self.statistics;
                 let progress =
                     serve(active, index, faults, BUDGET, |memory, chain| statistics.take(memory, chain));
+                self.aim();
                 self.pace.heard(free(&self.shared));
                 self.refill();
                 progress
@@ -232,6 +235,7 @@ impl Balloon {
     /// Brings what others may see up to date after work on a queue.
     fn publish(&mut self, broken: bool) {
         let done = self.discard.done();
+        let wanted = self.shared.wanted();
         let mut state = self.shared.state();
         state.counters.discarded = done.bytes;
         state.counters.discard_ranges = done.ranges;
@@ -242,15 +246,15 @@ impl Balloon {
         let left = |of: Pages, held: Bytes| Pages(of.0.saturating_sub(held.pages().0));
         // What waits for its neighbours will go; parts of huge pages are not the driver's fault.
         let gone_soon = left(self.pace.reached(), self.discard.waiting());
-        state.reached = self.pace.reached();
         state.actual = left(gone_soon, self.discard.kept());
+        state.reached = self.pace.reached();
         state.settled = self.pace.is_settled();
         state.taken_back = if self.pace.has_taken_back() {
             Pages(self.pace.wanted().0.saturating_sub(self.pace.reached().0))
         } else {
             Pages(0)
         };
-        state.followed |= state.settled || gone_soon >= wanted_pages(self.shared.map, state.target);
+        state.followed |= state.settled || gone_soon >= wanted;
         state.counters.malformed = self.faults.total();
         if broken {
             state.driver = Driver::Broken;
@@ -273,22 +277,29 @@ impl Balloon {
 
     /// Takes up what the host has asked for since the last time; returns whether that is news.
     fn take_request(&mut self) -> bool {
-        let (wanted, request, anew) = {
+        let (request, anew) = {
             let mut state = self.shared.state();
-            let anew = std::mem::take(&mut state.asks_anew);
-            (wanted_pages(self.shared.map, state.target), state.requests, anew)
+            (state.requests, std::mem::take(&mut state.asks_anew))
         };
         if request == self.request {
             return false;
         }
         self.request = request;
-        let free = free(&self.shared);
+        let (wanted, free) = (self.shared.wanted(), free(&self.shared));
         if anew {
             self.pace.aim(wanted, free);
         } else {
             self.pace.adjust(wanted, free);
         }
         true
+    }
+
+    /// Goes for what the balloon shall hold by now: a guest may say that it manages more or less than before.
+    fn aim(&mut self) {
+        let wanted = self.shared.wanted();
+        if wanted != self.pace.wanted() {
+            self.pace.adjust(wanted, free(&self.shared));
+        }
     }
 
     /// Asks a guest that took pages back for what it says that it can spare again.
@@ -301,7 +312,7 @@ impl Balloon {
             if state.took_back_at.is_some_and(|at| at.elapsed() < REFILL_AFTER) {
                 return;
             }
-            state.report.as_ref().and_then(|(_, report)| report.spare()).unwrap_or_default()
+            state.report.as_ref().and_then(|received| received.report.spare()).unwrap_or_default()
         };
         self.pace.refill(spare.percent(REFILL_PERCENT).min(spare.saturating_sub(REFILL_LEAVES)));
     }
@@ -341,18 +352,13 @@ impl Balloon {
 /// What the guest has free, as far as it said so lately.
 fn free(shared: &Shared) -> Bytes {
     let state = shared.state();
-    let report = state.report.as_ref().filter(|(came, _)| came.elapsed() < NEWS_FOR);
-    report.and_then(|(_, report)| report.free).unwrap_or_default()
+    let received = state.report.as_ref().filter(|received| received.at.elapsed() < NEWS_FOR);
+    received.and_then(|received| received.report.free).unwrap_or_default()
 }
 
 /// Pages as a 32-bit little-endian register holds them; saturates.
 fn register(pages: Pages) -> [u8; 4] {
     u32::try_from(pages.0).unwrap_or(u32::MAX).to_le_bytes()
-}
-
-/// What the balloon holds when the guest has `target` of `map`.
-fn wanted_pages(map: Bytes, target: Bytes) -> Pages {
-    map.saturating_sub(target).pages()
 }
 
 /// The device's own descriptors, by their place.
@@ -424,12 +430,13 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, active: &mut Active) {
         let statistics = active.features & 1 << STATS_VQ != 0;
+        let wanted = self.shared.wanted();
         {
             let mut state = self.shared.state();
             // A driver brings its buffer unasked, with its first report.
             state.driver = Driver::Active(Answers::owed(statistics));
             state.deflates_on_oom = active.features & 1 << DEFLATE_ON_OOM != 0;
-            state.followed = wanted_pages(self.shared.map, state.target) == Pages(0);
+            state.followed = wanted == Pages(0);
         }
         if statistics {
             self.statistics.start();
@@ -442,7 +449,15 @@ impl VirtioDevice for Balloon {
         self.statistics.stop();
         self.discard.take_back_all();
         (self.poison, self.emptied) = (0, false);
+        {
+            let mut state = self.shared.state();
+            // What this driver said of its guest says nothing of the next one's.
+            (state.report, state.report_wanted) = (None, false);
+            (state.unmanaged, state.deflates_on_oom) = (Unmanaged::default(), false);
+            state.took_back_at = None;
+        }
         self.take_request();
+        self.aim();
         self.pace.restart();
         self.told = self.pace.asked();
         // Disarming fails only for a bad descriptor.
@@ -450,9 +465,6 @@ impl VirtioDevice for Balloon {
         self.publish(false);
         let mut state = self.shared.state();
         (state.driver, state.followed) = (Driver::Absent, false);
-        // What this driver said of its guest says nothing of the next one's.
-        (state.report, state.report_wanted) = (None, false);
-        (state.took_back_at, state.deflates_on_oom) = (None, false);
         drop(state);
         self.shared.tell_moved();
     }

@@ -103,6 +103,12 @@ impl Steering {
         if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }
+        let (plugs, tells) = (plug.clone(), plug.clone());
+        let changed = move || {
+            // The one failure is a full counter, which is news already pending.
+            let _ = tells.moved().write(1);
+        };
+        balloon.plugs(plug.most(), move || plugs.plugged(), changed);
         let course = Course {
             target: boot,
             max: boot.saturating_add(plug.most()),
@@ -130,15 +136,16 @@ impl Steering {
         let Some(pluggable) = &self.pluggable else {
             return Ok(self.balloon.set_target(target)?);
         };
-        let Pluggable { plug, boot, .. } = &**pluggable;
+        let plug = &pluggable.plug;
         pluggable.check(target)?;
-        let above = plug.whole_blocks(target.saturating_sub(*boot));
+        let boot = pluggable.managed_boot(&self.balloon);
+        let above = plug.whole_blocks(target.saturating_sub(boot));
         let has = boot.saturating_add(plug.plugged());
         if boot.saturating_add(above) > has && plug.driver() != DriverState::Active {
             return Err(SteeringError::NoPlug { has });
         }
         let absent = matches!(self.balloon.driver(), DriverState::Absent | DriverState::Broken);
-        if target < *boot && absent {
+        if target < boot && absent {
             return Err(SteeringError::NoBalloon);
         }
         pluggable.aim(target, &self.balloon);
@@ -186,14 +193,35 @@ impl Steering {
             .map_or_else(|| self.balloon.target(), |pluggable| pluggable.course.lock().target)
     }
 
-    /// What the guest has: boot memory and what is plugged, less what its driver says that the balloon holds.
-    pub fn actual(&self) -> Bytes {
+    /// What the guest was given: boot memory and what is plugged, less what its driver says that the balloon
+    /// holds.
+    pub fn given(&self) -> Bytes {
         // The balloon counts from all that could be plugged.
         let unplugged = self
             .pluggable
             .as_ref()
             .map_or(Bytes::ZERO, |pluggable| pluggable.plug.most().saturating_sub(pluggable.plug.plugged()));
-        self.balloon.actual().saturating_sub(unplugged)
+        self.balloon.given().saturating_sub(unplugged)
+    }
+
+    /// What the guest has: what it was given, less what its kernel does not manage.
+    pub fn actual(&self) -> Bytes {
+        self.given().saturating_sub(self.balloon.unmanaged())
+    }
+
+    /// The most that the guest can have, as far as its kernel manages it. Where it left plugged memory off
+    /// line, that is no more than it has plugged already.
+    pub fn most(&self) -> Bytes {
+        let Some(pluggable) = &self.pluggable else {
+            return self.balloon.map().saturating_sub(self.balloon.unmanaged());
+        };
+        let plug = &pluggable.plug;
+        let plugged = if self.balloon.stays_off_line() {
+            plug.plugged().saturating_sub(self.balloon.off_line())
+        } else {
+            plug.most()
+        };
+        pluggable.managed_boot(&self.balloon).saturating_add(plugged)
     }
 
     /// How the guest's plugged memory stands; `None` where it has a balloon alone.
@@ -214,7 +242,7 @@ impl Steering {
         let pluggable = self.pluggable.as_ref()?;
         let size = pluggable.cushion(&pluggable.course.lock(), &self.balloon);
         let has_plugged = pluggable.boot.saturating_add(pluggable.plug.plugged());
-        Some(CushionStatus { size, held: has_plugged.saturating_sub(self.actual()).min(size) })
+        Some(CushionStatus { size, held: has_plugged.saturating_sub(self.given()).min(size) })
     }
 
     /// Descriptors that an event loop shall watch for reading; none where there is nothing to steer.
@@ -243,7 +271,7 @@ impl Steering {
         if std::mem::replace(&mut course.plugged, plugged) != plugged {
             course.since = Instant::now();
         }
-        pluggable.look_at_driver(&mut course);
+        pluggable.look_at_driver(&mut course, &self.balloon);
         pluggable.step(&mut course, &self.balloon, Ask::Adjust);
     }
 }
@@ -266,10 +294,17 @@ impl Pluggable {
         if is_out { Err(SteeringError::OutOfMap { target, map }) } else { Ok(()) }
     }
 
+    /// What the guest's kernel manages of what it booted with.
+    fn managed_boot(&self, balloon: &Handle) -> Bytes {
+        let never_plugged = balloon.unmanaged().saturating_sub(balloon.off_line());
+        self.boot.saturating_sub(never_plugged)
+    }
+
     fn aim(&self, target: Bytes, balloon: &Handle) {
-        let above = self.plug.whole_blocks(target.saturating_sub(self.boot));
+        let boot = self.managed_boot(balloon);
+        let above = self.plug.whole_blocks(target.saturating_sub(boot));
         let mut course = self.course.lock();
-        let target = if target < self.boot { target } else { self.boot.saturating_add(above) };
+        let target = if target < boot { target } else { boot.saturating_add(above) };
         // One in need is not squeezed because it is granted something.
         let ask = if target > course.target { Ask::Adjust } else { Ask::Anew };
         course.target = target;
@@ -278,9 +313,9 @@ impl Pluggable {
     }
 
     /// A guest whose virtio-mem driver has gone can't come to a target above what it has.
-    fn look_at_driver(&self, course: &mut Course) {
+    fn look_at_driver(&self, course: &mut Course, balloon: &Handle) {
         let plugs = self.plug.driver() == DriverState::Active;
-        let has = self.boot.saturating_add(self.plug.plugged());
+        let has = self.managed_boot(balloon).saturating_add(self.plug.plugged());
         if std::mem::replace(&mut course.plugs, plugs) && !plugs && course.target > has {
             tracing::warn!(
                 "the guest's virtio-mem driver has gone: its target falls from {} to the {has} that it has",
@@ -300,9 +335,10 @@ impl Pluggable {
     /// for before it is asked for again only [`Ask::Anew`].
     fn step(&self, course: &mut Course, balloon: &Handle, ask: Ask) {
         let standing = Standing {
-            boot: self.boot,
+            boot: self.managed_boot(balloon),
             block: self.plug.block(),
             plugged: self.plug.plugged(),
+            off_line: balloon.off_line(),
             driver: self.plug.driver() == DriverState::Active,
             waited: if course.resting { Duration::ZERO } else { course.since.elapsed() },
             held: course.held,

@@ -67,10 +67,12 @@ fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     page.gauge("memory_max_bytes", "Memory that the guest is never grown above.", limits.max());
     page.gauge("memory_target_bytes", "Memory that the guest was last asked to have.", memory.target);
     page.gauge("memory_actual_bytes", "Memory that the guest has.", memory.actual);
+    let help = "Memory that the guest was given, whether its kernel manages it or not.";
+    page.gauge("memory_given_bytes", help, memory.given);
     page.gauge("memory_host_rss_bytes", "Guest memory that the host really holds.", memory.host_rss);
     let help = "Guest memory that the host holds in huge pages.";
     page.gauge("memory_host_huge_bytes", help, memory.host_huge);
-    let help = "Actual less what the guest says it could spare.";
+    let help = "What the guest had when it last spoke, less what it could spare then.";
     page.gauge("guest_memory_used_bytes", help, memory.used());
     let buffer = f64::from(limits.buffer_percent()) / 100.0;
     let help = "Spare memory on top of the guest's use, as a share of that use.";
