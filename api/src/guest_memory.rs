@@ -36,6 +36,13 @@ pub fn fixed_cost(map: Bytes) -> Bytes {
     Bytes(map.0 / PAGE_STRUCTURES).saturating_add(bounce)
 }
 
+/// The least that a guest with a memory map of `map` should start with, in whole steps of 64 MiB.
+pub fn least_start(map: Bytes) -> Bytes {
+    const STEP: u64 = 64 << 20;
+    let least = fixed_cost(map).saturating_add(LEAST_TO_RUN);
+    Bytes(least.0.div_ceil(STEP).saturating_mul(STEP))
+}
+
 /// What a Linux kernel usually has for itself of a memory map of `map`.
 pub fn usual_share(map: Bytes) -> Bytes {
     // Hash tables grow with memory, too.
@@ -154,5 +161,7 @@ mod tests {
         assert_eq!(fixed_cost(Bytes::gib(1)), Bytes::mib(16));
         assert_eq!(fixed_cost(Bytes::gib(4)), Bytes::mib(128));
         assert_eq!(fixed_cost(Bytes::gib(16)), Bytes::mib(320));
+        assert_eq!(least_start(Bytes::gib(16)), Bytes::mib(512));
+        assert_eq!(least_start(Bytes::gib(1)), Bytes::mib(256));
     }
 }

@@ -92,8 +92,7 @@ impl MemoryStatus {
     }
 
     /// What the guest last said of its memory: by its balloon's driver or by an agent that is there,
-    /// whichever is newer. Both read the same figures of the guest's kernel. One that took pages back rather
-    /// than run out of memory could spare nothing then.
+    /// whichever is newer. Both read the same figures of the guest's kernel.
     pub fn guest(&self) -> Option<GuestMemory> {
         let said = |age_ms, had, managed, spare| GuestMemory {
             age: Duration::from_millis(age_ms),
@@ -116,8 +115,7 @@ impl MemoryStatus {
             let AgentStatus { age_ms, had, managed, figures, .. } = *agent;
             Some(said(age_ms, had, managed.or(figures.total), figures.available?))
         });
-        let deflated = self.oom_deflate.map(|deflate| said(deflate.age_ms, None, None, Bytes::ZERO));
-        report.into_iter().chain(agent).chain(deflated).min_by_key(|said| said.age)
+        report.into_iter().chain(agent).min_by_key(|said| said.age)
     }
 
     /// What the guest was given and its kernel does not manage, by its own word.

@@ -4,8 +4,10 @@ use std::fmt::Write;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use api::guest_memory;
 use api::runtime;
 use api::units::Bytes;
+use balancer::host::HostMemory;
 use balancer::host::zfs::{ARCSTATS, Arc};
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
@@ -82,6 +84,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
     findings.extend(Arc::read(Path::new(ARCSTATS)).map(zfs));
+    let host_memory = HostMemory::read(Path::new("/proc/meminfo"));
+    findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
     findings.push(directory());
     findings.extend(args.kernel.as_deref().map(kernel));
@@ -218,6 +222,19 @@ fn zfs(arc: Arc) -> Finding {
             arc.size,
             arc.least,
             arc.to_be_had()
+        ),
+    )
+}
+
+/// What a guest spends that may grow to all of this host.
+fn largest_guest(total: Bytes) -> Finding {
+    let cost = guest_memory::fixed_cost(total);
+    Finding::good(
+        "max",
+        format!(
+            "a guest with max={total}, all of this host, spends {cost} before it runs: start it with at least {}, \
+             or let it plug (--grow plug)",
+            guest_memory::least_start(total)
         ),
     )
 }

@@ -25,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// List the VMs of this user with their memory
 #[derive(clap::Args)]
 #[command(after_help = "\
-Columns: LIMITS is min to max; TARGET what the guest was asked to have, ACTUAL what it has; USED
-what it can't give up without pain, as it says itself; HOST what the host really holds of it, HUGE
+Columns: LIMITS is min to max; TARGET what the guest was asked to have, ACTUAL what it has, as far
+as its kernel manages that; USED what it can't give up without pain, as it says itself; HOST what the host really holds of it, HUGE
 the share of that in huge pages; REPORT how long ago the guest last spoke; DRIVER how its balloon
 driver does; AGENT the version of the guest's agent. Of VMs in other VMMs it tells what the balancer
 knows, and for STATE how they stand with it.")]
@@ -105,7 +105,22 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         "AGENT",
     ];
     let cells: Vec<_> = rows.iter().map(cells).collect();
-    output::text(&table::render(head, &cells))
+    output::text(&table::render(head, &cells))?;
+    for row in &rows {
+        let (unmanaged, given) = match &row.answer {
+            Answer::Full { memory, .. } => (memory.unmanaged(), memory.given.unwrap_or(memory.actual)),
+            Answer::OfBalancer { view } => {
+                view.memory.as_ref().map_or((Bytes::ZERO, Bytes::ZERO), |memory| {
+                    (memory.unmanaged, memory.actual.saturating_add(memory.unmanaged))
+                })
+            }
+            Answer::Dead | Answer::NotAnswering { .. } | Answer::Failed { .. } => continue,
+        };
+        if unmanaged > Bytes::ZERO {
+            sentence::say(format_args!("{}: {}", row.name, memory::unmanaged(unmanaged, given)));
+        }
+    }
+    Ok(())
 }
 
 /// The VMs that the balancer knows and that run in another VMM.

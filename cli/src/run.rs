@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
 use tracing::warn;
@@ -236,6 +237,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
         warn!("{warning}");
     }
+    if let Some(warning) = starts_with_too_little(config.limits, config.plugs_memory()) {
+        warn!("{warning}");
+    }
     let reserved = if asks {
         reservation::reserve(config.name.as_str(), at_the_start(&config), config.memory.backing)?
     } else {
@@ -250,6 +254,22 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let exit = machine.run()?;
     sentence::say(&exit);
     Ok(ExitCode::from(exit.code()))
+}
+
+/// What is to be said of a guest whose kernel spends a large part of its startup memory on its max before it
+/// runs; `None` where that is little.
+fn starts_with_too_little(limits: Limits, plugs: bool) -> Option<String> {
+    // One that plugs has structures for what is plugged, when it is.
+    let map = if plugs { limits.startup() } else { limits.max() };
+    let (cost, least) = (guest_memory::fixed_cost(map), guest_memory::least_start(map));
+    let startup = limits.startup();
+    if startup >= least || cost <= Bytes(startup.0 / 8) {
+        return None;
+    }
+    Some(format!(
+        "with max={map} this guest spends {cost} before it runs, and it starts with {startup}: start it with at \
+         least {least}, or let it plug (--grow plug)"
+    ))
 }
 
 /// What it holds at its start: a balloon takes back what was touched before its driver runs, and not sooner.
@@ -273,4 +293,23 @@ pub fn share_one_heap() {
 fn give_back_heap() {
     // SAFETY: releases memory that the allocator itself holds free; it may be called at any time.
     unsafe { libc::malloc_trim(0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_its_max_leaves_little_of_its_start_is_warned_of() {
+        let said = |limits: &str, plugs| starts_with_too_little(limits.parse().expect("limits"), plugs);
+        for fits in ["128M", "256M,max=1G", "512M,max=16G"] {
+            assert_eq!(said(fits, false), None, "{fits}");
+        }
+        for short in ["256M,max=4G", "256M,max=16G", "1G,max=64G"] {
+            let told = said(short, false).expect("it is short");
+            assert!(told.contains("--grow plug"), "{told}");
+            assert_eq!(said(short, true), None);
+        }
+        assert!(said("256M,max=16G", false).expect("short").contains("at least 512 MiB"));
+    }
 }

@@ -102,6 +102,30 @@ fn each_fault_changes_what_happens() {
 }
 
 #[test]
+fn nobody_starves_while_there_is_room_whatever_a_guest_makes_of_its_memory() {
+    for fault in [Fault::Mem, Fault::Crashkernel, Fault::OffLine, Fault::Limited, Fault::Hidden] {
+        for kind in [Kind::Steady, Kind::Burst] {
+            let score = score(&mut Ballast::default(), kind, 8, &[fault, fault]);
+            assert!(
+                score.meets_slo() && score.over_budget == 0,
+                "{fault}, {kind}: {} stalled",
+                score.stalled
+            );
+            let permille = score.faulty_stalled * 1000 / score.steps;
+            assert!(permille < 1, "{fault}, {kind}: {} of it stalled", score.faulty_stalled);
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_does_not_manage_is_kept_from_nobody() {
+    // So short that what two such guests were given and can't use is missed, were it granted to them.
+    let stalled = |faults: &[Fault]| score(&mut Ballast::default(), Kind::Steady, 14, faults).stalled;
+    let (with, without) = (stalled(&[Fault::Mem; 6]), stalled(&[]));
+    assert!(with <= without, "{with} against {without}");
+}
+
+#[test]
 fn who_dies_and_starts_anew_waits_for_room_and_gets_it() {
     let trace = Trace::generate(Kind::Steady, 5, 10, 900);
     let setup = Setup { faults: vec![Fault::Dying], ..Setup::default() };

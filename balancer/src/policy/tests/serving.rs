@@ -15,7 +15,7 @@ fn takes_back(guest: &mut Guest, amount: Bytes) {
     let observed = &mut guest.vm.observed;
     observed.actual = observed.target.saturating_add(amount);
     (observed.taken, observed.ran_out) = (amount, true);
-    observed.spare = Some((Duration::from_millis(3), Bytes::ZERO));
+    observed.guest = Some(GuestMemory { age: Duration::from_millis(3), ..GuestMemory::default() });
 }
 
 #[test]
