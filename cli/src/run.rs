@@ -7,6 +7,7 @@ use std::time::Duration;
 use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
+use api::units::Bytes;
 use tracing::warn;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
