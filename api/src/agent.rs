@@ -143,6 +143,8 @@ pub enum EventKind {
     Distress,
     /// The balloon's report shows that the guest waits for memory; this needs no agent.
     Stalls,
+    /// The guest took pages back of its balloon rather than run out of memory; this needs no agent.
+    DeflatedOnOom,
     /// The agent has gone.
     AgentGone,
 }
@@ -150,7 +152,7 @@ pub enum EventKind {
 impl EventKind {
     /// Whether the guest can't wait for the next poll.
     pub const fn is_urgent(self) -> bool {
-        matches!(self, Self::Distress | Self::Stalls)
+        matches!(self, Self::Distress | Self::Stalls | Self::DeflatedOnOom)
     }
 }
 

@@ -62,6 +62,13 @@ pub struct MemoryStatus {
     /// How the guest's memory is plugged; `None` for a VM that grows by its balloon alone.
     #[serde(default)]
     pub plug: Option<PlugStatus>,
+    /// What is kept plugged for a guest that runs out of memory; `None` for a VM that grows by its balloon alone.
+    #[serde(default)]
+    pub cushion: Option<CushionStatus>,
+    /// What the guest took of its balloon rather than run out of memory; `None` where it never did since its
+    /// driver started.
+    #[serde(default)]
+    pub oom_deflate: Option<OomDeflate>,
 }
 
 impl MemoryStatus {
@@ -176,6 +183,25 @@ pub struct PlugStatus {
     pub counters: PlugCounters,
 }
 
+/// What a guest took back of its balloon rather than run out of memory (virtio: deflate on OOM).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OomDeflate {
+    /// What it has of that still, above its target.
+    pub taken: Bytes,
+    /// Milliseconds since it last took something.
+    pub age_ms: u64,
+}
+
+/// Memory that is plugged beyond a guest's target and held by its balloon. It costs the host nothing, and a guest
+/// that runs out of memory has it at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CushionStatus {
+    /// How much there shall be.
+    pub size: Bytes,
+    /// How much the balloon holds of it now.
+    pub held: Bytes,
+}
+
 /// What the virtio-mem device has counted since the VM started; monotonic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -202,6 +228,8 @@ pub struct BalloonCounters {
     pub inflated: Bytes,
     /// Pages given back to the guest, in bytes.
     pub deflated: Bytes,
+    /// Of those, what the guest took rather than run out of memory.
+    pub oom_deflated: Bytes,
     /// Free pages reported by the guest, in bytes.
     pub reported: Bytes,
     /// Memory given back to the host, in bytes.
@@ -333,6 +361,8 @@ mod tests {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         }
     }
 

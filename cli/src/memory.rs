@@ -100,6 +100,11 @@ fn describe(memory: &MemoryStatus) -> String {
     if let Some(plug) = &memory.plug {
         lines.extend(plugged(memory, plug));
     }
+    if let Some(deflate) = memory.oom_deflate {
+        let ago = deflate.age_ms as f64 / 1000.0;
+        let taken = format!("{} above target (ran out of memory {ago:.1} s ago)", deflate.taken);
+        lines.push(("taken", taken));
+    }
     if let Some(report) = &memory.report {
         lines.push(("report age", format!("{:.1} s", report.age_ms as f64 / 1000.0)));
         lines.extend(memory.used().map(|used| ("guest used", used.to_string())));
@@ -132,6 +137,11 @@ fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, Strin
     if plug.plugged > plug.requested {
         lines.push(("to be unplugged", (plug.plugged - plug.requested).to_string()));
     }
+    lines.extend(
+        memory
+            .cushion
+            .map(|cushion| ("cushion", format!("{} in the balloon, of {}", cushion.held, cushion.size))),
+    );
     if plug.driver != DriverState::Active && memory.ceiling() < memory.limits.max() {
         let has = memory.ceiling();
         lines.push(("can grow to", format!("{has} (no working virtio_mem driver in the guest)")));

@@ -94,9 +94,19 @@ impl Agent {
     /// The guest's driver says that it waits for memory. What it says goes to the events no more often than an
     /// agent's words: both are the guest's to send, and too many would drive every reader away.
     pub fn stalls(&self, now: Instant) {
+        self.tell(EventKind::Stalls, now);
+    }
+
+    /// The guest's driver has taken pages out of the balloon rather than run out of memory: as
+    /// [`stalls`](Self::stalls).
+    pub fn deflates_on_oom(&self, now: Instant) {
+        self.tell(EventKind::DeflatedOnOom, now);
+    }
+
+    fn tell(&self, kind: EventKind, now: Instant) {
         let mut listener = self.listener.lock();
         if listener.state.bucket.take(now) {
-            self.events.push(EventKind::Stalls, listener.state.status(now));
+            self.events.push(kind, listener.state.status(now));
         }
     }
 

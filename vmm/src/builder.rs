@@ -206,9 +206,11 @@ impl<'a> Builder<'a> {
             memory::balloon(options, self.limits, self.ram).map_err(refused("a balloon"))?;
         let (reports, agent) = (Arc::clone(self.control.events()), self.control.agent().clone());
         handle.when_reported(move || reports.report_came());
+        let deflated = agent.clone();
         let counted = handle.clone();
         agent.counted_by(move |total| counted.had(total));
         handle.when_stalled(move || agent.stalls(Instant::now()));
+        handle.when_taken_back(move || deflated.deflates_on_oom(Instant::now()));
         self.balloon = Some(handle);
         Ok(balloon)
     }

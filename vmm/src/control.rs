@@ -262,6 +262,8 @@ impl Control {
                 agent: None,
                 counters: BalloonCounters::default(),
                 plug: None,
+                cushion: None,
+                oom_deflate: None,
             };
         };
         let held = parts.ram.held().inspect_err(|error| {
@@ -289,6 +291,8 @@ impl Control {
             agent: self.agent_status(),
             counters: balloon.counters(),
             plug: steering.plug(),
+            cushion: steering.cushion(),
+            oom_deflate: balloon.oom_deflate(),
         }
     }
 
@@ -379,6 +383,7 @@ impl Control {
         let mut current = self.limits.lock();
         *current = limits;
         if let Some(parts) = self.parts.get() {
+            parts.steering.set_max(limits.max());
             let target = parts.steering.target();
             let inside = limits.clamp(target);
             if inside != target {

@@ -222,6 +222,8 @@ impl ForeignVm {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         };
         Box::new(Status { pid, uptime: pid.and_then(process::age), overhead, memory })
     }

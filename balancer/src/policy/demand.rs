@@ -93,6 +93,8 @@ pub struct News {
     pub spare: Bytes,
     /// How it waits.
     pub stalls: Stalls,
+    /// It took pages back of its balloon rather than run out of memory.
+    pub ran_out: bool,
     /// What it has promised its programs.
     pub committed: Option<Bytes>,
 }
@@ -101,8 +103,8 @@ impl News {
     /// What `observed` tells at `now`; `None` where the guest never told what it could spare.
     pub fn of(now: Duration, observed: &Observation) -> Option<Self> {
         let GuestMemory { age, had, spare, .. } = observed.guest?;
-        let Observation { stalls, committed, .. } = *observed;
-        Some(Self { reported: now.saturating_sub(age), had, spare, stalls, committed })
+        let Observation { stalls, ran_out, committed, .. } = *observed;
+        Some(Self { reported: now.saturating_sub(age), had, spare, stalls, ran_out, committed })
     }
 }
 

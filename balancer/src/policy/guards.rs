@@ -174,7 +174,7 @@ impl ShrinkWatch {
         // Its VMM knows better than whoever has just met it: a guest whose balancer was started
         // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
         self.settled = observed.followed.unwrap_or(self.settled);
-        let pending = observed.actual.saturating_sub(observed.target);
+        let pending = observed.pending();
         self.measure(now, pending, observed.actual);
         if pending <= THERE {
             self.settled = true;
@@ -304,7 +304,7 @@ pub fn one_step_beyond(held: Bytes) -> Bytes {
 
 /// The most that one guest is asked to give up at a time, less what it still owes.
 pub fn step(observed: &Observation) -> Bytes {
-    whole_step(observed.target).saturating_sub(observed.actual.saturating_sub(observed.target))
+    whole_step(observed.target).saturating_sub(observed.pending())
 }
 
 /// How far a guest of this size is moved at a time.

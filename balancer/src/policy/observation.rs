@@ -137,6 +137,10 @@ pub struct Observation {
     pub plugs: bool,
     /// What the guest's kernel said of its memory; `None` where it never did.
     pub guest: Option<GuestMemory>,
+    /// That news is that it took pages back of its balloon rather than run out of memory.
+    pub ran_out: bool,
+    /// What it has above its target because of that: it is no shrink that the guest owes.
+    pub taken: Bytes,
     /// How it waits for memory.
     pub stalls: Stalls,
     /// What the guest has promised its programs (`Committed_AS`), where an agent tells: a hint.
@@ -195,11 +199,20 @@ impl Observation {
             followed: None,
             plugs: false,
             guest: None,
+            ran_out: false,
+            taken: Bytes::ZERO,
             stalls: Stalls::default(),
             committed: None,
             vcpus: Vcpus::Run,
             pausable: false,
         }
+    }
+}
+
+impl Observation {
+    /// What it was asked to give up and still has, and not because it ran out of memory.
+    pub fn pending(&self) -> Bytes {
+        self.actual.saturating_sub(self.target).saturating_sub(self.taken)
     }
 }
 
@@ -211,11 +224,16 @@ impl From<&MemoryStatus> for Observation {
         if let Some(agent) = agent {
             stalls.learn(agent);
         }
-        let guest = status.guest();
+        let mut guest = status.guest();
         // Not more than its guest has the kernel and the drivers for, and not less than it can do with.
         let kernel = guest.and_then(|guest| guest.kernel());
         let floor = kernel.map_or(Bytes::ZERO, |kernel| kernel.saturating_add(LEAST_BESIDE_KERNEL));
         let limits = status.limits.capped(status.ceiling()).raised(floor);
+        let deflated = status.oom_deflate.map(|deflated| Duration::from_millis(deflated.age_ms));
+        let ran_out = deflated.filter(|age| guest.is_none_or(|guest| *age <= guest.age));
+        if let Some(age) = ran_out {
+            guest = Some(GuestMemory { age, had: None, spare: Bytes::ZERO, ..guest.unwrap_or_default() });
+        }
         Self {
             target: status.target,
             actual: status.actual,
@@ -225,6 +243,8 @@ impl From<&MemoryStatus> for Observation {
             followed: status.followed,
             plugs: status.plug.is_some(),
             guest,
+            ran_out: ran_out.is_some(),
+            taken: status.oom_deflate.map_or(Bytes::ZERO, |deflated| deflated.taken),
             stalls,
             committed: agent.and_then(|agent| agent.committed),
             vcpus: status.paused_by.into(),

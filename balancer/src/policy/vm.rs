@@ -414,8 +414,7 @@ impl Vm {
 
     /// What it was asked to give up, still has, and will have given up within `time`.
     pub(super) fn owes(&self, now: Duration, time: Duration, guards: &Guards) -> Bytes {
-        let Observation { actual, target, .. } = self.observed;
-        let pending = actual.saturating_sub(target);
+        let (actual, pending) = (self.observed.actual, self.observed.pending());
         match self.memory.standing {
             Standing::Following | Standing::Stale if guards.pace_counts => {
                 self.memory.shrink_watch.gives(now, pending, actual, time)

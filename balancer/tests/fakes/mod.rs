@@ -141,6 +141,8 @@ impl FakeVm {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         };
         let state = Arc::new(Mutex::new(State {
             manner: Manner::Sound,

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use api::guest_memory::{Had, balloon_for};
 use api::report::Report;
-use api::status::{AgedReport, BalloonCounters, DriverState};
+use api::status::{AgedReport, BalloonCounters, DriverState, OomDeflate};
 use api::units::{Bytes, Pages};
 
 use crate::unmanaged::Unmanaged;
@@ -66,6 +66,8 @@ pub(crate) struct State {
     pub(crate) target: Bytes,
     /// Counts requests for a target, as the same one may be asked for again.
     pub(crate) requests: u64,
+    /// One of those that the device has not taken up asks a guest anew that has taken pages back.
+    pub(crate) asks_anew: bool,
     /// The guest could not reach the target, and is no longer asked to.
     pub(crate) settled: bool,
     /// The balloon has been where it was wanted since its driver started.
@@ -74,12 +76,16 @@ pub(crate) struct State {
     pub(crate) actual: Pages,
     /// In the balloon, as the guest counts it.
     pub(crate) reached: Pages,
-    /// The guest counts what is in the balloon as its own: it may take it back when it is out of memory
+    /// The guest may take pages back when it is out of memory, and so counts what is in the balloon as its own
     /// (`virtballoon_probe` in Linux takes pages off `MemTotal` only where it may not).
-    pub(crate) total_holds_balloon: bool,
+    pub(crate) deflates_on_oom: bool,
     /// What the guest's kernel does not manage.
     pub(crate) unmanaged: Unmanaged,
     pub(crate) driver: Driver,
+    /// What the guest has taken back rather than run out of memory, and still has.
+    pub(crate) taken_back: Pages,
+    /// When it last did, since its driver started.
+    pub(crate) took_back_at: Option<Instant>,
     pub(crate) report: Option<Received>,
     /// Somebody wants a newer one.
     pub(crate) report_wanted: bool,
@@ -120,13 +126,16 @@ pub(crate) struct Shared {
     pub(crate) map: Bytes,
     /// Tells the device that the target has changed, or that a report is wanted.
     pub(crate) wake: EventFd,
+    /// Tells whoever steers that a driver has come or gone, or is where it was asked to be.
+    pub(crate) moved: EventFd,
     state: Mutex<State>,
     plugs: OnceLock<Plugs>,
     when_reported: OnceLock<Tell>,
     when_stalled: OnceLock<Tell>,
+    when_taken_back: OnceLock<Tell>,
 }
 
-/// Called on the balloon's event loop.
+/// Something to be done when the guest has news.
 type Tell = Box<dyn Fn() + Send + Sync>;
 
 impl Shared {
@@ -134,25 +143,31 @@ impl Shared {
         let state = State {
             target,
             requests: 0,
+            asks_anew: false,
             settled: false,
             followed: false,
             actual: Pages(0),
             reached: Pages(0),
-            total_holds_balloon: false,
+            deflates_on_oom: false,
             unmanaged: Unmanaged::default(),
             driver: Driver::Absent,
+            taken_back: Pages(0),
+            took_back_at: None,
             report: None,
             report_wanted: false,
             resting: false,
             counters: BalloonCounters::default(),
         };
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         Ok(Self {
             map,
-            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            wake: event()?,
+            moved: event()?,
             state: Mutex::new(state),
             plugs: OnceLock::new(),
             when_reported: OnceLock::new(),
             when_stalled: OnceLock::new(),
+            when_taken_back: OnceLock::new(),
         })
     }
 
@@ -168,7 +183,7 @@ impl Shared {
     fn had(&self, total: Bytes, unplugged: Bytes) -> Had {
         let state = self.state();
         let balloon = state.reached.bytes();
-        let managed = if state.total_holds_balloon { total.saturating_sub(balloon) } else { total };
+        let managed = if state.deflates_on_oom { total.saturating_sub(balloon) } else { total };
         let map = self.map.saturating_sub(unplugged);
         Had::of(map, map.saturating_sub(balloon), managed)
     }
@@ -224,6 +239,19 @@ impl Shared {
         }
     }
 
+    /// The guest has taken pages back.
+    pub(crate) fn took_back(&self) {
+        if let Some(tell) = self.when_taken_back.get() {
+            tell();
+        }
+    }
+
+    /// A driver has come or gone, or is where it was asked to be.
+    pub(crate) fn tell_moved(&self) {
+        // The one failure is a full counter, which is news already pending.
+        let _ = self.moved.write(1);
+    }
+
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -262,16 +290,55 @@ impl Handle {
     /// # Errors
     /// `target` is nothing or more than the map.
     pub fn retarget(&self, target: Bytes) -> Result<(), TargetError> {
+        self.request(target, true)
+    }
+
+    /// As [`retarget`](Self::retarget), where what the balloon holds changes and nobody asks the guest for less
+    /// than before: one that has taken pages back keeps them.
+    ///
+    /// # Errors
+    /// As for [`retarget`](Self::retarget).
+    pub fn adjust(&self, target: Bytes) -> Result<(), TargetError> {
+        self.request(target, false)
+    }
+
+    fn request(&self, target: Bytes, anew: bool) -> Result<(), TargetError> {
         self.check(target)?;
         {
             let mut state = self.0.state();
             state.target = target;
             state.requests = state.requests.wrapping_add(1);
-            state.settled = false;
+            state.asks_anew |= anew;
+            state.settled &= !anew;
         }
         // The one failure is a full counter, which is a wake-up already pending.
         let _ = self.0.wake.write(1);
         Ok(())
+    }
+
+    /// What the balloon holds, as its driver says, whether the host has got it back yet or not.
+    pub fn holds(&self) -> Bytes {
+        self.0.state().reached.bytes()
+    }
+
+    /// Whether a driver is at work that takes pages back rather than have its guest run out of memory.
+    pub fn deflates_on_oom(&self) -> bool {
+        let state = self.0.state();
+        matches!(state.driver, Driver::Active(_)) && state.deflates_on_oom
+    }
+
+    /// What the guest has taken back of the balloon rather than run out of memory; `None` where it never did
+    /// since its driver started.
+    pub fn oom_deflate(&self) -> Option<OomDeflate> {
+        let state = self.0.state();
+        let age = state.took_back_at?.elapsed();
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        Some(OomDeflate { taken: state.taken_back.bytes(), age_ms })
+    }
+
+    /// Readable each time the driver has come or gone, or the balloon holds what it was asked to.
+    pub fn moved(&self) -> &EventFd {
+        &self.0.moved
     }
 
     /// The guest's processors stand still from now on, or, without `resting`, run again. In between no time
@@ -392,6 +459,12 @@ impl Handle {
     /// memory. Only the first call counts.
     pub fn when_stalled(&self, tell: impl Fn() + Send + Sync + 'static) {
         let _ = self.0.when_stalled.set(Box::new(tell));
+    }
+
+    /// Has `tell` called when the guest has taken pages back rather than run out of memory: on a vCPU's thread,
+    /// so that it must not take long. Only the first call counts.
+    pub fn when_taken_back(&self, tell: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.when_taken_back.set(Box::new(tell));
     }
 
     /// What the balloon has counted since it was made.

@@ -109,7 +109,7 @@ impl Balloon {
         let unmanaged = Unmanaged::resumed(state.unmanaged, state.off_line, Instant::now());
         let unmanaged =
             unmanaged.ok_or_else(|| unreadable("more is off line than is not managed".to_owned()))?;
-        let total_holds_balloon =
+        let deflates_on_oom =
             active.as_ref().is_some_and(|active| active.features & 1 << DEFLATE_ON_OOM != 0);
         let driver = match active {
             None => Driver::Absent,
@@ -124,9 +124,9 @@ impl Balloon {
             let mut shared = self.shared.state();
             (shared.target, shared.driver) = (state.target, driver);
             // The device has taken up none so far.
-            shared.requests = u64::from(state.pending);
+            (shared.requests, shared.asks_anew) = (u64::from(state.pending), state.pending);
             shared.report = state.report.map(received);
-            (shared.unmanaged, shared.total_holds_balloon) = (unmanaged, total_holds_balloon);
+            (shared.unmanaged, shared.deflates_on_oom) = (unmanaged, deflates_on_oom);
         }
         if answers {
             self.statistics.resume(state.statistics_buffer);

@@ -9,8 +9,8 @@ use api::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, PauseRequest, Pauser,
-    PlugCounters, PlugStatus, VmState, VmStatus,
+    AgedReport, BalloonCounters, ConsoleStatus, CushionStatus, DriverState, MemoryStatus, OomDeflate,
+    PauseRequest, Pauser, PlugCounters, PlugStatus, VmState, VmStatus,
 };
 use api::units::Bytes;
 use serde_json::{Value, json};
@@ -182,6 +182,7 @@ fn every_line_of_the_events_is_as_described() {
         EventKind::Figures,
         EventKind::Distress,
         EventKind::Stalls,
+        EventKind::DeflatedOnOom,
         EventKind::AgentGone,
     ] {
         for agent in [None, Some(agent())] {
@@ -225,6 +226,8 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
             plugged: Bytes::mib(66),
             counters: PlugCounters::default(),
         }),
+        cushion: Some(CushionStatus { size: Bytes::mib(64), held: Bytes::ZERO }),
+        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), age_ms: u64::MAX }),
     }
 }
 

@@ -79,6 +79,12 @@ fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     page.gauge("memory_buffer_ratios", help, buffer);
     let help = "The VM's share when memory is short, relative to the others'.";
     page.gauge("memory_weight", help, u64::from(limits.weight()));
+    let help = "Memory that is kept plugged for a guest that runs out of memory.";
+    page.gauge("memory_cushion_bytes", help, memory.cushion.map(|cushion| cushion.size));
+    let help = "What of that the balloon holds.";
+    page.gauge("memory_cushion_held_bytes", help, memory.cushion.map(|cushion| cushion.held));
+    let help = "Memory that the guest took of its balloon rather than run out of memory, and has still.";
+    page.gauge("memory_taken_bytes", help, memory.oom_deflate.map(|deflate| deflate.taken));
     let help = "1 for the state that the guest's balloon driver is in.";
     states(page, "balloon_driver_state", help, memory.driver, &DRIVER_STATES);
 }
@@ -95,6 +101,11 @@ fn balloon_figures(memory: &MemoryStatus, page: &mut Page) {
             "balloon_deflated_bytes",
             "Memory given back to the guest by the balloon.",
             Value::from(counters.deflated),
+        ),
+        (
+            "balloon_oom_deflated_bytes",
+            "Memory that the guest took of the balloon rather than run out of memory.",
+            Value::from(counters.oom_deflated),
         ),
         ("balloon_reported_bytes", "Free memory reported by the guest.", Value::from(counters.reported)),
         ("balloon_discarded_bytes", "Memory given back to the host.", Value::from(counters.discarded)),
