@@ -219,7 +219,8 @@ mod tests {
             let entry = crate::boot::kernel::load(&boot, &memory, SIZE).expect("it fits");
             let Entry::Linux64(entry) = entry else { panic!("{entry:?}") };
             // What no relocation changes.
-            let code: [u8; 64] = memory.read_obj(GuestAddress(entry.0 + 32)).expect("it is in memory");
+            let mut code = [0; 64];
+            memory.read_slice(&mut code, GuestAddress(entry.0 + 32)).expect("it is in memory");
             assert_eq!(code, made.code[32..96]);
             let loadflags: u8 =
                 memory.read_obj(GuestAddress(layout::ZERO_PAGE.0 + 0x211)).expect("a zero page");
