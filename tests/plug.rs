@@ -200,3 +200,48 @@ fn a_guest_without_the_driver_keeps_what_it_booted_with() {
         assert_eq!(settled(&vm).actual, Bytes::mib(192));
     });
 }
+
+/// Its memory is that of a small service, which fills it in bursts.
+const SMALL: &str = "112M,min=88M,max=384M";
+
+/// Waits until the balloon holds all of the cushion and nothing else moves.
+fn cushioned(vm: &Vm) -> MemoryStatus {
+    vm.wait_for_memory("the cushion", MOVING, |memory| {
+        let cushion = memory.cushion.expect("it plugs");
+        cushion.size > Bytes::ZERO && cushion.held == cushion.size && memory.actual == memory.target
+    })
+}
+
+#[test]
+fn a_guest_that_runs_out_of_memory_takes_its_cushion_and_gives_it_back() {
+    Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).usually(Duration::from_secs(120)).run(|| {
+        for kernel in [Kernel::V6_1, Kernel::V6_12] {
+            let name = kernel.series().replace('.', "-");
+            let mut vm = guest(&name, kernel, SMALL);
+            let before = cushioned(&vm);
+            assert_eq!((plug(&before).plugged, before.oom_deflate), (Bytes::mib(32), None), "{before:#?}");
+            vm.step("grow:64M", MOVING);
+            let memory = vm.memory();
+            let taken = memory.oom_deflate.expect("it took some").taken;
+            println!("{name}: took {taken}: {memory:#?}");
+            assert!(memory.actual == memory.target + taken && taken > Bytes::ZERO, "{memory:#?}");
+            // Nobody takes it while it is in use, and it is not asked for either.
+            vm.step("rest:4s", MOVING);
+            assert!(vm.memory().oom_deflate.unwrap().taken >= taken, "{:#?}", vm.memory());
+            vm.step("release", MOVING);
+            let after = cushioned(&vm);
+            assert_eq!(plug(&after).plugged, Bytes::mib(32), "{after:#?}");
+            // It moves with the target, and is unplugged from around pages that the balloon holds.
+            for target in [200, 112, 88] {
+                vm.set_target(Bytes::mib(target));
+                let memory = cushioned(&vm);
+                println!("{name}: at {target}M: {memory:#?}");
+                assert_eq!(plug(&memory).counters.discard_failures, 0, "{memory:#?}");
+            }
+            vm.step("rest:10s", MOVING);
+            println!("{name}: at rest: {:#?}", vm.memory());
+            vm.type_in("end\n");
+            vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+        }
+    });
+}

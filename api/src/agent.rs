@@ -116,6 +116,13 @@ pub struct AgentStatus {
     pub distress_age_ms: Option<u64>,
     /// What it said last of each figure.
     pub figures: AgentFigures,
+    /// What the guest had when the agent last told what is available, as in a report of the balloon's driver;
+    /// `None` where it is not known.
+    #[serde(default)]
+    pub had: Option<Bytes>,
+    /// What of that its kernel managed; `None` where it is not known.
+    #[serde(default)]
+    pub managed: Option<Bytes>,
     /// Words heard.
     pub heard: u64,
     /// Words passed over because there were too many in too short a time.
@@ -136,6 +143,8 @@ pub enum EventKind {
     Distress,
     /// The balloon's report shows that the guest waits for memory; this needs no agent.
     Stalls,
+    /// The guest took pages back of its balloon rather than run out of memory; this needs no agent.
+    DeflatedOnOom,
     /// The agent has gone.
     AgentGone,
 }
@@ -143,7 +152,7 @@ pub enum EventKind {
 impl EventKind {
     /// Whether the guest can't wait for the next poll.
     pub const fn is_urgent(self) -> bool {
-        matches!(self, Self::Distress | Self::Stalls)
+        matches!(self, Self::Distress | Self::Stalls | Self::DeflatedOnOom)
     }
 }
 

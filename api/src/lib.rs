@@ -3,6 +3,7 @@
 pub mod agent;
 #[cfg(feature = "client")]
 pub mod client;
+pub mod guest_memory;
 pub mod limits;
 pub mod metrics;
 pub mod report;

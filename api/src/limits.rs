@@ -187,6 +187,14 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// The same limits for a guest that can't do with less than `floor`; max stays.
+    pub fn raised(self, floor: Bytes) -> Self {
+        let min = self.min.max(floor.page_ceil()).min(self.max);
+        Self { min, startup: self.startup.max(min), ..self }
+    }
+}
+
 impl TryFrom<Unchecked> for Limits {
     type Error = LimitsError;
     fn try_from(raw: Unchecked) -> Result<Self, LimitsError> {

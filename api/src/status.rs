@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::AgentStatus;
+use crate::guest_memory::GuestMemory;
 use crate::limits::Limits;
 use crate::report::Report;
 use crate::units::Bytes;
@@ -22,9 +23,15 @@ pub struct MemoryStatus {
     pub limits: Limits,
     /// What the guest was last asked to have.
     pub target: Bytes,
-    /// What the guest has: what it started with and what it has plugged, less the balloon, as
-    /// its driver says.
+    /// What the guest has: what it was given, less what its own kernel does not manage, by its word.
     pub actual: Bytes,
+    /// What the guest was given, and could touch: what it started with and what it has plugged, less the
+    /// balloon, as its driver says. `None` where the VMM does not tell it apart from `actual`.
+    #[serde(default)]
+    pub given: Option<Bytes>,
+    /// The most that the guest can have, as far as its kernel manages it; `None` where that is not known.
+    #[serde(default)]
+    pub most: Option<Bytes>,
     /// The guest could not reach the target: it stays at `actual` until a target is set anew.
     #[serde(default)]
     pub settled: bool,
@@ -55,13 +62,21 @@ pub struct MemoryStatus {
     /// How the guest's memory is plugged; `None` for a VM that grows by its balloon alone.
     #[serde(default)]
     pub plug: Option<PlugStatus>,
+    /// What is kept plugged for a guest that runs out of memory; `None` for a VM that grows by its balloon alone.
+    #[serde(default)]
+    pub cushion: Option<CushionStatus>,
+    /// What the guest took of its balloon rather than run out of memory; `None` where it never did since its
+    /// driver started.
+    #[serde(default)]
+    pub oom_deflate: Option<OomDeflate>,
 }
 
 impl MemoryStatus {
-    /// The most that the guest can have with the drivers that it has: its limit, or, in a VM
-    /// that grows by plugging and whose guest lacks the driver for it, what it has already.
+    /// The most that the guest can have with the kernel and the drivers that it has: its limit, or what its
+    /// kernel manages, or, in a VM that grows by plugging and whose guest lacks the driver for it, what it
+    /// has already.
     pub fn ceiling(&self) -> Bytes {
-        let max = self.limits.max();
+        let max = self.limits.max().min(self.most.unwrap_or(Bytes(u64::MAX)));
         match &self.plug {
             Some(plug) if plug.driver != DriverState::Active => {
                 max.min(plug.boot.saturating_add(plug.plugged))
@@ -70,24 +85,42 @@ impl MemoryStatus {
         }
     }
 
-    /// What the guest uses and can't give up without pain, as it last said.
-    ///
-    /// Counted from `actual`, not from the guest's own total: a Linux driver with
-    /// deflate-on-OOM leaves the balloon in `MemTotal`
-    /// (`drivers/virtio/virtio_balloon.c`: `adjust_managed_page_count`).
+    /// What the guest uses and can't give up without pain, as it last said. All of one moment, and no more
+    /// than its kernel managed then.
     pub fn used(&self) -> Option<Bytes> {
-        let (_, spare) = self.spare()?;
-        Some(self.actual.saturating_sub(spare))
+        Some(self.guest()?.used(self.actual))
     }
 
-    /// What the guest could give up without pain, and how old that news is: the agent's word or the
-    /// balloon driver's, whichever is newer. Both read the same figure of the guest's kernel.
-    pub fn spare(&self) -> Option<(Duration, Bytes)> {
+    /// What the guest last said of its memory: by its balloon's driver or by an agent that is there,
+    /// whichever is newer. Both read the same figures of the guest's kernel.
+    pub fn guest(&self) -> Option<GuestMemory> {
+        let said = |age_ms, had, managed, spare| GuestMemory {
+            age: Duration::from_millis(age_ms),
+            had,
+            managed,
+            spare,
+        };
         let report = self.report.as_ref();
-        let report = report.and_then(|aged| Some((aged.age_ms, aged.statistics.spare()?)));
-        let agent = self.agent.as_ref().and_then(|agent| Some((agent.age_ms, agent.figures.available?)));
-        let (age, spare) = report.into_iter().chain(agent).min_by_key(|(age, _)| *age)?;
-        Some((Duration::from_millis(age), spare))
+        let report = report.and_then(|aged| {
+            // A balloon may be in the total, and then nobody but the VMM knows what is managed.
+            Some(said(
+                aged.age_ms,
+                aged.had,
+                aged.managed.or(aged.statistics.total),
+                aged.statistics.spare()?,
+            ))
+        });
+        let agent = self.agent.as_ref().filter(|agent| agent.connected);
+        let agent = agent.and_then(|agent| {
+            let AgentStatus { age_ms, had, managed, figures, .. } = *agent;
+            Some(said(age_ms, had, managed.or(figures.total), figures.available?))
+        });
+        report.into_iter().chain(agent).min_by_key(|said| said.age)
+    }
+
+    /// What the guest was given and its kernel does not manage, by its own word.
+    pub fn unmanaged(&self) -> Bytes {
+        self.given.map_or(Bytes::ZERO, |given| given.saturating_sub(self.actual))
     }
 
     /// The share of what the host holds that lies in huge pages, in percent.
@@ -107,6 +140,13 @@ impl MemoryStatus {
 pub struct AgedReport {
     /// Milliseconds since the guest handed it over.
     pub age_ms: u64,
+    /// What the guest had when it made the report: what its kernel managed, and the share that every kernel
+    /// has for itself. `None` where it is not known.
+    #[serde(default)]
+    pub had: Option<Bytes>,
+    /// What of that its kernel managed: its total less its balloon. `None` where it is not known.
+    #[serde(default)]
+    pub managed: Option<Bytes>,
     /// What it says.
     pub statistics: Report,
 }
@@ -143,6 +183,25 @@ pub struct PlugStatus {
     pub counters: PlugCounters,
 }
 
+/// What a guest took back of its balloon rather than run out of memory (virtio: deflate on OOM).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OomDeflate {
+    /// What it has of that still, above its target.
+    pub taken: Bytes,
+    /// Milliseconds since it last took something.
+    pub age_ms: u64,
+}
+
+/// Memory that is plugged beyond a guest's target and held by its balloon. It costs the host nothing, and a guest
+/// that runs out of memory has it at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CushionStatus {
+    /// How much there shall be.
+    pub size: Bytes,
+    /// How much the balloon holds of it now.
+    pub held: Bytes,
+}
+
 /// What the virtio-mem device has counted since the VM started; monotonic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -169,6 +228,8 @@ pub struct BalloonCounters {
     pub inflated: Bytes,
     /// Pages given back to the guest, in bytes.
     pub deflated: Bytes,
+    /// Of those, what the guest took rather than run out of memory.
+    pub oom_deflated: Bytes,
     /// Free pages reported by the guest, in bytes.
     pub reported: Bytes,
     /// Memory given back to the host, in bytes.
@@ -288,6 +349,8 @@ mod tests {
             limits: "256M,max=1G".parse().unwrap(),
             target: Bytes::mib(300),
             actual: Bytes::mib(300),
+            given: Some(Bytes::mib(300)),
+            most: None,
             settled: false,
             followed: Some(true),
             paused_by: None,
@@ -298,6 +361,8 @@ mod tests {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         }
     }
 
@@ -308,10 +373,11 @@ mod tests {
         // The guest's total still holds the balloon.
         let mut statistics =
             Report { total: Some(Bytes::mib(500)), available: Some(Bytes::mib(180)), ..Report::default() };
-        status.report = Some(AgedReport { age_ms: 1, statistics: statistics.clone() });
+        let aged = |statistics| AgedReport { age_ms: 1, had: None, managed: None, statistics };
+        status.report = Some(aged(statistics.clone()));
         assert_eq!(status.used(), Some(Bytes::mib(120)));
         statistics.available = Some(Bytes(u64::MAX));
-        status.report = Some(AgedReport { age_ms: 1, statistics });
+        status.report = Some(aged(statistics));
         assert_eq!(status.used(), Some(Bytes::ZERO), "a liar can't make it wrap");
         assert_eq!(status.huge_percent(), None);
         for (huge, percent) in [(0, 0), (50, 25), (200, 100), (300, 100)] {

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 use api::status::DriverState;
 use api::units::Bytes;
@@ -19,7 +20,7 @@ fn vms(count: u64) -> Vec<Vm> {
             let observed = Observation {
                 host_rss: Some(limits.startup()),
                 driver: DriverState::Active,
-                spare: Some((Duration::from_millis(500), spare)),
+                guest: Some(GuestMemory { age: Duration::from_millis(500), spare, ..GuestMemory::default() }),
                 ..Observation::of(limits)
             };
             Vm::new(id, Duration::from_secs(1000), observed)

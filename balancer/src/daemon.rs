@@ -222,7 +222,14 @@ async fn start(
     };
     let shared = Shared::default();
     let (commands, asked) = mpsc::channel(COMMANDS);
-    let mut servers = serve(&config, listener, &Api { shared: shared.clone(), commands }).await?;
+    let servers = serve(&config, listener, &Api { shared: shared.clone(), commands }).await;
+    let mut servers = match servers {
+        Ok(servers) => servers,
+        Err(error) => {
+            own_files.leave();
+            return Err(error);
+        }
+    };
     if let Some(host_lock) = host_lock {
         servers.spawn(host_lock.tell());
     }
@@ -247,13 +254,13 @@ async fn start(
 /// Serves the last state.
 async fn serve(config: &Config, listener: RenewedListener, api: &Api) -> Result<JoinSet<()>, DaemonError> {
     let mut servers = JoinSet::new();
-    let router = server::private(api.clone());
-    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
         let router = server::public(api.clone());
         servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PUBLIC));
     }
+    let router = server::private(api.clone());
+    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     Ok(servers)
 }

@@ -117,8 +117,9 @@ impl Policy {
         self.state = self.state.next(to_give, pool, &host);
         let lasts = self.emergency_lasts(now);
 
-        let mut returning =
-            self.entitle(now, host.budget.saturating_sub(slack), pool.saturating_sub(slack), vms);
+        let beside: Bytes = vms.iter().map(Vm::beside).sum();
+        let to_share = host.budget.saturating_sub(slack.saturating_add(beside));
+        let mut returning = self.entitle(now, to_share, pool.saturating_sub(slack), vms);
         if self.state >= HostState::Hard {
             returning = Bytes::ZERO;
         }

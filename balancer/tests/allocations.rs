@@ -5,6 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 use api::status::DriverState;
 use api::units::Bytes;
@@ -49,7 +50,11 @@ fn live(vms: &mut [Vm], second: u64) {
         let wants = Bytes::mib(if rises { 900 } else { 300 } + vm.id % 7);
         let observed = &mut vm.observed;
         observed.actual = observed.target;
-        observed.spare = Some((Duration::from_millis(500), observed.actual.saturating_sub(wants)));
+        observed.guest = Some(GuestMemory {
+            age: Duration::from_millis(500),
+            spare: observed.actual.saturating_sub(wants),
+            ..GuestMemory::default()
+        });
         let stalls = observed.stalls.allocation_stalls.unwrap_or(0) + u64::from(wants > observed.actual);
         observed.stalls = Stalls { allocation_stalls: Some(stalls), ..Stalls::default() };
     }

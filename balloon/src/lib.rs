@@ -15,3 +15,4 @@ mod reporting;
 mod stalls;
 mod statistics;
 mod timer;
+mod unmanaged;

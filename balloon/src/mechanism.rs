@@ -10,10 +10,17 @@
 //! 3. **The balloon** takes what is left: what lies below the boot memory, and
 //!    what the guest could not unplug once it has made no progress for
 //!    [`UNPLUG_PATIENCE`]. It works page by page, and can squeeze a guest whose free
-//!    memory lies scattered. It does not work at the same time as unplugging:
+//!    memory lies scattered. It does not take more at the same time as the guest unplugs:
 //!    Linux takes the pages for it from the very blocks that are to go.
 //!
+//! Plugging takes a guest's time, and its kernel kills a process in less. So a [`cushion`] is plugged
+//! beyond the target and lies in the balloon: it costs the host nothing, and a guest
+//! that runs out of memory has it at once (deflate-on-OOM).
+//!
 //! A VM without pluggable memory has the balloon alone.
+//!
+//! What the guest's kernel does not manage is none of the memory that it is to have. What of its boot memory
+//! that is counts as not there; what was plugged and is not on line can be unplugged, and no balloon takes it.
 
 pub mod steering;
 
@@ -22,25 +29,49 @@ use std::time::Duration;
 use api::status::UNPLUG_PATIENCE;
 use api::units::Bytes;
 
+/// Of a guest's target its cushion is this part,
+const CUSHION_PART: u64 = 4;
+/// at least so much: half a second of a program that fills memory at 64 MiB/s,
+const CUSHION_LEAST: Bytes = Bytes::mib(32);
+/// and at most so much: it is what a guest can have beyond the budget.
+const CUSHION_MOST: Bytes = Bytes::mib(256);
+
+/// Of a cushion so much is plugged before the balloon holds the rest: meanwhile the guest could use it.
+const AHEAD: Bytes = Bytes::mib(16);
+
+/// What to keep plugged beyond `target` for a guest that may have `max`. So much less is
+/// plugged of it as the target lies below what the guest booted with: the balloon holds that anyway.
+pub fn cushion(target: Bytes, max: Bytes) -> Bytes {
+    Bytes(target.0 / CUSHION_PART).clamp(CUSHION_LEAST, CUSHION_MOST).min(max.saturating_sub(target))
+}
+
 /// How a guest's memory stands, as far as it matters for what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// What it booted with.
+    /// What it booted with, as far as its kernel manages that.
     pub boot: Bytes,
+    /// What memory is plugged in.
+    pub block: Bytes,
     /// What it has plugged.
     pub plugged: Bytes,
+    /// What of that is not on line.
+    pub off_line: Bytes,
     /// Whether it has a driver that could unplug.
     pub driver: bool,
     /// How long ago it last plugged or unplugged, or was asked for something new.
     pub waited: Duration,
     /// What its balloon was last asked to hold.
     pub held: Bytes,
+    /// What its balloon holds, as its driver says.
+    pub balloon: Bytes,
+    /// What to keep plugged beyond the target. None for a guest whose balloon would not hold it.
+    pub cushion: Bytes,
 }
 
 /// What to ask of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Steps {
-    /// What it should have plugged.
+    /// What it should have plugged, in whole blocks.
     pub requested: Bytes,
     /// What its balloon should hold.
     pub held: Bytes,
@@ -51,14 +82,24 @@ pub struct Steps {
 /// What to ask of a guest that shall have `target`, which lies at a whole block above the boot
 /// memory, or below it.
 pub fn steps(standing: Standing, target: Bytes) -> Steps {
-    let requested = target.saturating_sub(standing.boot);
-    let surplus = standing.plugged.saturating_sub(requested);
+    let Standing { boot, block, plugged, off_line, driver, waited, held, balloon, cushion } = standing;
+    let beyond = |target: Bytes, more| whole_blocks(target.saturating_add(more).saturating_sub(boot), block);
+    let whole = beyond(target, cushion);
+    // A guest that has taken from its cushion does not get the rest of it in other pages.
+    let allowed = beyond(target, balloon.saturating_add(AHEAD.max(block)));
+    let requested = whole.min(allowed.max(plugged));
+    let surplus = plugged.saturating_sub(requested);
     // With what is plugged now, the balloon must hold so much for the target to be met.
-    let needed = standing.boot.saturating_sub(target).saturating_add(surplus);
-    let unplugs = surplus > Bytes::ZERO && standing.driver && standing.waited < UNPLUG_PATIENCE;
-    let held = if unplugs { needed.min(standing.held) } else { needed };
-    let look_again = (held < needed).then(|| UNPLUG_PATIENCE.saturating_sub(standing.waited));
+    let has = boot.saturating_add(plugged.saturating_sub(off_line));
+    let needed = has.saturating_sub(target);
+    let unplugs = surplus > Bytes::ZERO && driver && waited < UNPLUG_PATIENCE;
+    let held = if unplugs { needed.min(held) } else { needed };
+    let look_again = (held < needed).then(|| UNPLUG_PATIENCE.saturating_sub(waited));
     Steps { requested, held, look_again }
+}
+
+fn whole_blocks(amount: Bytes, block: Bytes) -> Bytes {
+    Bytes(amount.0.checked_div(block.0).unwrap_or(0).saturating_mul(block.0))
 }
 
 #[cfg(test)]
@@ -68,14 +109,20 @@ mod tests {
     use super::*;
 
     const BOOT: Bytes = Bytes::mib(256);
+    const BLOCK: Bytes = Bytes::mib(2);
+    const MAX: Bytes = Bytes::gib(2);
 
     fn standing(plugged: u64) -> Standing {
         Standing {
             boot: BOOT,
+            block: BLOCK,
             plugged: Bytes::mib(plugged),
+            off_line: Bytes::ZERO,
             driver: true,
             waited: Duration::ZERO,
             held: Bytes::ZERO,
+            balloon: Bytes::gib(1),
+            cushion: Bytes::ZERO,
         }
     }
 
@@ -107,32 +154,118 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_on_line_is_unplugged_and_never_ballooned() {
+        let off_line = Standing { off_line: Bytes::mib(400), ..standing(444) };
+        let asked = steps(off_line, Bytes::mib(200));
+        assert_eq!((asked.requested, asked.held), (Bytes::ZERO, Bytes::ZERO));
+        // It can't be unplugged, and 300 MiB are all that the guest has.
+        let stuck = steps(Standing { waited: UNPLUG_PATIENCE, ..off_line }, Bytes::mib(200));
+        assert_eq!(stuck.held, Bytes::mib(100));
+    }
+
+    #[test]
     fn without_a_driver_nobody_waits() {
         let left = steps(Standing { driver: false, ..standing(64) }, BOOT);
         assert_eq!((left.held, left.look_again), (Bytes::mib(64), None));
+    }
+
+    #[test]
+    fn a_cushion_is_plugged_beyond_the_target_and_lies_in_the_balloon() {
+        let cushion = Bytes::mib(64);
+        let at = |plugged, held| Standing { cushion, held: Bytes::mib(held), ..standing(plugged) };
+        let asked = |standing, target| {
+            let Steps { requested, held, .. } = steps(standing, Bytes::mib(target));
+            (requested.0 >> 20, held.0 >> 20)
+        };
+        // As it boots, and as it plugs.
+        assert_eq!(asked(at(0, 0), 256), (64, 0));
+        assert_eq!(asked(at(20, 0), 256), (64, 20));
+        assert_eq!(asked(at(64, 20), 256), (64, 64));
+        // More is wanted: what is there goes at once, and comes again by plugging.
+        assert_eq!(asked(at(64, 64), 296), (104, 24));
+        assert_eq!(asked(at(104, 24), 296), (104, 64));
+        // Unplugging leaves it alone, and the balloon takes no more meanwhile.
+        assert_eq!(asked(at(104, 64), 256), (64, 64));
+        assert_eq!(asked(at(80, 64), 256), (64, 64));
+        // The balloon has to keep up,
+        let slow = |plugged, balloon| Standing { balloon: Bytes::mib(balloon), ..at(plugged, plugged) };
+        assert_eq!(asked(slow(0, 0), 256), (16, 0));
+        assert_eq!(asked(slow(16, 10), 256), (26, 16));
+        assert_eq!(asked(slow(26, 26), 256), (42, 26));
+        // which it does not for a guest that has taken from it and is granted less than it took.
+        assert_eq!(asked(slow(64, 24), 276), (64, 44));
+        assert_eq!(asked(slow(64, 24), 296), (80, 24));
+        // Below the boot memory, the balloon holds a part of it anyway.
+        assert_eq!(asked(at(64, 64), 216), (24, 64));
+        assert_eq!(asked(at(24, 64), 216), (24, 64));
+        assert_eq!(asked(at(0, 64), 100), (0, 156));
+    }
+
+    #[test]
+    fn a_cushion_is_a_part_of_the_target_within_bounds() {
+        let of = |target, max| cushion(Bytes::mib(target), Bytes::mib(max)).0 >> 20;
+        assert_eq!((of(112, 384), of(256, 1024), of(4096, 8192)), (32, 64, 256));
+        assert_eq!((of(370, 384), of(384, 384), of(400, 384)), (14, 0, 0));
     }
 
     proptest! {
         #[test]
         fn a_guest_that_does_as_it_is_asked_has_its_target(
             plugged in 0u64..600, target in 64u64..2000, driver: bool, waited in 0u64..4, held in 0u64..600,
+            with_cushion: bool,
         ) {
-            let target = Bytes::mib(target);
+            let target = Bytes::mib(if target > 256 { target & !1 } else { target });
+            let cushion = if with_cushion { cushion(target, MAX) } else { Bytes::ZERO };
             let standing = Standing {
-                driver, waited: Duration::from_secs(waited), held: Bytes::mib(held), ..standing(plugged)
+                driver,
+                waited: Duration::from_secs(waited),
+                held: Bytes::mib(held),
+                cushion,
+                ..standing(plugged & !1)
             };
             let Steps { requested, held, look_again } = steps(standing, target);
+            prop_assert!(requested.0.is_multiple_of(BLOCK.0));
             // It has unplugged all that it was asked to.
             let settled = Standing { plugged: requested, waited: Duration::ZERO, held, ..standing };
             let done = steps(settled, target);
             prop_assert_eq!(BOOT + requested - done.held, target);
-            prop_assert_eq!(done.look_again, None);
+            prop_assert_eq!((done.requested, done.look_again), (requested, None));
+            // The balloon holds the cushion, as far as whole blocks go, and nothing else of what is plugged.
+            prop_assert!(requested <= target.saturating_add(cushion).saturating_sub(BOOT));
+            prop_assert!(done.held.saturating_add(BLOCK) > cushion);
+            prop_assert!(done.held <= cushion.max(BOOT.saturating_sub(target)));
+            // Nothing moves any more.
+            prop_assert_eq!(steps(Standing { held: done.held, ..settled }, target), done);
             // It can't unplug: the balloon makes up for it in the end.
             let stuck = steps(Standing { waited: UNPLUG_PATIENCE, held, ..standing }, target);
-            prop_assert_eq!(BOOT + standing.plugged.max(requested) - stuck.held, target);
+            let has = BOOT + standing.plugged;
+            prop_assert_eq!(has - stuck.held, target.min(has));
             // Before that the balloon never takes more than is too much.
-            prop_assert!(BOOT + standing.plugged.max(requested) - held >= target);
+            prop_assert!(has - held >= target.min(has));
             prop_assert_eq!(look_again.is_some(), held != stuck.held);
+        }
+
+        /// However a guest plugs and unplugs, some blocks at a time, and whatever its balloon has got to: it is at
+        /// rest after as many rounds as it has blocks to move.
+        #[test]
+        fn it_comes_to_rest(plugged in 0u64..600, target in 64u64..2000, held in 0u64..600, pace in 1u64..64) {
+            let target = Bytes::mib(if target > 256 { target & !1 } else { target });
+            let mut now = Standing {
+                cushion: cushion(target, MAX), held: Bytes::mib(held), ..standing(plugged & !1)
+            };
+            let (mut seen, mut rounds) = (None, 0);
+            while seen != Some(now) {
+                seen = Some(now);
+                let Steps { requested, held, .. } = steps(now, target);
+                let most = Bytes(BLOCK.0 * pace);
+                let near = |to: Bytes, now: Bytes| to.clamp(now.saturating_sub(most), now.saturating_add(most));
+                let (plugged, balloon) = (near(requested, now.plugged), near(held, now.balloon));
+                prop_assert!(plugged <= now.plugged || BOOT + plugged <= target + now.balloon + AHEAD);
+                now = Standing { plugged, held, balloon, ..now };
+                rounds += 1;
+                prop_assert!(rounds <= 4000);
+            }
+            prop_assert_eq!(BOOT + now.plugged - now.held, target);
         }
     }
 }

@@ -79,15 +79,7 @@ impl Statistics {
         self.held = Some(chain.head());
         let report = read(memory, chain);
         let stalls = self.stalls.look(&report);
-        {
-            let mut state = self.shared.state();
-            state.report = Some((Instant::now(), report));
-            state.counters.reports += 1;
-            if let Driver::Active(answers) = &mut state.driver {
-                *answers = Answers::Given;
-            }
-        }
-        self.shared.reported();
+        self.shared.take(report);
         if stalls {
             self.hurried = HURRIED;
             self.shared.stalled();

@@ -221,7 +221,12 @@ proptest! {
         (device.told, device.pending, device.followed, device.broken) = (told, pending, followed, broken);
         (device.poison, device.given_up) = (poison, given_up);
         device.statistics_buffer = serde_json::from_value(json!(buffer)).unwrap();
-        device.report = age_ms.map(|age_ms| api::status::AgedReport { age_ms, statistics: Default::default() });
+        device.report = age_ms.map(|age_ms| api::status::AgedReport {
+            age_ms,
+            had: None,
+            managed: None,
+            statistics: Default::default(),
+        });
         state.device = serde_json::to_value(device).unwrap();
         if let Ok((mut guest, handle)) = restore(guest, state) {
             prop_assert!(handle.actual() <= MAP);

@@ -1,12 +1,16 @@
 //! Both devices under one steering: what the guest is asked for as it moves.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use api::status::UNPLUG_PATIENCE;
+use api::status::{CushionStatus, UNPLUG_PATIENCE};
 use api::units::{Bytes, PAGE_SIZE};
+use balloon::device::DEFLATE_ON_OOM;
 use balloon::mechanism::steering::{Steering, SteeringError};
-use devices::testing::{Guest, REGION};
+use devices::testing::{BUFFERS, Guest, REGION};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
+use vm_memory::{Bytes as _, GuestAddress};
 
 mod room;
 #[expect(dead_code, reason = "shared with tests of the device alone")]
@@ -24,13 +28,50 @@ struct Bench {
 }
 
 impl Bench {
+    /// One whose balloon keeps no cushion, as its driver does not deflate on OOM.
     fn new() -> Self {
-        let (mut balloon, handle) = guest(balloon::device::Config { target: MAP, ..config() });
-        let mut yard = Yard::new();
+        let mut bench = Self::without_drivers();
+        bench.balloon.start(1 << DEFLATE_ON_OOM);
+        bench.yard.guest.start(0);
+        bench
+    }
+
+    fn without_drivers() -> Self {
+        let config = balloon::device::Config { target: MAP, refills: true, ..config() };
+        let (balloon, handle) = guest(config);
+        let yard = Yard::new();
         let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT).unwrap();
-        balloon.start(0);
-        yard.guest.start(0);
         Self { balloon, yard, steering }
+    }
+
+    /// One whose guest has its cushion, which is all that it may have: here, 256 pages in 16 blocks.
+    fn with_cushion() -> Self {
+        let mut bench = Self::without_drivers();
+        bench.balloon.start(0);
+        bench.yard.guest.start(0);
+        bench.run();
+        assert_eq!(bench.yard.handle.requested(), MAP - BOOT, "as soon as there is a balloon to hold it");
+        assert_eq!(bench.yard.ask(PLUG, 0, 16), (ACK, 0));
+        bench.run();
+        assert_eq!(bench.held(), MAP - BOOT);
+        bench.holds(256);
+        bench
+    }
+
+    /// The guest's driver says that the balloon holds so many pages.
+    fn holds(&mut self, pages: u32) {
+        self.balloon.write(VIRTIO_MMIO_CONFIG + 4, pages);
+        self.run();
+    }
+
+    /// The guest reports so many bytes as available.
+    fn reports(&mut self, available: Bytes) {
+        let mut entry = 6u16.to_le_bytes().to_vec();
+        entry.extend(available.0.to_le_bytes());
+        self.balloon.ram.memory.write_slice(&entry, GuestAddress(BUFFERS)).unwrap();
+        self.balloon.describe(2, 3, BUFFERS, 10, 0, 0);
+        self.balloon.send(2, 3);
+        self.run();
     }
 
     /// One whose guest has plugged all that there is.
@@ -184,7 +225,7 @@ fn the_balloons_part_follows_the_target_while_its_driver_is_away() {
     assert_eq!(bench.held(), BOOT - half);
     bench.balloon.reset();
     bench.set_target(MAP);
-    bench.balloon.start(0);
+    bench.balloon.start(1 << DEFLATE_ON_OOM);
     bench.run();
     assert_eq!(bench.held(), Bytes::ZERO, "what it held once is not asked for again");
 }
@@ -198,7 +239,124 @@ fn the_balloon_helps_where_its_driver_came_late() {
     while begun.elapsed() < UNPLUG_PATIENCE + Duration::from_millis(300) {
         bench.wait();
     }
-    bench.balloon.start(0);
+    bench.balloon.start(1 << DEFLATE_ON_OOM);
     bench.run();
     assert_eq!(bench.held(), Bytes(16 * BLOCK));
+}
+
+const PAGE: Bytes = Bytes(PAGE_SIZE);
+
+fn pages(count: u64) -> Bytes {
+    Bytes(PAGE.0 * count)
+}
+
+/// What the guest took of its cushion and still has.
+fn taken(bench: &Bench) -> Option<Bytes> {
+    Some(bench.steering.balloon().oom_deflate()?.taken)
+}
+
+#[test]
+fn a_cushion_lies_in_the_balloon_and_follows_the_target() {
+    let mut bench = Bench::with_cushion();
+    assert_eq!((bench.steering.target(), bench.steering.actual()), (BOOT, BOOT));
+    let whole = MAP - BOOT;
+    assert_eq!(bench.steering.cushion(), Some(CushionStatus { size: whole, held: whole }));
+    // What is granted is there already, and no more can be plugged for it.
+    let more = Bytes(4 * BLOCK);
+    bench.set_target(BOOT + more);
+    assert_eq!((bench.held(), bench.yard.handle.requested()), (whole - more, whole));
+    assert_eq!(bench.steering.cushion().unwrap().size, whole - more);
+    bench.holds(192);
+    assert_eq!((bench.steering.actual(), taken(&bench)), (BOOT + more, None), "it was told so");
+    // Less may be had altogether.
+    bench.steering.set_max(MAP - Bytes(2 * BLOCK));
+    bench.run();
+    assert_eq!(bench.yard.handle.requested(), whole - Bytes(2 * BLOCK));
+}
+
+#[test]
+fn what_a_guest_takes_of_its_cushion_it_keeps_while_it_needs_it() {
+    let mut bench = Bench::with_cushion();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = calls.clone();
+    bench.steering.balloon().when_taken_back(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    bench.holds(206);
+    assert_eq!((taken(&bench), calls.load(Ordering::Relaxed)), (Some(pages(50)), 1));
+    assert_eq!(bench.steering.actual(), BOOT + pages(50));
+    assert_eq!(bench.steering.cushion().unwrap().held, pages(206));
+    // It is granted a part of that, and then more.
+    bench.set_target(BOOT + Bytes(BLOCK));
+    assert_eq!((bench.held(), taken(&bench)), (pages(206), Some(pages(50 - 16))));
+    bench.set_target(BOOT + Bytes(4 * BLOCK));
+    assert_eq!((bench.held(), taken(&bench)), (pages(256 - 64), Some(Bytes::ZERO)));
+    bench.holds(192);
+    assert_eq!((taken(&bench), calls.load(Ordering::Relaxed)), (Some(Bytes::ZERO), 1));
+    assert_eq!(bench.steering.balloon().counters().oom_deflated, pages(50));
+    // Whoever shrinks it means what it took as well.
+    bench.holds(150);
+    bench.set_target(BOOT);
+    assert_eq!(bench.held(), pages(256));
+}
+
+#[test]
+fn a_cushion_is_filled_again_when_the_guest_can_spare_it() {
+    let mut bench = Bench::with_cushion();
+    bench.holds(156);
+    let begun = Instant::now();
+    // It is in need still, and then has only what it must be left.
+    bench.reports(Bytes::mib(20));
+    assert_eq!(bench.held(), pages(156));
+    let mut available = Bytes::mib(16);
+    while bench.held() == pages(156) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is never filled again");
+        bench.steering.balloon().ask_for_report();
+        bench.wait();
+        if !bench.balloon.used(2).is_empty() {
+            bench.reports(available);
+            if begun.elapsed() > Duration::from_millis(1500) {
+                available = Bytes::mib(16) + pages(40);
+            }
+        }
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert_eq!(bench.held(), pages(196), "no more than it could spare");
+    bench.holds(196);
+    bench.wait();
+    assert_eq!((bench.held(), taken(&bench)), (pages(196), Some(pages(60))));
+}
+
+#[test]
+fn without_a_balloon_that_holds_it_there_is_no_cushion() {
+    let mut bench = Bench::with_cushion();
+    bench.balloon.reset();
+    bench.run();
+    assert_eq!(bench.yard.handle.requested(), Bytes::ZERO, "the guest has it now, and is to unplug it");
+    assert_eq!(bench.steering.cushion().unwrap().size, Bytes::ZERO);
+    bench.balloon.start(1 << DEFLATE_ON_OOM);
+    bench.run();
+    assert_eq!(bench.yard.handle.requested(), Bytes::ZERO);
+    bench.balloon.start(0);
+    bench.run();
+    assert_eq!(bench.yard.handle.requested(), MAP - BOOT);
+}
+
+#[test]
+fn a_guest_whose_driver_goes_has_a_target_that_it_can_come_to() {
+    let mut bench = Bench::new();
+    bench.set_target(MAP);
+    assert_eq!(bench.yard.ask(PLUG, 0, 4), (ACK, 0));
+    bench.run();
+    let has = BOOT + Bytes(4 * BLOCK);
+    assert_eq!((bench.steering.target(), bench.steering.actual()), (MAP, has));
+    bench.yard.guest.reset();
+    bench.run();
+    assert_eq!((bench.steering.target(), bench.held()), (has, Bytes::ZERO));
+    assert_eq!(bench.steering.set_target(MAP), Err(SteeringError::NoPlug { has }));
+    // A cushion that is there already can still be had.
+    let mut bench = Bench::with_cushion();
+    bench.yard.guest.reset();
+    bench.set_target(MAP);
+    assert_eq!((bench.steering.target(), bench.held()), (MAP, Bytes::ZERO));
 }

@@ -1,6 +1,6 @@
 //! How the command ends when it did not do what it was asked.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
@@ -118,9 +118,10 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     match text.strip_prefix("error: ") {
         Some(sentence) => sentence::say(sentence.trim_end()),
         // No subcommand at all: clap shows the help.
-        None => {
+        None if io::stderr().is_terminal() => {
             let _ = error.print();
         }
+        None => sentence::text(&text),
     }
     ExitCode::from(USAGE)
 }

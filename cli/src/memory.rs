@@ -66,6 +66,14 @@ pub fn host_rss(host_rss: Option<Bytes>) -> String {
     host_rss.map_or_else(|| "not known".to_owned(), |bytes| bytes.to_string())
 }
 
+/// What to make of a guest whose kernel does not manage `unmanaged` of the memory that it was `given`.
+pub fn unmanaged(unmanaged: Bytes, given: Bytes) -> String {
+    format!(
+        "its kernel manages {unmanaged} less than the {given} that it was given (mem=, crashkernel=, or memory \
+         that is not on line)"
+    )
+}
+
 /// The share of what the host holds that lies in huge pages.
 pub fn huge(memory: &MemoryStatus) -> String {
     memory.huge_percent().map_or_else(|| "-".to_owned(), |percent| format!("{percent}%"))
@@ -85,8 +93,17 @@ fn describe(memory: &MemoryStatus) -> String {
         ("in huge pages", huge(memory)),
         ("driver", driver(memory.driver).to_owned()),
     ];
+    if memory.unmanaged() > Bytes::ZERO {
+        let given = memory.given.unwrap_or(memory.actual);
+        lines.push(("given", format!("{given}: {}", unmanaged(memory.unmanaged(), given))));
+    }
     if let Some(plug) = &memory.plug {
         lines.extend(plugged(memory, plug));
+    }
+    if let Some(deflate) = memory.oom_deflate {
+        let ago = deflate.age_ms as f64 / 1000.0;
+        let taken = format!("{} above target (ran out of memory {ago:.1} s ago)", deflate.taken);
+        lines.push(("taken", taken));
     }
     if let Some(report) = &memory.report {
         lines.push(("report age", format!("{:.1} s", report.age_ms as f64 / 1000.0)));
@@ -120,7 +137,12 @@ fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, Strin
     if plug.plugged > plug.requested {
         lines.push(("to be unplugged", (plug.plugged - plug.requested).to_string()));
     }
-    if memory.ceiling() < memory.limits.max() {
+    lines.extend(
+        memory
+            .cushion
+            .map(|cushion| ("cushion", format!("{} in the balloon, of {}", cushion.held, cushion.size))),
+    );
+    if plug.driver != DriverState::Active && memory.ceiling() < memory.limits.max() {
         let has = memory.ceiling();
         lines.push(("can grow to", format!("{has} (no working virtio_mem driver in the guest)")));
     }

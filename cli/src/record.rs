@@ -137,7 +137,7 @@ async fn take(
 }
 
 fn is_fresh(memory: &MemoryStatus, patience: Duration) -> bool {
-    memory.spare().is_some_and(|(age, _)| age <= patience)
+    memory.guest().is_some_and(|said| said.age <= patience)
 }
 
 /// One line of the file; nothing where the guest does not say what it uses.

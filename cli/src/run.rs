@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
+use api::units::Bytes;
 use tracing::warn;
 use vmm::config::{
-    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
-    MemoryOptions, Name, SerialOptions, Transport, VmConfig,
+    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
+    MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
 };
 use vmm::machine::Machine;
 
@@ -18,6 +20,7 @@ use crate::duration;
 use crate::failure::Failure;
 use crate::reservation;
 use crate::sentence;
+use crate::unpacking::{KernelCache, unpacking};
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -48,12 +51,35 @@ pub struct Args {
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
+    /// Boot a bzImage as it is: it unpacks itself in the guest
+    ///
+    /// Otherwise what is packed in it is unpacked on the host, by a process that can do nothing else,
+    /// and put at an address of chance as the kernel itself would do.
+    #[arg(long)]
+    no_unpack: bool,
+    /// Where unpacked kernels are kept: a directory, or `off`
+    ///
+    /// [default: $XDG_CACHE_HOME/ballast/kernels or ~/.cache/ballast/kernels; for root
+    /// /var/cache/ballast/kernels]
+    #[arg(long, value_name = "DIR", conflicts_with = "no_unpack")]
+    kernel_cache: Option<KernelCache>,
     /// The initial RAM file system
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, allow_hyphen_values = true)]
     cmdline: String,
+    /// Words to put behind the kernel's command line, such as root=/dev/vda
+    ///
+    /// Where they contain fips=1, the default no longer contains cryptomgr.notests.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    append: String,
     /// Memory: SIZE, then with commas min=SIZE, max=SIZE, buffer=PERCENT%, weight=N
     ///
     /// The guest starts with SIZE. Alone it is static memory, which no balancer touches. With min or
@@ -67,6 +93,15 @@ pub struct Args {
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
     transport: Carrier,
+    /// A disk: PATH, then with commas readonly, format=, cache= and backing=; once for each disk
+    ///
+    /// A file of the disk's bytes, a block device, or a qcow2 image (its name ends in .qcow2, or format=qcow2). A
+    /// qcow2 image may name another file behind it only with backing=allow. The guest finds the first as /dev/vda, the second as
+    /// /dev/vdb and so on; it needs the module virtio_blk. A disk is locked while the VM runs, as QEMU
+    /// locks it. One that the guest may write is not cached by the host (cache=direct), so that the guest's
+    /// cache is the only one; one that it may only read is, and guests that read the same file share that.
+    #[arg(long = "disk", value_name = "SPEC")]
+    disks: Vec<DiskOptions>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -154,8 +189,9 @@ impl Args {
         Ok(VmConfig {
             name,
             kernel: self.kernel,
+            unpacking: (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref())),
             initrd: self.initrd,
-            cmdline: self.cmdline,
+            cmdline: with_words(&self.cmdline, &self.append),
             limits: self.memory,
             cpus: self.cpus,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
@@ -187,7 +223,11 @@ impl Args {
         if self.grow == GrowBy::Plug {
             devices.push(("memory", Device::Memory));
         }
-        devices.into_iter().map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
+        let disks = (0..)
+            .zip(&self.disks)
+            .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
+        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks);
+        devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }
 
@@ -196,6 +236,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let asks = !(args.no_balancer || args.no_api);
     let config = args.config()?;
     if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
+        warn!("{warning}");
+    }
+    if let Some(warning) = starts_with_too_little(config.limits, config.plugs_memory()) {
         warn!("{warning}");
     }
     let reserved = if asks {
@@ -214,6 +257,22 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(exit.code()))
 }
 
+/// What is to be said of a guest whose kernel spends a large part of its startup memory on its max before it
+/// runs; `None` where that is little.
+fn starts_with_too_little(limits: Limits, plugs: bool) -> Option<String> {
+    // One that plugs has structures for what is plugged, when it is.
+    let map = if plugs { limits.startup() } else { limits.max() };
+    let (cost, least) = (guest_memory::fixed_cost(map), guest_memory::least_start(map));
+    let startup = limits.startup();
+    if startup >= least || cost <= Bytes(startup.0 / 8) {
+        return None;
+    }
+    Some(format!(
+        "with max={map} this guest spends {cost} before it runs, and it starts with {startup}: start it with at \
+         least {least}, or let it plug (--grow plug)"
+    ))
+}
+
 /// What it holds at its start: a balloon takes back what was touched before its driver runs, and not sooner.
 fn at_the_start(config: &VmConfig) -> Limits {
     if config.memory.prefault && !config.plugs_memory() {
@@ -223,9 +282,35 @@ fn at_the_start(config: &VmConfig) -> Limits {
     }
 }
 
+/// Has all threads share one heap, before there is a second: each of its own would take page tables, and hold memory
+/// that the others can't use. A VM's threads seldom allocate at all.
+pub fn share_one_heap() {
+    // SAFETY: a number for the allocator, at any time.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Gives the host what reading the command line took on the heap: it would
 /// stay with this VM for its whole life, and with every VM on the host.
 fn give_back_heap() {
     // SAFETY: releases memory that the allocator itself holds free; it may be called at any time.
     unsafe { libc::malloc_trim(0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_its_max_leaves_little_of_its_start_is_warned_of() {
+        let said = |limits: &str, plugs| starts_with_too_little(limits.parse().expect("limits"), plugs);
+        for fits in ["128M", "256M,max=1G", "512M,max=16G"] {
+            assert_eq!(said(fits, false), None, "{fits}");
+        }
+        for short in ["256M,max=4G", "256M,max=16G", "1G,max=64G"] {
+            let told = said(short, false).expect("it is short");
+            assert!(told.contains("--grow plug"), "{told}");
+            assert_eq!(said(short, true), None);
+        }
+        assert!(said("256M,max=16G", false).expect("short").contains("at least 512 MiB"));
+    }
 }

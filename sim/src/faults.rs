@@ -1,7 +1,9 @@
-//! What goes wrong with VMs.
+//! What goes wrong with VMs, or is other with them than a policy may think.
 
 use std::time::Duration;
 
+use api::limits::Limits;
+use api::units::Bytes;
 use serde::Serialize;
 
 use super::words::words;
@@ -36,6 +38,17 @@ pub enum Fault {
     Unresponsive,
     /// Dies without a word and starts again a while later, again and again.
     Dying,
+    /// Its kernel manages half of its memory map (`mem=`).
+    Mem,
+    /// Its kernel keeps an eighth of its memory map for another kernel (`crashkernel=`).
+    Crashkernel,
+    /// Memory that is plugged into it does not come on line.
+    OffLine,
+    /// Its control group allows it what lies in the middle between its startup memory and its max, and the
+    /// kernel kills what touches more.
+    Limited,
+    /// Nobody knows what the host holds for it: its process lives in another PID namespace.
+    Hidden,
 }
 
 impl Fault {
@@ -44,7 +57,7 @@ impl Fault {
         match self {
             Self::Stuck | Self::Driverless => false,
             Self::Intermittent => (now.as_secs() / INTERMITTENT.as_secs()).is_multiple_of(2),
-            Self::Lying | Self::Silent | Self::Unresponsive | Self::Dying => true,
+            _ => true,
         }
     }
 
@@ -60,6 +73,36 @@ impl Fault {
     /// Whether its API answers at `now`.
     pub fn answers(self, now: Duration) -> bool {
         self != Self::Unresponsive || now < QUIET_FROM
+    }
+
+    /// What its kernel does not manage of what it was `given`.
+    pub fn unmanaged(self, limits: &Limits, given: Bytes) -> Bytes {
+        match self {
+            Self::Mem => Bytes(limits.max().0 / 2).page_floor(),
+            Self::Crashkernel => Bytes(limits.max().0 / 8).page_floor(),
+            Self::OffLine => given.saturating_sub(limits.startup()),
+            _ => Bytes::ZERO,
+        }
+    }
+
+    /// The most that its guest can have.
+    pub fn most(self, limits: &Limits) -> Bytes {
+        match self {
+            Self::OffLine => limits.startup(),
+            _ => limits.max().saturating_sub(self.unmanaged(limits, limits.max())),
+        }
+    }
+
+    /// What its control group allows it.
+    pub fn allowed(self, limits: &Limits) -> Option<Bytes> {
+        let between = limits.max().saturating_sub(limits.startup());
+        (self == Self::Limited).then(|| limits.startup().saturating_add(Bytes(between.0 / 2)).page_floor())
+    }
+
+    /// The most that its guest could ever use, where that is less than its limits say.
+    pub fn confines(self, limits: &Limits) -> Option<Bytes> {
+        let most = self.most(limits).min(self.allowed(limits).unwrap_or(limits.max()));
+        (most < limits.max()).then_some(most)
     }
 
     /// Whether it is dead at `now`.
@@ -78,4 +121,9 @@ words! {
     Driverless "driverless",
     Unresponsive "unresponsive",
     Dying "dying",
+    Mem "mem",
+    Crashkernel "crashkernel",
+    OffLine "off-line",
+    Limited "limited",
+    Hidden "hidden",
 }

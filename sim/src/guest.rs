@@ -50,7 +50,7 @@ pub struct Guest {
     pub limits: Limits,
     /// What its balloon was last asked to leave it.
     pub target: Bytes,
-    /// What its balloon leaves it.
+    /// What it was given: what its balloon leaves it, whether its kernel manages that or not.
     pub actual: Bytes,
     /// What the host holds for it.
     pub resident: Bytes,
@@ -95,6 +95,10 @@ impl Guest {
     pub fn running(limits: Limits, actual: Bytes, fault: Option<Fault>, index: usize) -> Self {
         let driver = fault != Some(Fault::Driverless);
         let actual = if driver { actual } else { limits.max() };
+        let actual = fault.map_or(actual, |fault| {
+            let allowed = fault.allowed(&limits).unwrap_or(limits.max());
+            actual.min(allowed).min(fault.most(&limits)).saturating_add(fault.unmanaged(&limits, Bytes::ZERO))
+        });
         Self {
             driver,
             settled: driver,
@@ -132,14 +136,36 @@ impl Guest {
         }
     }
 
-    /// What it may hold without asking, which the host must have for it.
+    /// What its kernel does not manage of what it was given.
+    pub fn unmanaged(&self) -> Bytes {
+        self.fault.map_or(Bytes::ZERO, |fault| fault.unmanaged(&self.limits, self.actual))
+    }
+
+    /// What it has: what it was given and its kernel manages.
+    pub fn has(&self) -> Bytes {
+        self.actual.saturating_sub(self.unmanaged())
+    }
+
+    /// The most that it can have.
+    pub fn most(&self) -> Bytes {
+        self.fault.map_or(self.limits.max(), |fault| fault.most(&self.limits))
+    }
+
+    /// What it is to be given for its target. Memory that is plugged for it makes up for no other.
+    fn goal(&self) -> Bytes {
+        let beside = self.fault.map_or(Bytes::ZERO, |fault| fault.unmanaged(&self.limits, Bytes::ZERO));
+        self.target.saturating_add(beside).min(self.limits.max())
+    }
+
+    /// What it may hold without asking, which the host must have for it. What its kernel does not manage it
+    /// never touches.
     ///
     /// Until its balloon has reached the first target, that is what it has touched.
     pub fn holds(&self) -> Bytes {
         match (self.driver, self.settled) {
             (false, _) if self.fault == Some(Fault::Driverless) => self.limits.max(),
             (_, false) => self.resident,
-            _ => self.actual.max(self.resident),
+            _ => self.has().max(self.resident),
         }
     }
 
@@ -158,17 +184,22 @@ impl Guest {
         let before = self.actual;
         if self.driver {
             self.balloon(now, speeds, room);
-            self.settled |= self.actual <= self.target;
+            self.settled |= self.actual <= self.goal();
         }
         let demand = self.wants(now, demand);
-        let (stalled, killed) = self.live(demand, cache, speeds);
+        let (stalled, mut killed) = self.live(demand, cache, speeds);
+        let allowed = self.fault.and_then(|fault| fault.allowed(&self.limits));
+        killed |= allowed.is_some_and(|allowed| self.resident > allowed);
         let moved = if self.settled { Bytes(before.0.abs_diff(self.actual.0)) } else { Bytes::ZERO };
         StepOutcome { stalled, killed, moved }
     }
 
     /// What of `demand` it wants so soon after its start.
     pub fn wants(&self, now: Duration, demand: Bytes) -> Bytes {
-        demand.min(self.grown_up(now))
+        // Nobody gives a VM more work than it could ever do.
+        let confined = self.fault.and_then(|fault| fault.confines(&self.limits));
+        let fits = confined.map_or(Bytes(u64::MAX), |most| most.saturating_sub(watermark(most)).percent(95));
+        demand.min(fits).min(self.grown_up(now))
     }
 
     /// What it can use so soon after its start: programs load one after the other.
@@ -197,8 +228,8 @@ impl Guest {
             return;
         }
         self.reports_at = now + if stalled { REPORT_STALLED } else { REPORT };
-        let free = self.actual.saturating_sub(self.used).saturating_sub(self.cache);
-        let keeps = watermark(self.actual);
+        let free = self.has().saturating_sub(self.used).saturating_sub(self.cache);
+        let keeps = watermark(self.has());
         // As the kernel's si_mem_available(): half of the cache, or the watermark, is not counted.
         let cache = self.cache.saturating_sub(Bytes(self.cache.0 / 2).min(keeps));
         let available = free.saturating_sub(keeps).saturating_add(cache);
@@ -206,7 +237,7 @@ impl Guest {
         let lies = self.fault == Some(Fault::Lying);
         self.report = Some(Report {
             taken: now,
-            total: self.actual,
+            total: self.has(),
             available: if lies { Bytes::ZERO } else { available },
             free: if lies { Bytes::ZERO } else { free },
             committed: if lies { Bytes(promised.0 * 10) } else { promised },
@@ -216,8 +247,9 @@ impl Guest {
 
     fn balloon(&mut self, now: Duration, speeds: &Speeds, room: Option<&mut Bytes>) {
         let (up, down) = self.grow.speeds(speeds, &self.limits, self.actual);
-        if self.target > self.actual {
-            let mut up = in_a_step(up).min(self.target - self.actual);
+        let goal = self.goal();
+        if goal > self.actual {
+            let mut up = in_a_step(up).min(goal - self.actual);
             if let Some(room) = room {
                 up = up.min(*room);
                 *room = room.saturating_sub(up);
@@ -228,10 +260,11 @@ impl Guest {
         if self.fault.is_some_and(|fault| !fault.inflates(now)) {
             return;
         }
-        let wanted = in_a_step(down).min(self.actual.saturating_sub(self.target));
+        let wanted = in_a_step(down).min(self.actual.saturating_sub(goal));
         let free = self
-            .actual
-            .saturating_sub(watermark(self.actual))
+            .has()
+            .saturating_sub(watermark(self.has()))
+            .saturating_add(if self.fault == Some(Fault::OffLine) { self.unmanaged() } else { Bytes::ZERO })
             .saturating_sub(self.used)
             .saturating_sub(self.cache);
         let from_free = wanted.min(free);
@@ -248,7 +281,7 @@ impl Guest {
     }
 
     fn live(&mut self, demand: Bytes, cache: Bytes, speeds: &Speeds) -> (bool, bool) {
-        let capacity = self.actual.saturating_sub(watermark(self.actual));
+        let capacity = self.has().saturating_sub(watermark(self.has()));
         let short = demand.saturating_sub(capacity);
         let stalled = short > Bytes::ZERO;
         self.stalls += u64::from(stalled);

@@ -32,10 +32,18 @@ pub struct VmInput {
     pub limits: Limits,
     /// Its target.
     pub target: Bytes,
-    /// What its balloon leaves it.
+    /// What its balloon leaves it, as far as its kernel manages that.
     pub actual: Bytes,
+    /// What it was given beside that.
+    pub unmanaged: Bytes,
+    /// The most that its guest can have.
+    pub most: Bytes,
+    /// What its control group allows it, if it has a limit.
+    pub allowed: Option<Bytes>,
     /// What the host holds for it.
     pub resident: Bytes,
+    /// Nobody can tell what the host holds for it.
+    pub hidden: bool,
     /// Whether its balloon driver runs.
     pub driver: bool,
     /// Whether its API answers.

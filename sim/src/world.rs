@@ -173,7 +173,7 @@ impl<'a> World<'a> {
                 continue;
             }
             if vm.fault.is_some() {
-                self.score.faulty_stalled += u64::from(happened.stalled);
+                self.score.faulty_stalled += u64::from(happened.stalled || happened.killed);
                 continue;
             }
             self.score.steps += 1;
@@ -206,8 +206,12 @@ impl<'a> World<'a> {
                 id: index,
                 limits: guest.limits,
                 target: guest.target,
-                actual: guest.actual,
+                actual: guest.has(),
+                unmanaged: guest.unmanaged(),
+                most: guest.most(),
+                allowed: vm.fault.and_then(|fault| fault.allowed(&guest.limits)),
                 resident: guest.resident,
+                hidden: vm.fault == Some(Fault::Hidden),
                 driver: guest.driver,
                 answers: vm.fault.is_none_or(|fault| fault.answers(now)),
                 uptime: now.saturating_sub(guest.started),
@@ -229,8 +233,8 @@ impl<'a> World<'a> {
             }
             // A guest is told to keep what it was asked for and has not given, or not to take what it was
             // granted and never had: nothing moves back.
-            let called_back = (target > guest.target && target <= guest.actual)
-                || (target < guest.target && target >= guest.actual);
+            let called_back = (target > guest.target && target <= guest.has())
+                || (target < guest.target && target >= guest.has());
             let wants = guest.wants(now, vm.series.at(now));
             let turned = !called_back && vm.reversals.moved(now, guest.target, target, wants);
             guest.target = target;
@@ -264,7 +268,7 @@ impl<'a> World<'a> {
         snapshot.vms.clear();
         for (index, vm) in self.vms.iter().enumerate() {
             if let Some(guest) = &vm.guest {
-                snapshot.vms.push((index, vm.series.at(now), guest.actual));
+                snapshot.vms.push((index, vm.series.at(now), guest.has()));
             }
         }
     }

@@ -3,11 +3,14 @@
 
 mod bucket;
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use api::agent::wire::{Decoder, Frame, Kind};
 use api::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
+use api::guest_memory::Had;
+use api::units::Bytes;
 use devices::virtio::port::{Port, PortEvent};
 use parking_lot::Mutex;
 
@@ -27,6 +30,8 @@ struct State {
     distress_at: Option<Instant>,
     version: Option<Version>,
     figures: AgentFigures,
+    /// What the guest had when it last told what is available.
+    had: Option<Had>,
     heard: u64,
     dropped: u64,
     malformed: u64,
@@ -40,10 +45,14 @@ struct Listener {
     state: State,
 }
 
+/// Tells what a guest has at this moment, whose kernel manages so much by its word.
+type Count = dyn Fn(Bytes) -> Had + Send + Sync;
+
 /// A VM's agent, if its guest runs one.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Agent {
     listener: Arc<Mutex<Listener>>,
+    count: Arc<OnceLock<Box<Count>>>,
     events: Arc<EventStream>,
 }
 
@@ -56,12 +65,19 @@ impl Agent {
             distress_at: None,
             version: None,
             figures: AgentFigures::default(),
+            had: None,
             heard: 0,
             dropped: 0,
             malformed: 0,
             bucket: Bucket::new(RATE.0, RATE.1, Instant::now()),
         };
-        Self { listener: Arc::new(Mutex::new(Listener { decoder: Decoder::default(), state })), events }
+        let listener = Arc::new(Mutex::new(Listener { decoder: Decoder::default(), state }));
+        Self { listener, count: Arc::new(OnceLock::new()), events }
+    }
+
+    /// Has `count` tell what the guest has when the agent speaks. Only the first call counts.
+    pub fn counted_by(&self, count: impl Fn(Bytes) -> Had + Send + Sync + 'static) {
+        let _ = self.count.set(Box::new(count));
     }
 
     /// The device over which it is heard.
@@ -78,9 +94,19 @@ impl Agent {
     /// The guest's driver says that it waits for memory. What it says goes to the events no more often than an
     /// agent's words: both are the guest's to send, and too many would drive every reader away.
     pub fn stalls(&self, now: Instant) {
+        self.tell(EventKind::Stalls, now);
+    }
+
+    /// The guest's driver has taken pages out of the balloon rather than run out of memory: as
+    /// [`stalls`](Self::stalls).
+    pub fn deflates_on_oom(&self, now: Instant) {
+        self.tell(EventKind::DeflatedOnOom, now);
+    }
+
+    fn tell(&self, kind: EventKind, now: Instant) {
         let mut listener = self.listener.lock();
         if listener.state.bucket.take(now) {
-            self.events.push(EventKind::Stalls, listener.state.status(now));
+            self.events.push(kind, listener.state.status(now));
         }
     }
 
@@ -100,7 +126,7 @@ impl Agent {
             }
             PortEvent::Data(piece) => {
                 decoder.feed(piece, |frame| {
-                    if let Some(kind) = state.hear(frame, now) {
+                    if let Some(kind) = state.hear(frame, now, self.count.get().map(|count| &**count)) {
                         self.events.push(kind, state.status(now));
                     }
                 });
@@ -112,7 +138,7 @@ impl Agent {
 
 impl State {
     /// Takes in one word, and says what it is to others; `None` where it came too soon.
-    fn hear(&mut self, frame: Frame, now: Instant) -> Option<EventKind> {
+    fn hear(&mut self, frame: Frame, now: Instant, count: Option<&Count>) -> Option<EventKind> {
         if !self.bucket.take(now) {
             self.dropped = self.dropped.saturating_add(1);
             return None;
@@ -120,7 +146,11 @@ impl State {
         self.heard = self.heard.saturating_add(1);
         self.heard_at = Some(now);
         self.version = frame.version.or(self.version);
+        let tells = frame.figures.available.is_some();
         self.figures.update(frame.figures);
+        if tells {
+            self.had = count.zip(self.figures.total).map(|(count, total)| count(total));
+        }
         Some(match frame.kind {
             Kind::Figures => EventKind::Figures,
             Kind::Distress => {
@@ -138,10 +168,18 @@ impl State {
             age_ms: age(self.heard_at?),
             distress_age_ms: self.distress_at.map(age),
             figures: self.figures,
+            had: self.had.map(|had| had.all()),
+            managed: self.had.map(|had| had.managed),
             heard: self.heard,
             dropped: self.dropped,
             malformed: self.malformed,
         })
+    }
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent").field("listener", &self.listener).finish_non_exhaustive()
     }
 }
 

@@ -142,6 +142,11 @@ impl Control {
         }
     }
 
+    /// How many vCPUs it has.
+    pub fn cpus(&self) -> Cpus {
+        self.cpus
+    }
+
     /// Hands over what the VM is made of. Only the first call counts.
     pub fn attach(&self, parts: Parts) {
         let (steering, events) = (parts.steering.clone(), Arc::clone(&self.events));
@@ -196,7 +201,7 @@ impl Control {
     /// Has a thread count what the host holds of the guest's memory: who asks for it never waits long.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// When there is no thread to be had.
     pub fn count_memory(&self) -> io::Result<()> {
         self.parts.get().map_or(Ok(()), |parts| parts.ram.count())
     }
@@ -245,6 +250,8 @@ impl Control {
                 limits,
                 target: limits.startup(),
                 actual: self.map,
+                given: Some(self.map),
+                most: Some(self.map),
                 settled: false,
                 followed: Some(false),
                 paused_by: None,
@@ -255,10 +262,15 @@ impl Control {
                 agent: None,
                 counters: BalloonCounters::default(),
                 plug: None,
+                cushion: None,
+                oom_deflate: None,
             };
         };
         let held = parts.ram.held().inspect_err(|error| {
-            tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            // The first count goes on.
+            if error.kind() != io::ErrorKind::WouldBlock {
+                tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            }
         });
         let held = held.ok();
         let steering = &parts.steering;
@@ -267,6 +279,8 @@ impl Control {
             limits,
             target: steering.target(),
             actual: steering.actual(),
+            given: Some(steering.given()),
+            most: Some(steering.most()),
             settled: balloon.settled(),
             followed: Some(balloon.followed()),
             paused_by: self.state_seen().paused_by(),
@@ -277,6 +291,8 @@ impl Control {
             agent: self.agent_status(),
             counters: balloon.counters(),
             plug: steering.plug(),
+            cushion: steering.cushion(),
+            oom_deflate: balloon.oom_deflate(),
         }
     }
 
@@ -367,6 +383,7 @@ impl Control {
         let mut current = self.limits.lock();
         *current = limits;
         if let Some(parts) = self.parts.get() {
+            parts.steering.set_max(limits.max());
             let target = parts.steering.target();
             let inside = limits.clamp(target);
             if inside != target {

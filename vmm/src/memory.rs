@@ -85,7 +85,9 @@ impl Ram {
             let start = region.host as u64;
             start..start.saturating_add(region.size.0)
         });
-        let accounts = Arc::new(Accounts::new(mappings.collect()).map_err(MemoryError::Accounts)?);
+        let counted = file.as_ref().map(File::try_clone).transpose().map_err(MemoryError::Accounts)?;
+        let accounts = Accounts::new(mappings.collect(), counted).map_err(MemoryError::Accounts)?;
+        let accounts = Arc::new(accounts);
         let backing = options.backing;
         let collapses = HugePages::look().collapse(backing, options.thp);
         Ok(Self { guest, regions, boot, pluggable, file, backing, collapses, accounts })
@@ -135,34 +137,28 @@ impl Ram {
     /// Has a thread count what the host holds, so that [`held`](Self::held) never takes long.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// When there is no thread to be had.
     pub fn count(&self) -> io::Result<()> {
         self.accounts.start()
     }
 
-    /// How much of it the host really holds, and in huge pages.
+    /// How much of it the host really holds in memory, and in huge pages. What it has swapped out is none of
+    /// that, whatever the backing.
     ///
-    /// What a memfd holds is told by its blocks: pages that only KVM has touched, or that this
-    /// process has unmapped and not punched out, count as well. Anonymous memory is
-    /// counted by the kernel, not long ago, or reckoned from an older count (see `Accounts::held`);
+    /// It is counted by the kernel, not long ago, or reckoned from an older count (see `Accounts::held`);
     /// what lies in huge pages is as old as the count. mincore(2) would not tell,
     /// as it reports the page cache.
     ///
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn held(&self) -> io::Result<Held> {
-        // st_blocks counts 512 bytes, whatever the file system's block is (stat(2)).
-        let blocks = |file: &File| {
-            let blocks = u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(0);
-            Ok::<_, io::Error>(Bytes(blocks.saturating_mul(512)))
-        };
         match (&self.file, self.backing) {
+            // Reserved huge pages are never swapped.
             (Some(file), Backing::HugePages2M) => {
-                let resident = blocks(file)?;
+                let resident = accounts::allocated(file)?;
                 Ok(Held { resident, huge: resident })
             }
-            (Some(file), _) => Ok(Held { resident: blocks(file)?, ..self.accounts.held()? }),
-            (None, _) => self.accounts.held(),
+            _ => self.accounts.held(),
         }
     }
 }

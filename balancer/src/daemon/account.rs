@@ -263,8 +263,8 @@ impl Account {
         let kernel = self.held.known().map(ResidentMemory::all);
         self.assumed = kernel.is_none() && observed.host_rss.is_none();
         let Some(kernel) = kernel else {
-            let most = observed.target.max(observed.actual).max(observed.limits.max());
-            return Some(observed.host_rss.unwrap_or(observed.actual).min(most));
+            let most = observed.target.max(observed.given()).max(observed.limits.max());
+            return Some(observed.host_rss.unwrap_or(observed.given()).min(most));
         };
         let least = kernel.saturating_sub(overhead.max(VMM_OWN_MOST));
         Some(observed.host_rss.map_or(kernel.saturating_sub(overhead), |told| told.clamp(least, kernel)))

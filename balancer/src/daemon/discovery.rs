@@ -141,7 +141,7 @@ impl Discovery {
         for candidate in candidates {
             self.name(&mut found, now, candidate);
         }
-        self.clash_logs.retain(|socket, _| socket.exists());
+        self.clash_logs.retain(|socket, _| !matches!(socket.try_exists(), Ok(false)));
         Ok(found.into_values().collect())
     }
 

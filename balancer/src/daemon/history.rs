@@ -429,6 +429,7 @@ mod tests {
             entitlement: Bytes::mib(200),
             target: Bytes::mib(200),
             actual: Bytes::mib(200),
+            unmanaged: Bytes::ZERO,
             host_rss: Some(Bytes::mib(190)),
             holder: Holder::Known,
             huge_percent: None,

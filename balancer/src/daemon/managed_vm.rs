@@ -5,6 +5,7 @@ mod view;
 use std::time::Duration;
 
 use api::client::PeerProcess;
+use api::guest_memory::GuestMemory;
 use api::limits::{Limits, Wanted};
 use api::status::Pauser;
 use api::units::Bytes;
@@ -75,7 +76,7 @@ pub struct ManagedVm {
     started: Duration,
     answered: Option<Duration>,
     errs: bool,
-    heard: Option<(Duration, Bytes)>,
+    heard: Option<GuestMemory>,
     pub response_times: ResponseTimes,
     logs: Logs,
     pub last_resort: LastResortState,
@@ -291,7 +292,7 @@ impl ManagedVm {
                 "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
             );
         }
-        self.heard = observed.spare;
+        self.heard = observed.guest;
         self.answered = Some(now);
         self.errs = false;
         let uptime = now.saturating_sub(self.started);
@@ -374,7 +375,8 @@ impl ManagedVm {
         vm.answers = !self.errs && silent <= patience;
         vm.observed.since = silent;
         vm.observed.pausable = pauses && self.vmm.knows_who_paused() && self.last_resort.may_pause(now);
-        vm.observed.spare = self.heard.map(|(age, spare)| (age.saturating_add(silent), spare));
+        vm.observed.guest =
+            self.heard.map(|said| GuestMemory { age: said.age.saturating_add(silent), ..said });
         Some(vm)
     }
 
@@ -399,7 +401,7 @@ impl ManagedVm {
                     info!(vm = name, "{name} reports and follows again");
                 }
             }
-            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.spare) {
+            Some(kind) if self.logs.standing.is_due(now, kind) => match (vm.standing(), vm.observed.guest) {
                 (Standing::NoDriver, _) => warn!(
                     vm = name,
                     "no balloon driver runs in {name}: it is charged its full {}",
@@ -410,7 +412,7 @@ impl ManagedVm {
                     "{name} does not give up what it was asked for: it keeps {} and is left alone for a while",
                     vm.observed.actual
                 ),
-                (_, Some((age, _))) => warn!(
+                (_, Some(GuestMemory { age, .. })) => warn!(
                     vm = name,
                     "no reports from {name} since {} s ago: it is not shrunk until its guest reports again",
                     age.as_secs()

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use api::runtime;
 use axum::serve::Listener;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tokio::net::unix::SocketAddr;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -188,13 +189,17 @@ fn lock(directory: &Path) -> Result<(File, FileId), DaemonError> {
     let own = |source| DaemonError::Own { path: path.clone(), source };
     let mut file =
         File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(own)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut pid = String::new();
-        let _ = Read::by_ref(&mut file).take(20).read_to_string(&mut pid);
-        return Err(DaemonError::AlreadyRunning {
-            directory: directory.to_owned(),
-            pid: pid.trim().to_owned(),
-        });
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            let _ = Read::by_ref(&mut file).take(20).read_to_string(&mut pid);
+            return Err(DaemonError::AlreadyRunning {
+                directory: directory.to_owned(),
+                pid: pid.trim().to_owned(),
+            });
+        }
+        Err(error) => return Err(own(error.into())),
     }
     file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(own)?;
     let id = FileId::of(&file.metadata().map_err(own)?);

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::limits::{Limits, SMALLEST};
 use api::status::DriverState;
 use api::units::{Bytes, PAGE_SIZE, optional_whole};
@@ -406,7 +407,7 @@ fn observed(size: Bytes, granted: Bytes) -> Option<Observation> {
         actual: granted,
         host_rss: Some(Bytes::ZERO),
         driver: DriverState::Active,
-        spare: Some((Duration::ZERO, Bytes::ZERO)),
+        guest: Some(GuestMemory::default()),
         vcpus: Vcpus::NotYet,
         ..Observation::of(limits.ok()?)
     })

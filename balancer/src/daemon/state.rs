@@ -113,6 +113,9 @@ pub struct MemoryView {
     pub target: Bytes,
     /// What it has.
     pub actual: Bytes,
+    /// What it was given beside that and its kernel does not manage, by its guest's word.
+    #[serde(default)]
+    pub unmanaged: Bytes,
     /// What the host holds of its guest's memory, if that is known.
     pub host_rss: Option<Bytes>,
     /// Whether it is known which process holds that.

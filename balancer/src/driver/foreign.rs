@@ -7,6 +7,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::client::PeerProcess;
+use api::guest_memory::Had;
 use api::limits::{Limits, Wanted};
 use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
 use api::units::Bytes;
@@ -18,6 +19,9 @@ use super::{Answer, Driver, Error, Status, process};
 /// How often memory of a VMM beside guest memory is measured: it changes little, and measuring takes time in
 /// proportion to the guest's size.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// A report may have been made so long before its VMM had it, or was asked for it.
+const UNSEEN: Duration = Duration::from_secs(2);
 
 /// A mapping of at least this size is guest memory: nothing else in a VMM comes near.
 const GUEST_MEMORY: Bytes = Bytes::mib(64);
@@ -58,7 +62,9 @@ impl<V: ForeignDriver> Driver for V {
         })
     }
 
+    /// Those VMMs count from all of the guest's memory, and know nothing of what its kernel manages.
     fn set_target(&mut self, target: Bytes) -> Answer<'_, ()> {
+        let target = target.saturating_add(self.vm().unmanaged.all);
         Box::pin(self.ask_for(target))
     }
 
@@ -106,12 +112,54 @@ pub struct ForeignVm {
     process: PeerProcess,
     /// What the host holds for the VMM beside guest memory, and when that was measured.
     vmm_own: Option<(Bytes, Instant)>,
+    unmanaged: Unmanaged,
+}
+
+/// What of its memory a guest's kernel does not manage, by its reports.
+#[derive(Debug, Default)]
+struct Unmanaged {
+    all: Bytes,
+    /// What its VMM last said that it has, and since when it has said so.
+    steady: Option<(Bytes, Instant)>,
+}
+
+impl Unmanaged {
+    /// Takes in a report, if it is of what the VMM says that the guest has now: those VMMs tell the two by
+    /// different clocks.
+    fn look(&mut self, status: &ForeignStatus, now: Instant) {
+        let ForeignStatus { has, actual, driver, ref report, .. } = *status;
+        if driver == DriverState::Absent {
+            *self = Self::default();
+            return;
+        }
+        let since = match self.steady {
+            Some((before, since)) if before == actual => since,
+            _ => now,
+        };
+        self.steady = Some((actual, since));
+        let Some(total) = report.as_ref().and_then(|aged| {
+            let made = Duration::from_millis(aged.age_ms).saturating_add(UNSEEN);
+            let is_of_now = made < now.saturating_duration_since(since);
+            aged.statistics.total.filter(|_| is_of_now)
+        }) else {
+            return;
+        };
+        // A total of more than it has left holds the balloon as well, which the guest may then take back.
+        let managed = if total > actual { total.saturating_sub(has.saturating_sub(actual)) } else { total };
+        self.all = Had::of(has, actual, managed).unmanaged;
+    }
 }
 
 impl ForeignVm {
     /// For a VM with these limits, whose process is not known yet.
     pub fn new(wanted: Option<Wanted>) -> Self {
-        Self { age: Age::default(), wanted, process: PeerProcess::NotMet, vmm_own: None }
+        Self {
+            age: Age::default(),
+            wanted,
+            process: PeerProcess::NotMet,
+            vmm_own: None,
+            unmanaged: Unmanaged::default(),
+        }
     }
 
     /// The limits of the VM, which has this much memory at most.
@@ -126,6 +174,7 @@ impl ForeignVm {
         }
         (self.process, self.vmm_own) = (process, None);
         self.age.forget();
+        self.unmanaged = Unmanaged::default();
         true
     }
 
@@ -149,6 +198,8 @@ impl ForeignVm {
     /// A VMM's answer as a [`Status`], with the limits that are kept for it. What the host holds for the guest
     /// is left to whoever keeps the account of that, as no VMM counts it.
     async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
+        self.unmanaged.look(&status, Instant::now());
+        let unmanaged = self.unmanaged.all;
         let ForeignStatus { has, target, actual, driver, report } = status;
         let pid = self.process.pid();
         let overhead = match pid {
@@ -157,8 +208,10 @@ impl ForeignVm {
         };
         let memory = MemoryStatus {
             limits: self.limits(has),
-            target,
-            actual,
+            target: target.saturating_sub(unmanaged),
+            actual: actual.saturating_sub(unmanaged),
+            given: Some(actual),
+            most: Some(has.saturating_sub(unmanaged)),
             settled: false,
             followed: None,
             paused_by: None,
@@ -169,6 +222,8 @@ impl ForeignVm {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         };
         Box::new(Status { pid, uptime: pid.and_then(process::age), overhead, memory })
     }
@@ -181,6 +236,40 @@ mod tests {
     use rustix::process::{Resource, Rlimit, setrlimit};
 
     use super::*;
+
+    /// A VM of 512 MiB whose guest has so many MiB and manages so many.
+    fn status(actual: u64, total: u64) -> ForeignStatus {
+        let report = api::report::Report { total: Some(Bytes::mib(total)), ..Default::default() };
+        ForeignStatus {
+            has: Bytes::mib(512),
+            target: Bytes::mib(actual),
+            actual: Bytes::mib(actual),
+            driver: DriverState::Active,
+            report: Some(super::super::statistics::aged(Duration::ZERO, report)),
+        }
+    }
+
+    #[test]
+    fn what_a_guest_does_not_manage_is_seen_while_its_balloon_rests() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut unmanaged = Unmanaged::default();
+        // mem=256M, with the balloon in the total and without it.
+        for (second, actual, total) in [(0, 512, 219), (3, 512, 219), (10, 448, 219), (13, 448, 155)] {
+            unmanaged.look(&status(actual, total), at(second));
+        }
+        let seen = unmanaged.all;
+        assert!((Bytes::mib(230)..Bytes::mib(260)).contains(&seen), "{seen}");
+        // Its balloon goes, and the report is of before: that tells nothing.
+        unmanaged.look(&status(512, 155), at(14));
+        assert_eq!(unmanaged.all, seen);
+        unmanaged.look(&status(512, 471), at(17));
+        assert_eq!(unmanaged.all, Bytes::ZERO, "another kernel");
+        unmanaged.look(&status(512, 219), at(18));
+        let gone = ForeignStatus { driver: DriverState::Absent, report: None, ..status(512, 219) };
+        unmanaged.look(&gone, at(19));
+        assert_eq!(unmanaged.all, Bytes::ZERO);
+    }
 
     #[tokio::test]
     #[ignore = "the next test runs it, in a process of its own"]

@@ -65,7 +65,8 @@ impl Age {
 
 /// A report in ballast's words.
 pub fn aged(age: Duration, statistics: Report) -> AgedReport {
-    AgedReport { age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX), statistics }
+    let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+    AgedReport { age_ms, had: None, managed: None, statistics }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 use api::units::Bytes;
 
@@ -86,10 +87,14 @@ pub struct Follow {
 pub struct News {
     /// When the guest made it.
     pub reported: Duration,
+    /// What it had then; `None` where its VMM does not tell.
+    pub had: Option<Bytes>,
     /// What it could spare.
     pub spare: Bytes,
     /// How it waits.
     pub stalls: Stalls,
+    /// It took pages back of its balloon rather than run out of memory.
+    pub ran_out: bool,
     /// What it has promised its programs.
     pub committed: Option<Bytes>,
 }
@@ -97,9 +102,9 @@ pub struct News {
 impl News {
     /// What `observed` tells at `now`; `None` where the guest never told what it could spare.
     pub fn of(now: Duration, observed: &Observation) -> Option<Self> {
-        let (age, spare) = observed.spare?;
-        let Observation { stalls, committed, .. } = *observed;
-        Some(Self { reported: now.saturating_sub(age), spare, stalls, committed })
+        let GuestMemory { age, had, spare, .. } = observed.guest?;
+        let Observation { stalls, ran_out, committed, .. } = *observed;
+        Some(Self { reported: now.saturating_sub(age), had, spare, stalls, ran_out, committed })
     }
 }
 
@@ -241,12 +246,16 @@ impl Demand {
 
     /// What the guest had when it made this report, and what it had at most.
     ///
-    /// Use is the difference of the two at the same moment. A report that comes by the guest's own
+    /// Use is the difference of what it had and what it could spare at the same moment. Where its VMM tells what
+    /// it had then, that is it. Else a report that comes by the guest's own
     /// clock is up to a statistics interval old, and while memory moves the guest has another amount
     /// by now: what it had then lies between what was had before the report and after it. While memory
     /// goes, that is taken which changes use least: an error would seem a rise, and be answered
     /// by giving it back. While memory comes, a fall is doubted likewise, and a rise is not.
     fn had(&self, news: &News, hold: bool) -> (Bytes, Bytes) {
+        if let Some(had) = news.had {
+            return (had, had);
+        }
         let (before, after) = self.around(news.reported);
         let line = between(before, after, news.reported);
         let Some(used) = self.used.filter(|_| hold) else { return (line, line) };

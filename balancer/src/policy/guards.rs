@@ -174,7 +174,7 @@ impl ShrinkWatch {
         // Its VMM knows better than whoever has just met it: a guest whose balancer was started
         // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
         self.settled = observed.followed.unwrap_or(self.settled);
-        let pending = observed.actual.saturating_sub(observed.target);
+        let pending = observed.pending();
         self.measure(now, pending, observed.actual);
         if pending <= THERE {
             self.settled = true;
@@ -251,9 +251,10 @@ impl ShrinkWatch {
     }
 }
 
-/// What a VM is charged: what it may hold on the host without anyone asking again.
+/// What a VM is charged: what it may hold on the host without anyone asking again. What its guest says that it
+/// does not manage is charged as far as the host holds it, see [`is_overrun`].
 pub fn charge(standing: Standing, observed: &Observation) -> Bytes {
-    let full = observed.limits.max().max(observed.actual);
+    let full = observed.limits.max().max(observed.given());
     // Where nobody knows what the host holds, it may hold all of it.
     let held = observed.host_rss.map_or(full, |held| held.min(full));
     match standing {
@@ -264,6 +265,13 @@ pub fn charge(standing: Standing, observed: &Observation) -> Bytes {
             observed.target.max(observed.actual).max(held)
         }
     }
+}
+
+/// Whether the host holds so much more for a VM than its guest says to manage that the guest is not believed:
+/// it touches what it is said not to have.
+pub fn is_overrun(observed: &Observation) -> bool {
+    observed.unmanaged > Bytes::ZERO
+        && observed.host_rss.is_some_and(|held| held > one_step_beyond(observed.actual.max(observed.target)))
 }
 
 /// Spare memory that a guest of this size is left on top of its use.
@@ -296,7 +304,7 @@ pub fn one_step_beyond(held: Bytes) -> Bytes {
 
 /// The most that one guest is asked to give up at a time, less what it still owes.
 pub fn step(observed: &Observation) -> Bytes {
-    whole_step(observed.target).saturating_sub(observed.actual.saturating_sub(observed.target))
+    whole_step(observed.target).saturating_sub(observed.pending())
 }
 
 /// How far a guest of this size is moved at a time.

@@ -73,7 +73,8 @@ impl Policy {
         for (gap, index) in &mut self.gaps {
             let vm = &vms[*index];
             // Raising a target that the guest is still above costs nothing.
-            let cost = vm.observed.target.saturating_add(gap.urgent).saturating_sub(vm.charge());
+            let target = vm.observed.target.saturating_add(vm.beside());
+            let cost = target.saturating_add(gap.urgent).saturating_sub(vm.charge());
             let paid = if self.settings.guards.payment_comes_first { cost.min(granted.left) } else { cost };
             let missing = cost.saturating_sub(paid);
             granted.left = granted.left.saturating_sub(paid);
@@ -85,7 +86,7 @@ impl Policy {
     fn give_buffers(&mut self, granted: &mut Granted, vms: &[Vm]) {
         for (gap, index) in &mut self.gaps {
             let vm = &vms[*index];
-            let target = vm.observed.target;
+            let target = vm.observed.target.saturating_add(vm.beside());
             let from = target.saturating_add(gap.urgent).max(vm.charge());
             let cost = target.saturating_add(gap.whole).saturating_sub(from);
             let mut paid = Bytes::ZERO;

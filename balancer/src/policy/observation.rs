@@ -2,10 +2,17 @@
 //!
 //! All of it is measured or said elsewhere and may be missing. What nobody knows
 //! is `None` and never guessed: the policy then does without it.
+//!
+//! Of a VM's memory there are five amounts, each with its own source. What it was *given* is its VMM's word
+//! ([`Observation::given`]), and what it *has* of that is what its kernel manages ([`Observation::actual`]).
+//! What it *used* is its kernel's word, all of one moment ([`GuestMemory`]). What is *resident* is the host's
+//! ([`Observation::host_rss`]). What it is *allowed* is its operator's, as far as its kernel, its control
+//! groups and the host go ([`Observation::limits`]).
 
 use std::time::Duration;
 
 use api::agent::AgentFigures;
+use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{DriverState, MemoryStatus, Pauser};
@@ -102,17 +109,24 @@ impl From<&Report> for Stalls {
     }
 }
 
+/// What a guest's kernel can't do without beside its own share: its processes, and what it keeps free.
+pub const LEAST_BESIDE_KERNEL: Bytes = Bytes::mib(16);
+
 /// What a VM last said about its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Observation {
-    /// What the administrator set.
+    /// What it is allowed: what the administrator set, no more than its kernel manages, and no less than
+    /// that kernel has for itself.
     pub limits: Limits,
     /// How long ago it said so, before the round that looks at it: the figures below were so then.
     pub since: Duration,
     /// What it was last asked to have.
     pub target: Bytes,
-    /// What it has.
+    /// What it has: what it was given and its kernel manages.
     pub actual: Bytes,
+    /// What it was given beside that, by its guest's word: no balloon can take it, and no honest guest
+    /// touches it.
+    pub unmanaged: Bytes,
     /// What the host holds for it; `None` where nobody knows.
     pub host_rss: Option<Bytes>,
     /// How its driver is doing.
@@ -121,8 +135,12 @@ pub struct Observation {
     pub followed: Option<bool>,
     /// Whether it is asked to unplug memory before its balloon takes any.
     pub plugs: bool,
-    /// What the guest could spare, and how old that news is.
-    pub spare: Option<(Duration, Bytes)>,
+    /// What the guest's kernel said of its memory; `None` where it never did.
+    pub guest: Option<GuestMemory>,
+    /// That news is that it took pages back of its balloon rather than run out of memory.
+    pub ran_out: bool,
+    /// What it has above its target because of that: it is no shrink that the guest owes.
+    pub taken: Bytes,
     /// How it waits for memory.
     pub stalls: Stalls,
     /// What the guest has promised its programs (`Committed_AS`), where an agent tells: a hint.
@@ -162,6 +180,11 @@ impl From<Option<Pauser>> for Vcpus {
 }
 
 impl Observation {
+    /// What it was given, and could touch.
+    pub fn given(&self) -> Bytes {
+        self.actual.saturating_add(self.unmanaged)
+    }
+
     /// A VM with these limits that has just started and whose guest has said nothing.
     pub fn of(limits: Limits) -> Self {
         let startup = limits.startup();
@@ -170,16 +193,26 @@ impl Observation {
             since: Duration::ZERO,
             target: startup,
             actual: startup,
+            unmanaged: Bytes::ZERO,
             host_rss: Some(Bytes::ZERO),
             driver: DriverState::Absent,
             followed: None,
             plugs: false,
-            spare: None,
+            guest: None,
+            ran_out: false,
+            taken: Bytes::ZERO,
             stalls: Stalls::default(),
             committed: None,
             vcpus: Vcpus::Run,
             pausable: false,
         }
+    }
+}
+
+impl Observation {
+    /// What it was asked to give up and still has, and not because it ran out of memory.
+    pub fn pending(&self) -> Bytes {
+        self.actual.saturating_sub(self.target).saturating_sub(self.taken)
     }
 }
 
@@ -191,19 +224,31 @@ impl From<&MemoryStatus> for Observation {
         if let Some(agent) = agent {
             stalls.learn(agent);
         }
+        let mut guest = status.guest();
+        // Not more than its guest has the kernel and the drivers for, and not less than it can do with.
+        let kernel = guest.and_then(|guest| guest.kernel());
+        let floor = kernel.map_or(Bytes::ZERO, |kernel| kernel.saturating_add(LEAST_BESIDE_KERNEL));
+        let limits = status.limits.capped(status.ceiling()).raised(floor);
+        let deflated = status.oom_deflate.map(|deflated| Duration::from_millis(deflated.age_ms));
+        let ran_out = deflated.filter(|age| guest.is_none_or(|guest| *age <= guest.age));
+        if let Some(age) = ran_out {
+            guest = Some(GuestMemory { age, had: None, spare: Bytes::ZERO, ..guest.unwrap_or_default() });
+        }
         Self {
             target: status.target,
             actual: status.actual,
+            unmanaged: status.unmanaged(),
             host_rss: status.host_rss,
             driver: status.driver,
             followed: status.followed,
             plugs: status.plug.is_some(),
-            spare: status.spare(),
+            guest,
+            ran_out: ran_out.is_some(),
+            taken: status.oom_deflate.map_or(Bytes::ZERO, |deflated| deflated.taken),
             stalls,
             committed: agent.and_then(|agent| agent.committed),
             vcpus: status.paused_by.into(),
-            // Not more than its guest has the drivers for.
-            ..Self::of(status.limits.capped(status.ceiling()))
+            ..Self::of(limits)
         }
     }
 }

@@ -53,10 +53,10 @@ pub struct Distress {
 impl Distress {
     /// Takes in the counters and what the guest could spare, and what it has by the same news.
     pub fn look(&mut self, now: Duration, news: &News, has: Bytes) {
-        let News { reported, spare, stalls, .. } = *news;
+        let News { reported, spare, stalls, ran_out, .. } = *news;
         self.reported = reported;
         // Major faults alone are no distress: a program that starts has them too.
-        let waits = self.last.replace(stalls).is_some_and(|before| rose(&before, &stalls));
+        let waits = self.last.replace(stalls).is_some_and(|before| rose(&before, &stalls)) || ran_out;
         if waits && spare <= has.percent(SPARE_PERCENT) {
             let is_new = reported.saturating_sub(self.waited) >= APART;
             let more = if is_new { 2.0 } else { 1.0 };
@@ -111,7 +111,7 @@ mod tests {
 
     fn look(distress: &mut Distress, second: u64, stalls: Stalls, spare: u64) -> u64 {
         let reported = Duration::from_secs(second);
-        let news = News { reported, spare: Bytes::mib(spare), stalls, committed: None };
+        let news = News { reported, spare: Bytes::mib(spare), stalls, ..News::default() };
         distress.look(reported, &news, Bytes::gib(1));
         distress.boost_percent()
     }

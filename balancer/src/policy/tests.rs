@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 
 use api::status::{DriverState, Pauser};
@@ -58,7 +59,8 @@ impl Guest {
         self.spares.truncate(64);
         // An old report tells of what was then.
         let then = self.spares.get(self.age.as_secs() as usize).or(self.spares.back());
-        observed.spare = then.map(|spare| (self.age, *spare));
+        observed.guest =
+            then.map(|spare| GuestMemory { age: self.age, spare: *spare, ..GuestMemory::default() });
     }
 }
 
@@ -124,8 +126,8 @@ impl World {
             self.now = tick + Duration::from_millis(u64::from(push) * 40);
             for guest in &mut self.guests {
                 // Nothing new was said: the same report, older.
-                if let Some((age, _)) = &mut guest.vm.observed.spare {
-                    *age += Duration::from_millis(40);
+                if let Some(said) = &mut guest.vm.observed.guest {
+                    said.age += Duration::from_millis(40);
                 }
             }
             self.round();
@@ -150,6 +152,7 @@ impl World {
 
 mod emergency;
 mod example;
+mod managed;
 mod properties;
 mod serving;
 mod twins;

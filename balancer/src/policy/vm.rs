@@ -61,6 +61,8 @@ struct Memory {
     paused_by: Option<Pauser>,
     standing: Standing,
     charge: Bytes,
+    /// Its guest once touched what it had said not to manage.
+    overran: bool,
     need: Bytes,
     entitlement: Bytes,
     /// What it would have if all claimed all there is.
@@ -145,7 +147,7 @@ impl Vm {
             memory.paused_by = paused_by.or(memory.paused_by);
             // Whoever else paused it may let it run on at any moment.
             let as_if = if memory.paused_by_balancer { memory.standing } else { Standing::NotAnswering };
-            memory.charge = guards::charge(as_if, observed);
+            self.charge_as(as_if);
             return false;
         }
         if memory.paused_by.take().is_some() {
@@ -186,9 +188,30 @@ impl Vm {
             Standing::Stale
         };
         memory.just_stuck = stuck && memory.standing == Standing::Stuck;
-        memory.charge = guards::charge(memory.standing, observed);
         memory.need = memory.demand.need(&observed.limits);
-        memory.just_stuck
+        self.charge_as(self.memory.standing);
+        self.memory.just_stuck
+    }
+
+    /// Charges it as one that stands so.
+    fn charge_as(&mut self, standing: Standing) {
+        self.memory.overran |= guards::is_overrun(&self.observed);
+        self.memory.charge = self.charge_of(standing);
+    }
+
+    fn charge_of(&self, standing: Standing) -> Bytes {
+        let charge = guards::charge(standing, &self.observed);
+        if self.memory.overran && standing != Standing::Paused {
+            let Observation { target, actual, .. } = self.observed;
+            charge.max(target.max(actual).saturating_add(self.beside()))
+        } else {
+            charge
+        }
+    }
+
+    /// What it is charged beside its target: what its guest does not manage, where it was seen to touch that.
+    pub(super) fn beside(&self) -> Bytes {
+        if self.memory.overran { self.observed.unmanaged } else { Bytes::ZERO }
     }
 
     /// Whether it must have at least its charge in any sharing: it can't or must not be shrunk.
@@ -231,7 +254,8 @@ impl Vm {
 
     pub(super) fn claim(&self, index: usize) -> Claim {
         let limits = &self.observed.limits;
-        let floor = if self.is_fixed() { self.memory.charge } else { limits.min() };
+        let charge = self.memory.charge.saturating_sub(self.beside());
+        let floor = if self.is_fixed() { charge } else { limits.min() };
         let range = limits.max().saturating_sub(limits.min()).pages();
         Claim {
             id: self.id,
@@ -390,8 +414,7 @@ impl Vm {
 
     /// What it was asked to give up, still has, and will have given up within `time`.
     pub(super) fn owes(&self, now: Duration, time: Duration, guards: &Guards) -> Bytes {
-        let Observation { actual, target, .. } = self.observed;
-        let pending = actual.saturating_sub(target);
+        let (actual, pending) = (self.observed.actual, self.observed.pending());
         match self.memory.standing {
             Standing::Following | Standing::Stale if guards.pace_counts => {
                 self.memory.shrink_watch.gives(now, pending, actual, time)
@@ -424,8 +447,7 @@ impl Vm {
     /// What it may touch beyond what the host holds for it: what pausing it keeps from being
     /// touched, and what must be there before it is resumed.
     pub fn untouched(&self) -> Bytes {
-        let running = guards::charge(Standing::Following, &self.observed);
-        running.saturating_sub(guards::charge(Standing::Paused, &self.observed))
+        self.charge_of(Standing::Following).saturating_sub(self.charge_of(Standing::Paused))
     }
 
     /// Notes that pausing it, or resuming it, is decided.

@@ -129,6 +129,8 @@ impl FakeVm {
             limits,
             target: limits.startup(),
             actual: limits.startup(),
+            given: None,
+            most: None,
             settled: false,
             followed: Some(true),
             paused_by: None,
@@ -139,6 +141,8 @@ impl FakeVm {
             agent: None,
             counters: BalloonCounters::default(),
             plug: None,
+            cushion: None,
+            oom_deflate: None,
         };
         let state = Arc::new(Mutex::new(State {
             manner: Manner::Sound,
@@ -234,6 +238,8 @@ impl State {
     fn memory(&mut self) -> MemoryStatus {
         self.memory.report = self.report_age.map(|age| AgedReport {
             age_ms: age.as_millis() as u64,
+            had: None,
+            managed: None,
             statistics: Report {
                 total: Some(self.memory.actual),
                 available: Some(self.memory.actual.saturating_sub(self.used)),

@@ -24,7 +24,7 @@ pub mod saved;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
@@ -42,6 +42,8 @@ use crate::discard::Discard;
 use crate::reporting;
 use crate::statistics::Statistics;
 use crate::timer::Timer;
+use crate::unmanaged::Unmanaged;
+use api::guest_memory::balloon_for;
 use api::units::{Bytes, Pages};
 use pace::Pace;
 
@@ -91,6 +93,12 @@ const TICK: Duration = Duration::from_millis(100);
 /// another report.
 const NEWS_FOR: Duration = Duration::from_secs(2);
 
+/// A guest that took pages back is asked for none of them for so long.
+const REFILL_AFTER: Duration = Duration::from_secs(1);
+/// After that it is asked for this part of what it can spare, in percent, and left with so much of it.
+const REFILL_PERCENT: u64 = 75;
+const REFILL_LEAVES: Bytes = Bytes::mib(16);
+
 /// What a balloon is made with.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -104,6 +112,9 @@ pub struct Config {
     pub reporting: bool,
     /// How often the guest is asked for statistics; zero for never.
     pub statistics_interval: Duration,
+    /// Ask the guest for what it took back rather than run out of memory as soon as it says that it can spare it
+    /// again. Else it keeps that until the next target.
+    pub refills: bool,
 }
 
 /// What a queue is for, with the features that were agreed on.
@@ -128,6 +139,7 @@ pub struct Balloon {
     /// The last of the host's requests that was taken up.
     request: u64,
     timer: Timer,
+    refills: bool,
     /// What the guest fills free pages with (poison_val).
     poison: u32,
     /// The guest has taken the last page out of the balloon, and the host does not know it yet.
@@ -155,7 +167,7 @@ impl Balloon {
         ];
         let features = offered.iter().filter(|(_, on)| *on).fold(0, |bits, (bit, _)| bits | 1 << bit);
         let handle = Handle(shared.clone());
-        let pace = Pace::new(config.map, wanted_pages(config.map, config.target));
+        let pace = Pace::new(config.map, balloon_for(config.map, config.target, Bytes::ZERO));
         let device = Self {
             shared,
             features,
@@ -166,6 +178,7 @@ impl Balloon {
             pace,
             request: 0,
             timer: Timer::new(TICK)?,
+            refills: config.refills,
             poison: 0,
             emptied: false,
         };
@@ -200,7 +213,9 @@ impl Balloon {
                 let statistics = &mut self.statistics;
                 let progress =
                     serve(active, index, faults, BUDGET, |memory, chain| statistics.take(memory, chain));
+                self.aim();
                 self.pace.heard(free(&self.shared));
+                self.refill();
                 progress
             }
             Role::Reporting => serve(active, index, faults, REPORTING_BUDGET, |_, chain| {
@@ -220,6 +235,7 @@ impl Balloon {
     /// Brings what others may see up to date after work on a queue.
     fn publish(&mut self, broken: bool) {
         let done = self.discard.done();
+        let wanted = self.shared.wanted();
         let mut state = self.shared.state();
         state.counters.discarded = done.bytes;
         state.counters.discard_ranges = done.ranges;
@@ -231,8 +247,14 @@ impl Balloon {
         // What waits for its neighbours will go; parts of huge pages are not the driver's fault.
         let gone_soon = left(self.pace.reached(), self.discard.waiting());
         state.actual = left(gone_soon, self.discard.kept());
+        state.reached = self.pace.reached();
         state.settled = self.pace.is_settled();
-        state.followed |= state.settled || gone_soon >= wanted_pages(self.shared.map, state.target);
+        state.taken_back = if self.pace.has_taken_back() {
+            Pages(self.pace.wanted().0.saturating_sub(self.pace.reached().0))
+        } else {
+            Pages(0)
+        };
+        state.followed |= state.settled || gone_soon >= wanted;
         state.counters.malformed = self.faults.total();
         if broken {
             state.driver = Driver::Broken;
@@ -255,16 +277,44 @@ impl Balloon {
 
     /// Takes up what the host has asked for since the last time; returns whether that is news.
     fn take_request(&mut self) -> bool {
-        let (target, request) = {
-            let state = self.shared.state();
-            (state.target, state.requests)
+        let (request, anew) = {
+            let mut state = self.shared.state();
+            (state.requests, std::mem::take(&mut state.asks_anew))
         };
         if request == self.request {
             return false;
         }
         self.request = request;
-        self.pace.aim(wanted_pages(self.shared.map, target), free(&self.shared));
+        let (wanted, free) = (self.shared.wanted(), free(&self.shared));
+        if anew {
+            self.pace.aim(wanted, free);
+        } else {
+            self.pace.adjust(wanted, free);
+        }
         true
+    }
+
+    /// Goes for what the balloon shall hold by now: a guest may say that it manages more or less than before.
+    fn aim(&mut self) {
+        let wanted = self.shared.wanted();
+        if wanted != self.pace.wanted() {
+            self.pace.adjust(wanted, free(&self.shared));
+        }
+    }
+
+    /// Asks a guest that took pages back for what it says that it can spare again.
+    fn refill(&mut self) {
+        if !self.refills || !self.pace.has_taken_back() {
+            return;
+        }
+        let spare = {
+            let state = self.shared.state();
+            if state.took_back_at.is_some_and(|at| at.elapsed() < REFILL_AFTER) {
+                return;
+            }
+            state.report.as_ref().and_then(|received| received.report.spare()).unwrap_or_default()
+        };
+        self.pace.refill(spare.percent(REFILL_PERCENT).min(spare.saturating_sub(REFILL_LEAVES)));
     }
 
     /// Whether somebody wants a report that is newer than the last.
@@ -302,18 +352,13 @@ impl Balloon {
 /// What the guest has free, as far as it said so lately.
 fn free(shared: &Shared) -> Bytes {
     let state = shared.state();
-    let report = state.report.as_ref().filter(|(came, _)| came.elapsed() < NEWS_FOR);
-    report.and_then(|(_, report)| report.free).unwrap_or_default()
+    let received = state.report.as_ref().filter(|received| received.at.elapsed() < NEWS_FOR);
+    received.and_then(|received| received.report.free).unwrap_or_default()
 }
 
 /// Pages as a 32-bit little-endian register holds them; saturates.
 fn register(pages: Pages) -> [u8; 4] {
     u32::try_from(pages.0).unwrap_or(u32::MAX).to_le_bytes()
-}
-
-/// What the balloon holds when the guest has `target` of `map`.
-fn wanted_pages(map: Bytes, target: Bytes) -> Pages {
-    map.saturating_sub(target).pages()
 }
 
 /// The device's own descriptors, by their place.
@@ -360,10 +405,21 @@ impl VirtioDevice for Balloon {
             |at| config.iter().skip(at).take(4).rev().fold(0, |all, byte| all << 8 | u32::from(*byte));
         self.poison = field(POISON);
         let before = self.pace.reached();
-        self.pace.arrived(Pages(u64::from(field(ACTUAL))));
+        let took_back = self.pace.arrived(Pages(u64::from(field(ACTUAL))));
         let empties = before > Pages(0) && self.pace.reached() == Pages(0);
         self.emptied |= empties;
+        if took_back {
+            let mut state = self.shared.state();
+            state.took_back_at = Some(Instant::now());
+            let taken = Pages(before.0.saturating_sub(self.pace.reached().0)).bytes();
+            state.counters.oom_deflated = state.counters.oom_deflated.saturating_add(taken);
+        }
         self.publish(false);
+        if took_back {
+            self.shared.took_back();
+        } else if self.pace.reached() == self.pace.asked() {
+            self.shared.tell_moved();
+        }
         let there = self.pace.reached() >= self.pace.asked();
         let comes_next = self.pace.waits_for_news() || self.discard.waiting() > Bytes::ZERO;
         if empties || self.pace.asked() != self.told || there && comes_next {
@@ -374,15 +430,18 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, active: &mut Active) {
         let statistics = active.features & 1 << STATS_VQ != 0;
+        let wanted = self.shared.wanted();
         {
             let mut state = self.shared.state();
             // A driver brings its buffer unasked, with its first report.
             state.driver = Driver::Active(Answers::owed(statistics));
-            state.followed = wanted_pages(self.shared.map, state.target) == Pages(0);
+            state.deflates_on_oom = active.features & 1 << DEFLATE_ON_OOM != 0;
+            state.followed = wanted == Pages(0);
         }
         if statistics {
             self.statistics.start();
         }
+        self.shared.tell_moved();
     }
 
     fn reset(&mut self) {
@@ -390,7 +449,15 @@ impl VirtioDevice for Balloon {
         self.statistics.stop();
         self.discard.take_back_all();
         (self.poison, self.emptied) = (0, false);
+        {
+            let mut state = self.shared.state();
+            // What this driver said of its guest says nothing of the next one's.
+            (state.report, state.report_wanted) = (None, false);
+            (state.unmanaged, state.deflates_on_oom) = (Unmanaged::default(), false);
+            state.took_back_at = None;
+        }
         self.take_request();
+        self.aim();
         self.pace.restart();
         self.told = self.pace.asked();
         // Disarming fails only for a bad descriptor.
@@ -398,8 +465,8 @@ impl VirtioDevice for Balloon {
         self.publish(false);
         let mut state = self.shared.state();
         (state.driver, state.followed) = (Driver::Absent, false);
-        // What this driver said of its guest says nothing of the next one's.
-        (state.report, state.report_wanted) = (None, false);
+        drop(state);
+        self.shared.tell_moved();
     }
 
     /// A guest that stands still for long must not keep what it has given up.
@@ -417,6 +484,7 @@ impl VirtioDevice for Balloon {
         let broken = progress == Progress::Broken;
         if broken {
             self.shared.state().driver = Driver::Broken;
+            self.shared.tell_moved();
         }
         // On a vCPU's thread no memory goes to the host: that is left to the event loop.
         if role != Role::Deflate {

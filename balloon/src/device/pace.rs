@@ -37,6 +37,8 @@ pub struct Pace {
     /// What it holds, as it says.
     reached: Pages,
     step: Pages,
+    /// The least that the driver was told since it last inflated: down to there it deflates because it was told so.
+    lowest: Pages,
     state: State,
 }
 
@@ -67,6 +69,13 @@ enum State {
     Settled,
     /// It took pages back to live on.
     TookBack,
+    /// It did, and gives some of them up again.
+    Refilling {
+        /// Ticks in which nothing came.
+        idle: u32,
+        /// What was there at the last tick.
+        before: Pages,
+    },
 }
 
 impl Pace {
@@ -74,7 +83,8 @@ impl Pace {
     pub fn new(map: Bytes, wanted: Pages) -> Self {
         let step = LEAST_STEP.pages().max(Pages(map.pages().0 / STEPS_IN_MAP));
         let start = State::Moving { idle: 0, before: Pages(0) };
-        let mut pace = Self { wanted, asked: Pages(0), reached: Pages(0), step, state: start };
+        let mut pace =
+            Self { wanted, asked: Pages(0), reached: Pages(0), step, lowest: Pages(0), state: start };
         pace.restart();
         pace
     }
@@ -85,7 +95,7 @@ impl Pace {
             wanted: self.wanted,
             asked: self.asked,
             reached: self.reached,
-            settled: self.is_settled(),
+            settled: self.is_settled() || self.has_taken_back(),
         }
     }
 
@@ -95,12 +105,12 @@ impl Pace {
         let PaceState { wanted, asked, reached, settled } = saved;
         // Which of the two is not saved: one that took pages back must not be asked.
         let state = if settled { State::TookBack } else { State::Moving { idle: 0, before: reached } };
-        Self { wanted, asked, reached, state, ..Self::new(map, wanted) }
+        Self { wanted, asked, reached, lowest: asked, state, ..Self::new(map, wanted) }
     }
 
     /// The driver starts anew, with an empty balloon.
     pub fn restart(&mut self) {
-        self.reached = Pages(0);
+        (self.reached, self.lowest) = (Pages(0), Pages(0));
         self.aim(self.wanted, Bytes::ZERO);
     }
 
@@ -110,7 +120,32 @@ impl Pace {
         self.wanted = wanted;
         self.state = State::Moving { idle: 0, before: self.reached };
         let step = self.step.max(free.percent(FREE_PERCENT).pages());
-        self.asked = wanted.min(Pages(self.reached.0.saturating_add(step.0)));
+        self.ask(wanted.min(Pages(self.reached.0.saturating_add(step.0))));
+    }
+
+    /// As [`aim`](Self::aim), where nobody asks the guest for less than before: one that took pages back keeps
+    /// them.
+    pub fn adjust(&mut self, wanted: Pages, free: Bytes) {
+        if self.has_taken_back() && wanted >= self.reached {
+            self.wanted = wanted;
+            self.ask(self.asked.min(wanted));
+        } else {
+            self.aim(wanted, free);
+        }
+    }
+
+    /// The guest that took pages back can spare so much of them again, and is asked for that alone.
+    pub fn refill(&mut self, spare: Bytes) {
+        let most = Pages(self.reached.0.saturating_add(spare.pages().0));
+        if self.state == State::TookBack && most > self.reached {
+            self.ask(self.wanted.min(most));
+            self.state = State::Refilling { idle: 0, before: self.reached };
+        }
+    }
+
+    fn ask(&mut self, asked: Pages) {
+        self.asked = asked;
+        self.lowest = self.lowest.min(asked);
     }
 
     /// The guest has just said that it has `free`. Less than a step of it is left to the ticks:
@@ -120,7 +155,7 @@ impl Pace {
         match self.state {
             State::Moving { .. } if spare >= self.step => {
                 let at_once = self.reached.0.saturating_add(spare.0);
-                self.asked = self.wanted.min(self.asked.max(Pages(at_once)));
+                self.ask(self.wanted.min(self.asked.max(Pages(at_once))));
             }
             State::Settled if spare.0 / STEPS_OF_A_STARVED >= self.step.0 => self.aim(self.wanted, free),
             _ => {}
@@ -133,29 +168,55 @@ impl Pace {
         !self.is_settled() && self.asked < self.wanted && self.reached >= self.asked
     }
 
-    /// The driver says that the balloon holds `reached`. One that takes pages
-    /// back although more is asked for can't spare them (deflate-on-OOM).
-    pub fn arrived(&mut self, reached: Pages) {
-        let shrank = reached < self.reached;
-        self.reached = reached;
-        if shrank && reached < self.asked {
-            self.settle(State::TookBack);
+    /// The driver says that the balloon holds `reached`; returns whether it took pages back although it was
+    /// told to hold them, which one does whose guest can't spare them (deflate-on-OOM).
+    pub fn arrived(&mut self, reached: Pages) -> bool {
+        let took_back = reached < self.reached && reached < self.lowest;
+        if reached > self.reached {
+            self.lowest = self.asked;
         }
+        self.reached = reached;
+        if took_back {
+            self.settle(State::TookBack);
+        } else if reached >= self.asked && matches!(self.state, State::Refilling { .. }) {
+            self.state = if reached >= self.wanted {
+                State::Moving { idle: 0, before: reached }
+            } else {
+                State::TookBack
+            };
+        }
+        took_back
     }
 
     /// A tenth of a second has passed.
     pub fn tick(&mut self) {
-        let State::Moving { idle, before } = self.state else { return };
-        if self.reached >= self.asked {
-            self.asked = self.wanted.min(Pages(self.reached.0.saturating_add(self.step.0)));
-            self.state = State::Moving { idle: 0, before: self.reached };
-            return;
+        match self.state {
+            State::Moving { .. } if self.reached >= self.asked => {
+                let next = Pages(self.reached.0.saturating_add(self.step.0));
+                self.ask(self.wanted.min(next));
+                self.state = State::Moving { idle: 0, before: self.reached };
+            }
+            State::Moving { idle, before } => {
+                let idle = self.idle(idle, before);
+                self.state = State::Moving { idle, before: self.reached };
+                if idle >= PATIENCE {
+                    self.settle(State::Settled);
+                }
+            }
+            State::Refilling { idle, before } => {
+                let idle = self.idle(idle, before);
+                self.state = State::Refilling { idle, before: self.reached };
+                if idle >= PATIENCE {
+                    self.settle(State::TookBack);
+                }
+            }
+            State::Settled | State::TookBack => {}
         }
-        let idle = if self.reached == before { idle.saturating_add(1) } else { 0 };
-        self.state = State::Moving { idle, before: self.reached };
-        if idle >= PATIENCE {
-            self.settle(State::Settled);
-        }
+    }
+
+    /// Ticks without a page after one more.
+    fn idle(&self, idle: u32, before: Pages) -> u32 {
+        if self.reached == before { idle.saturating_add(1) } else { 0 }
     }
 
     /// What the balloon shall hold in the end.
@@ -173,6 +234,11 @@ impl Pace {
         self.reached
     }
 
+    /// The guest took pages back to live on, and has some of them still.
+    pub fn has_taken_back(&self) -> bool {
+        matches!(self.state, State::TookBack | State::Refilling { .. })
+    }
+
     /// The guest could not give what was wanted, and is no longer asked for it.
     pub fn is_settled(&self) -> bool {
         matches!(self.state, State::Settled | State::TookBack)
@@ -184,7 +250,7 @@ impl Pace {
     }
 
     fn settle(&mut self, state: State) {
-        self.asked = self.reached;
+        (self.asked, self.lowest) = (self.reached, self.reached);
         self.state = state;
     }
 }
@@ -287,18 +353,69 @@ mod tests {
         assert_eq!(pace.asked(), mib(40), "until the host asks anew");
     }
 
+    #[test]
+    fn who_deflates_as_it_was_told_takes_nothing_back() {
+        let mut pace = Pace::new(MAP, mib(60));
+        pace.arrived(mib(60));
+        pace.aim(mib(20), Bytes::ZERO);
+        // More is asked for while the driver is on its way down.
+        pace.adjust(mib(40), Bytes::ZERO);
+        assert!(!pace.arrived(mib(30)) && !pace.arrived(mib(20)));
+        assert_eq!((pace.asked(), pace.has_taken_back()), (mib(40), false));
+        assert!(!pace.arrived(mib(30)) && !pace.arrived(mib(40)));
+        assert!(pace.arrived(mib(39)), "nobody told it so");
+    }
+
+    #[test]
+    fn what_was_taken_back_stays_while_what_is_plugged_moves() {
+        let mut pace = Pace::new(MAP, mib(60));
+        pace.arrived(mib(60));
+        assert!(pace.arrived(mib(50)));
+        pace.adjust(mib(62), Bytes::gib(1));
+        assert_eq!((pace.asked(), pace.wanted()), (mib(50), mib(62)));
+        pace.adjust(mib(40), Bytes::ZERO);
+        assert_eq!(
+            (pace.asked(), pace.has_taken_back()),
+            (mib(40), false),
+            "its target was raised beyond that"
+        );
+    }
+
+    #[test]
+    fn what_a_guest_can_spare_again_is_asked_for_and_no_more() {
+        let mut pace = Pace::new(MAP, mib(60));
+        pace.arrived(mib(60));
+        pace.arrived(mib(40));
+        pace.refill(Bytes::mib(8));
+        assert_eq!((pace.asked(), pace.is_moving()), (mib(48), true));
+        pace.arrived(mib(48));
+        pace.tick();
+        assert_eq!((pace.asked(), pace.is_moving(), pace.has_taken_back()), (mib(48), false, true));
+        pace.refill(Bytes::gib(1));
+        assert_eq!(pace.asked(), mib(60));
+        for _ in 0..=PATIENCE {
+            pace.tick();
+        }
+        assert_eq!((pace.asked(), pace.is_moving()), (mib(48), false), "it could not spare them after all");
+        pace.refill(Bytes::gib(1));
+        pace.arrived(mib(60));
+        assert!(!pace.has_taken_back() && !pace.is_settled());
+    }
+
     proptest! {
         /// Whatever a guest says and does, it is never asked for more than is wanted, never for
         /// what is far from what it has, and every request comes to an end.
         #[test]
-        fn every_request_ends(steps in vec((0u8..4, 0u64..1 << 19, 0u64..2 << 30), 0..60), wanted in 0u64..1 << 18) {
+        fn every_request_ends(steps in vec((0u8..6, 0u64..1 << 19, 0u64..2 << 30), 0..60), wanted in 0u64..1 << 18) {
             let mut pace = Pace::new(MAP, Pages(0));
             let mut goal = Pages(0);
             for (what, pages, free) in steps {
                 match what {
                     0 => { goal = Pages(pages % (1 << 18)); pace.aim(goal, Bytes(free)); }
                     1 => pace.heard(Bytes(free)),
-                    2 => pace.arrived(Pages(pages)),
+                    2 => { pace.arrived(Pages(pages)); }
+                    3 => { goal = Pages(pages % (1 << 18)); pace.adjust(goal, Bytes(free)); }
+                    4 => pace.refill(Bytes(free)),
                     _ => pace.tick(),
                 }
                 prop_assert!(pace.asked() <= goal || pace.is_settled());

@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_memory::GuestAddress;
 
-use super::handle::{Answers, Driver};
+use super::handle::{Answers, Driver, Received};
 use super::pace::{Pace, PaceState};
-use super::{Balloon, STATISTICS, STATS_VQ, wanted_pages};
+use super::{Balloon, DEFLATE_ON_OOM, STATISTICS, STATS_VQ};
 use crate::ranges::Range;
+use crate::unmanaged::Unmanaged;
+use api::guest_memory::{Had, balloon_for};
 use api::report::MOST_STATISTICS;
 use api::status::AgedReport;
 use api::units::{Bytes, PAGE_SIZE, Pages};
@@ -54,6 +56,10 @@ pub struct BalloonState {
     pub statistics_buffer: Option<Head>,
     /// The guest's last report.
     pub report: Option<AgedReport>,
+    /// What of its memory the guest's kernel does not manage, by its own word.
+    pub unmanaged: Bytes,
+    /// What of that was plugged into it.
+    pub off_line: Bytes,
     /// Pages that the guest has given up and the host still held.
     pub given_up: Vec<Run>,
     /// Whether the driver has broken the protocol.
@@ -65,10 +71,7 @@ pub struct BalloonState {
 impl Balloon {
     pub(super) fn saved(&self) -> Result<Value, StateError> {
         let state = self.shared.state();
-        let report = state.report.as_ref().map(|(came, statistics)| AgedReport {
-            age_ms: u64::try_from(came.elapsed().as_millis()).unwrap_or(u64::MAX),
-            statistics: statistics.clone(),
-        });
+        let report = state.report.as_ref().map(Received::aged);
         let run = |range: Range| Run { first: range.start.0 / PAGE_SIZE, count: range.len.pages() };
         state::to_value(&BalloonState {
             version: Version,
@@ -81,6 +84,8 @@ impl Balloon {
             poison: self.poison,
             statistics_buffer: self.statistics.held(),
             report,
+            unmanaged: state.unmanaged.all(),
+            off_line: state.unmanaged.off_line(),
             given_up: self.discard.given_up().into_iter().map(run).collect(),
             broken: state.driver == Driver::Broken,
             faults: self.faults,
@@ -99,9 +104,13 @@ impl Balloon {
             (Some(active), Some(head)) => retake(active, STATISTICS, head),
             _ => false,
         };
-        let given_up = self
-            .check(&state, answers, has_buffer)
-            .map_err(|what| StateError::Unreadable { device: DEVICE, what })?;
+        let unreadable = |what| StateError::Unreadable { device: DEVICE, what };
+        let given_up = self.check(&state, answers, has_buffer).map_err(unreadable)?;
+        let unmanaged = Unmanaged::resumed(state.unmanaged, state.off_line, Instant::now());
+        let unmanaged =
+            unmanaged.ok_or_else(|| unreadable("more is off line than is not managed".to_owned()))?;
+        let deflates_on_oom =
+            active.as_ref().is_some_and(|active| active.features & 1 << DEFLATE_ON_OOM != 0);
         let driver = match active {
             None => Driver::Absent,
             Some(_) if state.broken => Driver::Broken,
@@ -115,8 +124,9 @@ impl Balloon {
             let mut shared = self.shared.state();
             (shared.target, shared.driver) = (state.target, driver);
             // The device has taken up none so far.
-            shared.requests = u64::from(state.pending);
-            shared.report = state.report.map(|report| (came(report.age_ms), report.statistics));
+            (shared.requests, shared.asks_anew) = (u64::from(state.pending), state.pending);
+            shared.report = state.report.map(received);
+            (shared.unmanaged, shared.deflates_on_oom) = (unmanaged, deflates_on_oom);
         }
         if answers {
             self.statistics.resume(state.statistics_buffer);
@@ -146,7 +156,11 @@ impl Balloon {
                 return Err(format!("{name} is {} pages, which is more than all {map}", pages.0));
             }
         }
-        let wanted = wanted_pages(map, state.target);
+        if state.unmanaged > map {
+            return Err(format!("its guest does not manage {}, of {map}", state.unmanaged));
+        }
+        let unmanaged = if self.shared.is_plugged() { Bytes::ZERO } else { state.unmanaged };
+        let wanted = balloon_for(map, state.target, unmanaged);
         if !state.pending && state.pace.wanted != wanted {
             return Err(format!(
                 "wanted is {} pages, and its target takes {}",
@@ -178,8 +192,14 @@ impl Balloon {
     }
 }
 
-/// When a report of such an age came.
-fn came(age_ms: u64) -> Instant {
+/// A report of such an age.
+fn received(report: AgedReport) -> Received {
     let now = Instant::now();
-    now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now)
+    let AgedReport { age_ms, had, managed, statistics } = report;
+    let had = had.zip(managed).map(|(all, managed)| Had {
+        managed,
+        kernel: all.saturating_sub(managed),
+        unmanaged: Bytes::ZERO,
+    });
+    Received { at: now.checked_sub(Duration::from_millis(age_ms)).unwrap_or(now), report: statistics, had }
 }

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Standing, steps};
+use super::{Standing, cushion, steps};
 use crate::device::{Handle, TargetError};
 use crate::plug;
-use api::status::{DriverState, PlugStatus};
+use api::status::{CushionStatus, DriverState, PlugStatus};
 use api::units::Bytes;
 
 /// Why a target can't be set.
@@ -60,6 +60,10 @@ struct Pluggable {
 
 struct Course {
     target: Bytes,
+    /// The most that the guest may have, cushion included.
+    max: Bytes,
+    /// Its virtio-mem driver was there at the last look.
+    plugs: bool,
     /// What the balloon was last asked to hold.
     held: Bytes,
     plugged: Bytes,
@@ -79,6 +83,7 @@ pub struct Steering {
 /// What [`Steering::events`] are for.
 const MOVED: usize = 0;
 const TIMER: usize = 1;
+const BALLOON_MOVED: usize = 2;
 
 impl Steering {
     /// By the balloon alone.
@@ -98,8 +103,16 @@ impl Steering {
         if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }
+        let (plugs, tells) = (plug.clone(), plug.clone());
+        let changed = move || {
+            // The one failure is a full counter, which is news already pending.
+            let _ = tells.moved().write(1);
+        };
+        balloon.plugs(plug.most(), move || plugs.plugged(), changed);
         let course = Course {
             target: boot,
+            max: boot.saturating_add(plug.most()),
+            plugs: false,
             held: Bytes::ZERO,
             plugged: Bytes::ZERO,
             since: Instant::now(),
@@ -123,15 +136,16 @@ impl Steering {
         let Some(pluggable) = &self.pluggable else {
             return Ok(self.balloon.set_target(target)?);
         };
-        let Pluggable { plug, boot, .. } = &**pluggable;
+        let plug = &pluggable.plug;
         pluggable.check(target)?;
-        let above = plug.whole_blocks(target.saturating_sub(*boot));
+        let boot = pluggable.managed_boot(&self.balloon);
+        let above = plug.whole_blocks(target.saturating_sub(boot));
         let has = boot.saturating_add(plug.plugged());
         if boot.saturating_add(above) > has && plug.driver() != DriverState::Active {
             return Err(SteeringError::NoPlug { has });
         }
         let absent = matches!(self.balloon.driver(), DriverState::Absent | DriverState::Broken);
-        if target < *boot && absent {
+        if target < boot && absent {
             return Err(SteeringError::NoBalloon);
         }
         pluggable.aim(target, &self.balloon);
@@ -151,6 +165,15 @@ impl Steering {
         Ok(())
     }
 
+    /// The guest may have `max` from now on: no more is plugged for it, though its target is set by others.
+    pub fn set_max(&self, max: Bytes) {
+        if let Some(pluggable) = &self.pluggable {
+            let mut course = pluggable.course.lock();
+            course.max = max;
+            pluggable.step(&mut course, &self.balloon, Ask::Adjust);
+        }
+    }
+
     /// The guest's processors stand still from now on, or, without `resting`, run again. It is given no less
     /// time for what it was asked because of that.
     pub fn rest(&self, resting: bool) {
@@ -159,7 +182,7 @@ impl Steering {
             let mut course = pluggable.course.lock();
             course.resting = resting;
             course.since = Instant::now();
-            pluggable.step(&mut course, &self.balloon, false);
+            pluggable.step(&mut course, &self.balloon, Ask::Adjust);
         }
     }
 
@@ -170,14 +193,35 @@ impl Steering {
             .map_or_else(|| self.balloon.target(), |pluggable| pluggable.course.lock().target)
     }
 
-    /// What the guest has: boot memory and what is plugged, less what its driver says that the balloon holds.
-    pub fn actual(&self) -> Bytes {
+    /// What the guest was given: boot memory and what is plugged, less what its driver says that the balloon
+    /// holds.
+    pub fn given(&self) -> Bytes {
         // The balloon counts from all that could be plugged.
         let unplugged = self
             .pluggable
             .as_ref()
             .map_or(Bytes::ZERO, |pluggable| pluggable.plug.most().saturating_sub(pluggable.plug.plugged()));
-        self.balloon.actual().saturating_sub(unplugged)
+        self.balloon.given().saturating_sub(unplugged)
+    }
+
+    /// What the guest has: what it was given, less what its kernel does not manage.
+    pub fn actual(&self) -> Bytes {
+        self.given().saturating_sub(self.balloon.unmanaged())
+    }
+
+    /// The most that the guest can have, as far as its kernel manages it. Where it left plugged memory off
+    /// line, that is no more than it has plugged already.
+    pub fn most(&self) -> Bytes {
+        let Some(pluggable) = &self.pluggable else {
+            return self.balloon.map().saturating_sub(self.balloon.unmanaged());
+        };
+        let plug = &pluggable.plug;
+        let plugged = if self.balloon.stays_off_line() {
+            plug.plugged().saturating_sub(self.balloon.off_line())
+        } else {
+            plug.most()
+        };
+        pluggable.managed_boot(&self.balloon).saturating_add(plugged)
     }
 
     /// How the guest's plugged memory stands; `None` where it has a balloon alone.
@@ -193,10 +237,22 @@ impl Steering {
         })
     }
 
+    /// What is kept plugged beyond the target; `None` where the guest has a balloon alone.
+    pub fn cushion(&self) -> Option<CushionStatus> {
+        let pluggable = self.pluggable.as_ref()?;
+        let size = pluggable.cushion(&pluggable.course.lock(), &self.balloon);
+        let has_plugged = pluggable.boot.saturating_add(pluggable.plug.plugged());
+        Some(CushionStatus { size, held: has_plugged.saturating_sub(self.given()).min(size) })
+    }
+
     /// Descriptors that an event loop shall watch for reading; none where there is nothing to steer.
     pub fn events(&self) -> Vec<RawFd> {
         self.pluggable.as_ref().map_or_else(Vec::new, |pluggable| {
-            vec![pluggable.plug.moved().as_raw_fd(), pluggable.timer.lock().as_raw_fd()]
+            vec![
+                pluggable.plug.moved().as_raw_fd(),
+                pluggable.timer.lock().as_raw_fd(),
+                self.balloon.moved().as_raw_fd(),
+            ]
         })
     }
 
@@ -207,6 +263,7 @@ impl Steering {
             MOVED => drop(pluggable.plug.moved().read()),
             // Not expired after all where another look has rearmed it.
             TIMER => drop(pluggable.timer.lock().wait()),
+            BALLOON_MOVED => drop(self.balloon.moved().read()),
             _ => return,
         }
         let mut course = pluggable.course.lock();
@@ -214,8 +271,18 @@ impl Steering {
         if std::mem::replace(&mut course.plugged, plugged) != plugged {
             course.since = Instant::now();
         }
-        pluggable.step(&mut course, &self.balloon, false);
+        pluggable.look_at_driver(&mut course, &self.balloon);
+        pluggable.step(&mut course, &self.balloon, Ask::Adjust);
     }
+}
+
+/// How a balloon is asked to hold something else.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    /// The guest shall have less than before, or is to try once more.
+    Anew,
+    /// What it has plugged has changed, or it shall have more.
+    Adjust,
 }
 
 impl Pluggable {
@@ -227,30 +294,68 @@ impl Pluggable {
         if is_out { Err(SteeringError::OutOfMap { target, map }) } else { Ok(()) }
     }
 
+    /// What the guest's kernel manages of what it booted with.
+    fn managed_boot(&self, balloon: &Handle) -> Bytes {
+        let never_plugged = balloon.unmanaged().saturating_sub(balloon.off_line());
+        self.boot.saturating_sub(never_plugged)
+    }
+
     fn aim(&self, target: Bytes, balloon: &Handle) {
-        let above = self.plug.whole_blocks(target.saturating_sub(self.boot));
+        let boot = self.managed_boot(balloon);
+        let above = self.plug.whole_blocks(target.saturating_sub(boot));
         let mut course = self.course.lock();
-        course.target = if target < self.boot { target } else { self.boot.saturating_add(above) };
+        let target = if target < boot { target } else { boot.saturating_add(above) };
+        // One in need is not squeezed because it is granted something.
+        let ask = if target > course.target { Ask::Adjust } else { Ask::Anew };
+        course.target = target;
         course.since = Instant::now();
-        self.step(&mut course, balloon, true);
+        self.step(&mut course, balloon, ask);
+    }
+
+    /// A guest whose virtio-mem driver has gone can't come to a target above what it has.
+    fn look_at_driver(&self, course: &mut Course, balloon: &Handle) {
+        let plugs = self.plug.driver() == DriverState::Active;
+        let has = self.managed_boot(balloon).saturating_add(self.plug.plugged());
+        if std::mem::replace(&mut course.plugs, plugs) && !plugs && course.target > has {
+            tracing::warn!(
+                "the guest's virtio-mem driver has gone: its target falls from {} to the {has} that it has",
+                course.target
+            );
+            course.target = has;
+        }
+    }
+
+    /// What to keep plugged beyond the target.
+    fn cushion(&self, course: &Course, balloon: &Handle) -> Bytes {
+        // Without a balloon that gives it back, it would be the guest's already, or nobody's.
+        if balloon.deflates_on_oom() { cushion(course.target, course.max) } else { Bytes::ZERO }
     }
 
     /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked
-    /// for before it is asked for again only `anew`.
-    fn step(&self, course: &mut Course, balloon: &Handle, anew: bool) {
+    /// for before it is asked for again only [`Ask::Anew`].
+    fn step(&self, course: &mut Course, balloon: &Handle, ask: Ask) {
         let standing = Standing {
-            boot: self.boot,
+            boot: self.managed_boot(balloon),
+            block: self.plug.block(),
             plugged: self.plug.plugged(),
+            off_line: balloon.off_line(),
             driver: self.plug.driver() == DriverState::Active,
             waited: if course.resting { Duration::ZERO } else { course.since.elapsed() },
             held: course.held,
+            balloon: balloon.holds(),
+            cushion: self.cushion(course, balloon),
         };
         let steps = steps(standing, course.target);
         self.plug.request(steps.requested);
         let map = self.boot.saturating_add(self.plug.most());
-        let asks = anew || steps.held != course.held;
+        let target = map.saturating_sub(steps.held);
+        let asked = match ask {
+            Ask::Anew => balloon.retarget(target),
+            Ask::Adjust if steps.held != course.held => balloon.adjust(target),
+            Ask::Adjust => Ok(()),
+        };
         // A driver that is away finds it when it comes back: nobody looks again because of that.
-        if asks && balloon.retarget(map.saturating_sub(steps.held)).is_ok() {
+        if asked.is_ok() {
             course.held = steps.held;
         }
         self.look_again(steps.look_again);

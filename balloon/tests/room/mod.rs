@@ -19,6 +19,7 @@ pub fn config() -> Config {
         deflate_on_oom: true,
         reporting: true,
         statistics_interval: Duration::from_secs(3600),
+        refills: false,
     }
 }
 

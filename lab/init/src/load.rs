@@ -12,13 +12,18 @@
 //! remove                    removes that file
 //! plugged                   prints in how many places there is memory that virtio_mem has added
 //! random:COUNT              reads 64 bytes from /dev/hwrng so often: each is one request to the device
+//! kernel                    says where the kernel lies (see `show`)
 //! show                      says where a page of this process is (see `show`)
 //! keep:SIZE:SEED            takes SIZE and fills it with a pattern that it remembers
 //! check                     looks whether all that is kept is as it was
 //! forget                    gives back what is kept
+//! write-disk:DISK:SIZE:SEED fills the first SIZE of /dev/DISK with a pattern, and flushes it
+//! read-disk:DISK:SIZE:SEED  looks whether it is there, past the guest's cache
+//! discard-disk:DISK:SIZE    tells the disk that the first SIZE of it are not needed
 //! hog                       has another process take memory until the kernel kills it
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
+//! set:FILE:VALUE            writes a value into a file of the kernel's
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
@@ -32,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::disk;
 use crate::guest::oom_kills;
 use crate::memory::Block;
 use crate::show;
@@ -133,9 +139,15 @@ impl Load {
             ["release", time] => self.release(duration(time)?),
             ["file", bytes] => write_file(size(bytes)?).map_err(file)?,
             ["remove"] => fs::remove_file(FILE).map_err(file)?,
+            ["set", file, value] => {
+                fs::write(file, value).map_err(|error| format!("{file} can't be set to {value}: {error}"))?;
+            }
             ["plugged"] => println!("PLUGGED places={}", plugged()?),
             ["random", count] => {
                 ask_for_random(number(count)?).map_err(|error| format!("/dev/hwrng: {error}"))?
+            }
+            ["kernel"] => {
+                println!("{}", show::kernel().map_err(|error| format!("no kernel is found: {error}"))?)
             }
             ["show"] => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
             ["keep", bytes, seed] => {
@@ -145,13 +157,17 @@ impl Load {
             }
             ["check"] => self.check()?,
             ["forget"] => self.kept.clear(),
+            ["write-disk", name, bytes, seed] => disk::write(name, size(bytes)?, number(seed)?)?,
+            ["read-disk", name, bytes, seed] => disk::read(name, size(bytes)?, number(seed)?)?,
+            ["discard-disk", name, bytes] => disk::discard(name, size(bytes)?)?,
             ["hog"] => hog()?,
             ["unbind" | "bind", driver] => hand_over(driver, parts[0])?,
             _ => {
                 return Err(format!(
                     "`{step}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                      hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
-                     forget, hog, unbind:DRIVER, bind:DRIVER, random:COUNT or show"
+                     forget, write-disk:DISK:SIZE:SEED, read-disk:DISK:SIZE:SEED, discard-disk:DISK:SIZE, hog, \
+                     unbind:DRIVER, bind:DRIVER, random:COUNT, kernel or show"
                 ));
             }
         }

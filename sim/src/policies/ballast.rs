@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use api::guest_memory::GuestMemory;
 use api::status::DriverState;
 use api::units::Bytes;
 
@@ -33,22 +34,29 @@ impl Ballast {
 }
 
 fn observed(vm: &VmInput, now: Duration) -> Observation {
-    let spare = vm.report.map(|report| (now.saturating_sub(report.taken), report.available));
-    let silent = spare.is_some_and(|(age, _)| age > Duration::from_secs(5));
+    let guest = vm.report.map(|report| GuestMemory {
+        age: now.saturating_sub(report.taken),
+        spare: report.available,
+        ..GuestMemory::default()
+    });
+    let silent = guest.is_some_and(|said| said.age > Duration::from_secs(5));
     let driver = match (vm.driver, silent) {
         (false, _) => DriverState::Absent,
         (true, true) => DriverState::Silent,
         (true, false) => DriverState::Active,
     };
     let stalls = Stalls { allocation_stalls: vm.report.map(|report| report.stalls), ..Stalls::default() };
+    // As the daemon caps them.
+    let limits = vm.limits.capped(vm.most.min(vm.allowed.unwrap_or(vm.most)));
     Observation {
         target: vm.target,
         actual: vm.actual,
-        host_rss: Some(vm.resident),
+        unmanaged: vm.unmanaged,
+        host_rss: (!vm.hidden).then_some(vm.resident),
         driver,
-        spare,
+        guest,
         stalls,
-        ..Observation::of(vm.limits)
+        ..Observation::of(limits)
     }
 }
 

@@ -9,8 +9,8 @@ use api::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, PauseRequest, Pauser,
-    PlugCounters, PlugStatus, VmState, VmStatus,
+    AgedReport, BalloonCounters, ConsoleStatus, CushionStatus, DriverState, MemoryStatus, OomDeflate,
+    PauseRequest, Pauser, PlugCounters, PlugStatus, VmState, VmStatus,
 };
 use api::units::Bytes;
 use serde_json::{Value, json};
@@ -166,6 +166,8 @@ fn agent() -> AgentStatus {
         age_ms: u64::MAX,
         distress_age_ms: Some(u64::MAX),
         figures: serde_json::from_value(Value::Object(full)).unwrap(),
+        had: Some(Bytes(u64::MAX)),
+        managed: Some(Bytes(u64::MAX)),
         heard: u64::MAX,
         dropped: u64::MAX,
         malformed: u64::MAX,
@@ -180,6 +182,7 @@ fn every_line_of_the_events_is_as_described() {
         EventKind::Figures,
         EventKind::Distress,
         EventKind::Stalls,
+        EventKind::DeflatedOnOom,
         EventKind::AgentGone,
     ] {
         for agent in [None, Some(agent())] {
@@ -199,13 +202,20 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
         limits: Limits::fixed(Bytes::gib(1)).unwrap(),
         target: Bytes::gib(1),
         actual: Bytes(u64::MAX),
+        given: Some(Bytes(u64::MAX)),
+        most: Some(Bytes(u64::MAX)),
         settled: false,
         followed: Some(true),
         paused_by: Some(Pauser::Balancer),
         host_rss: Some(Bytes::ZERO),
         host_huge: Some(Bytes::ZERO),
         driver,
-        report: Some(AgedReport { age_ms: u64::MAX, statistics }),
+        report: Some(AgedReport {
+            age_ms: u64::MAX,
+            had: Some(Bytes(u64::MAX)),
+            managed: Some(Bytes(u64::MAX)),
+            statistics,
+        }),
         agent: Some(agent()),
         counters: BalloonCounters::default(),
         plug: Some(PlugStatus {
@@ -216,6 +226,8 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
             plugged: Bytes::mib(66),
             counters: PlugCounters::default(),
         }),
+        cushion: Some(CushionStatus { size: Bytes::mib(64), held: Bytes::ZERO }),
+        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), age_ms: u64::MAX }),
     }
 }
 

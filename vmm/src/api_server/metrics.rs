@@ -67,16 +67,24 @@ fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     page.gauge("memory_max_bytes", "Memory that the guest is never grown above.", limits.max());
     page.gauge("memory_target_bytes", "Memory that the guest was last asked to have.", memory.target);
     page.gauge("memory_actual_bytes", "Memory that the guest has.", memory.actual);
+    let help = "Memory that the guest was given, whether its kernel manages it or not.";
+    page.gauge("memory_given_bytes", help, memory.given);
     page.gauge("memory_host_rss_bytes", "Guest memory that the host really holds.", memory.host_rss);
     let help = "Guest memory that the host holds in huge pages.";
     page.gauge("memory_host_huge_bytes", help, memory.host_huge);
-    let help = "Actual less what the guest says it could spare.";
+    let help = "What the guest had when it last spoke, less what it could spare then.";
     page.gauge("guest_memory_used_bytes", help, memory.used());
     let buffer = f64::from(limits.buffer_percent()) / 100.0;
     let help = "Spare memory on top of the guest's use, as a share of that use.";
     page.gauge("memory_buffer_ratios", help, buffer);
     let help = "The VM's share when memory is short, relative to the others'.";
     page.gauge("memory_weight", help, u64::from(limits.weight()));
+    let help = "Memory that is kept plugged for a guest that runs out of memory.";
+    page.gauge("memory_cushion_bytes", help, memory.cushion.map(|cushion| cushion.size));
+    let help = "What of that the balloon holds.";
+    page.gauge("memory_cushion_held_bytes", help, memory.cushion.map(|cushion| cushion.held));
+    let help = "Memory that the guest took of its balloon rather than run out of memory, and has still.";
+    page.gauge("memory_taken_bytes", help, memory.oom_deflate.map(|deflate| deflate.taken));
     let help = "1 for the state that the guest's balloon driver is in.";
     states(page, "balloon_driver_state", help, memory.driver, &DRIVER_STATES);
 }
@@ -93,6 +101,11 @@ fn balloon_figures(memory: &MemoryStatus, page: &mut Page) {
             "balloon_deflated_bytes",
             "Memory given back to the guest by the balloon.",
             Value::from(counters.deflated),
+        ),
+        (
+            "balloon_oom_deflated_bytes",
+            "Memory that the guest took of the balloon rather than run out of memory.",
+            Value::from(counters.oom_deflated),
         ),
         ("balloon_reported_bytes", "Free memory reported by the guest.", Value::from(counters.reported)),
         ("balloon_discarded_bytes", "Memory given back to the host.", Value::from(counters.discarded)),

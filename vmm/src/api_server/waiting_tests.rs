@@ -173,6 +173,7 @@ fn running_guest() -> (Running, Arc<VcpuSet>) {
         deflate_on_oom: true,
         reporting: true,
         statistics_interval: Duration::ZERO,
+        refills: false,
     };
     let (_balloon, handle) = Balloon::new(config, discard).unwrap();
     let vcpu_set = VcpuSet::new(1).unwrap();

@@ -49,6 +49,8 @@ pub fn balloon(options: BalloonOptions, limits: Limits, ram: &Ram) -> io::Result
         deflate_on_oom: options.deflate_on_oom,
         reporting: options.reporting,
         statistics_interval: options.statistics_interval,
+        // A balloon alone asks again when it is given a target.
+        refills: pluggable.is_some(),
     };
     Balloon::new(config, discard)
 }

@@ -44,6 +44,8 @@ pub struct Accounts {
     smaps: Box<dyn Fn() -> io::Result<Box<dyn BufRead>> + Send + Sync>,
     /// What it tells of the whole.
     statm: File,
+    /// The memfd behind the mappings, if there is one.
+    file: Option<File>,
     mappings: Vec<Range<u64>>,
     state: Mutex<State>,
     changed: Condvar,
@@ -71,8 +73,8 @@ struct Count {
     at: Instant,
     took: Duration,
     held: Held,
-    /// The anonymous memory of the whole process then.
-    process: Bytes,
+    /// What the process or the file had then (see [`Accounts::quick`]).
+    quick: Bytes,
 }
 
 impl Count {
@@ -86,23 +88,23 @@ impl Count {
         self.took < PATIENCE && self.is_kept(now)
     }
 
-    /// What is held when the process has `process` of anonymous memory and mapped `mapped`.
+    /// What is held when the process or the file has `quick`, and mapped is `mapped`.
     ///
     /// All but the guest's memory hardly changes; and as the count took its least, the error is
     /// to more.
-    fn moved(&self, process: Bytes, mapped: Bytes) -> Held {
-        let resident = self.held.resident.saturating_add(process).saturating_sub(self.process).min(mapped);
+    fn moved(&self, quick: Bytes, mapped: Bytes) -> Held {
+        let resident = self.held.resident.saturating_add(quick).saturating_sub(self.quick).min(mapped);
         Held { resident, huge: self.held.huge.min(resident) }
     }
 }
 
 impl Accounts {
-    /// The accounts of what lies in `mappings`, by this process's addresses. What they are read from is
-    /// opened here: nothing can be opened once the guest runs.
+    /// The accounts of what lies in `mappings`, by this process's addresses, which are of `file` or of
+    /// anonymous memory. What they are read from is opened here: nothing can be opened once the guest runs.
     ///
     /// # Errors
     /// When the kernel's accounts can't be opened.
-    pub fn new(mappings: Vec<Range<u64>>) -> io::Result<Self> {
+    pub fn new(mappings: Vec<Range<u64>>, file: Option<File>) -> io::Result<Self> {
         let (smaps, statm) = (Arc::new(File::open("/proc/self/smaps")?), File::open("/proc/self/statm")?);
         let smaps = move || {
             (&*smaps).rewind()?;
@@ -110,20 +112,17 @@ impl Accounts {
         };
         let state = State { last: None, counter: Counter::Asker };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        Ok(Self { smaps: Box::new(smaps), statm, mappings, state, changed })
+        Ok(Self { smaps: Box::new(smaps), statm, file, mappings, state, changed })
     }
 
-    /// Counts once, and has a thread do it from now on, to the end of the process.
+    /// Has a thread count from now on, to the end of the process, whenever someone asks.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// There is no thread to be had.
     pub fn start(self: &Arc<Self>) -> io::Result<()> {
-        let first = self.count()?;
         let accounts = Arc::clone(self);
         Builder::new().name("accounts".to_owned()).stack_size(STACK).spawn(move || accounts.serve())?;
-        let mut state = self.state.lock();
-        state.last = Some(first);
-        state.counter = Counter::Idle;
+        self.state.lock().counter = Counter::Idle;
         Ok(())
     }
 
@@ -131,7 +130,7 @@ impl Accounts {
     /// [started](Self::start) it takes a tenth of a second at most.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read.
+    /// When the kernel's accounts can't be read, or the first count takes longer than that and is not done yet.
     pub fn held(&self) -> io::Result<Held> {
         let mut state = self.state.lock();
         // Whoever asks meanwhile waits for the same count.
@@ -157,8 +156,8 @@ impl Accounts {
         drop(state);
         match last {
             Some(count) if count.is_good(Instant::now()) => Ok(count.held),
-            Some(count) => Ok(count.moved(self.process()?, self.mapped())),
-            None => Err(io::ErrorKind::NotFound.into()),
+            Some(count) => Ok(count.moved(self.quick()?, self.mapped())),
+            None => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -185,10 +184,10 @@ impl Accounts {
     }
 
     fn count(&self) -> io::Result<Count> {
-        let (begun, before) = (Instant::now(), self.process()?);
+        let (begun, before) = (Instant::now(), self.quick()?);
         let held = self.ask()?;
-        let (at, after) = (Instant::now(), self.process()?);
-        Ok(Count { at, took: at.saturating_duration_since(begun), held, process: before.min(after) })
+        let (at, after) = (Instant::now(), self.quick()?);
+        Ok(Count { at, took: at.saturating_duration_since(begun), held, quick: before.min(after) })
     }
 
     fn mapped(&self) -> Bytes {
@@ -206,7 +205,18 @@ impl Accounts {
     /// # Errors
     /// When the kernel's accounts can't be read.
     pub fn ask(&self) -> io::Result<Held> {
-        self.read((self.smaps)()?)
+        let mapped = self.read((self.smaps)()?)?;
+        let Some(file) = &self.file else { return Ok(mapped.held) };
+        // Others may have touched pages of a memfd that this process has not mapped: what is allocated and not
+        // swapped out is there.
+        let resident = allocated(file)?.saturating_sub(mapped.swapped);
+        Ok(Held { resident, huge: mapped.held.huge.min(resident) })
+    }
+
+    /// What costs nothing to read and moves with what is held: what the memfd has allocated, or the anonymous
+    /// memory of this process.
+    fn quick(&self) -> io::Result<Bytes> {
+        self.file.as_ref().map_or_else(|| self.process(), allocated)
     }
 
     /// The anonymous memory of this process, from counters that the kernel keeps anyway
@@ -222,9 +232,9 @@ impl Accounts {
         Ok(Pages(resident).bytes().saturating_sub(Pages(files).bytes()))
     }
 
-    fn read(&self, smaps: impl BufRead) -> io::Result<Held> {
+    fn read(&self, smaps: impl BufRead) -> io::Result<Mapped> {
         let mut inside = false;
-        let mut held = Held::default();
+        let (mut held, mut swapped) = (Held::default(), Bytes::ZERO);
         for line in smaps.lines() {
             let line = line?;
             if let Some(range) = mapping_line(&line) {
@@ -235,6 +245,8 @@ impl Accounts {
             let amount = || Bytes::kib(amount.trim().trim_end_matches(" kB").parse().unwrap_or(0));
             match field {
                 "Rss" => held.resident = held.resident.saturating_add(amount()),
+                // Of a shared mapping, all that is swapped out of that part of the file.
+                "Swap" => swapped = swapped.saturating_add(amount()),
                 "AnonHugePages" | "ShmemPmdMapped" | "FilePmdMapped" => {
                     held.huge = held.huge.saturating_add(amount());
                 }
@@ -246,8 +258,24 @@ impl Accounts {
                 _ => {}
             }
         }
-        Ok(held)
+        Ok(Mapped { held, swapped })
     }
+}
+
+/// What smaps tells of the mappings.
+struct Mapped {
+    held: Held,
+    swapped: Bytes,
+}
+
+/// What a file in memory has allocated, swapped out or not. st_blocks counts 512 bytes, whatever the file
+/// system's block is (stat(2)).
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn allocated(file: &File) -> io::Result<Bytes> {
+    let blocks = u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(0);
+    Ok(Bytes(blocks.saturating_mul(512)))
 }
 
 /// The addresses in the first line of a mapping in smaps, such as `7f00-7f01 rw-p ...`.
@@ -265,7 +293,7 @@ mod tests {
 
     #[test]
     fn only_the_mappings_asked_for_count_and_each_kind_of_huge_page_does() {
-        let accounts = Accounts::new(vec![0x20_0000..0x40_0000, 0x40_0000..0x80_0000]).unwrap();
+        let accounts = Accounts::new(vec![0x20_0000..0x40_0000, 0x40_0000..0x80_0000], None).unwrap();
         let smaps = "\
 00100000-00200000 rw-p 00000000 00:00 0
 Rss:                1024 kB
@@ -278,16 +306,42 @@ VmFlags: rd wr mr mw me dc ac sd
 00400000-00800000 rw-s 00000000 00:01 7    /memfd:guest-memory (deleted)
 Rss:                   0 kB
 Shared_Hugetlb:     2048 kB
+Swap:               3072 kB
+SwapPss:            3072 kB
 00800000-00a00000 rw-s 00000000 00:01 7
 ShmemPmdMapped:     2048 kB
 ";
-        let held = accounts.read(smaps.as_bytes()).unwrap();
-        assert_eq!(held, Held { resident: Bytes::mib(5), huge: Bytes::mib(4) });
+        let mapped = accounts.read(smaps.as_bytes()).unwrap();
+        assert_eq!(mapped.held, Held { resident: Bytes::mib(5), huge: Bytes::mib(4) });
+        assert_eq!(mapped.swapped, Bytes::mib(3));
+    }
+
+    /// The file has 9 MiB, of which the kernel says that it swapped out five: the rest is resident, whoever
+    /// touched it.
+    #[test]
+    fn what_is_swapped_out_of_a_memfd_is_not_held() {
+        let file = tempfile::tempfile().unwrap();
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 9 << 20).unwrap();
+        let all = allocated(&file).unwrap();
+        assert!(all >= Bytes::mib(9));
+        let mut accounts = Accounts::new(vec![0x10_0000..0x200_0000], Some(file)).unwrap();
+        let smaps = "\
+00100000-02000000 rw-s 00000000 00:01 7    /memfd:guest-memory (deleted)
+Rss:                1024 kB
+ShmemPmdMapped:     2048 kB
+Swap:               5120 kB
+";
+        accounts.smaps = Box::new(move || Ok(Box::new(smaps.as_bytes()) as Box<dyn BufRead>));
+        let held = accounts.held().unwrap();
+        assert_eq!(held, Held { resident: all - Bytes::mib(5), huge: Bytes::mib(2) });
+        // Reckoned from an older count, it moves with what the file has.
+        let count = accounts.state.lock().last.unwrap();
+        assert_eq!(count.moved(all + Bytes::mib(1), Bytes::mib(30)).resident, held.resident + Bytes::mib(1));
     }
 
     fn counted(at: Instant, milliseconds: u64) -> Count {
         let held = Held { resident: Bytes::mib(100), huge: Bytes::mib(40) };
-        Count { at, took: Duration::from_millis(milliseconds), held, process: Bytes::mib(110) }
+        Count { at, took: Duration::from_millis(milliseconds), held, quick: Bytes::mib(110) }
     }
 
     #[test]
@@ -328,11 +382,16 @@ ShmemPmdMapped:     2048 kB
         let mapping = 0x1000_0000..0x4000_0000;
         let path = smaps.clone();
         let open = move || Ok(Box::new(BufReader::new(File::open(&path)?)) as Box<dyn BufRead>);
-        let accounts = Accounts::new(vec![mapping]).unwrap();
+        let accounts = Accounts::new(vec![mapping], None).unwrap();
         let accounts = Arc::new(Accounts { smaps: Box::new(open), ..accounts });
-        let told = tell(100);
         accounts.start().unwrap();
-        told.join().unwrap();
+        // Nothing is known before the first count is done, and nobody waits for it.
+        assert_eq!(accounts.held().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        tell(100).join().unwrap();
+        let deadline = Instant::now() + LONG;
+        while accounts.held().is_err() {
+            assert!(Instant::now() < deadline, "it is never counted");
+        }
         if let Some(last) = &mut accounts.state.lock().last {
             assert_eq!(last.held.resident, Bytes::mib(100));
             last.took = Duration::ZERO;
@@ -348,7 +407,6 @@ ShmemPmdMapped:     2048 kB
         assert!(matches!(accounts.state.lock().counter, Counter::Busy { .. }), "nothing was told");
 
         tell(7).join().unwrap();
-        let deadline = Instant::now() + LONG;
         while accounts.held().unwrap().resident > Bytes::mib(15) {
             assert!(Instant::now() < deadline, "{:?}", accounts.held());
             std::thread::yield_now();
@@ -364,7 +422,12 @@ ShmemPmdMapped:     2048 kB
 
         let ram = Ram::new(Bytes::mib(64), MemoryOptions::default()).unwrap();
         ram.count().unwrap();
-        assert_eq!(ram.held().unwrap().resident, Bytes::ZERO);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let first = std::iter::from_fn(|| Some(ram.held())).find_map(|held| {
+            assert!(Instant::now() < deadline, "{held:?}");
+            held.ok()
+        });
+        assert_eq!(first.unwrap().resident, Bytes::ZERO);
         for page in 0..Bytes::mib(8).pages().0 {
             ram.guest().write_obj(1u8, GuestAddress(page * 4096)).unwrap();
         }
@@ -372,7 +435,6 @@ ShmemPmdMapped:     2048 kB
         if let Some(last) = &mut ram.accounts.state.lock().last {
             last.took = Duration::ZERO;
         }
-        let deadline = Instant::now() + Duration::from_secs(60);
         while ram.held().unwrap().resident != Bytes::mib(8) {
             assert!(Instant::now() < deadline, "{:?}", ram.held());
             std::thread::yield_now();

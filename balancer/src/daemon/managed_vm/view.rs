@@ -18,6 +18,7 @@ impl ManagedVm {
             entitlement: vm.entitlement(),
             target: vm.observed.target,
             actual: vm.observed.actual,
+            unmanaged: vm.observed.unmanaged,
             host_rss: self.account.told(vm.observed.host_rss),
             holder: self.account.holder(),
             huge_percent: self.huge_percent,
@@ -42,8 +43,8 @@ impl ManagedVm {
             report_age_ms: self
                 .vm
                 .as_ref()
-                .and_then(|vm| vm.observed.spare)
-                .map(|(age, _)| age.as_millis() as u64),
+                .and_then(|vm| vm.observed.guest)
+                .map(|said| said.age.as_millis() as u64),
             last_reason: self.last_reason,
             grows: self.grows,
             shrinks: self.shrinks,

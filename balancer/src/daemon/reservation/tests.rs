@@ -5,6 +5,11 @@ use crate::host::{Budget, HostMemory};
 use crate::policy::host_state::HostState;
 use crate::policy::{HostObservation, Policy, Settings};
 
+/// What a guest says that could spare so much a moment ago.
+fn spares(spare: Bytes) -> GuestMemory {
+    GuestMemory { spare, ..GuestMemory::default() }
+}
+
 fn request(name: &str, limits: &str) -> ReservationRequest {
     ReservationRequest {
         name: name.to_owned(),
@@ -79,7 +84,7 @@ fn room_is_made_by_others_and_never_more_is_given_than_there_is() {
         Duration::from_secs(1000),
         Observation {
             driver: DriverState::Active,
-            spare: Some((Duration::ZERO, Bytes::mib(500))),
+            guest: Some(spares(Bytes::mib(500))),
             ..Observation::of(limits)
         },
     );
@@ -96,7 +101,7 @@ fn room_is_made_by_others_and_never_more_is_given_than_there_is() {
         // The guest follows with a lag of a round, 100 MiB at a time.
         let to = other.observed.target.max(other.observed.actual.saturating_sub(Bytes::mib(100)));
         other.observed.actual = to;
-        other.observed.spare = Some((Duration::ZERO, to.saturating_sub(Bytes::mib(200))));
+        other.observed.guest = Some(spares(to.saturating_sub(Bytes::mib(200))));
         assert!(
             granted.last().unwrap().saturating_add(other.observed.actual.max(other.observed.target))
                 <= Bytes::gib(1)
@@ -172,7 +177,7 @@ fn starting(touched: Bytes, more: Bytes) -> (Bytes, Bytes, crate::policy::Balanc
         Observation {
             driver: DriverState::Active,
             host_rss: Some(resident),
-            spare: Some((Duration::ZERO, Bytes::gib(20))),
+            guest: Some(spares(Bytes::gib(20))),
             ..Observation::of("50G,min=8G,max=50G".parse().unwrap())
         },
     );

@@ -9,6 +9,44 @@ fn a_guest_in_need_grows_within_a_tick_or_two() {
     assert!(world.target(0) >= Bytes::mib(290), "{}", world.target(0));
 }
 
+/// A guest that took so much out of its balloon a moment ago.
+fn takes_back(guest: &mut Guest, amount: Bytes) {
+    (guest.stuck, guest.speed) = (true, Bytes::ZERO);
+    let observed = &mut guest.vm.observed;
+    observed.actual = observed.target.saturating_add(amount);
+    (observed.taken, observed.ran_out) = (amount, true);
+    observed.guest = Some(GuestMemory { age: Duration::from_millis(3), ..GuestMemory::default() });
+}
+
+#[test]
+fn who_took_pages_back_rather_than_run_out_of_memory_is_granted_them_and_more_at_once() {
+    let mut world = World::new(Bytes::gib(2), vec![Guest::new(1, WIDE, Bytes::mib(100))]);
+    world.run(5);
+    let before = world.target(0);
+    world.now += Duration::from_millis(300);
+    takes_back(&mut world.guests[0], Bytes::mib(8));
+    world.round();
+    // All that it has is in use, and it waits.
+    let has = before + Bytes::mib(8);
+    assert!(world.target(0) >= has.percent(125), "{} of {has}", world.target(0));
+}
+
+#[test]
+fn who_keeps_what_it_took_is_charged_for_it_and_is_not_stuck() {
+    let mut world = World::new(Bytes::mib(276), vec![Guest::new(1, WIDE, Bytes::mib(270))]);
+    world.run(3);
+    let target = world.target(0);
+    takes_back(&mut world.guests[0], Bytes::mib(20));
+    for _ in 0..30 {
+        // Nothing new comes from it.
+        world.now += Duration::from_secs(1);
+        world.round();
+        let guest = &world.guests[0];
+        assert_eq!((guest.vm.standing(), world.target(0)), (Standing::Following, target));
+        assert_eq!(guest.vm.charge(), target + Bytes::mib(20));
+    }
+}
+
 #[test]
 fn a_guest_gets_the_last_of_its_max_though_that_is_less_than_is_worth_a_move_elsewhere() {
     let mut guest = Guest::new(1, "256M,min=128M,max=1G,buffer=80%", Bytes::mib(960));
