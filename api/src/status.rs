@@ -71,6 +71,16 @@ pub struct MemoryStatus {
     pub oom_deflate: Option<OomDeflate>,
 }
 
+/// How long after its balloon's driver a guest's virtio-mem driver may come until it is called missing.
+pub const PLUG_DRIVER_PATIENCE: Duration = Duration::from_secs(60);
+
+impl PlugStatus {
+    /// Whether the guest is to plug memory and has no driver for it that is still to come.
+    pub fn lacks_driver(&self) -> bool {
+        self.lacks_driver_ms.is_some_and(|ms| Duration::from_millis(ms) >= PLUG_DRIVER_PATIENCE)
+    }
+}
+
 impl MemoryStatus {
     /// The most that the guest can have with the kernel and the drivers that it has: its limit, or what its
     /// kernel manages, or, in a VM that grows by plugging and whose guest lacks the driver for it, what it
@@ -170,6 +180,10 @@ pub enum DriverState {
 pub struct PlugStatus {
     /// How the guest's virtio-mem driver is doing.
     pub driver: DriverState,
+    /// Milliseconds for which the guest has had a balloon driver that works and no virtio-mem driver that does;
+    /// `None` where it has both, or neither.
+    #[serde(default)]
+    pub lacks_driver_ms: Option<u64>,
     /// What the guest booted with, which can't be unplugged.
     pub boot: Bytes,
     /// What is plugged and unplugged in.
@@ -417,6 +431,7 @@ mod tests {
     fn a_guest_without_the_driver_grows_no_further() {
         let plug = PlugStatus {
             driver: DriverState::Active,
+            lacks_driver_ms: None,
             boot: Bytes::mib(256),
             block: Bytes::mib(2),
             requested: Bytes::mib(300),

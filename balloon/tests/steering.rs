@@ -40,7 +40,7 @@ impl Bench {
         let config = balloon::device::Config { target: MAP, refills: true, ..config() };
         let (balloon, handle) = guest(config);
         let yard = Yard::new();
-        let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT).unwrap();
+        let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT, true).unwrap();
         Self { balloon, yard, steering }
     }
 

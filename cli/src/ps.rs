@@ -107,6 +107,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let cells: Vec<_> = rows.iter().map(cells).collect();
     output::text(&table::render(head, &cells))?;
     for row in &rows {
+        if let Answer::Full { memory, .. } = &row.answer
+            && memory.plug.is_some_and(|plug| plug.lacks_driver())
+        {
+            sentence::say(format_args!("{}: {}", row.name, memory::lacks_plug(memory)));
+        }
         let (unmanaged, given) = match &row.answer {
             Answer::Full { memory, .. } => (memory.unmanaged(), memory.given.unwrap_or(memory.actual)),
             Answer::OfBalancer { view } => {

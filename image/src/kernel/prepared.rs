@@ -222,6 +222,16 @@ impl PreparedKernel {
         &self.relocations
     }
 
+    /// What of it is not zero, one part behind the other.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn contents(&self) -> io::Result<impl Read> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.contents))?;
+        Ok(file)
+    }
+
     /// Puts it into `memory`, which holds zeros and is as large as it ([`Shape::size`]), linked `distance` higher than
     /// for [`Shape::base`].
     ///

@@ -220,6 +220,7 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
         counters: BalloonCounters::default(),
         plug: Some(PlugStatus {
             driver,
+            lacks_driver_ms: Some(u64::MAX),
             boot: Bytes::mib(256),
             block: Bytes::mib(2),
             requested: Bytes::mib(64),
