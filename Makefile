@@ -5,7 +5,7 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 gcc libc6-dev python3-venv
+PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
 LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
@@ -34,7 +34,7 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 ignored: setup
-	$(CARGO) test --package tests --test boots --test console_transfer --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --package tests --test boots --test kernels --test console_transfer --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
 
 fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
@@ -42,7 +42,7 @@ fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
 	then for target in fuzz/fuzz_targets/*.rs; do \
 	  $(CARGO) +nightly fuzz run "$$(basename "$$target" .rs)" -- -max_total_time=$(or $(FUZZ_SECONDS),300) || exit 1; done; \
 	else echo 'nightly Rust with cargo-fuzz is not installed: running the property tests with many cases instead'; \
-	PROPTEST_CASES=$(or $(CASES),20000) $(CARGO) test --release --package balloon --package devices; fi
+	PROPTEST_CASES=$(or $(CASES),20000) $(CARGO) test --release --package balloon --package devices --package image; fi
 
 soak: setup ## Moves a guest's memory at random for an hour of the lab's time; SEED=2 SECONDS=600 for another
 	$(CARGO) build --release --package cli

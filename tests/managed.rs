@@ -79,7 +79,8 @@ fn with_memory_for_a_crash_kernel() {
 fn with_plugged_memory_that_is_not_on_line() {
     let vm = start("off-line", "256M,min=96M,max=1G", "memhp_default_state=offline", &["--grow", "plug"]);
     vm.set_target(Bytes::mib(700));
-    let memory = vm.wait_for_memory("what stays off line", MOVING, |memory| memory.unmanaged() > Bytes::mib(300));
+    let memory =
+        vm.wait_for_memory("what stays off line", MOVING, |memory| memory.unmanaged() > Bytes::mib(300));
     assert!(memory.actual <= Bytes::mib(330) && memory.ceiling() <= Bytes::mib(330), "{memory:#?}");
     assert!(memory.used().unwrap() < Bytes::mib(200), "{memory:#?}");
     vm.set_target(Bytes::mib(160));

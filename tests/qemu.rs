@@ -106,7 +106,7 @@ fn it_reports(test: &mut Test, qemu: &mut Qemu) {
     let expected = used(&before) + Bytes::mib(90);
     let grown = test.until("a report of the growth", |status| used(status) > expected);
     assert!(used(&grown) < used(&before) + Bytes::mib(130), "{} and {}", used(&before), used(&grown));
-    assert!(grown.memory.host_rss.unwrap() > Bytes::mib(100));
+    assert_eq!(grown.memory.host_rss, None, "the kernel counts, and no driver");
     qemu.step("release", USUALLY);
     test.until("a report of the release", |status| used(status) < expected);
 }

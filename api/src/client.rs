@@ -7,6 +7,7 @@
 mod error;
 mod events;
 mod http;
+mod peer;
 mod vm;
 
 use std::time::Duration;
@@ -16,7 +17,8 @@ use serde::Deserialize;
 
 pub use self::error::{Error, clean};
 pub use self::events::EventSource;
-pub use self::http::{Http, peer_pid};
+pub use self::http::Http;
+pub use self::peer::{Acquaintance, PeerProcess, PeerStream};
 pub use self::vm::Client;
 
 /// How long one request may take where nobody says otherwise.

@@ -96,7 +96,12 @@ impl MemoryStatus {
         let report = self.report.as_ref();
         let report = report.and_then(|aged| {
             // A balloon may be in the total, and then nobody but the VMM knows what is managed.
-            Some(said(aged.age_ms, aged.had, aged.managed.or(aged.statistics.total), aged.statistics.spare()?))
+            Some(said(
+                aged.age_ms,
+                aged.had,
+                aged.managed.or(aged.statistics.total),
+                aged.statistics.spare()?,
+            ))
         });
         let agent = self.agent.as_ref().filter(|agent| agent.connected);
         let agent = agent.and_then(|agent| {

@@ -20,11 +20,7 @@ fn vms(count: u64) -> Vec<Vm> {
             let observed = Observation {
                 host_rss: Some(limits.startup()),
                 driver: DriverState::Active,
-                guest: Some(GuestMemory {
-                    age: Duration::from_millis(500),
-                    spare,
-                    ..GuestMemory::default()
-                }),
+                guest: Some(GuestMemory { age: Duration::from_millis(500), spare, ..GuestMemory::default() }),
                 ..Observation::of(limits)
             };
             Vm::new(id, Duration::from_secs(1000), observed)

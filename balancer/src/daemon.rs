@@ -11,12 +11,14 @@ mod command;
 mod config;
 mod discovery;
 mod history;
+mod host_lock;
 mod last_resort;
 mod listen;
 mod log_limiter;
 mod managed_vm;
 mod metrics;
 mod notify;
+mod own_files;
 mod reload;
 mod reservation;
 mod response_times;
@@ -26,19 +28,18 @@ mod shared;
 pub mod signals;
 mod state;
 mod subscriptions;
+mod target_watch;
 mod timings;
 
-use std::fs::{self, File, Permissions};
 use std::future::Future;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use api::client::raise_descriptor_limit;
-use api::runtime::{self, RuntimeError};
-use rustix::fs::{FlockOperation, flock};
-use tokio::net::{TcpListener, UnixListener};
+use api::runtime::RuntimeError;
+use api::units::Bytes;
+use tokio::net::TcpListener;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -49,9 +50,12 @@ pub use self::config::{
     Sockets,
 };
 pub use self::history::{DecisionView, Decisions, Fate, StandingView, Why};
+pub use self::host_lock::HOST_LOCK;
 pub use self::reservation::{Process, ReservationRequest, ReservationView};
-pub use self::state::{HostView, MemoryView, State, VmView};
+pub use self::state::{Holder, HostView, MemoryView, State, VmView};
 
+use self::host_lock::HostLock;
+use self::own_files::{OwnFiles, RenewedListener};
 use self::reload::Reread;
 use self::rounds::Daemon;
 use self::server::Api;
@@ -84,6 +88,59 @@ pub enum DaemonError {
         directory: PathBuf,
         /// Which process.
         pid: String,
+    },
+    /// Another daemon of this host may promise the same memory.
+    #[error(
+        "{who}: two would promise the same memory twice; stop that one, or give each a budget of its own that the \
+         others leave alone (--beside-others --budget SIZE)"
+    )]
+    HostTaken {
+        /// Which, and for which VMs.
+        who: String,
+    },
+    /// Daemons that share a host would give away more than there is.
+    #[error(
+        "the budgets of the balancers that share this host add up to {sum}, and it has {total}: name a smaller one"
+    )]
+    BudgetsTooLarge {
+        /// All of them.
+        sum: Bytes,
+        /// The host's memory.
+        total: Bytes,
+    },
+    /// No more can share a host.
+    #[error("{most} balancers share this host already, which is the most: stop one that nobody needs")]
+    TooManyKeepers {
+        /// How many may.
+        most: u8,
+    },
+    /// The name by which the daemons of a host know each other.
+    #[error("cannot tell other balancers of this one: {source}")]
+    HostLock {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another daemon has taken this one's place while it ran.
+    #[error(
+        "another balancer (process {pid}) has taken over the VMs in {} after this one's files were removed: this \
+         one ends, and every VM keeps the memory it has", .directory.display()
+    )]
+    Displaced {
+        /// Which VMs.
+        directory: PathBuf,
+        /// Which process.
+        pid: String,
+    },
+    /// Its directory has gone and can't be made anew.
+    #[error(
+        "{} was removed while this balancer ran, and can't be made anew ({why}): this one ends, as nobody could \
+         reach it; start it again once the directory can be made", .directory.display()
+    )]
+    Homeless {
+        /// The directory.
+        directory: PathBuf,
+        /// Why not.
+        why: String,
     },
     /// A file, directory, socket or watch of its own.
     #[error("cannot use {}: {source}", .path.display())]
@@ -118,7 +175,8 @@ pub fn socket_in(directory: &Path) -> PathBuf {
 /// Needs a tokio runtime with I/O and time; one thread is enough.
 ///
 /// # Errors
-/// See [`DaemonError`]; all of them before the first round.
+/// See [`DaemonError`]; but for [`DaemonError::Displaced`] and [`DaemonError::Homeless`] all of them before the
+/// first round.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), DaemonError> {
     start(config, None, shutdown).await
 }
@@ -127,7 +185,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 /// and change nothing.
 ///
 /// # Errors
-/// See [`DaemonError`]; all of them before the first round.
+/// As [`run`].
 pub async fn run_with(
     config: Config,
     reread: impl FnMut() -> Result<Config, ConfigError> + Send + 'static,
@@ -145,84 +203,64 @@ async fn start(
     // Whoever finds its socket may send one, which must not end it, though the rounds take them up later.
     let _hangup = reread.is_some().then(|| Inherited::take(SignalKind::hangup()));
     raise_descriptor_limit();
-    let directory = prepare(&config)?;
-    let lock = lock(&directory)?;
     let host = HostReader::new(&config.sources).memory()?;
     config.validate_for(host.total)?;
+    let (own_files, listener) = OwnFiles::make(config.directory.as_deref())?;
+    let host_lock = match &config.host_lock {
+        Some(name) => {
+            let budget = config.budget.filter(|_| config.beside_others);
+            HostLock::take(name, own_files.directory(), budget, host.total).await
+        }
+        None => Ok(None),
+    };
+    let host_lock = match host_lock {
+        Ok(host_lock) => host_lock,
+        Err(error) => {
+            own_files.leave();
+            return Err(error);
+        }
+    };
     let shared = Shared::default();
     let (commands, asked) = mpsc::channel(COMMANDS);
-    let mut servers = serve(&config, &directory, &Api { shared: shared.clone(), commands }).await?;
-    let mut daemon = Daemon::new(config, directory, host, shared, asked, reread);
+    let servers = serve(&config, listener, &Api { shared: shared.clone(), commands }).await;
+    let mut servers = match servers {
+        Ok(servers) => servers,
+        Err(error) => {
+            own_files.leave();
+            return Err(error);
+        }
+    };
+    if let Some(host_lock) = host_lock {
+        servers.spawn(host_lock.tell());
+    }
+    let mut daemon = Daemon::new(config, own_files, host, shared, asked, reread);
     daemon.log_settings();
 
     tokio::pin!(shutdown);
-    tokio::select! {
-        () = &mut shutdown => {}
-        () = daemon.balance() => {}
-    }
+    let ended = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        error = daemon.balance() => Err(error),
+    };
     daemon.say_stopping();
     daemon.log_who_stays_paused();
     servers.abort_all();
-    let _ = fs::remove_file(socket_in(daemon.directory()));
-    drop(lock);
-    info!("stopped; every VM keeps the memory it has");
-    Ok(())
-}
-
-/// Makes the directories.
-fn prepare(config: &Config) -> Result<PathBuf, DaemonError> {
-    let directory = match &config.directory {
-        Some(directory) => {
-            runtime::create_private(directory)?;
-            directory.clone()
-        }
-        None => runtime::create_directory()?,
-    };
-    let own = own_directory(&directory);
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&own)
-        .map_err(|source| DaemonError::Own { path: own.clone(), source })?;
-    Ok(directory)
-}
-
-/// Takes a lock that the kernel drops when this process ends, however it ends.
-fn lock(directory: &Path) -> Result<File, DaemonError> {
-    let path = own_directory(directory).join("lock");
-    let own = |source| DaemonError::Own { path: path.clone(), source };
-    let mut file =
-        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(own)?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let mut pid = String::new();
-        let _ = Read::by_ref(&mut file).take(20).read_to_string(&mut pid);
-        return Err(DaemonError::AlreadyRunning {
-            directory: directory.to_owned(),
-            pid: pid.trim().to_owned(),
-        });
+    daemon.leave();
+    if ended.is_ok() {
+        info!("stopped; every VM keeps the memory it has");
     }
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(own)?;
-    Ok(file)
+    ended
 }
 
-/// Serves the last state. This process holds the lock, so a socket that it finds belongs to a dead daemon.
-async fn serve(config: &Config, directory: &Path, api: &Api) -> Result<JoinSet<()>, DaemonError> {
-    let path = socket_in(directory);
-    let own = |source| DaemonError::Own { path: path.clone(), source };
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(own(error)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path).map_err(own)?;
-    fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(own)?;
+/// Serves the last state.
+async fn serve(config: &Config, listener: RenewedListener, api: &Api) -> Result<JoinSet<()>, DaemonError> {
     let mut servers = JoinSet::new();
-    let router = server::private(api.clone());
-    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     if let Some(address) = config.metrics {
         let listener =
             TcpListener::bind(address).await.map_err(|source| DaemonError::Metrics { address, source })?;
         let router = server::public(api.clone());
         servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PUBLIC));
     }
+    let router = server::private(api.clone());
+    servers.spawn(listen::serve(listener, router, listen::ConnectionLimits::PRIVATE));
     Ok(servers)
 }

@@ -17,7 +17,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
-use api::client::EventSource;
+use api::client::{EventSource, PeerProcess};
 use api::limits::{Limits, Wanted};
 use api::status::MemoryStatus;
 use api::units::Bytes;
@@ -81,8 +81,11 @@ pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 
 /// A connection to one VM, which makes one request at a time.
 pub trait Driver: Send {
     /// The VMM's process by the kernel's word, as of the last connection, even if the VM did not answer on
-    /// it. `None` before the first connection, and if the process lives in another PID namespace.
-    fn process(&self) -> Option<u32>;
+    /// it.
+    fn process(&self) -> PeerProcess;
+
+    /// Gives up the connection, if one is kept between requests.
+    fn hang_up(&mut self);
 
     /// The VM's status. If its guest's last report is not [`FRESH`], the guest is asked for another, and the
     /// VM may wait for that for `patience` (a second at most). Without patience the guest is asked too, for

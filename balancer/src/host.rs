@@ -1,6 +1,8 @@
 //! The host's memory, and how much of it VMs may hold.
 
+pub mod available;
 pub mod cgroup;
+pub mod zfs;
 
 use std::fs;
 use std::io;
@@ -9,6 +11,7 @@ use std::path::{Path, PathBuf};
 use api::units::Bytes;
 
 use self::cgroup::{GroupMemory, Groups};
+use self::zfs::{ARCSTATS, Arc};
 use crate::driver::process::{self, PROCESSES, ResidentMemory};
 use crate::policy::Pressure;
 
@@ -20,6 +23,8 @@ pub const MEMINFO: &str = "/proc/meminfo";
 pub struct Sources {
     /// `/proc/meminfo`.
     pub meminfo: PathBuf,
+    /// What ZFS says of its cache; absent where that is not loaded.
+    pub arcstats: PathBuf,
     /// `/proc/pressure/memory`; absent in kernels without PSI.
     pub pressure: PathBuf,
     /// `/proc/self/cgroup`: which control groups this process is in.
@@ -34,6 +39,7 @@ impl Default for Sources {
     fn default() -> Self {
         Self {
             meminfo: MEMINFO.into(),
+            arcstats: ARCSTATS.into(),
             pressure: "/proc/pressure/memory".into(),
             own_groups: "/proc/self/cgroup".into(),
             groups: "/sys/fs/cgroup".into(),
@@ -62,7 +68,10 @@ impl HostReader {
     /// See [`HostError`].
     pub fn memory(&self) -> Result<HostMemory, HostError> {
         let memory = HostMemory::read(&self.sources.meminfo)?;
-        Ok(HostMemory { group: self.groups.memory(), ..memory })
+        // The kernel takes it for used.
+        let cache = Arc::read(&self.sources.arcstats).map_or(Bytes::ZERO, Arc::to_be_had);
+        let available = memory.available.saturating_add(cache).min(memory.total);
+        Ok(HostMemory { available, group: self.groups.memory(), ..memory })
     }
 
     /// What the host holds for a process; `None` if the kernel does not tell.
@@ -119,7 +128,8 @@ pub enum HostError {
 pub struct HostMemory {
     /// `MemTotal`: what the kernel manages.
     pub total: Bytes,
-    /// `MemAvailable`: what could be had without swapping.
+    /// What could be had without swapping: `MemAvailable`, which is the kernel's own count of what
+    /// [`available`] defines, and what ZFS would give of its cache.
     pub available: Bytes,
     /// `SwapFree`: what could still be swapped out, if the kernel tells.
     pub swap: Option<Bytes>,
@@ -214,6 +224,25 @@ mod tests {
     fn reads_this_hosts_memory() {
         let memory = HostMemory::read(Path::new(MEMINFO)).unwrap();
         assert!(memory.total >= memory.available && memory.available > Bytes::ZERO);
+    }
+
+    #[test]
+    fn what_zfs_would_give_of_its_cache_can_be_had() {
+        let meminfo = file("MemTotal: 4194304 kB\nMemAvailable: 1048576 kB\n");
+        let available = |arcstats: &str| {
+            let arcstats = file(arcstats);
+            let sources = Sources {
+                meminfo: meminfo.path().to_owned(),
+                arcstats: arcstats.path().to_owned(),
+                ..Sources::default()
+            };
+            HostReader::new(&sources).memory().unwrap().available
+        };
+        let gib = 1_u64 << 30;
+        let size = |size: u64| format!("c_min 4 {}\nsize 4 {size}\n", gib / 4);
+        assert_eq!(available(&size(2 * gib)), Bytes::mib(1024 + 2048 - 256));
+        assert_eq!(available(&size(u64::MAX)), Bytes::gib(4), "never more than there is");
+        assert_eq!(available(""), Bytes::gib(1));
     }
 
     #[test]

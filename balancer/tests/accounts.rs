@@ -4,13 +4,16 @@
 mod fakes;
 
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use api::status::Pauser;
 use api::units::Bytes;
 use balancer::daemon::client::Client;
-use balancer::daemon::{self, Config, ReservationRequest, State, VmView};
+use balancer::daemon::{self, Config, Holder, ReservationRequest, State, VmView};
 use balancer::policy::guards::Standing;
 use fakes::{FakeVm, Manner};
 use tempfile::TempDir;
@@ -66,6 +69,11 @@ impl HostFiles {
         self.holds_in_huge_pages_too(held, Bytes::ZERO);
     }
 
+    fn holds_for_process(&self, pid: u32, held: Bytes) {
+        fs::create_dir_all(self.kernel.path().join(pid.to_string())).unwrap();
+        self.write(&format!("{pid}/status"), &format!("VmRSS:\t{} kB\n", held.0 >> 10));
+    }
+
     fn holds_in_huge_pages_too(&self, ordinary: Bytes, reserved: Bytes) {
         let text = format!("VmRSS:\t{} kB\nHugetlbPages:\t{} kB\n", ordinary.0 >> 10, reserved.0 >> 10);
         self.write(&format!("{}/status", std::process::id()), &text);
@@ -110,6 +118,72 @@ fn view<'a>(state: &'a State, name: &str) -> Option<&'a VmView> {
 
 fn charge(state: &State, name: &str) -> Bytes {
     view(state, name).and_then(|vm| vm.memory.as_ref()).map_or(Bytes::ZERO, |memory| memory.charge)
+}
+
+const ACTIVATED: &str = "BALLAST_TEST_ACTIVATED";
+
+/// What [`Activated`] runs in a process of its own; without its word there is nothing to do.
+#[tokio::test]
+async fn the_activated_vm() {
+    if std::env::var_os(ACTIVATED).is_none() {
+        return;
+    }
+    let listener = StdListener::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+    let vm = FakeVm::listening(listener, PathBuf::from("/nowhere"), "activated", LIMITS, Bytes::mib(100));
+    vm.state().memory.host_rss = None;
+    std::future::pending::<()>().await;
+}
+
+/// A VM in a process of its own, on a socket that this one made, as a service manager does.
+struct Activated(Child);
+
+impl Activated {
+    fn start(directory: &Path) -> Self {
+        let listener = StdListener::bind(directory.join("activated.sock")).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "the_activated_vm", "--nocapture"]).env(ACTIVATED, "1");
+        command.stdin(OwnedFd::from(listener)).stdout(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Activated {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_vm_whose_socket_another_process_made_is_counted_once() {
+    let host = HostFiles::new();
+    host.holds_for_a_vm(Bytes::mib(12));
+    let vm = Activated::start(host.path());
+    host.holds_for_process(vm.0.id(), Bytes::mib(200));
+    host.has_left(Bytes::gib(1));
+    host.balance(None);
+    let state = host.until("it is known", |state| charge(state, "activated") > Bytes::ZERO).await;
+    assert_eq!(state.host.budget, Bytes::mib(200 + 1024 - 512), "{:?}", state.host);
+    let memory = view(&state, "activated").unwrap().memory.clone().unwrap();
+    assert_eq!((memory.host_rss, memory.holder), (Some(Bytes::mib(200)), Holder::Known));
+}
+
+#[tokio::test]
+async fn a_vm_whose_process_is_not_shown_is_counted_once() {
+    let host = HostFiles::new();
+    let vm = host.vm("hidden", LIMITS, Bytes::mib(100));
+    vm.state().memory.host_rss = None;
+    vm.state().follows = false;
+    host.has_left(Bytes::gib(1));
+    host.balance(None);
+    let state = host.until("it is known", |state| charge(state, "hidden") > Bytes::ZERO).await;
+    // What it has counts as gone from what the host has left, and is its charge.
+    assert_eq!(state.host.budget, Bytes::mib(256 + 1024 - 512), "{:?}", state.host);
+    assert_eq!(charge(&state, "hidden"), Bytes::mib(256));
+    let memory = view(&state, "hidden").unwrap().memory.clone().unwrap();
+    assert_eq!((memory.host_rss, memory.holder), (None, Holder::Hidden));
 }
 
 #[tokio::test]

@@ -343,3 +343,22 @@ async fn two_hundred_vms_cost_one_request_each_a_round() {
     }
     daemon.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_target_that_somebody_else_sets_too_is_not_ordered_in_every_round() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "web", LIMITS, Bytes::mib(250));
+    vm.state().set_anew = Some(Bytes::mib(256));
+    let interval = Duration::from_millis(50);
+    let daemon = Daemon::start(Config { interval, ..config(&directory, Bytes::gib(4)) });
+    until("it is ordered to have more", || !vm.state().targets.is_empty()).await;
+    let rounds = async || state(directory.path()).await["rounds"].as_u64().unwrap_or(0);
+    let last = rounds().await + 40;
+    until_async("there are many rounds", async || rounds().await >= last).await;
+    let orders = vm.state().targets.len();
+    assert!((2..=6).contains(&orders), "{orders} orders in some forty rounds");
+    // Alone again, it follows.
+    vm.state().set_anew = None;
+    until("it has what it needs", || vm.state().memory.target >= Bytes::mib(290)).await;
+    daemon.stop().await.unwrap();
+}

@@ -543,3 +543,37 @@ async fn one_daemon_looks_after_vms_of_every_kind() {
     assert_eq!((&mute["vmm"], &mute["standing"]), (&json!("cloud-hypervisor"), &json!("stale")));
     assert!(mute["memory"]["charge"].as_u64().unwrap() >= Bytes::mib(768).0, "{mute}");
 }
+
+#[tokio::test]
+async fn two_sockets_of_one_process_are_one_vm() {
+    use balancer::daemon::{self, Config};
+
+    let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let _sockets = ["web.qmp", "web-operator.qmp"]
+        .map(|name| Recorded::qmp(elsewhere.path().join(name), &qemu_answers()));
+    let file = directory.path().join("balancer.toml");
+    let sockets = elsewhere.path().join("*.qmp");
+    let text = format!(
+        "budget = \"8G\"\ninterval = \"50ms\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"{}\"\n",
+        sockets.display()
+    );
+    std::fs::write(&file, text).unwrap();
+    let config = Config { directory: Some(directory.path().to_owned()), ..Config::read(&file).unwrap() };
+    let daemon = tokio::spawn(daemon::run(config, std::future::pending()));
+    let mut client = daemon::client::Client::new(directory.path(), Duration::from_secs(10));
+    let state = tokio::time::timeout(Duration::from_secs(60), async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            match client.state().await {
+                Ok(state) if state.vms.iter().any(|vm| vm.memory.is_some()) && state.rounds > 5 => {
+                    return state;
+                }
+                _ => {}
+            }
+        }
+    });
+    let state = state.await.expect("the VM is known");
+    daemon.abort();
+    let [vm] = state.vms.as_slice() else { panic!("{:?}", state.vms) };
+    assert_eq!(state.host.charged, vm.memory.as_ref().unwrap().charge);
+}

@@ -11,6 +11,7 @@ use std::time::Duration;
 use api::limits::Limits;
 use api::status::Pauser;
 use api::units::Bytes;
+use balancer::daemon::client::Error;
 use balancer::daemon::{ReservationRequest, VmView};
 use balancer::policy::guards::Standing;
 use fakes::{FakeVm, Journal, Manner};
@@ -122,6 +123,29 @@ async fn killed_at_random_the_budget_holds_and_no_target_is_lost() {
     })
     .await;
     assert!(journal.most() <= budget);
+}
+
+#[tokio::test]
+async fn a_vm_that_starts_waits_for_the_daemon_that_comes_after_one_that_was_killed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_owned();
+    let wanted = ReservationRequest {
+        name: "web".to_owned(),
+        limits: LIMITS.parse().unwrap(),
+        wait_ms: Some(60_000),
+        process: None,
+        reserved_huge_pages: false,
+    };
+    let none = client(&path).reserve(&wanted).await.unwrap_err();
+    assert!(matches!(none, Error::NotRunning { .. }), "where none ever ran nobody waits: {none}");
+    let mut first = Daemon::start(&path, Bytes::gib(2), Duration::from_millis(50));
+    until("it serves", || async { rounds(&path).await > 0 }).await;
+    first.kill();
+    let (path, asking) = (path.clone(), path);
+    let asked = tokio::spawn(async move { client(&asking).reserve(&wanted).await });
+    let _second = Daemon::start(&path, Bytes::gib(2), Duration::from_millis(50));
+    let reservation = asked.await.unwrap().expect("the new daemon answers");
+    assert_eq!(reservation.granted, reservation.size);
 }
 
 #[tokio::test]

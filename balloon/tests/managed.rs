@@ -100,7 +100,11 @@ fn a_total_without_the_balloon_means_the_same() {
     let left = total - Bytes(u64::from(held) * PAGE_SIZE);
     say(&mut guest, left, left);
     assert_eq!(handle.report().unwrap().managed, Some(left));
-    assert_eq!(handle.actual() + Bytes(u64::from(held) * PAGE_SIZE), has, "what is not managed stays the same");
+    assert_eq!(
+        handle.actual() + Bytes(u64::from(held) * PAGE_SIZE),
+        has,
+        "what is not managed stays the same"
+    );
 }
 
 #[test]

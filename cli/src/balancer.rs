@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ::balancer::daemon::{self, Config, ConfigError, DEFAULT_FILE, DaemonError};
+use ::balancer::daemon::{self, Config, ConfigError, DEFAULT_FILE, DaemonError, HOST_LOCK};
 use api::units::Bytes;
 
 use crate::failure::Failure;
@@ -20,10 +20,14 @@ the last ones. It keeps nothing but what it promised to VMs that are about to st
 it, start it again at any time; VMs keep what they have meanwhile, and whom it paused stays paused.
 SIGHUP reads the settings anew; where they are wrong, those before stay.
 
+Exit codes: 0 it was stopped, 1 it could not start, 2 the settings make no sense, 4 its directory was
+removed or taken over while it ran.
+
 Examples:
   ballast balancer
   ballast balancer --host-reserve 4G --metrics 127.0.0.1:9090
   ballast balancer --budget 2G --interval 500ms
+  ballast balancer --budget 8G --beside-others
   ballast balancer --check balancer.toml
 
 Settings are TOML, in the file that --config names or else in /etc/ballast/balancer.toml where that
@@ -54,6 +58,12 @@ pub struct Args {
     /// What all VMs together may hold, instead of all but the reserve
     #[arg(long, value_name = "SIZE")]
     budget: Option<Bytes>,
+    /// Share this host with other balancers, each of which has a --budget of its own
+    ///
+    /// Without it a second balancer of a host does not start, whatever its directory or user: both would
+    /// promise the same memory.
+    #[arg(long, conflicts_with = "host_reserve")]
+    beside_others: bool,
     /// How often to look [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = duration::parse)]
     interval: Option<Duration>,
@@ -71,6 +81,8 @@ impl Args {
             (config.host_reserve, config.budget) = (reserve, None);
         }
         config.budget = self.budget.or(config.budget);
+        config.beside_others |= self.beside_others;
+        config.host_lock = Some(HOST_LOCK.to_owned());
         config.interval = self.interval.unwrap_or(config.interval);
         config.metrics = self.metrics.or(config.metrics);
         Ok(config)

@@ -1,12 +1,14 @@
 //! `ballast check`.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use api::guest_memory;
 use api::runtime;
 use api::units::Bytes;
 use balancer::host::HostMemory;
+use balancer::host::zfs::{ARCSTATS, Arc};
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
@@ -14,6 +16,7 @@ use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
 use crate::cgroup;
 use crate::failure::Failure;
 use crate::output;
+use crate::unpacking::{KernelCache, unpacking};
 
 /// Say what this host can do for guests, and what to do about what it can't
 #[derive(clap::Args)]
@@ -23,6 +26,9 @@ Exit codes: 0 this host runs guests, 3 it does not.
 `good` needs nothing, `hint` could be better, `bad` keeps guests from running. A guest of a few
 instructions is run to see whether the processor itself runs a guest's kernel.")]
 pub struct Args {
+    /// Say as well how this kernel would be booted
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -77,10 +83,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     findings.extend(huge_pages(&host.huge_pages));
     findings.push(memory_limit(cgroup::limit()));
+    findings.extend(Arc::read(Path::new(ARCSTATS)).map(zfs));
     let host_memory = HostMemory::read(Path::new("/proc/meminfo"));
     findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
     findings.push(directory());
+    findings.extend(args.kernel.as_deref().map(kernel));
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
     if args.json {
@@ -218,6 +226,19 @@ fn largest_guest(total: Bytes) -> Finding {
     )
 }
 
+fn zfs(arc: Arc) -> Finding {
+    Finding::good(
+        "zfs",
+        format!(
+            "the cache of ZFS holds {}; the balancer counts all above its least size of {} (zfs_arc_min) as available \
+             to VMs: {}",
+            arc.size,
+            arc.least,
+            arc.to_be_had()
+        ),
+    )
+}
+
 fn sandbox() -> Finding {
     match vmm::sandbox::check() {
         Ok(()) => Finding::good("sandbox", "Landlock keeps a VM's process from files"),
@@ -243,6 +264,28 @@ fn directory() -> Finding {
     }
 }
 
+fn kernel(path: &Path) -> Finding {
+    // What is kept says nothing of the process that unpacks.
+    let unpacking = unpacking(Some(&KernelCache::Off));
+    let prepared = File::open(path).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
+    let name = path.display();
+    match prepared {
+        Ok((kernel, _)) => {
+            let size = Bytes(kernel.shape().size);
+            let moves = match kernel.relocations().len() {
+                0 => "always at the same address, as it has no relocations".to_owned(),
+                count => format!("at an address of chance, by {count} relocations"),
+            };
+            Finding::good("kernel", format!("{name} starts unpacked ({size} with its data), {moves}"))
+        }
+        Err(why) => Finding::hint(
+            "kernel",
+            format!("{name} is booted as it is: {why}"),
+            "nothing, if it is a kernel: a bzImage unpacks itself in the guest, which takes longer",
+        ),
+    }
+}
+
 fn render(findings: &[Finding]) -> String {
     findings.iter().fold(String::new(), |mut text, finding| {
         let grade = match finding.grade {
@@ -257,4 +300,20 @@ fn render(findings: &[Finding]) -> String {
         }
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_zfs_would_give_is_said() {
+        let finding = zfs(Arc { size: Bytes::gib(2), least: Bytes::mib(256) });
+        assert_eq!(finding.grade, Grade::Good);
+        assert!(
+            finding.found.contains("1.75 GiB") || finding.found.contains("1792 MiB"),
+            "{}",
+            finding.found
+        );
+    }
 }

@@ -58,7 +58,8 @@ impl Discovery {
                     None => client.memory().await,
                 };
                 // One that ended while it was asked took its socket with it.
-                let left = matches!(memory, Err(Error::NoSuchVm { .. })) && !socket.exists();
+                let left =
+                    matches!(memory, Err(Error::NoSuchVm { .. })) && matches!(socket.try_exists(), Ok(false));
                 (client, Answer { name, memory }, left)
             });
         }

@@ -1,6 +1,6 @@
 //! How the command ends when it did not do what it was asked.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 
@@ -12,6 +12,9 @@ use vmm::host::HostCannot;
 use vmm::machine::MachineError;
 
 use crate::sentence;
+
+/// A balancer whose directory was removed or taken over while it ran.
+const DISPLACED: u8 = 4;
 
 /// An exit code with its sentence.
 #[derive(Debug)]
@@ -92,6 +95,9 @@ impl From<DaemonError> for Failure {
     fn from(error: DaemonError) -> Self {
         match error {
             DaemonError::Config(_) => Self::usage(error),
+            DaemonError::Displaced { .. } | DaemonError::Homeless { .. } => {
+                Self { code: DISPLACED, sentence: Some(error.to_string()) }
+            }
             error => Self::new(error),
         }
     }
@@ -112,9 +118,10 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     match text.strip_prefix("error: ") {
         Some(sentence) => sentence::say(sentence.trim_end()),
         // No subcommand at all: clap shows the help.
-        None => {
+        None if io::stderr().is_terminal() => {
             let _ = error.print();
         }
+        None => sentence::text(&text),
     }
     ExitCode::from(USAGE)
 }

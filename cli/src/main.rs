@@ -27,8 +27,11 @@ mod standard_error;
 mod stop;
 mod table;
 mod top;
+mod unpack_kernel;
+mod unpacking;
 mod why;
 
+use std::env;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
@@ -90,6 +93,8 @@ enum Command {
     Sim(sim::Args),
     Record(record::Args),
     Completions(completions::Args),
+    #[command(hide = true)]
+    UnpackKernel(unpack_kernel::Args),
 }
 
 fn main() -> ExitCode {
@@ -97,12 +102,17 @@ fn main() -> ExitCode {
     // SAFETY: no handler is set, and no other thread runs yet.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     abort_on_panic();
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
     match cli.command {
-        Command::Run(_) => cli.logging.start_small(),
+        // It opens nothing, and says one sentence.
+        Command::UnpackKernel(_) => {}
+        Command::Run(_) => {
+            run::share_one_heap();
+            cli.logging.start_small();
+        }
         // A line in the log would tear its picture.
         Command::Top(_) if io::stderr().is_terminal() => {}
         _ => cli.logging.start(),
@@ -122,8 +132,38 @@ fn main() -> ExitCode {
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
+        Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
+}
+
+/// `ballast run` without the other commands.
+#[derive(Parser)]
+#[command(name = "ballast")]
+struct RunAlone {
+    #[command(flatten)]
+    logging: logging::Options,
+    #[command(subcommand)]
+    command: RunCommand,
+}
+
+#[derive(Subcommand)]
+enum RunCommand {
+    Run(Box<run::Args>),
+}
+
+/// Reads the command line. That of a VM is read by itself: to build what the other commands take would cost each VM
+/// time and memory at its start. Whatever is wrong with it, or asked of it, the whole command answers.
+///
+/// # Errors
+/// What clap has to say.
+fn parse() -> Result<Cli, clap::Error> {
+    if env::args_os().any(|argument| argument == "run")
+        && let Ok(RunAlone { logging, command: RunCommand::Run(args) }) = RunAlone::try_parse()
+    {
+        return Ok(Cli { logging, command: Command::Run(args) });
+    }
+    Cli::try_parse()
 }
 
 /// A VM runs whole or not at all: a thread that panics ends the process, in a debug build as well. (A profile
@@ -142,10 +182,40 @@ fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, Parser};
+
+    use super::{Cli, RunAlone};
 
     #[test]
     fn the_command_line_contradicts_itself_nowhere() {
-        super::Cli::command().debug_assert();
+        Cli::command().debug_assert();
+        RunAlone::command().debug_assert();
+    }
+
+    /// What it does not take is for the whole command to answer.
+    #[test]
+    fn a_vms_command_line_is_taken_by_itself_where_the_whole_command_takes_it() {
+        let memory = ["run", "--kernel", "k", "--memory", "64M"];
+        for (more, is_run) in [
+            (&[][..], true),
+            (&["-v", "--cmdline", "-x", "--append", "--", "--cpus=2"], true),
+            (&["--memory", "1x"], false),
+            (&["--help"], false),
+            (&["--version"], false),
+            (&["run"], false),
+        ] {
+            for words in [
+                [&["ballast"], &memory[..], more].concat(),
+                [&["ballast", "-vv"], &memory[..], more].concat(),
+            ] {
+                let taken = [RunAlone::try_parse_from(&words).is_ok(), Cli::try_parse_from(&words).is_ok()];
+                assert_eq!(taken, [is_run; 2], "{words:?}");
+            }
+        }
+        for other in
+            [&["ballast"][..], &["ballast", "ps"], &["ballast", "memory", "run"], &["ballast", "--version"]]
+        {
+            assert!(RunAlone::try_parse_from(other).is_err(), "{other:?}");
+        }
     }
 }

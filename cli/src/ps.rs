@@ -1,6 +1,6 @@
 //! `ballast ps`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::agent::AgentStatus;
@@ -11,6 +11,7 @@ use api::status::{MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
 use balancer::daemon::{State, VmView};
+use balancer::driver::Kind;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -70,14 +71,15 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         let mut balancer = Balancer::new(&directory, PATIENCE);
         let (mut rows, state) = tokio::join!(asked.join_all(), balancer.state());
         match state {
-            Ok(state) => rows.extend(foreign(state, &directory)),
+            Ok(state) => rows.extend(foreign(state)),
             Err(BalancerError::NotRunning { .. }) => {}
             Err(error) => sentence::say(format_args!("VMs of other VMMs are not listed: {error}")),
         }
         Ok(rows)
     })?;
     // One that ended while we asked took its socket with it.
-    rows.retain(|row| !matches!(row.answer, Answer::Dead) || row.socket.exists());
+    let gone = |row: &Row| matches!(row.socket.try_exists(), Ok(false));
+    rows.retain(|row| !(matches!(row.answer, Answer::Dead) && gone(row)));
     rows.sort_by(|a, b| a.name.cmp(&b.name));
     for row in &rows {
         match &row.answer {
@@ -107,9 +109,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     for row in &rows {
         let (unmanaged, given) = match &row.answer {
             Answer::Full { memory, .. } => (memory.unmanaged(), memory.given.unwrap_or(memory.actual)),
-            Answer::OfBalancer { view } => view.memory.as_ref().map_or((Bytes::ZERO, Bytes::ZERO), |memory| {
-                (memory.unmanaged, memory.actual.saturating_add(memory.unmanaged))
-            }),
+            Answer::OfBalancer { view } => {
+                view.memory.as_ref().map_or((Bytes::ZERO, Bytes::ZERO), |memory| {
+                    (memory.unmanaged, memory.actual.saturating_add(memory.unmanaged))
+                })
+            }
             Answer::Dead | Answer::NotAnswering { .. } | Answer::Failed { .. } => continue,
         };
         if unmanaged > Bytes::ZERO {
@@ -119,14 +123,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The VMs that the balancer knows and that have no socket in `directory`.
-fn foreign(state: State, directory: &Path) -> Vec<Row> {
-    let rows = state.vms.into_iter().map(|vm| Row {
+/// The VMs that the balancer knows and that run in another VMM.
+fn foreign(state: State) -> impl Iterator<Item = Row> {
+    state.vms.into_iter().filter(|vm| vm.vmm != Kind::Ballast).map(|vm| Row {
         name: vm.name.clone(),
-        socket: directory.join(format!("{}.sock", vm.name)),
+        socket: PathBuf::new(),
         answer: Answer::OfBalancer { view: Box::new(vm) },
-    });
-    rows.filter(|row| !row.socket.exists()).map(|row| Row { socket: PathBuf::new(), ..row }).collect()
+    })
 }
 
 async fn ask(name: String, socket: PathBuf) -> Row {

@@ -1,12 +1,14 @@
 //! Asking the balancer for room before a VM starts.
 
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use api::limits::Limits;
 use api::runtime;
 use balancer::daemon::client::{Client, Error};
-use balancer::daemon::{Process, ReservationRequest, ReservationView};
-use tracing::info;
+use balancer::daemon::{Process, ReservationRequest, ReservationView, socket_in};
+use tracing::{info, warn};
 use vmm::config::Backing;
 
 use crate::client;
@@ -39,17 +41,31 @@ pub fn reserve(vm: &str, limits: Limits, backing: Backing) -> Result<Option<Rese
         reserved_huge_pages: backing == Backing::HugePages2M,
     };
     let directory = runtime::directory()?;
-    let answer =
-        client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&request).await) })?;
+    let socket = socket_in(&directory);
+    let answer = if is_missing(&socket) {
+        Err(Error::NotRunning { socket })
+    } else {
+        client::block_on(async { Ok(Client::new(&directory, WAIT + PATIENCE).reserve(&request).await) })?
+    };
     judge(request.name, answer).map_err(Failure::new)
+}
+
+/// Whether nobody listens there, for sure. An event loop for a client, only to find that out, would cost each VM half
+/// a MiB for its whole life.
+fn is_missing(socket: &Path) -> bool {
+    socket.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// What an answer to a request for room for `vm` means, or why it must not start.
 fn judge(vm: String, answer: Result<ReservationView, Error>) -> Result<Option<Reservation>, String> {
     match answer {
         Ok(_) => Ok(Some(Reservation { vm })),
-        Err(Error::NotRunning { .. }) => {
-            info!("no balancer runs: starting without asking for room");
+        Err(Error::NotRunning { socket }) => {
+            if socket.exists() {
+                warn!("the balancer was killed and has not come back: starting without asking for room");
+            } else {
+                info!("no balancer runs: starting without asking for room");
+            }
             Ok(None)
         }
         Err(Error::Refused(sentence)) => Err(format!("{sentence} (--no-balancer starts without asking it)")),
@@ -74,6 +90,19 @@ impl Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_socket_that_is_not_there_is_missing() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("balancer.sock");
+        assert!(is_missing(&socket));
+        // Whatever it is, somebody put it there.
+        std::os::unix::fs::symlink("nowhere", &socket).unwrap();
+        assert!(!is_missing(&socket));
+        let file = directory.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(!is_missing(&file.join("balancer.sock")));
+    }
 
     #[test]
     fn only_where_no_balancer_runs_a_vm_starts_without_room() {

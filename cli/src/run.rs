@@ -7,10 +7,11 @@ use std::time::Duration;
 use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
+use api::units::Bytes;
 use tracing::warn;
 use vmm::config::{
-    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig,
-    MemoryOptions, Name, SerialOptions, Transport, VmConfig,
+    Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
+    MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
 };
 use vmm::machine::Machine;
 
@@ -19,6 +20,7 @@ use crate::duration;
 use crate::failure::Failure;
 use crate::reservation;
 use crate::sentence;
+use crate::unpacking::{KernelCache, unpacking};
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -49,12 +51,35 @@ pub struct Args {
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
+    /// Boot a bzImage as it is: it unpacks itself in the guest
+    ///
+    /// Otherwise what is packed in it is unpacked on the host, by a process that can do nothing else,
+    /// and put at an address of chance as the kernel itself would do.
+    #[arg(long)]
+    no_unpack: bool,
+    /// Where unpacked kernels are kept: a directory, or `off`
+    ///
+    /// [default: $XDG_CACHE_HOME/ballast/kernels or ~/.cache/ballast/kernels; for root
+    /// /var/cache/ballast/kernels]
+    #[arg(long, value_name = "DIR", conflicts_with = "no_unpack")]
+    kernel_cache: Option<KernelCache>,
     /// The initial RAM file system
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE, allow_hyphen_values = true)]
     cmdline: String,
+    /// Words to put behind the kernel's command line, such as root=/dev/vda
+    ///
+    /// Where they contain fips=1, the default no longer contains cryptomgr.notests.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    append: String,
     /// Memory: SIZE, then with commas min=SIZE, max=SIZE, buffer=PERCENT%, weight=N
     ///
     /// The guest starts with SIZE. Alone it is static memory, which no balancer touches. With min or
@@ -68,6 +93,15 @@ pub struct Args {
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
     transport: Carrier,
+    /// A disk: PATH, then with commas readonly, format=, cache= and backing=; once for each disk
+    ///
+    /// A file of the disk's bytes, a block device, or a qcow2 image (its name ends in .qcow2, or format=qcow2). A
+    /// qcow2 image may name another file behind it only with backing=allow. The guest finds the first as /dev/vda, the second as
+    /// /dev/vdb and so on; it needs the module virtio_blk. A disk is locked while the VM runs, as QEMU
+    /// locks it. One that the guest may write is not cached by the host (cache=direct), so that the guest's
+    /// cache is the only one; one that it may only read is, and guests that read the same file share that.
+    #[arg(long = "disk", value_name = "SPEC")]
+    disks: Vec<DiskOptions>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -155,8 +189,9 @@ impl Args {
         Ok(VmConfig {
             name,
             kernel: self.kernel,
+            unpacking: (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref())),
             initrd: self.initrd,
-            cmdline: self.cmdline,
+            cmdline: with_words(&self.cmdline, &self.append),
             limits: self.memory,
             cpus: self.cpus,
             memory: MemoryOptions { backing, thp: self.thp, prefault: self.prefault },
@@ -188,7 +223,11 @@ impl Args {
         if self.grow == GrowBy::Plug {
             devices.push(("memory", Device::Memory));
         }
-        devices.into_iter().map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
+        let disks = (0..)
+            .zip(&self.disks)
+            .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
+        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks);
+        devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }
 
@@ -241,6 +280,13 @@ fn at_the_start(config: &VmConfig) -> Limits {
     } else {
         config.limits
     }
+}
+
+/// Has all threads share one heap, before there is a second: each of its own would take page tables, and hold memory
+/// that the others can't use. A VM's threads seldom allocate at all.
+pub fn share_one_heap() {
+    // SAFETY: a number for the allocator, at any time.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Gives the host what reading the command line took on the heap: it would

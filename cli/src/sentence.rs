@@ -16,9 +16,14 @@ pub fn say(sentence: impl Display) {
     standard_error::write(format!("ballast: {sentence}\n").as_bytes(), PATIENCE);
 }
 
-/// Says how far a long measurement is. Like [`say`], it ends nothing.
+/// Writes text that is no sentence, such as help. It ends nothing either.
+pub fn text(text: &str) {
+    standard_error::write(text.as_bytes(), PATIENCE);
+}
+
+/// Says how far long work is. It waits for nobody: the work goes on.
 pub fn progress(text: impl Display) {
-    standard_error::write(format!("{text}\n").as_bytes(), PATIENCE);
+    standard_error::write(format!("{text}\n").as_bytes(), Duration::ZERO);
 }
 
 /// Says a sentence of the log of a VM, which waits for nobody.

@@ -4,9 +4,7 @@ use std::io::{IsTerminal, stderr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 use api::signals::is_ignored;
 use api::units::Bytes;
@@ -137,7 +135,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let sweep = sweep(args)?;
     let stop = stopped_by_user();
     let bar = progress(sweep.runs());
-    let outcome = sweep.run(&stop, &|done| bar.set_position(done as u64));
+    let outcome = sweep.run(stop, &|done| bar.set_position(done as u64));
     bar.finish_and_clear();
     let report = Report::new(&sweep, &outcome);
     if args.json {
@@ -164,7 +162,9 @@ fn sweep(args: &Args) -> Result<Sweep, Failure> {
         args.vms.as_ref().map_or(*usual.end(), |vms| usize::try_from(*vms.end()).unwrap_or(usize::MAX));
     let source = match args.trace.parse::<Kind>() {
         Ok(kind) => Source::Generated(kind),
-        Err(unknown) if !Path::new(&args.trace).exists() => return Err(Failure::usage(unknown)),
+        Err(unknown) if matches!(Path::new(&args.trace).try_exists(), Ok(false)) => {
+            return Err(Failure::usage(unknown));
+        }
         Err(_) => {
             let part = Part { vms: most.min(MOST_VMS), seconds: wanted };
             Source::Recorded(recorded::read(Path::new(&args.trace), part).map_err(Failure::new)?)
@@ -258,24 +258,20 @@ fn speeds(path: &Path) -> Result<Speeds, Failure> {
 }
 
 /// A flag that Ctrl-C sets. A second Ctrl-C ends the process at once.
-fn stopped_by_user() -> Arc<AtomicBool> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = Arc::clone(&stop);
-    if is_ignored(libc::SIGINT) {
-        return stop;
+fn stopped_by_user() -> &'static AtomicBool {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    extern "C" fn interrupted(_: libc::c_int) {
+        if STOP.swap(true, Ordering::Relaxed) {
+            // SAFETY: it may be called in a signal's handler.
+            unsafe { libc::_exit(130) };
+        }
     }
-    // Without a thread Ctrl-C does what it does by default.
-    let waiting = thread::Builder::new().spawn(move || {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-            set.store(true, Ordering::Relaxed);
-        }
-        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-            std::process::exit(130);
-        }
-    });
-    drop(waiting);
-    stop
+    if !is_ignored(libc::SIGINT) {
+        let handler = interrupted as extern "C" fn(libc::c_int);
+        // SAFETY: the handler does only what a handler may.
+        unsafe { libc::signal(libc::SIGINT, handler as libc::sighandler_t) };
+    }
+    &STOP
 }
 
 fn progress(runs: usize) -> ProgressBar {
@@ -300,8 +296,8 @@ fn draw(
     let mut drawn = Vec::new();
     if sweep.vms.len() > 1 {
         let path = directory.join("service.svg");
-        plot::service(&path, outcome, &sweep.policies, &sweep.setup.host, &report.about())
-            .map_err(Failure::new)?;
+        let picture = plot::service(outcome, &sweep.policies, &sweep.setup.host, &report.about());
+        output::file(&path, &picture.map_err(Failure::new)?)?;
         drawn.push(path);
     }
     // As many VMs as the first policy serves well: the picture of a full host.
@@ -310,7 +306,8 @@ fn draw(
     for &policy in &sweep.policies {
         let path = directory.join(format!("memory-{policy}.svg"));
         let (trace, snapshots) = watch(sweep, policy, vms, *sweep.seeds.start());
-        plot::memory(&path, policy, &trace, &snapshots, &sweep.setup.host).map_err(Failure::new)?;
+        let picture = plot::memory(policy, &trace, &snapshots, &sweep.setup.host);
+        output::file(&path, &picture.map_err(Failure::new)?)?;
         drawn.push(path);
     }
     for path in drawn {

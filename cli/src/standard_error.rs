@@ -25,10 +25,12 @@ struct Lost {
     lines: u64,
     /// The last line that got there did so in part.
     torn: bool,
+    /// Somebody waited for a reader in vain. Nobody does so a second time.
+    gave_up: bool,
 }
 
 static WAY: OnceLock<Way> = OnceLock::new();
-static LOST: Mutex<Lost> = Mutex::new(Lost { lines: 0, torn: false });
+static LOST: Mutex<Lost> = Mutex::new(Lost { lines: 0, torn: false, gave_up: false });
 
 /// Finds the way to standard error: to be called before a sandbox takes away the paths to it.
 pub fn open() {
@@ -39,20 +41,22 @@ pub fn open() {
 /// is missing is counted, and told when there is room again.
 pub fn write(lines: &[u8], patience: Duration) {
     let way = WAY.get_or_init(Way::find);
-    let deadline = Instant::now() + patience;
     let mut lost = LOST.lock().unwrap_or_else(PoisonError::into_inner);
+    let patience = if lost.gave_up { Duration::ZERO } else { patience };
+    let deadline = Instant::now() + patience;
     if lost.torn || lost.lines > 0 {
         let start = if lost.torn { "\n" } else { "" };
         let note = format!("{start}ballast: {} lines are missing here: nobody read them\n", lost.lines);
         match way.write_all(note.as_bytes(), deadline) {
             0 => {}
-            written => *lost = Lost { lines: 0, torn: written < note.len() },
+            written => *lost = Lost { torn: written < note.len(), ..Lost::default() },
         }
     }
     let written = if lost.lines > 0 { 0 } else { way.write_all(lines, deadline) };
     if written < lines.len() {
         lost.torn |= written > 0;
         lost.lines = lost.lines.saturating_add(1);
+        lost.gave_up |= patience > Duration::ZERO;
     }
 }
 

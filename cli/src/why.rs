@@ -83,7 +83,9 @@ fn sentence(decision: &DecisionView) -> String {
         Fate::Advised => write!(text, "; advised, and left to the host's operator"),
         Fate::Refused => write!(text, "; refused: {error}"),
         Fate::Unanswered => write!(text, "; not confirmed: {error}"),
-        Fate::Postponed => write!(text, "; put off, as it owed an answer"),
+        Fate::Postponed => {
+            write!(text, "; put off, as it owed an answer or somebody else sets its target too")
+        }
     };
     if decision.times > 1 {
         let _ = write!(text, " ({} times)", decision.times);

@@ -57,7 +57,9 @@ async fn the_balancer_answers_as_its_document_says() {
     let _vms = ["web", "db"]
         .map(|name| FakeVm::start(directory.path(), name, "256M,min=128M,max=1G", Bytes::mib(200)));
     let mut command = Command::new(env!("CARGO_BIN_EXE_ballast"));
-    command.args(["balancer", "--budget", "2G", "--interval", "200ms"]).stdin(Stdio::null());
+    command
+        .args(["balancer", "--budget", "2G", "--beside-others", "--interval", "200ms"])
+        .stdin(Stdio::null());
     let _balancer = Balancer(command.env("BALLAST_RUNTIME_DIR", directory.path()).spawn().unwrap());
     let socket = balancer::daemon::socket_in(directory.path());
     let begun = Instant::now();

@@ -196,6 +196,7 @@ fn a_balancer_starts_once_says_what_it_does_and_stops_when_asked() {
     for (arguments, word) in [
         (&["balancer", "--interval", "1ms"][..], "interval"),
         (&["balancer", "--budget", "0"], "budget"),
+        (&["balancer", "--beside-others"], "needs a budget"),
         (&["balancer", "--host-reserve", "99999T"], "leaves nothing"),
         (&["balancer", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
         (&["balancer", "--budget", "1G", "--host-reserve", "1G"], "cannot be used with"),
@@ -207,8 +208,7 @@ fn a_balancer_starts_once_says_what_it_does_and_stops_when_asked() {
     }
 
     let file = place.path().join("balancer.toml");
-    let settings =
-        "budget = \"1G\"\ninterval = \"5s\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"/nowhere/*.qmp\"\n";
+    let settings = "budget = \"1G\"\nbeside_others = true\ninterval = \"5s\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"/nowhere/*.qmp\"\n";
     fs::write(&file, settings).unwrap();
     let arguments = ["balancer", "--config", file.to_str().unwrap(), "--interval", "100ms"];
     let mut first = place.command(&arguments).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();

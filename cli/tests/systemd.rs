@@ -38,7 +38,7 @@ fn a_service_manager_hears_of_the_daemons_whole_life() {
     let manager = UnixDatagram::bind(&socket).unwrap();
     manager.set_read_timeout(Some(PATIENCE)).unwrap();
     let settings = directory.path().join("balancer.toml");
-    fs::write(&settings, "budget = \"1G\"\n").unwrap();
+    fs::write(&settings, "budget = \"64M\"\nbeside_others = true\n").unwrap();
     let mut daemon = Command::new(env!("CARGO_BIN_EXE_ballast"))
         .args(["balancer", "--config", settings.to_str().unwrap()])
         .env("BALLAST_RUNTIME_DIR", directory.path())

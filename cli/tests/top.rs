@@ -224,11 +224,14 @@ fn a_balancer_that_comes_and_goes_is_said_to() {
     top.wait_for("no balancer runs: VMs asked directly");
     top.wait_for("unreadable");
     for sudden in [true, false] {
-        let mut balancer = ballast(directory.path(), &["balancer", "--budget", "4G", "--interval", "100ms"])
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut balancer = ballast(
+            directory.path(),
+            &["balancer", "--budget", "4G", "--beside-others", "--interval", "100ms"],
+        )
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
         top.wait_for("host normal");
         if sudden {
             balancer.kill().unwrap();

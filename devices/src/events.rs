@@ -1,13 +1,22 @@
 //! What an event loop serves, and how it learns that it can't go on.
 
+use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{Error, EventManager, EventOps, Events, MutEventSubscriber, Result, SubscriberOps};
 
 /// What an event loop serves. An error of either method ends the loop, and whoever runs it ends the VM:
 /// a device that is served no more must not pass for one that has nothing to do.
 pub trait Subscriber: Send {
+    /// Starts what it needs beside the loop, before it is watched.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Has `ops` watch what the subscriber begins with.
     ///
     /// # Errors
@@ -47,10 +56,11 @@ impl EventLoop {
     /// Serves `subscriber` too.
     ///
     /// # Errors
-    /// As [`Subscriber::init`].
-    pub fn add(&mut self, subscriber: Arc<Mutex<dyn Subscriber>>) -> Result<()> {
+    /// As [`Subscriber::start`] and [`Subscriber::init`].
+    pub fn add(&mut self, subscriber: Arc<Mutex<dyn Subscriber>>) -> io::Result<()> {
+        lock(&subscriber).start()?;
         self.manager.add_subscriber(Served { subscriber, failure: self.failure.clone() });
-        self.failure()
+        self.failure().map_err(io::Error::other)
     }
 
     /// Waits for events for so many milliseconds, for ever where they are negative, and has them served.
@@ -68,11 +78,14 @@ impl EventLoop {
     }
 }
 
+/// A panic ends the process, so no lock is ever left poisoned.
+fn lock(subscriber: &Mutex<dyn Subscriber>) -> MutexGuard<'_, dyn Subscriber + 'static> {
+    subscriber.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Served {
     fn ask(&self, ask: impl FnOnce(&mut dyn Subscriber) -> Result<()>) {
-        // A panic ends the process, so no lock is ever left poisoned.
-        let mut subscriber = self.subscriber.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = ask(&mut *subscriber) {
+        if let Err(error) = ask(&mut *lock(&self.subscriber)) {
             // The loop that has the receiver is the one that asks.
             let _ = self.failure.send(error);
         }

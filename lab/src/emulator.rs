@@ -203,7 +203,7 @@ impl Emulator {
             match attempt.code {
                 Ok(code) => return Ok(Outcome { code, results: attempt.results }),
                 Err(why) if host.attempts <= 1 => return Err(Error::Failed(why)),
-                Err(why) => eprintln!("{why}\nOnce more, in a host with more memory."),
+                Err(why) => progress::line(format_args!("{why}\nOnce more, in a host with more memory.")),
             }
             host = host.another();
         }
@@ -254,9 +254,11 @@ impl Emulator {
         let begun = Instant::now();
         let ran = thread::scope(|scope| {
             // The emulator dies with the thread that started it, and inherits its processors.
-            scope.spawn(|| self.emulate(command, &cores, booting, &stopped)).join()
+            let emulating = || self.emulate(command, &cores, booting, &stopped);
+            let emulating = thread::Builder::new().spawn_scoped(scope, emulating);
+            Ok(emulating.map_err(files("a thread for the emulator"))?.join())
         });
-        let (ended, said) = ran.unwrap_or(Err(Error::Stopped))?;
+        let (ended, said) = ran?.unwrap_or(Err(Error::Stopped))?;
         // A terminal's Ctrl-C ends the emulator as well.
         if stopped() {
             return Err(Error::Stopped);
@@ -373,6 +375,7 @@ impl Emulator {
             Error::NoEmulator { program, package, source }
         })?;
         let output = child.stdout.take().map(|output| Output::follow(output, self.terminal, booting));
+        let output = output.transpose().map_err(files("a thread for its output"))?;
         let silent = || output.as_ref().is_some_and(|output| output.silence() > self.silence);
         let ended = wait(&mut child, self.limit, silent, stopped).map_err(files("the emulator's end"))?;
         Ok((ended, output.map(Output::finish).unwrap_or_default()))

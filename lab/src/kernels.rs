@@ -1,4 +1,4 @@
-//! The kernels of the lab: Debian's cloud kernels 6.1 and 6.12, each with its modules.
+//! The kernels of the lab: Debian's cloud kernels 6.1 and 6.12 and its usual 6.1, each with its modules.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,8 +21,8 @@ const GUEST_MODULES: &[&str] = &[
     "evdev",
 ];
 
-/// What the agent's port needs beside; built into 6.12.
-const AGENT_MODULES: &[&str] = &["virtio_console"];
+/// What the agent's port (built into 6.12) and disks need beside.
+const AGENT_MODULES: &[&str] = &["virtio_console", "virtio_blk"];
 
 /// Where the agent lies in a guest.
 const AGENT_INSIDE: &str = "/bin/ballast-agent";
@@ -36,6 +36,9 @@ pub enum Kernel {
     /// Linux 6.12, from Debian 12's security updates; its balloon driver sends 16 statistics.
     #[value(name = "6.12")]
     V6_12,
+    /// Linux 6.1 for any machine, packed with xz where the cloud kernels are not.
+    #[value(name = "6.1-generic")]
+    V6_1Generic,
 }
 
 /// A guest's files, on this machine or in an emulated host.
@@ -47,7 +50,7 @@ pub struct GuestImages {
     pub elf: Option<PathBuf>,
     /// The lab's init with the kernel's modules.
     pub initrd: PathBuf,
-    /// The same with `ballast-agent` and the module of its port.
+    /// The same with `ballast-agent`, the module of its port, and that of disks.
     pub agent_initrd: PathBuf,
 }
 
@@ -68,22 +71,30 @@ impl Kernel {
     /// Its series, as in `uname -r`.
     pub const fn series(self) -> &'static str {
         match self {
-            Self::V6_1 => "6.1",
+            Self::V6_1 | Self::V6_1Generic => "6.1",
             Self::V6_12 => "6.12",
+        }
+    }
+
+    /// What its files are called.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::V6_1 | Self::V6_12 => self.series(),
+            Self::V6_1Generic => "6.1-generic",
         }
     }
 
     /// Statistics that its balloon driver sends.
     pub const fn statistics(self) -> usize {
         match self {
-            Self::V6_1 => 10,
+            Self::V6_1 | Self::V6_1Generic => 10,
             Self::V6_12 => 16,
         }
     }
 
     /// Where these files lie in an emulated host.
     pub(crate) fn images_inside(self) -> GuestImages {
-        let directory = Path::new("/guest").join(self.series());
+        let directory = Path::new("/guest").join(self.name());
         GuestImages {
             bzimage: directory.join("bzImage"),
             elf: (self == Self::V6_1).then(|| directory.join("vmlinux")),
@@ -105,14 +116,14 @@ impl Kernel {
     pub(crate) fn images(self) -> Result<GuestImages, Error> {
         let elf = match self {
             Self::V6_1 => Some(self.elf()?),
-            Self::V6_12 => None,
+            Self::V6_12 | Self::V6_1Generic => None,
         };
         Ok(GuestImages {
             bzimage: self.installed()?.image,
             elf,
-            initrd: self.initrd(self.series(), GUEST_MODULES, &[])?,
+            initrd: self.initrd(self.name(), GUEST_MODULES, &[])?,
             agent_initrd: self.initrd(
-                &format!("{}-agent", self.series()),
+                &format!("{}-agent", self.name()),
                 &[GUEST_MODULES, AGENT_MODULES].concat(),
                 &[(AGENT_INSIDE, artifacts::agent()?)],
             )?,
@@ -123,6 +134,7 @@ impl Kernel {
         let (prefix, suffix) = match self {
             Self::V6_1 => ("linux-image-6.1.0-", "-cloud-amd64"),
             Self::V6_12 => ("linux-image-6.12.", "+deb12-cloud-amd64-unsigned"),
+            Self::V6_1Generic => ("linux-image-6.1.0-", "-amd64"),
         };
         packages::unpacked(&packages::newest(prefix, suffix)?)
     }

@@ -1,6 +1,6 @@
 //! What a program in an emulated host says: passed on as it comes, and how long ago that was.
 
-use std::io::{Read, Write, stdout};
+use std::io::{self, Read, Write, stdout};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,10 +16,17 @@ pub struct Output {
 
 impl Output {
     /// Passes on what comes from `source`, as `terminal` says. The first word ends the step `until`.
-    pub fn follow(mut source: impl Read + Send + 'static, terminal: Terminal, until: Step) -> Self {
+    ///
+    /// # Errors
+    /// Where there is no thread to be had.
+    pub fn follow(
+        mut source: impl Read + Send + 'static,
+        terminal: Terminal,
+        until: Step,
+    ) -> io::Result<Self> {
         let heard = Arc::new(Mutex::new(Instant::now()));
         let last = heard.clone();
-        let thread = thread::spawn(move || {
+        let thread = thread::Builder::new().spawn(move || {
             let (mut buffer, mut said, mut until) = ([0; 4096], Vec::new(), Some(until));
             while let Ok(length @ 1..) = source.read(&mut buffer) {
                 drop(until.take());
@@ -28,8 +35,8 @@ impl Output {
                 said.extend_from_slice(&buffer[..length]);
             }
             said
-        });
-        Self { heard, thread }
+        })?;
+        Ok(Self { heard, thread })
     }
 
     /// For how long nothing has been said.
@@ -61,7 +68,7 @@ mod tests {
     #[test]
     fn silence_ends_with_a_word() {
         let (reader, mut writer) = std::io::pipe().expect("pipes can be made");
-        let output = Output::follow(reader, Terminal::Printed, begin("a test"));
+        let output = Output::follow(reader, Terminal::Printed, begin("a test")).expect("a thread");
         thread::sleep(Duration::from_millis(1));
         let before = Instant::now();
         assert!(output.silence() > before.elapsed(), "nothing was said");

@@ -39,12 +39,13 @@ pub fn unpacked(package: &str) -> Result<PathBuf, Error> {
     Ok(root)
 }
 
-/// The newest package whose name starts and ends so, in the cache or else in the archive.
+/// The newest package whose name starts and ends so, with a number between, in the cache or else in the archive.
 ///
 /// # Errors
 /// Where there is none.
 pub fn newest(prefix: &str, suffix: &str) -> Result<String, Error> {
-    let fits = |name: &&str| name.starts_with(prefix) && name.ends_with(suffix);
+    let number = |name: &str| name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse::<u32>().ok();
+    let fits = |name: &&str| number(name).is_some();
     let directory = cache::directory("packages")?;
     let cached: Vec<String> = fs::read_dir(&directory)
         .map_err(files(directory.display()))?

@@ -1,6 +1,7 @@
 //! What the lab is at while nothing else is to be seen: bars on a terminal, plain lines elsewhere.
 
-use std::io::{IsTerminal, stderr};
+use std::fmt::Display as Show;
+use std::io::{IsTerminal, Write, stderr};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,13 +35,18 @@ enum Display {
     Lines(Mutex<Instant>),
 }
 
+/// Writes a line, which ends nothing where nobody can read it.
+pub(crate) fn line(text: impl Show) {
+    let _ = writeln!(stderr(), "{text}");
+}
+
 /// Begins one.
 pub(crate) fn begin(what: impl Into<String>) -> Step {
     let (what, begun) = (what.into(), Instant::now());
     let display = match (SHOWN.load(Ordering::Relaxed), stderr().is_terminal()) {
         (false, _) => Display::Nothing,
         (true, false) => {
-            eprintln!("{what}");
+            line(&what);
             Display::Lines(Mutex::new(begun))
         }
         (true, true) => {
@@ -65,7 +71,7 @@ impl Step {
                 let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
                 if last.elapsed() >= BETWEEN_LINES {
                     *last = Instant::now();
-                    eprintln!("{}: {detail} ({} s)", self.what, self.begun.elapsed().as_secs());
+                    line(format_args!("{}: {detail} ({} s)", self.what, self.begun.elapsed().as_secs()));
                 }
             }
         }
@@ -79,10 +85,12 @@ impl Drop for Step {
             Display::Bar(bar) => {
                 bar.finish_and_clear();
                 if took >= NOTEWORTHY {
-                    eprintln!("{}: {} s", self.what, took.as_secs());
+                    line(format_args!("{}: {} s", self.what, took.as_secs()));
                 }
             }
-            Display::Lines(_) if took >= NOTEWORTHY => eprintln!("{}: {} s", self.what, took.as_secs()),
+            Display::Lines(_) if took >= NOTEWORTHY => {
+                line(format_args!("{}: {} s", self.what, took.as_secs()));
+            }
             _ => {}
         }
     }

@@ -1,7 +1,5 @@
 //! Pictures: the service that VMs get under each policy by their number, and memory over time.
 
-use std::path::Path;
-
 use api::units::Bytes;
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -25,11 +23,8 @@ const FLOOR: f64 = 0.001;
 
 /// Why there is no picture.
 #[derive(Debug, thiserror::Error)]
-#[error("can't draw {path}: {what}")]
-pub struct PlotError {
-    path: String,
-    what: String,
-}
+#[error("can't draw: {0}")]
+pub struct PlotError(String);
 
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -59,32 +54,35 @@ fn at(style: TextStyle<'_>, horizontal: HPos, vertical: VPos) -> TextStyle<'_> {
     style.pos(Pos::new(horizontal, vertical))
 }
 
-fn saved(path: &Path, drawn: Drawn) -> Result<(), PlotError> {
-    drawn.map_err(|error| PlotError { path: path.display().to_string(), what: error.to_string() })
+/// The SVG that `draw` draws on a picture of this many pixels.
+fn picture(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<String, PlotError> {
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+    let drawn = draw(&root).and_then(|()| Ok(root.present()?));
+    drop(root);
+    drawn.map_err(|error| PlotError(error.to_string())).map(|()| svg)
 }
 
-/// Draws how many VMs each policy serves well, and how service falls with their number.
+/// Draws how many VMs each policy serves well, and how service falls with their number, as SVG.
 ///
 /// # Errors
-/// [`PlotError`] if the file can't be written.
+/// [`PlotError`] where there is nothing to be drawn of it.
 pub fn service(
-    path: &Path,
     outcome: &Outcome,
     policies: &[PolicyName],
     host: &SimulatedHost,
     about: &str,
-) -> Result<(), PlotError> {
-    saved(path, draw_service(path, outcome, policies, host, about))
+) -> Result<String, PlotError> {
+    picture((1200, 560), |root| draw_service(root, outcome, policies, host, about))
 }
 
 fn draw_service(
-    path: &Path,
+    root: &Area,
     outcome: &Outcome,
     policies: &[PolicyName],
     host: &SimulatedHost,
     about: &str,
 ) -> Drawn {
-    let root = SVGBackend::new(path, (1200, 560)).into_drawing_area();
     root.fill(&WHITE)?;
     root.draw_text("How many VMs fit on one host?", &bold(26.0, &INK), (36, 24))?;
     let line = format!(
@@ -96,9 +94,7 @@ fn draw_service(
     root.draw_text(about, &at(font(12.0, &FAINT), HPos::Left, VPos::Bottom), (36, 546))?;
     let (left, right) = root.margin(92, 36, 28, 28).split_horizontally(500);
     draw_bars(&left, outcome, policies)?;
-    draw_curves(&right, outcome, policies)?;
-    root.present()?;
-    Ok(())
+    draw_curves(&right, outcome, policies)
 }
 
 fn draw_bars(area: &Area, outcome: &Outcome, policies: &[PolicyName]) -> Drawn {
@@ -213,18 +209,17 @@ fn root_text(chart: &Chart, text: &str, style: &TextStyle, place: (i32, i32)) ->
     Ok(())
 }
 
-/// Draws what each VM had, second by second, and what all together demanded.
+/// Draws what each VM had, second by second, and what all together demanded, as SVG.
 ///
 /// # Errors
-/// [`PlotError`] if the file can't be written.
+/// [`PlotError`] where there is nothing to be drawn of it.
 pub fn memory(
-    path: &Path,
     policy: PolicyName,
     trace: &Trace,
     snapshots: &[Snapshot],
     host: &SimulatedHost,
-) -> Result<(), PlotError> {
-    saved(path, draw_memory(path, policy, trace, snapshots, host))
+) -> Result<String, PlotError> {
+    picture((1200, 520), |root| draw_memory(root, policy, trace, snapshots, host))
 }
 
 fn gib(bytes: Bytes) -> f64 {
@@ -232,13 +227,12 @@ fn gib(bytes: Bytes) -> f64 {
 }
 
 fn draw_memory(
-    path: &Path,
+    root: &Area,
     policy: PolicyName,
     trace: &Trace,
     snapshots: &[Snapshot],
     host: &SimulatedHost,
 ) -> Drawn {
-    let root = SVGBackend::new(path, (1200, 520)).into_drawing_area();
     root.fill(&WHITE)?;
     root.draw_text(&format!("Memory over time under {}", policy.title()), &bold(24.0, &INK), (36, 22))?;
     let line = format!(
@@ -297,6 +291,5 @@ fn draw_memory(
     chart.draw_series(LineSeries::new(demand, OURS.stroke_width(3)))?;
     let budget = gib(host.budget());
     chart.draw_series(DashedLineSeries::new([(0.0, budget), (end, budget)], 8, 5, LIMIT.stroke_width(2)))?;
-    root.present()?;
     Ok(())
 }

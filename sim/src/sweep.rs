@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use serde::Serialize;
 
@@ -177,14 +178,18 @@ impl Sweep {
             }
             (scores, bounds)
         };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
         let (mut scores, mut bounds) = (BTreeMap::new(), BTreeMap::new());
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            for worker in workers {
-                let (own_scores, own_bounds) = worker.join().unwrap_or_else(|panic| resume_unwind(panic));
-                scores.extend(own_scores);
-                bounds.extend(own_bounds);
+        thread::scope(|scope| {
+            // This thread is one of them. Where the kernel gives no more, fewer do it all.
+            let more = (1..threads).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok());
+            let workers: Vec<_> = more.collect();
+            let own = work();
+            let others =
+                workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            for (some_scores, some_bounds) in others.chain([own]) {
+                scores.extend(some_scores);
+                bounds.extend(some_bounds);
             }
         });
         let complete = scores.len() == self.runs();

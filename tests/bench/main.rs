@@ -9,6 +9,7 @@ mod vm;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 use guests::{Of, Printed, QemuSettings, Vm, qemu_with_libraries, sum};
 use lab::{Emulator, Execution, Kernel, Terminal, inside};
 
+use crate::trace::{Counts, FirstEntry};
 use crate::vm::{Transport, guest};
 
 /// The guest's first word, printed by its init before anything else.
@@ -129,46 +131,68 @@ fn add_speeds(file: &Path, speeds: &[u8]) -> Result<()> {
 
 fn boot() -> Result<()> {
     let images = Kernel::V6_1.guest_images()?;
+    let elf = images.elf.clone().context("6.1 has an ELF")?;
     // Once without looking: the first VMM pays for caches and entropy that the others find ready.
-    measure(Instant::now(), &mut guest(&images, "256M", CMDLINE, Transport::Mmio, &[]).start())?;
-    println!("256 MiB, 1 vCPU, Debian 6.1 as bzImage; V s: virtual seconds, 1e9 instructions each");
+    measure(|| Box::new(guest(&images, "256M", CMDLINE, Transport::Mmio, &[]).start()))?;
+    println!("256 MiB, 1 vCPU, Debian 6.1; V s: virtual seconds, 1e9 instructions each");
     println!(
-        "               exec to init   to modules loaded   private beside guest RAM   of it not backed by a file"
+        "                     exec to guest      to init   to modules loaded, exits, of it ports   private beside guest RAM   of it not backed by a file"
     );
     for transport in Transport::ALL {
-        let settings = guest(&images, "256M", CMDLINE, transport, &[]);
-        print(&format!("ballast, {}", transport.name()), measure(Instant::now(), &mut settings.start())?);
+        for (kernel, form) in [(&images.bzimage, "bzImage"), (&elf, "ELF")] {
+            let settings = guest(&images, "256M", CMDLINE, transport, &[]).kernel(kernel);
+            print(
+                &format!("ballast, {}, {form}", transport.name()),
+                &measure(|| Box::new(settings.start()))?,
+            );
+        }
     }
     let directory = tempfile::tempdir()?;
     let qemu = QemuSettings::new("bench", &images, Bytes::mib(256), CMDLINE, directory.path());
     let qemu = QemuSettings { printed: Printed::No, ..qemu };
-    print("QEMU microvm", measure(Instant::now(), &mut qemu.start())?);
+    print("QEMU microvm, bzImage", &measure(|| qemu.start())?);
     Ok(())
 }
 
 /// What was measured of a VM.
 struct Start {
-    /// From its start to its guest's first word.
+    /// From its start to the first entry into its guest, in a run of its own.
+    entry: Duration,
+    /// To its guest's first word.
     init: Duration,
     /// Until that has loaded its modules.
     ready: Duration,
+    /// What the processor did until then.
+    counts: Counts,
     /// What the VM has then beside guest memory, and what of it no file backs.
     beside: [Bytes; 2],
 }
 
-fn measure(begun: Instant, vm: &mut Vm) -> Result<Start> {
+fn measure<V: DerefMut<Target = Vm>>(start: impl Fn() -> V) -> Result<Start> {
+    let entry = {
+        let watch = FirstEntry::watch()?;
+        let begun = trace::now();
+        start().wait_until_ready();
+        watch.time()?.saturating_sub(begun)
+    };
+    let begun = Instant::now();
+    let mut vm = start();
     vm.wait_until_ready();
+    let counts = Counts::read(vm.pid())?;
     let [init, ready] = [INIT, READY].map(|word| vm.heard(word).map(|at| at - begun).context(word));
     let smaps = vm.smaps();
     let beside = [Of::Rest, Of::Anonymous].map(|of| sum(&smaps, of, &["Private_Clean", "Private_Dirty"]));
-    Ok(Start { init: init?, ready: ready?, beside })
+    Ok(Start { entry, init: init?, ready: ready?, counts, beside })
 }
 
-fn print(name: &str, Start { init, ready, beside: [private, anonymous] }: Start) {
+fn print(name: &str, Start { entry, init, ready, counts, beside: [private, anonymous] }: &Start) {
     println!(
-        "{name:<13}  {:>8.4} V s   {:>11.4} V s     {:>20}   {:>28}",
+        "{name:<22} {:>8.4} V s {:>8.4} V s        {:>8.4} V s {:>6} {:>6}          {:>20}   {:>28}",
+        entry.as_secs_f64(),
         init.as_secs_f64(),
         ready.as_secs_f64(),
+        counts.exits,
+        counts.ports,
         private.to_string(),
         anonymous.to_string(),
     );

@@ -112,10 +112,16 @@ impl Trace {
 
 /// Time and address in `vcpu0-99 [000] ..... 12.345678: kvm_mmio: mmio write len 4 gpa 0x104 val 0x2`.
 fn write(line: &str) -> Option<(Duration, u64)> {
-    let (front, back) = line.split_once(": kvm_mmio: ")?;
-    let at = front.split_whitespace().next_back()?.parse().ok().map(Duration::from_secs_f64)?;
+    let (_, back) = line.split_once(": kvm_mmio: ")?;
+    let at = moment(line, ": kvm_mmio: ")?;
     let (_, address) = back.split_once("gpa 0x")?;
     Some((at, u64::from_str_radix(address.split_whitespace().next()?, 16).ok()?))
+}
+
+/// When an event was: the last word in front of its name.
+fn moment(line: &str, name: &str) -> Option<Duration> {
+    let (front, _) = line.split_once(name)?;
+    front.split_whitespace().next_back()?.parse().ok().map(Duration::from_secs_f64)
 }
 
 /// When the device that was written to most was written to last: a driver of random numbers may
@@ -126,6 +132,38 @@ fn last_to_the_busiest(writes: &[(Duration, u64)]) -> Option<Duration> {
     let devices: BTreeSet<u64> = writes.iter().map(|(_, address)| device(*address)).collect();
     let busiest = devices.into_iter().max_by_key(|of| count(*of))?;
     writes.iter().rev().find(|(_, address)| device(*address) == busiest).map(|(at, _)| *at)
+}
+
+/// Waits for the moment when the next VM enters its guest for the first time.
+pub struct FirstEntry(());
+
+impl FirstEntry {
+    const EVENT: &str = "events/kvm/kvm_entry";
+
+    /// Begins to look.
+    ///
+    /// # Errors
+    /// Where this host can't trace.
+    pub fn watch() -> Result<Self> {
+        set("trace_clock", "mono")?;
+        set("trace", "")?;
+        set(&format!("{}/enable", Self::EVENT), "1")?;
+        // The rest would only fill the buffer, and push the first out of it.
+        set(&format!("{}/trigger", Self::EVENT), "traceoff")?;
+        set("tracing_on", "1")?;
+        Ok(Self(()))
+    }
+
+    /// When it was.
+    ///
+    /// # Errors
+    /// No VM has entered a guest, or this host can't trace.
+    pub fn time(self) -> Result<Duration> {
+        set(&format!("{}/trigger", Self::EVENT), "!traceoff")?;
+        set(&format!("{}/enable", Self::EVENT), "0")?;
+        let line = read()?;
+        line.lines().find_map(|line| moment(line, ": kvm_entry: ")).context("no guest was entered")
+    }
 }
 
 /// What has been counted of the one VM of this host.
@@ -139,6 +177,8 @@ pub struct Counts {
     pub flushes: u64,
     /// VM exits.
     pub exits: u64,
+    /// Those of them that are accesses to ports.
+    pub ports: u64,
 }
 
 impl Counts {
@@ -158,6 +198,7 @@ impl Counts {
             faults: count("pf_fixed")?,
             flushes: count("remote_tlb_flush_requests")?,
             exits: count("exits")?,
+            ports: count("io_exits")?,
         })
     }
 
@@ -168,6 +209,7 @@ impl Counts {
             faults: self.faults - before.faults,
             flushes: self.flushes - before.flushes,
             exits: self.exits - before.exits,
+            ports: self.ports - before.ports,
         }
     }
 }

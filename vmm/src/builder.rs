@@ -1,6 +1,7 @@
 //! Makes the devices that a configuration lists, each by one line for its kind, and gathers what they need:
 //! threads to work on, and leave from the sandbox.
 
+mod disk;
 mod memory;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use devices::platform::OnEnd;
 use devices::sandbox::SandboxNeeds;
 #[cfg(test)]
 use devices::testing::note::Note;
+use devices::virtio::block::disk::DiskError;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::rng::Rng;
 use kvm_ioctls::VmFd;
@@ -46,6 +48,9 @@ pub enum BuildError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The host gave no descriptors for one, or something else that it needs.
     #[error("the host refused {what}: {source}")]
     Host {
@@ -156,6 +161,10 @@ impl<'a> Builder<'a> {
                 None => Ok(()),
             },
             Device::Rng => self.virtio(config, shared, Rng::new()),
+            Device::Disk(options) => {
+                let disk = disk::open(&config.id, options, self.control.cpus())?;
+                self.virtio(config, ThreadName::own(&config.id), disk)
+            }
             Device::Agent => self.virtio(config, shared, self.control.agent().port()),
             #[cfg(test)]
             Device::Note(options) => {

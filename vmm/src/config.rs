@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::limits::Limits;
+use image::Unpacking;
 use serde::{Deserialize, Serialize};
 
 /// Types that are text in a configuration, read by the same rule as on the command line.
@@ -26,9 +27,14 @@ macro_rules! text {
     )*};
 }
 
+mod cmdline;
 mod device;
 
-pub use device::{BalloonOptions, Console, Device, DeviceConfig, DeviceId, SerialOptions, ThreadName};
+pub use cmdline::{DEFAULT_CMDLINE, Hindrance, with_words};
+pub use device::{
+    BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
+    ThreadName,
+};
 
 text!(Name);
 
@@ -44,6 +50,9 @@ pub struct VmConfig {
     pub name: Name,
     /// A bzImage, or an uncompressed ELF with a PVH note.
     pub kernel: PathBuf,
+    /// How what is packed in a bzImage is unpacked on the host; `None` has it unpack itself.
+    #[serde(default)]
+    pub unpacking: Option<Unpacking>,
     /// The initial RAM file system.
     pub initrd: Option<PathBuf>,
     /// The kernel's command line, as the user wrote it; [`DEFAULT_CMDLINE`] is a good start.
@@ -93,9 +102,6 @@ impl VmConfig {
     }
 }
 
-/// A command line for a guest whose console is the serial port, and whose panic ends the process at once.
-pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
-
 /// How a guest reaches its virtio devices (virtio 1.2, section 4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -134,6 +140,17 @@ pub enum ConfigError {
     /// Not a console.
     #[error("`{0}` is not a console: use stdio, file:PATH, socket:PATH or none")]
     Console(String),
+    /// Not a disk.
+    #[error(
+        "`{text}` is not a disk ({what}): use PATH, then with commas readonly, format=raw or format=qcow2, \
+         cache=direct or cache=buffered, backing=allow; a comma of the path is written twice"
+    )]
+    Disk {
+        /// As given.
+        text: String,
+        /// What is wrong.
+        what: String,
+    },
     /// Not a size of huge pages that is known.
     #[error("`{0}` is not a size of huge pages: use 2M")]
     HugePages(String),
@@ -243,40 +260,8 @@ impl Backing {
     }
 }
 
-/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
-/// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
-/// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
-const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
-
-/// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
-const NO_PCI_WORD: &str = "pci=off";
-
-impl VmConfig {
-    /// The command line that the guest gets: the user's, and what its devices ask for. A word that the user
-    /// gave as well stays as it is.
-    pub fn kernel_cmdline(&self) -> String {
-        let plug: &[&str] = if self.plugs_memory() { &PLUG_WORDS } else { &[] };
-        let pci: &[&str] = if self.transport == Transport::Mmio { &[NO_PCI_WORD] } else { &[] };
-        plug.iter().chain(pci).fold(self.cmdline.clone(), |line, word| {
-            let name = name_of(word);
-            let given = line.split_whitespace().any(|other| name_of(other) == name);
-            if given { line } else { format!("{line} {word}") }
-        })
-    }
-
-    /// Whether the user's command line hides the bus that all virtio devices are on.
-    pub fn hides_devices(&self) -> bool {
-        self.transport == Transport::Pci && self.cmdline.split_whitespace().any(|word| word == NO_PCI_WORD)
-    }
-}
-
-/// What a word of a command line is about.
-fn name_of(word: &str) -> &str {
-    word.split_once('=').map_or(word, |(name, _)| name)
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     #[test]
@@ -287,24 +272,6 @@ mod tests {
         for bad in ["", "-a", "A", "a.b", "../x", "a/b", &"x".repeat(64)] {
             assert!(bad.parse::<Name>().is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn what_the_user_says_on_the_command_line_stands() {
-        let mut config = config(r#"{"id": "balloon", "type": "balloon"}"#).expect("it is whole");
-        assert_eq!(config.kernel_cmdline(), "quiet");
-        config.transport = Transport::Mmio;
-        assert_eq!(config.kernel_cmdline(), "quiet pci=off");
-        config.cmdline = "pci=nocrs memhp_default_state=online_movable".to_owned();
-        config.devices.push(DeviceConfig::new("memory".parse().unwrap(), Device::Memory));
-        assert_eq!(
-            config.kernel_cmdline(),
-            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable"
-        );
-        config.cmdline = "pci=off".to_owned();
-        assert!(!config.hides_devices());
-        config.transport = Transport::Pci;
-        assert!(config.hides_devices());
     }
 
     #[test]
@@ -320,7 +287,7 @@ mod tests {
         }
     }
 
-    fn config(devices: &str) -> Result<VmConfig, serde_json::Error> {
+    pub(in crate::config) fn config(devices: &str) -> Result<VmConfig, serde_json::Error> {
         serde_json::from_str(&format!(
             r#"{{"name": "web", "kernel": "/boot/vmlinuz", "initrd": null, "cmdline": "quiet", "cpus": 2,
                 "limits": {{"startup": 67108864, "min": 67108864, "max": 134217728}}, "socket": null,

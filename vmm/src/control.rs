@@ -142,6 +142,11 @@ impl Control {
         }
     }
 
+    /// How many vCPUs it has.
+    pub fn cpus(&self) -> Cpus {
+        self.cpus
+    }
+
     /// Hands over what the VM is made of. Only the first call counts.
     pub fn attach(&self, parts: Parts) {
         let (steering, events) = (parts.steering.clone(), Arc::clone(&self.events));
@@ -196,7 +201,7 @@ impl Control {
     /// Has a thread count what the host holds of the guest's memory: who asks for it never waits long.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// When there is no thread to be had.
     pub fn count_memory(&self) -> io::Result<()> {
         self.parts.get().map_or(Ok(()), |parts| parts.ram.count())
     }
@@ -260,7 +265,10 @@ impl Control {
             };
         };
         let held = parts.ram.held().inspect_err(|error| {
-            tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            // The first count goes on.
+            if error.kind() != io::ErrorKind::WouldBlock {
+                tracing::warn!("what the host holds of the guest's memory can't be counted: {error}");
+            }
         });
         let held = held.ok();
         let steering = &parts.steering;

@@ -60,7 +60,7 @@ impl EventThread {
         let mut events = EventLoop::new(CAPACITY).map_err(io::Error::other)?;
         let stopped = Arc::new(Mutex::new(Stop { fd: stop.try_clone()?, stopped: false }));
         for subscriber in subscribers.into_iter().chain([stopped.clone() as Subscriber]) {
-            events.add(subscriber).map_err(io::Error::other)?;
+            events.add(subscriber)?;
         }
         let (runs, running) = mpsc::channel();
         spawn(name, vcpu_set, move || {

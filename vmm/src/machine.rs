@@ -1,21 +1,22 @@
 //! The life of one VM: made whole or not at all, run once, and told how it ended.
 
 use std::io;
-use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
+use api::units::Bytes;
 use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VmFd;
-use vm_memory::GuestAddress;
 
 use crate::api_server;
-use crate::arch::x86_64::layout::{self, NoPciWindow};
+use crate::arch::x86_64::layout::{self, TooMuchMemory};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
 use crate::arch::x86_64::{acpi, cpuid, reset};
 use crate::boot::kernel::{self, Boot, KernelError};
+use crate::boot::unpacked;
 use crate::builder::{BuildError, Builder, Threads};
 use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
@@ -48,9 +49,9 @@ pub enum MachineError {
     /// Its configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// There is no room for its devices.
+    /// More memory than this host can give to a guest.
     #[error(transparent)]
-    NoPciWindow(#[from] NoPciWindow),
+    TooMuchMemory(#[from] TooMuchMemory),
     /// A device.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -130,27 +131,38 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
-        let ram = Arc::new(ram(&config)?);
+        // What this takes of memory is given back before the guest has any.
+        let unpacking = config.unpacking.as_ref();
+        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm::refused("tell what CPUID it supports"))?;
-        let pci = pci_window(&config, &ram, &supported)?;
-        if config.hides_devices() {
-            tracing::warn!(
-                "`pci=off` hides all of the guest's devices: take it off the kernel's command line, or use \
-                 --transport mmio"
-            );
+        let has_pci = config.transport == Transport::Pci;
+        let (boot, more) = memory(&config);
+        let end = layout::memory_end(boot, more, cpuid::address_bits(&supported), has_pci)?;
+        let pci = has_pci.then(|| layout::pci_window(end));
+        let ram = Arc::new(Ram::with_pluggable(boot, more, config.memory)?);
+        for hindrance in config.hindrances() {
+            tracing::warn!("{hindrance}");
         }
         let boot = Boot {
             kernel: &config.kernel,
+            unpacked: unpacked.as_ref(),
             initrd: config.initrd.as_deref(),
             cmdline: &config.kernel_cmdline(),
             reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
-        let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
-        let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
-
-        let vm = kvm::create_vm(&kvm_fd, ram.regions())?;
+        let ((entry, api), vm) = beside(
+            // Mostly asleep: KVM starts a thread of its own, which has to wait until all processors have taken
+            // notice that it joins this process's control groups.
+            || kvm::create_vm(&kvm_fd, ram.regions()),
+            || {
+                let entry = kernel::load(&boot, ram.guest(), ram.boot())?;
+                let api = config.socket.as_deref().map(api_server::Server::bind).transpose()?;
+                Ok((entry, api))
+            },
+        )?;
+        drop(unpacked);
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;
@@ -228,7 +240,7 @@ impl Machine {
             })
             .map_err(refused("a thread for a vCPU"))?;
         }
-        // Before someone can ask for it, and before the guest makes it long.
+        // It counts when someone asks: a first count now would only keep the guest waiting.
         self.control.count_memory().map_err(refused("to count the guest's memory"))?;
         // Last of what can fail but for the sandbox: dropping the server removes its socket.
         let api = self.api.map(|server| serve(server, &self.control, vcpu_set)).transpose()?;
@@ -290,24 +302,30 @@ fn serve(
     Ok(ApiThread { stop, thread })
 }
 
-/// What the guest boots with, and room for what it may plug.
-fn ram(config: &VmConfig) -> Result<Ram, MemoryError> {
-    let (startup, max) = (config.limits.startup(), config.limits.max());
-    if config.plugs_memory() {
-        Ram::with_pluggable(startup, max.saturating_sub(startup), config.memory)
-    } else {
-        Ram::new(max, config.memory)
-    }
+/// Makes a VM on a thread of its own while `prepare` works on this one, or after it where no thread is to be had.
+///
+/// # Errors
+/// What `prepare` met; else what `create_vm` did.
+fn beside<T>(
+    create_vm: impl Fn() -> Result<Arc<VmFd>, KvmError> + Sync,
+    prepare: impl FnOnce() -> Result<T, MachineError>,
+) -> Result<(T, Arc<VmFd>), MachineError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("create".to_owned()).stack_size(events::STACK);
+        let creation = thread.spawn_scoped(scope, &create_vm);
+        let prepared = prepare()?;
+        let vm = match creation {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => create_vm(),
+        };
+        Ok((prepared, vm?))
+    })
 }
 
-/// Where the BARs of its devices are to lie, in a guest that reaches them by PCI.
-fn pci_window(config: &VmConfig, ram: &Ram, supported: &CpuId) -> Result<Option<Range<u64>>, NoPciWindow> {
-    let ends = ram.regions().iter().map(|region| region.guest.0.saturating_add(region.size.0));
-    let end = GuestAddress(ends.max().unwrap_or_default());
-    match config.transport {
-        Transport::Pci => layout::pci_window(end, cpuid::address_bits(supported)).map(Some),
-        Transport::Mmio => Ok(None),
-    }
+/// What the guest boots with, and what it may plug.
+fn memory(config: &VmConfig) -> (Bytes, Bytes) {
+    let (startup, max) = (config.limits.startup(), config.limits.max());
+    if config.plugs_memory() { (startup, max.saturating_sub(startup)) } else { (max, Bytes::ZERO) }
 }
 
 /// The memory of the guest's proximity domain.
@@ -321,4 +339,38 @@ fn domain(ram: &Ram) -> Vec<acpi::Domain> {
             pluggable: Some(region.guest) == pluggable,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn of_two_errors_the_kernels_file_is_told_first() {
+        let no_vm = || Err(KvmError { what: "create a VM", source: kvm_ioctls::Error::new(libc::EBUSY) });
+        let no_kernel = || Err::<(), _>(KernelError::NotAKernel("/etc/motd".into()).into());
+        let error = beside(no_vm, no_kernel).expect_err("neither").to_string();
+        assert!(error.contains("/etc/motd"), "{error}");
+        let error = beside(no_vm, || Ok(())).expect_err("no VM").to_string();
+        assert!(error.contains("create a VM"), "{error}");
+    }
+
+    /// Each waits for the other.
+    #[test]
+    fn a_vm_is_made_while_its_kernel_is_loaded() {
+        let both = Barrier::new(2);
+        let error = beside(
+            || {
+                both.wait();
+                Err(KvmError { what: "create a VM", source: kvm_ioctls::Error::new(libc::EBUSY) })
+            },
+            || {
+                both.wait();
+                Ok(())
+            },
+        );
+        assert!(error.is_err());
+    }
 }

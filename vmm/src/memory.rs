@@ -137,7 +137,7 @@ impl Ram {
     /// Has a thread count what the host holds, so that [`held`](Self::held) never takes long.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// When there is no thread to be had.
     pub fn count(&self) -> io::Result<()> {
         self.accounts.start()
     }

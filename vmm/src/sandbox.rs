@@ -32,9 +32,9 @@ const LEAST: ABI = ABI::V1;
 /// seccomp leaves no call either).
 const NEWEST: ABI = ABI::V4;
 
-/// Arenas of the allocator at most, as many as it makes without a look. For more it would look up how many
-/// processors there are, in a file.
-const ARENAS: libc::c_int = 8;
+/// Arenas of the allocator at most. If it was free to choose, it would look up how many processors there are, in a
+/// file.
+const ARENAS: libc::c_int = 1;
 
 /// Why the walls could not be put up. The guest has not run then.
 #[derive(Debug, thiserror::Error)]

@@ -11,11 +11,11 @@ use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::net::UnixStream;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::error::{Error, clean};
+use super::peer::{Acquaintance, PeerProcess, PeerStream};
 use super::{LARGEST_ANSWER, Peer};
 
 /// The largest response head that is read.
@@ -41,14 +41,14 @@ pub struct Http {
     timeout: Duration,
     largest_answer: usize,
     connection: Option<Connection>,
-    /// The process at the other end, as the kernel knew it at the last connection.
-    pid: Option<u32>,
+    /// Who is at the other end of the last connection.
+    acquaintance: Option<Acquaintance>,
 }
 
 impl Http {
     /// A client for the API of a `peer` at `socket`. Connects at the first request.
     pub fn new(peer: &'static Peer, socket: PathBuf, timeout: Duration) -> Self {
-        Self { peer, socket, timeout, largest_answer: LARGEST_ANSWER, connection: None, pid: None }
+        Self { peer, socket, timeout, largest_answer: LARGEST_ANSWER, connection: None, acquaintance: None }
     }
 
     /// How long one request may take from now on.
@@ -66,9 +66,14 @@ impl Http {
         &self.socket
     }
 
-    /// The process that was connected last, as the kernel knows it, whether it answered or not.
-    pub fn pid(&self) -> Option<u32> {
-        self.pid
+    /// The process at the other end of the last connection, whether it answered or not.
+    pub fn process(&self) -> PeerProcess {
+        self.acquaintance.as_ref().map_or(PeerProcess::NotMet, Acquaintance::process)
+    }
+
+    /// Gives the connection up; the next request makes another.
+    pub fn hang_up(&mut self) {
+        self.connection = None;
     }
 
     /// `GET path`.
@@ -218,10 +223,10 @@ impl Http {
     }
 
     async fn connect(&mut self, request: &str) -> Result<Connection, Error> {
-        let stream = UnixStream::connect(&self.socket)
+        let stream = PeerStream::connect(&self.socket)
             .await
             .map_err(|error| Error::unreachable(self.peer, &self.socket, request, &error))?;
-        self.pid = peer_pid(&stream);
+        self.acquaintance = Some(stream.acquaintance().clone().after(self.acquaintance.as_ref()));
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(LARGEST_HEAD)
             .handshake(TokioIo::new(stream))
@@ -242,13 +247,6 @@ impl Http {
     pub(super) fn hung_up(&self, request: &str, cause: &str) -> Error {
         Error::HungUp { socket: self.socket.clone(), request: request.to_owned(), cause: clean(cause) }
     }
-}
-
-/// The process at the other end of a socket (unix(7), `SO_PEERCRED`): whoever made the socket listen.
-/// `None` where it lives outside this one's PID namespace.
-pub fn peer_pid(stream: &UnixStream) -> Option<u32> {
-    let pid = stream.peer_cred().ok()?.pid()?;
-    u32::try_from(pid).ok().filter(|&pid| pid != 0)
 }
 
 fn build(method: &Method, uri: Uri, body: Bytes) -> Request<Full<Bytes>> {

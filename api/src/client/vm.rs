@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::Error;
 use super::http::Http;
+use super::peer::PeerProcess;
 use super::{BALLAST, DEFAULT_TIMEOUT};
 use crate::limits::Limits;
 use crate::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
@@ -50,9 +51,14 @@ impl Client {
         self.http.socket()
     }
 
-    /// The process that was connected last, as the kernel knows it, whether it answered or not.
-    pub fn pid(&self) -> Option<u32> {
-        self.http.pid()
+    /// The process at the other end of the last connection, whether it answered or not.
+    pub fn process(&self) -> PeerProcess {
+        self.http.process()
+    }
+
+    /// Gives the connection up; the next request makes another.
+    pub fn hang_up(&mut self) {
+        self.http.hang_up();
     }
 
     /// `GET /vm`: what this VM is and where it stands.

@@ -7,6 +7,7 @@ use api::client::{self, BALLAST, Http};
 use api::limits::Limits;
 use hyper::Method;
 use tokio::time::{Instant, sleep};
+use tracing::info;
 
 use super::api_error;
 use super::history::{Decisions, Why};
@@ -114,8 +115,9 @@ impl Client {
     }
 
     /// `POST /reservations`: makes room for a VM that is about to start. Answered when there is. Asks
-    /// again where the daemon ends before it has answered and a new one is there within [`RESTART`],
-    /// and where more clients come at once than its socket has room for, for as long as it is to wait.
+    /// again where the daemon ends before it has answered, or was killed before, and a new one is there within
+    /// [`RESTART`], and where more clients come at once than its socket has room for, for as long as it is to
+    /// wait.
     ///
     /// # Errors
     /// [`Error::Refused`] with the numbers where there is no room.
@@ -133,6 +135,12 @@ impl Client {
             let again = match error {
                 Error::NotAnswering if crowded => last,
                 Error::HungUp(_) => *again_until.insert(last.min(now + RESTART)),
+                // One that is stopped takes its socket along. One that was killed is brought back by its service
+                // manager: what it promised still stands.
+                Error::NotRunning { ref socket } if again_until.is_none() && socket.exists() => {
+                    info!("the balancer was killed: waiting up to {} s for a new one", RESTART.as_secs());
+                    *again_until.insert(last.min(now + RESTART))
+                }
                 Error::NotRunning { .. } => again_until.unwrap_or(now),
                 _ => now,
             };

@@ -55,6 +55,12 @@ pub enum ConfigError {
     /// A budget of nothing.
     #[error("a budget of 0 leaves nothing to any VM: name a size such as 4G, or leave it out")]
     NoBudget,
+    /// One of several daemons without a budget of its own.
+    #[error(
+        "a balancer beside others (beside_others) needs a budget of its own: name one such as 4G, which the others \
+         leave alone"
+    )]
+    BesideOthers,
     /// The host keeps all that it has.
     #[error("a host reserve of {reserve} leaves nothing of the host's {total} to any VM: name a smaller one")]
     Reserve {
@@ -80,6 +86,7 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 ///
 /// ```toml
 /// budget = "2G"           # what all VMs together may hold; without it, all but host_reserve
+/// beside_others = false   # other balancers share this host, each with a budget of its own
 /// host_reserve = "512M"   # what the host keeps
 /// interval = "1s"         # between two rounds
 /// metrics = "127.0.0.1:9090"
@@ -100,6 +107,8 @@ pub struct Config {
     /// What all VMs together may hold; `None` is all of the host but [`Config::host_reserve`].
     #[serde(deserialize_with = "budget")]
     pub budget: Option<Bytes>,
+    /// Other daemons share this host, each with a [`Config::budget`] of its own, and so does this one.
+    pub beside_others: bool,
     /// What the host keeps for itself and other programs; no effect with [`Config::budget`].
     #[serde(deserialize_with = "size")]
     pub host_reserve: Bytes,
@@ -118,6 +127,10 @@ pub struct Config {
     /// Where the host's memory is read; other files only in tests.
     #[serde(skip)]
     pub sources: Sources,
+    /// The name by which the daemons of one host know each other, [`super::HOST_LOCK`]. `None`, in tests, is one
+    /// of which no other knows.
+    #[serde(skip)]
+    pub host_lock: Option<String>,
 }
 
 /// What is done when an emergency has lasted, VMs hold more than there is, none can give more, and the host
@@ -138,6 +151,7 @@ impl Default for Config {
         Self {
             directory: None,
             budget: None,
+            beside_others: false,
             host_reserve: host::DEFAULT_RESERVE,
             interval: Duration::from_secs(1),
             metrics: None,
@@ -145,6 +159,7 @@ impl Default for Config {
             vms: Vec::new(),
             policy: Settings::default(),
             sources: Sources::default(),
+            host_lock: None,
         }
     }
 }
@@ -163,13 +178,16 @@ impl Config {
     /// Whether these settings make sense.
     ///
     /// # Errors
-    /// [`ConfigError::Interval`] or [`ConfigError::NoBudget`].
+    /// [`ConfigError::Interval`], [`ConfigError::NoBudget`] or [`ConfigError::BesideOthers`].
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !(SHORTEST_INTERVAL..=LONGEST_INTERVAL).contains(&self.interval) {
             return Err(ConfigError::Interval(self.interval));
         }
         if self.budget == Some(Bytes::ZERO) {
             return Err(ConfigError::NoBudget);
+        }
+        if self.beside_others && self.budget.is_none() {
+            return Err(ConfigError::BesideOthers);
         }
         Ok(())
     }
@@ -255,6 +273,7 @@ mod tests {
         let text = r#"
             directory = "/run/vms"
             budget = "2G"
+            beside_others = true
             host_reserve = "1G"
             interval = "250ms"
             metrics = "127.0.0.1:9090"
@@ -264,6 +283,7 @@ mod tests {
         let expected = Config {
             directory: Some("/run/vms".into()),
             budget: Some(Bytes::gib(2)),
+            beside_others: true,
             host_reserve: Bytes::gib(1),
             interval: Duration::from_millis(250),
             metrics: Some("127.0.0.1:9090".parse().unwrap()),
@@ -284,6 +304,8 @@ mod tests {
             ("interval = \"1h\"", "not a time"),
             ("interval = \"1ms\"", "interval: the interval of 1 ms is not between 50 ms and 60 s"),
             ("budget = \"0\"", "budget of 0"),
+            ("beside_others = true", "needs a budget of its own"),
+            ("beside_others = 1", "beside_others: "),
             ("metrics = \"here\"", "metrics: "),
             ("last_resort = \"kill\"", "unknown variant `kill`, expected `advise` or `pause`"),
             ("policy.pool_percent = 99", "pool_percent = 99 is out of range: 1 to 50"),

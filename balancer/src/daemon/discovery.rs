@@ -2,6 +2,7 @@
 //! for changes.
 
 use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::hash_map::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,11 +18,15 @@ use tracing::{info, warn};
 
 use super::config::ForeignVms;
 use super::log_limiter::LogLimiter;
+use super::own_directory;
 use crate::driver::ballast::Ballast;
 use crate::driver::cloud_hypervisor::CloudHypervisor;
 use crate::driver::firecracker::Firecracker;
 use crate::driver::qemu::Qemu;
 use crate::driver::{Driver, Kind};
+
+/// What tells one file from all others, whatever paths lead to it.
+type FileId = (u64, u64);
 
 /// The least time between two reports of changes: another VMM's directory may change all the time.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
@@ -38,6 +43,10 @@ pub struct Incarnation {
 }
 
 impl Incarnation {
+    const fn id(&self) -> FileId {
+        (self.device, self.inode)
+    }
+
     /// The socket at `path`, if there is one.
     fn of(path: &Path) -> Option<Self> {
         let metadata = fs::symlink_metadata(path).ok()?;
@@ -80,6 +89,8 @@ pub struct Discovery {
     directory: PathBuf,
     foreign: Vec<ForeignVms>,
     clash_logs: BTreeMap<PathBuf, LogLimiter>,
+    /// Paths that lead to a VM which has another one, and which that is.
+    aliases: BTreeMap<PathBuf, PathBuf>,
     /// No scan has been made yet.
     new: bool,
 }
@@ -87,63 +98,62 @@ pub struct Discovery {
 impl Discovery {
     /// Looks in ballast's own directory, and where other VMMs' sockets are.
     pub fn new(directory: PathBuf, foreign: Vec<ForeignVms>) -> Self {
-        Self { directory, foreign, clash_logs: BTreeMap::new(), new: true }
+        Self { directory, foreign, clash_logs: BTreeMap::new(), aliases: BTreeMap::new(), new: true }
     }
 
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// All sockets. Of two VMs with one name the second is left out and logged. The first scan also logs each
-    /// entry of the configuration for which there is no socket.
+    /// All sockets. One that several paths lead to is one VM, and the path that leads there without symbolic
+    /// links names it. Of two VMs with one name the second is left out and logged. The first scan also logs
+    /// each entry of the configuration for which there is no socket.
     ///
     /// # Errors
     /// ballast's own directory can't be read.
     pub fn scan(&mut self, now: Duration) -> Result<Vec<Found>, runtime::RuntimeError> {
         let own = runtime::sockets(&self.directory)?;
-        let mut found = BTreeMap::new();
+        let mut candidates = Candidates::default();
         for (name, socket) in own {
-            self.add(&mut found, now, name, socket, Kind::Ballast, None);
+            candidates.add(name, socket, Kind::Ballast, None);
         }
-        for index in 0..self.foreign.len() {
-            let Some(ForeignVms { driver, sockets, memory }) = self.foreign.get(index) else { continue };
-            let (driver, memory) = (*driver, *memory);
-            let pattern = self.new.then(|| sockets.as_str().to_owned());
+        for ForeignVms { driver, sockets, memory } in &self.foreign {
             let mut any = false;
             for (name, socket) in sockets.find() {
-                any |= self.add(&mut found, now, name, socket, driver, memory);
+                any |= candidates.add(name, socket, *driver, *memory);
             }
-            if let Some(pattern) = pattern.filter(|_| !any) {
-                info!("no VM of {driver} has a socket at {pattern} yet; looking for one from now on");
+            if self.new && !any {
+                info!(
+                    "no VM of {driver} has a socket at {} yet; looking for one from now on",
+                    sockets.as_str()
+                );
             }
         }
         self.new = false;
-        self.clash_logs.retain(|socket, _| socket.exists());
+        let Candidates { found: candidates, aliases, .. } = candidates;
+        for (alias, real) in &aliases {
+            if self.aliases.get(alias) != Some(real) {
+                info!("{} is the same socket as {}: that is one VM", alias.display(), real.display());
+            }
+        }
+        self.aliases = aliases;
+        let mut found = BTreeMap::new();
+        for candidate in candidates {
+            self.name(&mut found, now, candidate);
+        }
+        self.clash_logs.retain(|socket, _| !matches!(socket.try_exists(), Ok(false)));
         Ok(found.into_values().collect())
     }
 
-    /// Adds one; false where there is no socket.
-    fn add(
-        &mut self,
-        found: &mut BTreeMap<String, Found>,
-        now: Duration,
-        name: String,
-        socket: PathBuf,
-        kind: Kind,
-        memory: Option<Wanted>,
-    ) -> bool {
-        // It may be no socket, or have gone since.
-        let Some(incarnation) = Incarnation::of(&socket) else { return false };
-        match found.entry(name) {
+    /// Takes a VM in unless another one has its name.
+    fn name(&mut self, found: &mut BTreeMap<String, Found>, now: Duration, candidate: Found) {
+        match found.entry(candidate.name.clone()) {
             Entry::Vacant(place) => {
-                let name = place.key().clone();
-                self.clash_logs.remove(&socket);
-                place.insert(Found { name, socket, incarnation, kind, memory });
+                self.clash_logs.remove(&candidate.socket);
+                place.insert(candidate);
             }
-            // Two entries of the configuration may well name one socket: the first counts.
-            Entry::Occupied(first) if first.get().socket == socket => {}
             Entry::Occupied(first) => {
-                let (name, other) = (first.key(), &first.get().socket);
+                let (name, other, socket) = (first.key(), &first.get().socket, candidate.socket);
                 if self.clash_logs.entry(socket.clone()).or_default().is_due(now, "clash") {
                     warn!(
                         "the VM at {} is LEFT OUT, and its memory not counted: it would be called {name}, \
@@ -154,16 +164,55 @@ impl Discovery {
                 }
             }
         }
-        true
     }
 
-    /// Watches all of it.
+    /// Watches all of it, and the daemon's own files.
     ///
     /// # Errors
     /// As [`DirectoryWatch::new`].
     pub fn watch(&self) -> io::Result<DirectoryWatch> {
-        DirectoryWatch::new(&self.directory, self.foreign.iter().map(|entry| entry.sockets.parent()))
+        let others = self.foreign.iter().map(|entry| entry.sockets.parent());
+        DirectoryWatch::new(&self.directory, others.chain([own_directory(&self.directory)]))
     }
+}
+
+/// The sockets of one scan, each once.
+#[derive(Default)]
+struct Candidates {
+    found: Vec<Found>,
+    places: HashMap<FileId, usize>,
+    aliases: BTreeMap<PathBuf, PathBuf>,
+}
+
+impl Candidates {
+    /// Adds one; false where there is no socket.
+    fn add(&mut self, name: String, socket: PathBuf, kind: Kind, memory: Option<Wanted>) -> bool {
+        // It may be no socket, or have gone since.
+        let Some(incarnation) = Incarnation::of(&socket) else { return false };
+        let place = *self.places.entry(incarnation.id()).or_insert(self.found.len());
+        let Some(first) = self.found.get_mut(place) else {
+            self.found.push(Found { name, socket, incarnation, kind, memory });
+            return true;
+        };
+        // Two entries of the configuration may well name one socket: the first counts.
+        if first.socket == socket {
+            return true;
+        }
+        // A link may lead to another VM tomorrow: the path without links is the VM's, with all that its entry
+        // says. Of ballast's own VMs it is known what they are.
+        if first.kind != Kind::Ballast && !is_direct(&first.socket) && is_direct(&socket) {
+            let alias = std::mem::replace(first, Found { name, socket, incarnation, kind, memory }).socket;
+            self.aliases.insert(alias, first.socket.clone());
+        } else {
+            self.aliases.insert(socket, first.socket.clone());
+        }
+        true
+    }
+}
+
+/// Whether no symbolic link lies on the way.
+fn is_direct(path: &Path) -> bool {
+    fs::canonicalize(path).is_ok_and(|real| real == path)
 }
 
 /// Reports changes in directories.
@@ -179,7 +228,11 @@ impl DirectoryWatch {
     /// `directory` does not exist, or the user has no inotify watches left.
     pub fn new(directory: &Path, others: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
         let inotify = Inotify::init()?;
-        let changes = WatchMask::CREATE | WatchMask::DELETE | WatchMask::MOVE | WatchMask::DELETE_SELF;
+        let changes = WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::MOVE
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF;
         inotify.watches().add(directory, changes)?;
         for other in others {
             // The next watch tries again; until then rescans see changes there.
@@ -246,6 +299,41 @@ mod tests {
         let found = discovery.scan(Duration::ZERO).unwrap();
         assert!(found.iter().any(|found| found.name == "web" && found.kind == Kind::Qemu));
         assert!(discovery.clash_logs.is_empty());
+    }
+
+    #[test]
+    fn one_socket_behind_several_paths_is_one_vm() {
+        let (own, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let other_path = other.path().canonicalize().unwrap();
+        let api = other_path.join("web/api");
+        fs::create_dir_all(&api).unwrap();
+        let _socket = UnixListener::bind(api.join("ch.sock")).unwrap();
+        // Sorted before the real one.
+        std::os::unix::fs::symlink(other_path.join("web"), other_path.join("latest")).unwrap();
+        std::os::unix::fs::symlink(api.join("ch.sock"), api.join("link.sock")).unwrap();
+        // Ballast's own, which an entry of the configuration names as well.
+        let _own = UnixListener::bind(own.path().join("db.sock")).unwrap();
+        fs::hard_link(own.path().join("db.sock"), own.path().join("same.sock")).unwrap();
+        let entry = |pattern: String| ForeignVms { driver: Kind::CloudHypervisor, ..foreign(pattern) };
+        let entries = vec![
+            foreign(format!("{}/latest/api/ch.sock", other_path.display())),
+            entry(format!("{}/*/api/ch.sock", other_path.display())),
+            entry(format!("{}/link.sock", api.display())),
+            entry(format!("{}/*.sock", own.path().display())),
+        ];
+        let mut discovery = Discovery::new(own.path().to_owned(), entries);
+        for _ in 0..2 {
+            let found = discovery.scan(Duration::ZERO).unwrap();
+            let found: Vec<_> =
+                found.iter().map(|found| (found.name.as_str(), found.kind, found.socket.clone())).collect();
+            let expected = [
+                ("db", Kind::Ballast, own.path().join("db.sock")),
+                ("web", Kind::CloudHypervisor, api.join("ch.sock")),
+            ];
+            assert_eq!(found, expected);
+            assert!(discovery.clash_logs.is_empty());
+            assert_eq!(discovery.aliases.len(), 2, "{:?}", discovery.aliases);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use api::units::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::state::{MemoryView, VmView};
+use super::state::{Holder, MemoryView, VmView};
 use crate::policy::guards::Standing;
 use crate::policy::reason::Reason;
 
@@ -32,7 +32,7 @@ pub enum Fate {
     Refused,
     /// The VM gave no usable answer: either target may hold.
     Unanswered,
-    /// The VM was not told: an earlier request to it was still open.
+    /// The VM was not told: an earlier request to it was still open, or somebody else sets its target too.
     Postponed,
 }
 
@@ -232,6 +232,16 @@ fn explain(vm: &VmView) -> String {
             limits.max()
         );
     }
+    match vm.memory.as_ref().map(|memory| memory.holder) {
+        Some(Holder::OtherPidNamespace) => {
+            sentence +=
+                " Its process lives in another PID namespace: what it or its VMM says counts as held.";
+        }
+        Some(Holder::Hidden) => {
+            sentence += " The kernel does not show its process here: what it or its VMM says counts as held.";
+        }
+        Some(Holder::Known | Holder::NotMet) | None => {}
+    }
     sentence
 }
 
@@ -421,6 +431,7 @@ mod tests {
             actual: Bytes::mib(200),
             unmanaged: Bytes::ZERO,
             host_rss: Some(Bytes::mib(190)),
+            holder: Holder::Known,
             huge_percent: None,
             overhead: Bytes::ZERO,
             charge: Bytes::mib(200),
@@ -432,6 +443,8 @@ mod tests {
         assert!(explain(&unheard).contains("77 MiB"));
         let apart = Some(MemoryView { reserved_huge_pages: true, ..memory.clone() });
         assert!(explain(&VmView { memory: apart, ..view("web") }).contains("reserved huge pages"));
+        let hidden = Some(MemoryView { holder: Holder::Hidden, ..memory.clone() });
+        assert!(explain(&VmView { memory: hidden, ..view("web") }).contains("does not show its process"));
         let limited = Some(MemoryView { cgroup_limit: Some(Bytes::mib(500)), ..memory.clone() });
         assert!(
             explain(&VmView { memory: limited, ..view("web") }).contains("control group allows it 500 MiB")

@@ -1,7 +1,10 @@
 //! One VM as the daemon knows it: its driver, what it reported, and what was logged about it.
 
+mod view;
+
 use std::time::Duration;
 
+use api::client::PeerProcess;
 use api::guest_memory::GuestMemory;
 use api::limits::{Limits, Wanted};
 use api::status::Pauser;
@@ -13,7 +16,7 @@ use super::discovery::{Found, Incarnation};
 use super::last_resort::LastResortState;
 use super::log_limiter::LogLimiter;
 use super::response_times::ResponseTimes;
-use super::state::{MemoryView, VmView};
+use super::target_watch::TargetWatch;
 use crate::driver::{Driver, Error, Kind, Status};
 use crate::host::HostReader;
 use crate::policy::guards::Standing;
@@ -43,6 +46,7 @@ struct Logs {
     errors: LogLimiter,
     standing: LogLimiter,
     usage: LogLimiter,
+    twin: LogLimiter,
 }
 
 /// One VM.
@@ -76,6 +80,7 @@ pub struct ManagedVm {
     pub response_times: ResponseTimes,
     logs: Logs,
     pub last_resort: LastResortState,
+    pub target_watch: TargetWatch,
     last_reason: Option<Reason>,
     grows: u64,
     shrinks: u64,
@@ -110,6 +115,7 @@ impl ManagedVm {
             response_times: ResponseTimes::default(),
             logs: Logs::default(),
             last_resort: LastResortState::default(),
+            target_watch: TargetWatch::default(),
             last_reason: None,
             grows: 0,
             shrinks: 0,
@@ -129,6 +135,34 @@ impl ManagedVm {
             self.memory = memory;
             self.unconfigured = true;
         }
+    }
+
+    /// The process at the other end of its socket.
+    pub fn process(&self) -> PeerProcess {
+        self.account.process()
+    }
+
+    /// Its process answers for the VM called `other` too: it is left alone, and tried again now and then.
+    pub fn is_twin_of(&mut self, now: Duration, other: &str) {
+        let name = &self.name;
+        if self.logs.twin.is_due(now, "twin") {
+            warn!(
+                vm = name,
+                "one process answers at the sockets of {name} and of {other}: that counts as one VM, called {other}; \
+                 name one socket of each VM in the configuration"
+            );
+        }
+        self.forget();
+    }
+
+    /// Forgets all that it said.
+    fn forget(&mut self) {
+        self.gone = true;
+        self.vm = None;
+        self.pid = None;
+        self.overhead = Bytes::ZERO;
+        self.account = Account::default();
+        self.target_watch = TargetWatch::default();
     }
 
     /// Its driver for one request; `None` while another request is under way.
@@ -227,6 +261,7 @@ impl ManagedVm {
                     info!(vm = name, "{name} was started anew");
                 }
                 self.vm = None;
+                self.target_watch = TargetWatch::default();
             }
             self.pid = *pid;
         }
@@ -234,7 +269,10 @@ impl ManagedVm {
             self.started = now.saturating_sub(*uptime);
         }
         self.overhead = *overhead;
-        self.limits = Some(memory.limits);
+        if self.limits.replace(memory.limits) != Some(memory.limits) {
+            self.target_watch.forget();
+        }
+        self.target_watch.look(now, name, memory.target);
         self.huge_percent = memory.huge_percent();
         self.gone = false;
         if self.logs.errors.end() {
@@ -269,15 +307,11 @@ impl ManagedVm {
         self.errs = true;
         let name = &self.name;
         if matches!(error, Error::NoSuchVm { .. }) {
-            self.gone = true;
             // A stale socket is tried again and again.
             if self.answered.take().is_some() && self.logs.errors.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
             }
-            self.vm = None;
-            self.pid = None;
-            self.overhead = Bytes::ZERO;
-            self.account = Account::default();
+            self.forget();
             return;
         }
         self.errors += 1;
@@ -308,6 +342,7 @@ impl ManagedVm {
         if let Some(vm) = &mut self.vm {
             vm.observed.target = reason.new;
         }
+        self.target_watch.took(reason.new);
         self.account.granted(reason.new);
         self.last_reason = Some(*reason);
         if reason.new > reason.old {
@@ -430,47 +465,5 @@ impl ManagedVm {
             Standing::Paused if vm.is_paused_by_balancer() => vm.charge().saturating_add(vm.untouched()),
             Standing::Paused => vm.charge(),
         })
-    }
-
-    pub fn view(&self) -> VmView {
-        let reserved = self.is_reserved();
-        let memory = self.vm.as_ref().zip(self.limits).map(|(vm, limits)| MemoryView {
-            limits,
-            used: vm.used(),
-            demand: vm.demand(),
-            entitlement: vm.entitlement(),
-            target: vm.observed.target,
-            actual: vm.observed.actual,
-            unmanaged: vm.observed.unmanaged,
-            host_rss: vm.observed.host_rss,
-            huge_percent: self.huge_percent,
-            overhead: self.overhead(),
-            charge: if reserved { Bytes::ZERO } else { vm.charge() },
-            cgroup_limit: self.account.cgroup_limit(),
-            reserved_huge_pages: reserved,
-        });
-        let standing = self.vm.as_ref().map_or(Standing::NotAnswering, |vm| match vm.observed.vcpus {
-            _ if !reserved => vm.standing(),
-            _ if self.errs => Standing::NotAnswering,
-            Vcpus::Paused(_) => Standing::Paused,
-            Vcpus::Run | Vcpus::NotYet => Standing::Static,
-        });
-        VmView {
-            name: self.name.clone(),
-            vmm: self.vmm,
-            standing,
-            paused_by: self.vm.as_ref().and_then(|vm| vm.observed.vcpus.paused_by()),
-            held: self.vm.is_none().then(|| self.unheard()).filter(|held| *held > Bytes::ZERO),
-            memory,
-            report_age_ms: self
-                .vm
-                .as_ref()
-                .and_then(|vm| vm.observed.guest)
-                .map(|said| said.age.as_millis() as u64),
-            last_reason: self.last_reason,
-            grows: self.grows,
-            shrinks: self.shrinks,
-            errors: self.errors,
-        }
     }
 }

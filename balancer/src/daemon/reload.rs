@@ -18,9 +18,13 @@ pub fn reload(old: &Config, total: Bytes, reread: &mut Reread) -> Option<Config>
             return None;
         }
     };
-    for (key, changes) in
-        [("directory", new.directory != old.directory), ("metrics", new.metrics != old.metrics)]
-    {
+    for (key, changes) in [
+        ("directory", new.directory != old.directory),
+        ("metrics", new.metrics != old.metrics),
+        ("beside_others", new.beside_others != old.beside_others),
+        // The others were told of it.
+        ("budget", new.beside_others && new.budget != old.budget),
+    ] {
         if changes {
             warn!("going on with the settings before: another `{key}` needs a restart, which no VM notices");
             return None;
@@ -48,6 +52,10 @@ mod tests {
         assert_eq!(with(Config { host_reserve: Bytes::gib(4), ..Config::default() }), None);
         assert_eq!(with(Config { directory: Some("/x".into()), ..Config::default() }), None);
         assert_eq!(with(Config { metrics: "[::1]:1".parse().ok(), ..Config::default() }), None);
+        let beside = Config { beside_others: true, budget: Some(Bytes::gib(1)), ..Config::default() };
+        assert_eq!(with(beside.clone()), None);
+        let more = Config { budget: Some(Bytes::gib(2)), ..beside.clone() };
+        assert_eq!(reload(&beside, Bytes::gib(4), &mut (Box::new(move || Ok(more.clone())) as Reread)), None);
         let bad = Box::new(|| Config::read(std::path::Path::new("/nowhere.toml")));
         assert_eq!(reload(&old, Bytes::gib(4), &mut (bad as Reread)), None);
     }

@@ -175,7 +175,7 @@ impl Reservations {
     }
 
     /// Writes what was granted to the file.
-    fn keep(&self, now: Duration) {
+    pub fn keep(&self, now: Duration) {
         let Some(store) = &self.store else { return };
         let promised = self.of.iter().filter(|(_, reservation)| reservation.granted >= reservation.size);
         let promised = promised.map(|(name, reservation)| {

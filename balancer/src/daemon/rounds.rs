@@ -1,6 +1,8 @@
 //! The rounds: ask every VM, decide, set the targets that change.
 
 mod commands;
+mod connections;
+mod decide;
 mod requests;
 mod rescan;
 mod startup;
@@ -9,7 +11,7 @@ mod urgent;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -18,29 +20,28 @@ use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout_at};
-use tracing::{info, warn};
+use tracing::warn;
 
+use self::connections::Connections;
 use self::urgent::FollowUp;
 use super::command::Command;
-use super::config::{Config, LastResort};
+use super::config::Config;
 use super::discovery::{DirectoryWatch, Discovery};
 use super::history::Fate;
 use super::log_limiter::LogLimiter;
 use super::managed_vm::{ManagedVm, RequestOutcome};
 use super::notify::Notify;
-use super::own_directory;
+use super::own_files::{Look, OwnFiles};
 use super::reload::{Reread, reload};
 use super::reservation::{Process, Reservations};
 use super::shared::Shared;
 use super::signals::Inherited;
-use super::state::{HostView, State};
 use super::subscriptions::EventSubscriptions;
+use super::{DaemonError, own_directory};
 use crate::driver::{Driver, Error};
 use crate::host::{Budget, HostMemory, HostReader};
-use crate::policy::guards::Standing;
-use crate::policy::host_state::HostState;
 use crate::policy::reason::{Decision, Reason};
-use crate::policy::{Balance, DEADBAND, HostObservation, Policy, Pressure, STALE_TICKS, Vm};
+use crate::policy::{Balance, DEADBAND, Policy, Pressure, Vm};
 
 /// How often the directory is read even if no change was reported.
 const RESCAN: Duration = Duration::from_secs(10);
@@ -57,6 +58,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// The daemon at work.
 pub struct Daemon {
     config: Config,
+    own_files: OwnFiles,
     discovery: Discovery,
     reader: HostReader,
     tick: Duration,
@@ -70,6 +72,7 @@ pub struct Daemon {
     subscriptions: EventSubscriptions,
     follow_up: Option<FollowUp>,
     requests: JoinSet<Done>,
+    connections: Connections,
     vms: Vec<Vm>,
     decisions: Vec<Decision>,
     balance: Balance,
@@ -95,13 +98,14 @@ impl Daemon {
     /// A daemon before its first round.
     pub fn new(
         config: Config,
-        directory: PathBuf,
+        own_files: OwnFiles,
         host: HostMemory,
         shared: Shared,
         commands: mpsc::Receiver<Command>,
         reread: Option<Reread>,
     ) -> Self {
         let mut next_id = 0;
+        let directory = own_files.directory().to_owned();
         let own = own_directory(&directory);
         let reservations = Reservations::in_directory(&own, EPOCH, || {
             next_id += 1;
@@ -109,6 +113,7 @@ impl Daemon {
         });
         next_id += 1;
         Self {
+            own_files,
             discovery: Discovery::new(directory, config.vms.clone()),
             reader: HostReader::new(&config.sources),
             tick: config.interval,
@@ -127,6 +132,7 @@ impl Daemon {
             subscriptions: EventSubscriptions::default(),
             follow_up: None,
             requests: JoinSet::new(),
+            connections: Connections::default(),
             vms: Vec::new(),
             decisions: Vec::new(),
             balance: Balance::default(),
@@ -144,8 +150,13 @@ impl Daemon {
     }
 
     /// Where the VMs' sockets are.
-    pub fn directory(&self) -> &Path {
+    fn directory(&self) -> &Path {
         self.discovery.directory()
+    }
+
+    /// Gives up what only a daemon that runs has.
+    pub fn leave(self) {
+        self.own_files.leave();
     }
 
     /// Tells the service manager that the daemon stops.
@@ -157,15 +168,25 @@ impl Daemon {
         EPOCH + self.began.elapsed()
     }
 
-    /// Makes rounds for ever.
-    pub async fn balance(&mut self) {
+    /// Makes rounds until there is no place for this daemon any more, and says why.
+    pub async fn balance(&mut self) -> DaemonError {
         let mut ticks = rhythm(self.tick);
         let mut hangup = self.reread.is_some().then(|| Inherited::take(SignalKind::hangup()).ok()).flatten();
         let mut rescans = rhythm(RESCAN);
         // The first scan is made below, before anything else.
         rescans.reset();
-        let (mut watch, mut anew, mut revive) = (None, true, true);
+        let (mut watch, mut anew, mut revive, mut look) = (None, true, true, false);
         loop {
+            if std::mem::take(&mut look) {
+                match self.own_files.look() {
+                    Ok(Look::Same) => {}
+                    Ok(Look::MadeAnew) => {
+                        self.reservations.keep(self.now());
+                        anew = true;
+                    }
+                    Err(error) => return error,
+                }
+            }
             if std::mem::take(&mut anew) {
                 // In this order, so that no change between the two is missed.
                 watch = self.watch();
@@ -182,12 +203,15 @@ impl Daemon {
                     self.round().await;
                 }
                 change = changed(&mut watch) => match change {
-                    Ok(()) => self.rescan(false),
+                    Ok(()) => {
+                        self.rescan(false);
+                        look = true;
+                    }
                     // The next rescan makes another.
                     Err(_) => watch = None,
                 },
                 // A watch on a directory that was removed and made again hears nothing.
-                _ = rescans.tick() => (anew, revive) = (true, true),
+                _ = rescans.tick() => (anew, revive, look) = (true, true, true),
                 () = heard(&mut hangup) => {
                     self.reload();
                     (ticks, anew) = (rhythm(self.tick), true);
@@ -267,8 +291,11 @@ impl Daemon {
             // Without a driver, its last request is still under way.
             let Some(mut driver) = managed.take_driver() else { continue };
             managed.response_times.asked(now);
+            let connections = self.connections.clone();
             self.requests.spawn(async move {
+                let turn = connections.turn().await;
                 let outcome = RequestOutcome::Reported(driver.report(patience).await);
+                turn.end(&mut *driver);
                 (id, driver, outcome)
             });
             asked.insert(id);
@@ -310,6 +337,8 @@ impl Daemon {
             }
         }
         managed.take(now, self.host.total, outcome);
+        self.find_twin(now, id);
+        let Some(managed) = self.managed_vms.get(&id) else { return };
         if managed.gone {
             self.waiting.remove(&id);
         }
@@ -333,110 +362,6 @@ impl Daemon {
                 }
             }
         }
-    }
-
-    fn decide(&mut self) {
-        self.decided = true;
-        let now = self.now();
-        let patience = self.tick * STALE_TICKS;
-        for managed in self.managed_vms.values_mut().filter(|managed| managed.vm.is_some()) {
-            if self.reservations.is_for_huge_pages(&managed.name) {
-                managed.reserves();
-            }
-        }
-        let managed_vms = &self.managed_vms;
-        let has_come =
-            |name: &str| managed_vms.values().any(|managed| managed.name == name && managed.vm.is_some());
-        self.reservations.expire(now, has_come);
-        // What VMMs hold beside guest memory can't be given to guests.
-        let overhead: Bytes = self.managed_vms.values().map(ManagedVm::overhead).sum();
-        let resident: Bytes = self.managed_vms.values().map(ManagedVm::resident).sum();
-        // Until a starting VM answers, its reservation is its charge.
-        let unheard = self.managed_vms.values().filter(|managed| !self.reservations.is_for(&managed.name));
-        let unheard: Bytes = unheard.map(ManagedVm::unheard).sum();
-        self.vms.clear();
-        let pauses = self.config.last_resort == LastResort::Pause;
-        self.vms
-            .extend(self.managed_vms.values_mut().filter_map(|managed| managed.lend(now, patience, pauses)));
-        let touched = self.reservations.touched();
-        let budget = self.budget.now(self.host, [resident, overhead, touched, unheard].into_iter().sum());
-        self.budget_now = budget.saturating_sub(overhead);
-        self.reservations.lend(&mut self.vms);
-        let HostMemory { swap, .. } = self.host;
-        let available = Some(self.host.to_be_had());
-        let budget = self.budget_now.saturating_sub(unheard);
-        let host = HostObservation { budget, pressure: self.pressure, swap, available };
-        let before = self.balance.state;
-        self.balance = self.policy.decide(now, host, &mut self.vms, &mut self.decisions);
-        self.balance.charged = self.balance.charged.saturating_add(unheard);
-        for vm in self.vms.drain(..) {
-            if self.reservations.settle(&vm) {
-                continue;
-            }
-            let waits = vm.standing() == Standing::Following
-                && vm.demand() > vm.observed.target.saturating_add(DEADBAND);
-            if waits {
-                self.waiting.entry(vm.id).or_insert(now);
-            } else {
-                self.waiting.remove(&vm.id);
-            }
-            if let Some(managed) = self.managed_vms.get_mut(&vm.id) {
-                managed.settle(now, vm);
-            }
-        }
-        self.decisions.retain(|decision| !self.reservations.grant(now, decision));
-        let Balance { charged, over, free, state, .. } = self.balance;
-        if state != before {
-            info!(
-                "the host goes from {before} to {state}: {free} of its {} for VMs is free",
-                self.budget_now
-            );
-            if before == HostState::Emergency {
-                self.managed_vms.values_mut().for_each(|managed| managed.last_resort.calm());
-            }
-        }
-        if over > Bytes::ZERO {
-            if self.over.is_due(now, "over") {
-                warn!(
-                    "OVER BUDGET: VMs may hold {charged}, {over} more than the {} there is; \
-                     memory is taken from all that can give some",
-                    self.budget_now
-                );
-            }
-        } else if self.over.end() {
-            info!("within the budget again: VMs may hold {charged} of {}", self.budget_now);
-        }
-    }
-
-    fn publish(&mut self) {
-        let HostMemory { total, available, .. } = self.host;
-        let Balance { charged, free, over, unserved, state } = self.balance;
-        let host = HostView {
-            total,
-            available,
-            budget: self.budget_now,
-            charged,
-            free,
-            over,
-            unserved,
-            state,
-            rounds_over_budget: self.rounds_over_budget,
-            pressure_percent: self.pressure.map(Pressure::as_percent),
-        };
-        let mut vms: Vec<_> =
-            self.managed_vms.values().filter(|managed| !managed.gone).map(ManagedVm::view).collect();
-        vms.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut history = self.shared.history();
-        for vm in &vms {
-            history.stands(&vm.name, vm.standing);
-        }
-        drop(history);
-        self.shared.set(State {
-            rounds: self.rounds,
-            host,
-            vms,
-            reservations: self.reservations.views(self.now()),
-        });
     }
 }
 

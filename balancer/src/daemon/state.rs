@@ -30,7 +30,7 @@ pub struct State {
 pub struct HostView {
     /// `MemTotal`.
     pub total: Bytes,
-    /// `MemAvailable`.
+    /// `MemAvailable`, and what ZFS would give of its cache.
     pub available: Bytes,
     /// What all VMs together may hold.
     pub budget: Bytes,
@@ -83,6 +83,21 @@ pub struct VmView {
     pub errors: u64,
 }
 
+/// Whether it is known which process holds a VM's memory, and if not, why.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Holder {
+    /// Nobody was connected to the VM yet.
+    #[default]
+    NotMet,
+    /// The kernel says what the VM's process holds.
+    Known,
+    /// The process lives in another PID namespace. Its own count, or else all that the VM has, counts as held.
+    OtherPidNamespace,
+    /// The kernel does not show that process (`hidepid`). As with [`Holder::OtherPidNamespace`].
+    Hidden,
+}
+
 /// The memory of one VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MemoryView {
@@ -103,6 +118,9 @@ pub struct MemoryView {
     pub unmanaged: Bytes,
     /// What the host holds of its guest's memory, if that is known.
     pub host_rss: Option<Bytes>,
+    /// Whether it is known which process holds that.
+    #[serde(default)]
+    pub holder: Holder,
     /// The share of that in huge pages of the host, in percent, if that is known.
     #[serde(default)]
     pub huge_percent: Option<u8>,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use api::client::{Client, EventSource};
+use api::client::{Client, EventSource, PeerProcess};
 use api::limits::Limits;
 use api::status::Pauser;
 use api::units::Bytes;
@@ -44,15 +44,19 @@ impl Ballast {
         let memory = self.client.fresh_memory(FRESH, patience).await?;
         self.known = Some(known);
         // The VM's own word counts only if the kernel has none.
-        let pid = self.client.pid().or(Some(known.pid));
+        let pid = self.client.process().pid().or(Some(known.pid));
         let uptime = Some(known.started.elapsed());
         Ok(Box::new(Status { pid, uptime, overhead: Bytes::ZERO, memory }))
     }
 }
 
 impl Driver for Ballast {
-    fn process(&self) -> Option<u32> {
-        self.client.pid()
+    fn process(&self) -> PeerProcess {
+        self.client.process()
+    }
+
+    fn hang_up(&mut self) {
+        self.client.hang_up();
     }
 
     fn events(&self) -> Option<EventSource> {

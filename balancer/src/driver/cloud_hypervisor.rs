@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::client::{DEFAULT_TIMEOUT, Http, Peer, clean};
+use api::client::{DEFAULT_TIMEOUT, Http, Peer, PeerProcess, clean};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -162,8 +162,12 @@ impl CloudHypervisor {
 }
 
 impl ForeignDriver for CloudHypervisor {
-    fn process(&self) -> Option<u32> {
-        self.http.pid()
+    fn process(&self) -> PeerProcess {
+        self.http.process()
+    }
+
+    fn hang_up(&mut self) {
+        self.http.hang_up();
     }
 
     fn vm(&mut self) -> &mut ForeignVm {
@@ -172,7 +176,7 @@ impl ForeignDriver for CloudHypervisor {
 
     async fn look(&mut self) -> Result<ForeignStatus, Error> {
         let info: VmInfo = self.http.get(INFO).await?;
-        if self.vm.meet(self.http.pid()) {
+        if self.vm.meet(self.http.process()) {
             self.tells_statistics = None;
         }
         let VmInfo { config, state, memory_actual_size } = &info;

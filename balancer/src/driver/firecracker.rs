@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use api::client::{DEFAULT_TIMEOUT, Http, Peer};
+use api::client::{DEFAULT_TIMEOUT, Http, Peer, PeerProcess};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -141,8 +141,12 @@ impl Firecracker {
 }
 
 impl ForeignDriver for Firecracker {
-    fn process(&self) -> Option<u32> {
-        self.http.pid()
+    fn process(&self) -> PeerProcess {
+        self.http.process()
+    }
+
+    fn hang_up(&mut self) {
+        self.http.hang_up();
     }
 
     fn vm(&mut self) -> &mut ForeignVm {
@@ -151,7 +155,7 @@ impl ForeignDriver for Firecracker {
 
     async fn look(&mut self) -> Result<ForeignStatus, Error> {
         let InstanceInfo { state } = self.http.get("/").await?;
-        if self.vm.meet(self.http.pid()) {
+        if self.vm.meet(self.http.process()) {
             self.polled = false;
         }
         let has = self.size().await?;

@@ -6,6 +6,7 @@ use std::io;
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
+use api::client::PeerProcess;
 use api::guest_memory::Had;
 use api::limits::{Limits, Wanted};
 use api::status::{AgedReport, BalloonCounters, DriverState, MemoryStatus};
@@ -28,7 +29,10 @@ const GUEST_MEMORY: Bytes = Bytes::mib(64);
 /// What differs from one VMM to another.
 pub trait ForeignDriver: Send {
     /// The VMM's process, as [`Driver::process`].
-    fn process(&self) -> Option<u32>;
+    fn process(&self) -> PeerProcess;
+
+    /// As [`Driver::hang_up`].
+    fn hang_up(&mut self);
 
     /// What is kept for the VM.
     fn vm(&mut self) -> &mut ForeignVm;
@@ -41,8 +45,12 @@ pub trait ForeignDriver: Send {
 }
 
 impl<V: ForeignDriver> Driver for V {
-    fn process(&self) -> Option<u32> {
+    fn process(&self) -> PeerProcess {
         ForeignDriver::process(self)
+    }
+
+    fn hang_up(&mut self) {
+        ForeignDriver::hang_up(self);
     }
 
     /// `patience` has no effect: QEMU and Firecracker ask their guests at intervals of whole seconds, Cloud
@@ -101,7 +109,7 @@ pub struct ForeignVm {
     pub age: Age,
     /// The limits from the configuration or set at run time. Without any, its memory stays as it is.
     wanted: Option<Wanted>,
-    pid: Option<u32>,
+    process: PeerProcess,
     /// What the host holds for the VMM beside guest memory, and when that was measured.
     vmm_own: Option<(Bytes, Instant)>,
     unmanaged: Unmanaged,
@@ -145,12 +153,13 @@ impl Unmanaged {
 impl ForeignVm {
     /// For a VM with these limits, whose process is not known yet.
     pub fn new(wanted: Option<Wanted>) -> Self {
-        Self { age: Age::default(), wanted, pid: None, vmm_own: None, unmanaged: Unmanaged::default() }
-    }
-
-    /// The process at the other end, if that is known.
-    pub fn pid(&self) -> Option<u32> {
-        self.pid
+        Self {
+            age: Age::default(),
+            wanted,
+            process: PeerProcess::NotMet,
+            vmm_own: None,
+            unmanaged: Unmanaged::default(),
+        }
     }
 
     /// The limits of the VM, which has this much memory at most.
@@ -158,12 +167,12 @@ impl ForeignVm {
         self.wanted.unwrap_or(Wanted::fixed(has)).of_vm(has)
     }
 
-    /// Notes which process is at the other end. True if it is a new one, about which nothing is known yet.
-    pub fn meet(&mut self, pid: Option<u32>) -> bool {
-        if self.pid == pid {
+    /// Notes which process has answered. True if it is a new one, about which nothing is known yet.
+    pub fn meet(&mut self, process: PeerProcess) -> bool {
+        if self.process == process {
             return false;
         }
-        (self.pid, self.vmm_own) = (pid, None);
+        (self.process, self.vmm_own) = (process, None);
         self.age.forget();
         self.unmanaged = Unmanaged::default();
         true
@@ -186,17 +195,17 @@ impl ForeignVm {
         }
     }
 
-    /// A VMM's answer as a [`Status`], with the limits that are kept for it and the kernel's word about its
-    /// process.
+    /// A VMM's answer as a [`Status`], with the limits that are kept for it. What the host holds for the guest
+    /// is left to whoever keeps the account of that, as no VMM counts it.
     async fn status(&mut self, status: ForeignStatus) -> Box<Status> {
         self.unmanaged.look(&status, Instant::now());
         let unmanaged = self.unmanaged.all;
         let ForeignStatus { has, target, actual, driver, report } = status;
-        let (mut overhead, mut host_rss) = (Bytes::ZERO, None);
-        if let Some(pid) = self.pid {
-            overhead = self.vmm_own(pid, has).await;
-            host_rss = process::resident(pid).map(|all| all.saturating_sub(overhead));
-        }
+        let pid = self.process.pid();
+        let overhead = match pid {
+            Some(pid) => self.vmm_own(pid, has).await,
+            None => Bytes::ZERO,
+        };
         let memory = MemoryStatus {
             limits: self.limits(has),
             target: target.saturating_sub(unmanaged),
@@ -206,7 +215,7 @@ impl ForeignVm {
             settled: false,
             followed: None,
             paused_by: None,
-            host_rss,
+            host_rss: None,
             host_huge: None,
             driver,
             report,
@@ -214,8 +223,7 @@ impl ForeignVm {
             counters: BalloonCounters::default(),
             plug: None,
         };
-        let uptime = self.pid.and_then(process::age);
-        Box::new(Status { pid: self.pid, uptime, overhead, memory })
+        Box::new(Status { pid, uptime: pid.and_then(process::age), overhead, memory })
     }
 }
 

@@ -42,15 +42,10 @@ fn resident_memory_in(status: &str) -> Option<ResidentMemory> {
     Some(ResidentMemory { ordinary: field(status, "VmRSS")?, reserved })
 }
 
-/// All that the host holds for the process.
-pub fn resident(pid: u32) -> Option<Bytes> {
-    Some(resident_memory(Path::new(PROCESSES), pid)?.all())
-}
-
 /// The host's memory that is the process's own: not free while it runs, and not to be had by dropping caches.
 /// Reserved huge pages don't count, as the kernel never counts them as available.
 ///
-/// From `/proc/PID/status`, as [`resident`].
+/// From `/proc/PID/status`, as [`resident_memory`].
 pub fn own(pid: u32) -> Option<Bytes> {
     own_in(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
 }
@@ -143,14 +138,11 @@ mod tests {
     #[test]
     fn all_that_is_resident_counts() {
         let status = "Name:\tqemu\nVmHWM:\t  9000 kB\nVmRSS:\t  5000 kB\nRssAnon:\t 4000 kB\nHugetlbPages:\t 2048 kB\n";
-        let resident_memory = resident_memory_in(status).unwrap();
-        assert_eq!(
-            resident_memory,
-            ResidentMemory { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) }
-        );
-        assert_eq!(resident_memory.all(), Bytes::kib(7048));
+        let held = resident_memory_in(status).unwrap();
+        assert_eq!(held, ResidentMemory { ordinary: Bytes::kib(5000), reserved: Bytes::kib(2048) });
+        assert_eq!(held.all(), Bytes::kib(7048));
         assert_eq!(resident_memory_in("Name:\tkthreadd\n"), None);
-        let own = resident(std::process::id()).unwrap();
+        let own = resident_memory(Path::new(PROCESSES), std::process::id()).unwrap().all();
         assert!(own > Bytes::mib(1) && own < Bytes::gib(4), "{own}");
     }
 

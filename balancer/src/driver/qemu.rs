@@ -1,8 +1,7 @@
 //! A QEMU VM: QMP over its Unix socket.
 //!
 //! QEMU tells the guest's size, what its balloon leaves it, and the guest's statistics with the second of
-//! their arrival. It does not tell its last target, so the driver keeps that. It does not tell what the host
-//! holds either, so the kernel is asked about its process.
+//! their arrival. It does not tell its last target, so the driver keeps that.
 
 mod qmp;
 
@@ -10,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::client::DEFAULT_TIMEOUT;
+use api::client::{Acquaintance, DEFAULT_TIMEOUT, PeerProcess};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
 use api::units::Bytes;
@@ -96,6 +95,8 @@ pub struct Qemu {
     timeout: Duration,
     vm: ForeignVm,
     link: Option<Link>,
+    /// Who is at the other end of the last connection.
+    acquaintance: Option<Acquaintance>,
     /// The last target that this driver set.
     target: Option<Bytes>,
 }
@@ -110,6 +111,7 @@ impl Qemu {
             timeout: DEFAULT_TIMEOUT,
             vm: ForeignVm::new(limits),
             link: None,
+            acquaintance: None,
             target: None,
         }
     }
@@ -126,10 +128,7 @@ impl Qemu {
             return Ok(link);
         }
         let qmp = Qmp::connect(&self.socket, self.timeout).await?;
-        let pid = qmp.pid();
-        if self.vm.meet(pid) {
-            self.target = None;
-        }
+        self.acquaintance = Some(qmp.acquaintance().clone().after(self.acquaintance.as_ref()));
         Ok(Link { qmp, machine: None })
     }
 
@@ -147,7 +146,7 @@ impl Qemu {
 
     async fn question(&mut self, link: &mut Link) -> Result<ForeignStatus, Error> {
         let Link { qmp, machine } = link;
-        qmp.greet().await?;
+        self.greet(qmp).await?;
         let size: MemorySize = qmp.execute("query-memory-size-summary", json!({})).await?;
         let has = Bytes(size.base_memory).saturating_add(Bytes(size.plugged_memory));
         let limits = self.vm.limits(has);
@@ -185,6 +184,15 @@ impl Qemu {
         Ok(ForeignStatus { has, target: self.target.unwrap_or(actual), actual, driver, report })
     }
 
+    async fn greet(&mut self, qmp: &mut Qmp) -> Result<(), Error> {
+        qmp.greet().await?;
+        // Who answers is known from its greeting on.
+        if self.vm.meet(ForeignDriver::process(self)) {
+            self.target = None;
+        }
+        Ok(())
+    }
+
     async fn report(&mut self, qmp: &mut Qmp, path: &str) -> Result<Option<AgedReport>, Error> {
         let question = json!({ "path": path, "property": "guest-stats" });
         let GuestStatistics { stats, last_update } = qmp.execute("qom-get", question).await?;
@@ -198,7 +206,7 @@ impl Qemu {
     }
 
     async fn tell(&mut self, link: &mut Link, target: Bytes) -> Result<(), Error> {
-        link.qmp.greet().await?;
+        self.greet(&mut link.qmp).await?;
         self.tell_connected(&mut link.qmp, target).await
     }
 
@@ -225,8 +233,12 @@ impl Qemu {
 }
 
 impl ForeignDriver for Qemu {
-    fn process(&self) -> Option<u32> {
-        self.vm.pid()
+    fn process(&self) -> PeerProcess {
+        self.acquaintance.as_ref().map_or(PeerProcess::NotMet, Acquaintance::process)
+    }
+
+    fn hang_up(&mut self) {
+        self.link = None;
     }
 
     fn vm(&mut self) -> &mut ForeignVm {

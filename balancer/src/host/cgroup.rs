@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
 
+use super::available::Parts;
+
 /// The part of a limit that is left for page tables and the VMMs themselves, in percent.
 const MARGIN_PERCENT: u64 = 3;
 
@@ -20,7 +22,7 @@ const MARGIN_PERCENT: u64 = 3;
 pub struct GroupMemory {
     /// What all in it may have together, less a margin.
     pub limit: Bytes,
-    /// What of this is unused, or could be had by dropping caches.
+    /// What of this can be had: see [`super::available`].
     pub free: Bytes,
 }
 
@@ -108,12 +110,24 @@ impl Version {
 
     fn memory(self, group: &Path) -> Option<GroupMemory> {
         let limit = self.limit(group)?;
-        let (used, caches) = match self {
-            Self::Two => ("memory.current", "inactive_file "),
-            Self::One => ("memory.usage_in_bytes", "total_inactive_file "),
+        let used = match self {
+            Self::Two => number(&group.join("memory.current")),
+            Self::One => number(&group.join("memory.usage_in_bytes")),
         };
-        let used = number(&group.join(used))?.saturating_sub(stat(group, caches));
-        Some(GroupMemory { limit, free: limit.saturating_sub(Bytes(used)) })
+        let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+        let sum = |fields: &[&str]| -> Bytes {
+            fields.iter().map(|field| Bytes(value(&stat, field).unwrap_or(0))).sum()
+        };
+        let (page_cache, slabs) = match self {
+            Self::Two => (sum(&["active_file", "inactive_file"]), sum(&["slab_reclaimable"])),
+            // It does not tell of slabs.
+            Self::One => (sum(&["total_active_file", "total_inactive_file"]), Bytes::ZERO),
+        };
+        let used = Bytes(used?);
+        let parts = Parts { free: limit.saturating_sub(used), page_cache, slabs };
+        // A group that is beyond its limit, less the margin, gives that back first.
+        let beyond = used.saturating_sub(limit);
+        Some(GroupMemory { limit, free: parts.to_be_had(limit).saturating_sub(beyond).min(limit) })
     }
 }
 
@@ -121,9 +135,9 @@ fn number(file: &Path) -> Option<u64> {
     fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
-fn stat(group: &Path, field: &str) -> u64 {
-    let text = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
-    text.lines().find_map(|line| line.strip_prefix(field)?.trim().parse().ok()).unwrap_or(0)
+/// A field of a `memory.stat`.
+fn value(stat: &str, field: &str) -> Option<u64> {
+    stat.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -158,11 +172,11 @@ mod tests {
         tree.write("vms.slice/memory.high", "max\n");
         tree.write("vms.slice/memory.current", "500000\n");
         tree.write("vms.slice/memory.stat", "anon 1\ninactive_file 100000\n");
-        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(970_000), free: Bytes(570_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(970_000), free: Bytes(520_000) }));
         tree.write("vms.slice/vms-web.slice/memory.max", "max\n");
         tree.write("vms.slice/vms-web.slice/memory.high", "800000\n");
         tree.write("vms.slice/vms-web.slice/memory.current", "10000\n");
-        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(776_000), free: Bytes(570_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(776_000), free: Bytes(520_000) }));
         tree.write("vms.slice/vms-web.slice/balancer.service/memory.max", "1000\n");
         tree.write("vms.slice/vms-web.slice/balancer.service/memory.current", "1000\n");
         assert_eq!(tree.memory(own).unwrap().limit, Bytes(776_000));
@@ -176,6 +190,34 @@ mod tests {
     }
 
     #[test]
+    fn page_cache_on_both_lists_and_slabs_can_be_had_but_for_a_watermark() {
+        let mib = |mib: u64| mib << 20;
+        let limit = Bytes::gib(1).saturating_sub(Bytes::gib(1).percent(MARGIN_PERCENT));
+        let low = Bytes::kib(5032);
+        for (version, directory) in [("0::/a\n", "a"), ("4:memory:/a\n", "memory/a")] {
+            let tree = Tree::new();
+            tree.write(&format!("{directory}/memory.max"), &format!("{}\n", mib(1024)));
+            tree.write(&format!("{directory}/memory.limit_in_bytes"), &format!("{}\n", mib(1024)));
+            for usage in ["memory.current", "memory.usage_in_bytes"] {
+                tree.write(&format!("{directory}/{usage}"), &format!("{}\n", mib(900)));
+            }
+            let stat = |active, inactive, slabs| {
+                format!(
+                    "active_file {active}\ninactive_file {inactive}\nslab_reclaimable {slabs}\n\
+                     total_active_file {active}\ntotal_inactive_file {inactive}\n"
+                )
+            };
+            tree.write(&format!("{directory}/memory.stat"), &stat(mib(500), mib(300), 0));
+            let free = tree.memory(version).unwrap().free;
+            let expected = limit.saturating_sub(Bytes::mib(100)).saturating_sub(low);
+            assert!(free.0.abs_diff(expected.0) < 64 << 10, "{free}, {expected}");
+            // Whatever nonsense it says, no more than the limit.
+            tree.write(&format!("{directory}/memory.stat"), &stat(u64::MAX, u64::MAX, u64::MAX));
+            assert_eq!(tree.memory(version).unwrap().free, limit);
+        }
+    }
+
+    #[test]
     fn version_1_is_read_too() {
         let tree = Tree::new();
         let own = "5:devices:/\n4:cpu,memory:/a/b\n0::/\n";
@@ -185,7 +227,7 @@ mod tests {
         tree.write("memory/a/memory.limit_in_bytes", "100000\n");
         tree.write("memory/a/memory.usage_in_bytes", "90000\n");
         tree.write("memory/a/memory.stat", "inactive_file 1\ntotal_inactive_file 40000\n");
-        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(97_000), free: Bytes(47_000) }));
+        assert_eq!(tree.memory(own), Some(GroupMemory { limit: Bytes(97_000), free: Bytes(27_000) }));
     }
 
     #[test]

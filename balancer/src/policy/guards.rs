@@ -34,6 +34,11 @@ pub const LONGEST_REST: Duration = Duration::from_secs(3600);
 /// counts in 4 KiB pages and fills its balloon in batches of 256 of them.
 pub const THERE: Bytes = Bytes::mib(1);
 
+/// How far `actual` may lie above the target of a guest that gives up no more, and count as followed. So much
+/// is not worth another move in either direction ([`DEADBAND`](super::DEADBAND)), and the guest is charged what
+/// it has: nothing is gained by leaving it alone for a minute, as one that gives up nothing.
+pub const NEARLY_THERE: Bytes = super::DEADBAND;
+
 /// How long after its start a guest may take to bring its balloon to the first
 /// target. Until then it is charged what the host really holds for it, since it
 /// has not touched the rest yet.
@@ -189,6 +194,11 @@ impl ShrinkWatch {
         }
         let patience = if observed.plugs { UNPLUG_PATIENCE + STUCK_AFTER } else { STUCK_AFTER };
         if now.saturating_sub(since) < patience {
+            return false;
+        }
+        if pending <= NEARLY_THERE {
+            // Looked at anew: more may come, or another target.
+            self.since = Some((now, observed.actual));
             return false;
         }
         self.rest = (self.rest * 2).clamp(FIRST_REST, LONGEST_REST);

@@ -23,6 +23,8 @@ struct Guest {
     speed: Bytes,
     /// Gives nothing up.
     stuck: bool,
+    /// Ends so far above each target.
+    keeps: Bytes,
     /// Its reports are this old.
     age: Duration,
     /// Claims to use all it has.
@@ -38,7 +40,7 @@ impl Guest {
         let vm = Vm::new(id, Duration::from_secs(1000), observed);
         let speed = Bytes::gib(1);
         let spares = VecDeque::new();
-        Self { vm, wants, speed, stuck: false, age: Duration::ZERO, lies: false, spares }
+        Self { vm, wants, speed, stuck: false, keeps: Bytes::ZERO, age: Duration::ZERO, lies: false, spares }
     }
 
     fn live(&mut self) {
@@ -46,7 +48,8 @@ impl Guest {
         if observed.actual < observed.target {
             observed.actual = observed.target.min(observed.actual.saturating_add(self.speed));
         } else if !self.stuck {
-            observed.actual = observed.target.max(observed.actual.saturating_sub(self.speed));
+            let reached = observed.target.saturating_add(self.keeps).min(observed.actual);
+            observed.actual = reached.max(observed.actual.saturating_sub(self.speed));
         }
         let waits = self.lies || self.wants > observed.actual;
         observed.stalls.allocation_stalls =

@@ -75,6 +75,8 @@ pub struct State {
     pub patience: Vec<Option<u64>>,
     /// Every target it was asked for.
     pub targets: Vec<Bytes>,
+    /// What somebody else sets its target to before each answer.
+    pub set_anew: Option<Bytes>,
     /// Who waits for its events.
     listeners: Vec<UnboundedSender<EventKind>>,
     /// How much of the way to its target the guest goes between two reports; all of it without.
@@ -115,6 +117,13 @@ pub struct FakeVm {
 impl FakeVm {
     /// Listens at `directory/name.sock` with these limits, using `used`.
     pub fn start(directory: &Path, name: &str, limits: &str, used: Bytes) -> Self {
+        let socket = directory.join(format!("{name}.sock"));
+        let listener = UnixListener::bind(&socket).unwrap();
+        Self::listening(listener, socket, name, limits, used)
+    }
+
+    /// As [`FakeVm::start`], on a socket that somebody else may have made.
+    pub fn listening(listener: UnixListener, socket: PathBuf, name: &str, limits: &str, used: Bytes) -> Self {
         let limits: Limits = limits.parse().unwrap();
         let memory = MemoryStatus {
             limits,
@@ -145,12 +154,11 @@ impl FakeVm {
             steered: 0,
             patience: Vec::new(),
             targets: Vec::new(),
+            set_anew: None,
             listeners: Vec::new(),
             pace: None,
             journal: None,
         }));
-        let socket = directory.join(format!("{name}.sock"));
-        let listener = UnixListener::bind(&socket).unwrap();
         let shared = Arc::clone(&state);
         let vm_name = name.to_owned();
         let name = name.to_owned();
@@ -358,6 +366,7 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
             let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
             digits.parse().unwrap()
         }));
+        state.memory.target = state.set_anew.unwrap_or(state.memory.target);
         state.walk(name);
         return http(200, &serde_json::to_string(&state.memory()).unwrap());
     }

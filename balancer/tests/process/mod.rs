@@ -63,6 +63,22 @@ impl Daemon {
         })
     }
 
+    /// One that may have so many descriptors, and no more.
+    pub fn start_with_descriptors(directory: &Path, budget: Bytes, interval: Duration, most: u32) -> Self {
+        Self::start_with(directory, budget, interval, |command| {
+            let program = command.get_program().to_owned();
+            let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+            let settings: Vec<_> = command
+                .get_envs()
+                .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+                .collect();
+            let limit = format!("ulimit -n {most} && exec \"$0\" \"$@\"");
+            let mut limited = Command::new("sh");
+            limited.args(["-c", &limit]).arg(program).args(arguments).envs(settings);
+            *command = limited;
+        })
+    }
+
     fn start_with(
         directory: &Path,
         budget: Bytes,
@@ -76,10 +92,9 @@ impl Daemon {
             .args(["--exact", "the_daemon_process", "--nocapture"])
             .env(DIRECTORY, directory)
             .env(BUDGET, budget.0.to_string())
-            .env(INTERVAL, interval.as_millis().to_string())
-            .stdout(Stdio::null())
-            .stderr(file);
+            .env(INTERVAL, interval.as_millis().to_string());
         change(&mut command);
+        command.stdout(Stdio::null()).stderr(file);
         Self { child: command.spawn().unwrap(), log }
     }
 

@@ -107,7 +107,8 @@ impl Balloon {
         let unreadable = |what| StateError::Unreadable { device: DEVICE, what };
         let given_up = self.check(&state, answers, has_buffer).map_err(unreadable)?;
         let unmanaged = Unmanaged::resumed(state.unmanaged, state.off_line, Instant::now());
-        let unmanaged = unmanaged.ok_or_else(|| unreadable("more is off line than is not managed".to_owned()))?;
+        let unmanaged =
+            unmanaged.ok_or_else(|| unreadable("more is off line than is not managed".to_owned()))?;
         let total_holds_balloon =
             active.as_ref().is_some_and(|active| active.features & 1 << DEFLATE_ON_OOM != 0);
         let driver = match active {

@@ -5,8 +5,7 @@ mod reload;
 mod walk;
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -366,57 +365,36 @@ fn writable(path: Option<&PathBuf>) -> Result<(), Failure> {
     match fs::metadata(directory) {
         Err(error) => wrong(&format!("{}: {error}", directory.display())),
         Ok(at) if !at.is_dir() => wrong(&format!("{} is no directory", directory.display())),
-        Ok(_) if path.is_dir() => wrong(&"it is a directory"),
         Ok(_) => Ok(()),
     }?;
     // Permissions, file systems that take no writing and the like: only trying tells.
-    let tried = match (path.is_file(), path.exists()) {
-        (true, _) => fs::OpenOptions::new().append(true).open(path).map(drop),
-        (false, true) => Ok(()),
-        (false, false) => tempfile::tempfile_in(directory).map(drop),
+    let tried = match fs::metadata(path) {
+        Ok(there) if there.is_dir() => return wrong(&"it is a directory"),
+        Ok(there) if there.is_file() => fs::OpenOptions::new().append(true).open(path).map(drop),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => tempfile::tempfile_in(directory).map(drop),
+        Err(error) => Err(error),
     };
     tried.or_else(|error| wrong(&error))
 }
 
 fn save(path: Option<&PathBuf>, value: &impl serde::Serialize) -> Result<(), Failure> {
     let Some(path) = path else { return Ok(()) };
-    let text = serde_json::to_string_pretty(value).map_err(Failure::new)?;
-    replace(path, &text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
-}
-
-/// Writes a file so that whoever reads it, or is there after a crash, finds the old text or the new one and no
-/// part of either. What is no plain file, such as a pipe, is written to as it is.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
-    // Through links: the file is meant, not what leads to it.
-    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    if path.exists() && !path.is_file() {
-        return fs::write(path, text);
-    }
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // As any new file: what the umask leaves of it.
-    let permissions = fs::Permissions::from_mode(0o666);
-    let mut new = tempfile::Builder::new().permissions(permissions).tempfile_in(directory)?;
-    new.write_all(text.as_bytes())?;
-    new.persist(path)?;
-    Ok(())
+    output::file(path, &serde_json::to_string_pretty(value).map_err(Failure::new)?)
 }
 
 fn tell(args: &ReportArgs) -> Result<(), Failure> {
     let inputs: Result<Vec<_>, _> = args.files.iter().map(|path| Input::read(path)).collect();
     let inputs = inputs.map_err(Failure::new)?;
     let material = report::material(&inputs);
-    let write = |path: &PathBuf, text: String| {
-        fs::write(path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
-    };
     if let Some(path) = &args.html {
-        write(path, html::page(material))?;
+        output::file(path, &html::page(material))?;
     }
     if let Some(path) = &args.svg {
         let plot = html::exits_plot(material);
-        write(
-            path,
-            plot.ok_or_else(|| Failure::usage("--svg needs what `ballast slat lab --output` wrote"))?,
-        )?;
+        let plot =
+            plot.ok_or_else(|| Failure::usage("--svg needs what `ballast slat lab --output` wrote"))?;
+        output::file(path, &plot)?;
     }
     if args.json { output::json(&report::told(material)) } else { output::text(&report::text(material)) }
 }

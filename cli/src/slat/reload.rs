@@ -13,7 +13,7 @@ use slat::reload::Switch;
 use slat::report::{Input, side_by_side};
 use slat::{interrupt, run::Run};
 
-use super::{RunArgs, replace, writable};
+use super::{RunArgs, writable};
 use crate::failure::Failure;
 use crate::{output, sentence, table};
 
@@ -135,8 +135,9 @@ impl ResultFile {
     /// Puts what was measured where the user wants it.
     fn keep(&self) -> Result<(), Failure> {
         let Some(place) = &self.place else { return Ok(()) };
-        let wrong = |error| Failure::new(format!("cannot write {}: {error}", place.display()));
-        fs::read_to_string(&self.new).and_then(|text| replace(place, &text)).map_err(wrong)
+        let text = fs::read_to_string(&self.new)
+            .map_err(|error| Failure::new(format!("cannot read {}: {error}", self.new.display())))?;
+        output::file(place, &text)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Asks the balancer how everything stands; where none answers, each VM for itself.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use api::client::{Client, Error};
 use api::limits::Limits;
 use api::runtime;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
+use balancer::driver::Kind;
 use balancer::host::{HostMemory, MEMINFO};
 
 use super::snapshot::{Condition, Host, Snapshot, Source, Vm};
@@ -25,8 +27,8 @@ pub struct Gatherer {
     /// Pictures that still do without the balancer, and why.
     rest: Option<(u32, String)>,
     vms: Discovery,
-    /// Whether the last picture is the balancer's.
-    balanced: bool,
+    /// The VMs of other VMMs in the last picture: only the balancer knows them.
+    foreign: BTreeSet<String>,
 }
 
 impl Gatherer {
@@ -34,7 +36,7 @@ impl Gatherer {
     pub fn new(directory: PathBuf) -> Self {
         let balancer = Balancer::new(&directory, PATIENCE);
         let vms = Discovery::new(directory.clone(), PATIENCE);
-        Self { directory, balancer, rest: None, vms, balanced: false }
+        Self { directory, balancer, rest: None, vms, foreign: BTreeSet::new() }
     }
 
     /// How things stand now.
@@ -42,7 +44,7 @@ impl Gatherer {
     /// # Errors
     /// A sentence: no directory, or no word of the host's memory.
     pub async fn gather(&mut self) -> Result<Snapshot, String> {
-        self.balanced = false;
+        self.foreign.clear();
         if let Some((pictures, because)) = self.rest.take()
             && pictures > 0
         {
@@ -51,7 +53,8 @@ impl Gatherer {
         }
         match self.balancer.state().await {
             Ok(state) => {
-                self.balanced = true;
+                let foreign = state.vms.iter().filter(|vm| vm.vmm != Kind::Ballast);
+                self.foreign.extend(foreign.map(|vm| vm.name.clone()));
                 self.vms.rest();
                 Ok(Snapshot::of_balancer(state))
             }
@@ -74,7 +77,7 @@ impl Gatherer {
 
     /// Sets new limits; says what came of it.
     pub async fn set_limits(&mut self, name: &str, limits: Limits) -> Result<String, String> {
-        if self.is_foreign(name) {
+        if self.foreign.contains(name) {
             self.balancer.set_limits(name, limits).await.map_err(|error| error.to_string())?;
         } else {
             self.vm(name)?.set_limits(limits).await.map_err(|error| error.to_string())?;
@@ -84,7 +87,7 @@ impl Gatherer {
 
     /// Pauses a VM that runs, lets one run on that is paused; says which.
     pub async fn pause_or_resume(&mut self, name: &str) -> Result<String, String> {
-        if self.is_foreign(name) {
+        if self.foreign.contains(name) {
             return Err(format!("{name} is no VM of ballast: only its own VMM can pause it"));
         }
         let mut vm = self.vm(name)?;
@@ -97,11 +100,6 @@ impl Gatherer {
             Ok(format!("{name} is paused: p lets it run on"))
         };
         done.await.map_err(|error: Error| error.to_string())
-    }
-
-    /// Whether only the balancer knows it: then it runs in another VMM.
-    fn is_foreign(&self, name: &str) -> bool {
-        self.balanced && !runtime::socket_in(&self.directory, name).is_ok_and(|socket| socket.exists())
     }
 
     fn vm(&self, name: &str) -> Result<Client, String> {

@@ -15,6 +15,7 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::cursor::Show;
 use ratatui::crossterm::event::{self, Event as Key, KeyEventKind};
 use ratatui::crossterm::execute;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{MissedTickBehavior, interval};
@@ -23,6 +24,7 @@ use super::draw;
 use super::gather::Gatherer;
 use super::snapshot::Snapshot;
 use super::view::{Action, View};
+use crate::client;
 use crate::failure::Failure;
 
 /// What the loop waits for.
@@ -44,8 +46,9 @@ enum Event {
 pub fn run(mut view: View, directory: PathBuf, pause: Duration) -> Result<(), Failure> {
     let (sender, events) = mpsc::channel();
     let (actions, wanted) = unbounded_channel();
+    let runtime = client::event_loop()?;
     let mut screen = Screen::enter()?;
-    spawn(&sender, "news", move |sender| gather(directory, pause, wanted, sender))?;
+    spawn(&sender, "news", move |sender| gather(&runtime, directory, pause, wanted, sender))?;
     spawn(&sender, "keys", hear)?;
     let result = screen.show(&mut view, &events, &actions);
     drop(screen);
@@ -87,13 +90,12 @@ fn hear(sender: &Sender<Event>) -> Result<(), String> {
 
 /// Sends news after each `pause`, carries actions out, and ends when a signal asks for it.
 fn gather(
+    runtime: &Runtime,
     directory: PathBuf,
     pause: Duration,
     mut wanted: UnboundedReceiver<Action>,
     sender: &Sender<Event>,
 ) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| format!("cannot start an event loop: {error}"))?;
     runtime.block_on(async {
         let handler =
             |kind| Inherited::take(kind).map_err(|error| format!("can't listen for signals: {error}"));

@@ -1,5 +1,6 @@
 //! What makes a virtio device, whatever transport carries it.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -56,6 +57,15 @@ pub trait VirtioDevice: Send {
 
     /// Writes the configuration space; what the driver may not write stays as it is.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The VM is about to run: the device's events are watched from now on. Threads that it needs are started
+    /// here: later ones can't be, and earlier ones would be outside of the sandbox.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// The driver has set DRIVER_OK.
     fn activate(&mut self, active: &mut Active);

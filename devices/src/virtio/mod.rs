@@ -1,6 +1,7 @@
 //! virtio 1.2: what a device is ([`device`]), how it works on its queues ([`queue`]), what its driver
 //! makes of it (`core`), and how a guest reaches it ([`mmio`], [`pci`]).
 
+pub mod block;
 mod core;
 pub mod device;
 pub mod interrupt;

@@ -12,10 +12,14 @@
 //! remove                    removes that file
 //! plugged                   prints in how many places there is memory that virtio_mem has added
 //! random:COUNT              reads 64 bytes from /dev/hwrng so often: each is one request to the device
+//! kernel                    says where the kernel lies (see `show`)
 //! show                      says where a page of this process is (see `show`)
 //! keep:SIZE:SEED            takes SIZE and fills it with a pattern that it remembers
 //! check                     looks whether all that is kept is as it was
 //! forget                    gives back what is kept
+//! write-disk:DISK:SIZE:SEED fills the first SIZE of /dev/DISK with a pattern, and flushes it
+//! read-disk:DISK:SIZE:SEED  looks whether it is there, past the guest's cache
+//! discard-disk:DISK:SIZE    tells the disk that the first SIZE of it are not needed
 //! hog                       has another process take memory until the kernel kills it
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
@@ -32,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::disk;
 use crate::guest::oom_kills;
 use crate::memory::Block;
 use crate::show;
@@ -137,6 +142,9 @@ impl Load {
             ["random", count] => {
                 ask_for_random(number(count)?).map_err(|error| format!("/dev/hwrng: {error}"))?
             }
+            ["kernel"] => {
+                println!("{}", show::kernel().map_err(|error| format!("no kernel is found: {error}"))?)
+            }
             ["show"] => show::show().map_err(|error| format!("no page can be shown: {error}"))?,
             ["keep", bytes, seed] => {
                 let (mut block, seed) = (block(size(bytes)?)?, number(seed)?);
@@ -145,13 +153,17 @@ impl Load {
             }
             ["check"] => self.check()?,
             ["forget"] => self.kept.clear(),
+            ["write-disk", name, bytes, seed] => disk::write(name, size(bytes)?, number(seed)?)?,
+            ["read-disk", name, bytes, seed] => disk::read(name, size(bytes)?, number(seed)?)?,
+            ["discard-disk", name, bytes] => disk::discard(name, size(bytes)?)?,
             ["hog"] => hog()?,
             ["unbind" | "bind", driver] => hand_over(driver, parts[0])?,
             _ => {
                 return Err(format!(
                     "`{step}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                      hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
-                     forget, hog, unbind:DRIVER, bind:DRIVER, random:COUNT or show"
+                     forget, write-disk:DISK:SIZE:SEED, read-disk:DISK:SIZE:SEED, discard-disk:DISK:SIZE, hog, \
+                     unbind:DRIVER, bind:DRIVER, random:COUNT, kernel or show"
                 ));
             }
         }

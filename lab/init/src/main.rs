@@ -4,6 +4,7 @@
 //! which does what its kernel's command line says (see [`guest`]).
 
 mod devmem;
+mod disk;
 mod guest;
 mod hostile;
 mod load;

@@ -1,7 +1,8 @@
 //! What runs in a host of the lab: the plan, whose result is handed out.
 
+use std::fmt::Display;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -60,7 +61,7 @@ pub fn main(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
         return Err(io::Error::other("this is for emulated hosts"));
     }
     if let Err(error) = own_cgroup() {
-        eprintln!("ballast slat: no control group: {error}");
+        say(format_args!("no control group: {error}"));
     }
     let plan = (job.plan)();
     // Without them the payloads over huge pages say so themselves.
@@ -76,7 +77,7 @@ pub fn main(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
     };
     let go_on = AtomicBool::new(false);
     run(&warm, &go_on, |_, _| {});
-    let mut result = run(&plan, &go_on, |_, setup| eprintln!("{}", setup.describe()));
+    let mut result = run(&plan, &go_on, |_, setup| say(setup.describe()));
     if job.guests != Guests::None {
         // Should a guest never come to its end, whoever waits for this host has what came before.
         result.linux_failure = Some(UNFINISHED.into());
@@ -91,7 +92,7 @@ pub fn main(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
             let found = density(|so_far| {
                 partial.density = Some(so_far);
                 if let Err(error) = send(&partial) {
-                    eprintln!("ballast slat: no result was handed out: {error}");
+                    say(format_args!("no result was handed out: {error}"));
                 }
             });
             keep(found, |found| result.density = Some(found))
@@ -99,6 +100,11 @@ pub fn main(job: Job<impl FnOnce() -> Plan>) -> io::Result<()> {
     };
     result.linux_failure = failure;
     send(&result)
+}
+
+/// Says how far it is, which ends nothing where that can't be written.
+fn say(text: impl Display) {
+    let _ = writeln!(io::stderr(), "ballast slat: {text}");
 }
 
 fn keep<T>(found: io::Result<T>, keep: impl FnOnce(T)) -> Option<String> {

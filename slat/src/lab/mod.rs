@@ -127,9 +127,13 @@ impl Visit {
             }
         };
         thread::scope(|scope| {
-            for _ in 0..self.jobs.max(1) {
-                scope.spawn(work);
+            // This thread does its part. Where the kernel gives no more, fewer hosts run at a time.
+            for _ in 1..self.jobs {
+                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                    break;
+                }
             }
+            work();
         });
         let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let interrupted = stop.load(Ordering::SeqCst);

@@ -5,7 +5,7 @@
 //! processor that does a thousand million of them a second, so that answers are exact too. How many
 //! sessions fit depends on that mix and on the limit: it is one point, not a law.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write};
 use std::process::Child;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -83,8 +83,10 @@ impl Drop for Session {
 fn start(guest: usize, sender: &Sender<Answer>) -> io::Result<Session> {
     let mut child = super::start(MEMORY, false, &[SESSIONS])?;
     let output = child.stdout.take().ok_or_else(|| super::unfinished("has no pipe"))?;
-    follow(guest, BufReader::new(output), sender.clone());
-    Ok(Session { guest, child: Some(child), fresh: true })
+    // Whatever comes now ends the guest.
+    let session = Session { guest, child: Some(child), fresh: true };
+    follow(guest, BufReader::new(output), sender.clone())?;
+    Ok(session)
 }
 
 /// Adds guests until one too many is there. `tell` hears of each number of guests: what is known by then, should
@@ -107,7 +109,9 @@ pub fn density(mut tell: impl FnMut(Density)) -> io::Result<Density> {
         let Ok(step) = step(&receiver, &mut sessions, PATIENCE) else {
             return Ok(Density::of(steps, "guests that answer no more".into()));
         };
-        eprintln!("{} guests: {:.1} ms, p95 {:.1} ms", step.guests, step.median, step.p95);
+        // A word on how far it is, which ends nothing where it can't be written.
+        let _ =
+            writeln!(io::stderr(), "{} guests: {:.1} ms, p95 {:.1} ms", step.guests, step.median, step.p95);
         steps.push(step);
         if !step.is_in_time() {
             break format!("answers later than {} ms", LATEST.as_millis());
@@ -133,9 +137,12 @@ impl Step {
 }
 
 /// Reads a guest's notes on a thread of its own, until it ends.
-fn follow(guest: usize, output: impl BufRead + Send + 'static, sender: Sender<Answer>) {
+///
+/// # Errors
+/// Where there is no thread to be had.
+fn follow(guest: usize, output: impl BufRead + Send + 'static, sender: Sender<Answer>) -> io::Result<()> {
     let (begin, end) = bells(0);
-    thread::spawn(move || {
+    let reading = thread::Builder::new().spawn(move || {
         for line in output.lines().map_while(Result::ok) {
             let Ok(notes) = serde_json::from_str::<Vec<Note>>(&line) else { return };
             let at = |bell| notes.iter().find(|note| note.bell == bell).map(|note| note.nanoseconds);
@@ -145,6 +152,7 @@ fn follow(guest: usize, output: impl BufRead + Send + 'static, sender: Sender<An
             }
         }
     });
+    reading.map(drop)
 }
 
 /// Waits until no guest is fresh, then for enough answers of all.

@@ -135,6 +135,8 @@ pub fn run(guest: &Guest) -> Result<(), String> {
     let config = VmConfig {
         name: format!("slat-{}", std::process::id()).parse().map_err(|e| text(&e))?,
         kernel: (&guest.kernel).into(),
+        // As before, so that what was counted can be compared.
+        unpacking: None,
         initrd: Some((&guest.initrd).into()),
         cmdline,
         limits: guest.memory.parse().map_err(|e| text(&e))?,

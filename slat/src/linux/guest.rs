@@ -224,7 +224,8 @@ pub fn guest(words: &[String]) -> io::Result<()> {
             Ok(())
         });
         if let Err(error) = result {
-            println!("ballast slat: {}: {error}", work.name);
+            // The workloads go on where the console takes nothing.
+            let _ = writeln!(io::stdout(), "ballast slat: {}: {error}", work.name);
         }
     }
     ring(FLUSH);

@@ -64,6 +64,9 @@ pub enum Failure {
     /// The guest left for a reason that no payload has.
     #[error("the guest left unexpectedly: {0}")]
     Unexpected(String),
+    /// The kernel gave no thread for a vCPU.
+    #[error("no thread for a vCPU: {0}; raise the limit on processes (ulimit -u) or on memory (ulimit -v)")]
+    NoThread(io::Error),
     /// A vCPU's thread died.
     #[error("a vCPU's thread ended without a word")]
     Thread,

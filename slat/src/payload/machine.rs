@@ -168,9 +168,9 @@ impl Machine {
         let (send, receive) = channel();
         let mut other = self.other.as_mut().map(|o| std::mem::take(&mut o.vcpus)).unwrap_or_default();
         let mut machine_counters = Some((Counters::open(&self.vm)?, self.before));
-        let mut threads = Vec::new();
+        let mut vcpus = Vec::new();
         for (id, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let vcpu = Vcpu {
+            vcpus.push(Vcpu {
                 counters: Counters::open(&fd)?,
                 machine: machine_counters.take(),
                 fd,
@@ -180,11 +180,18 @@ impl Machine {
                 params: PARAMS + id as u64 * PARAMS_SIZE,
                 ticks: self.setup.place == Place::Ring3,
                 report: send.clone(),
-            };
-            threads.push(std::thread::spawn(move || vcpu.run(rounds)));
+            });
         }
         drop(send);
-        let result = collect(&receive, rounds, threads.len(), limit, stop);
+        let (mut threads, count) = (Vec::new(), vcpus.len());
+        let started = vcpus.into_iter().try_for_each(|vcpu| {
+            threads.push(std::thread::Builder::new().spawn(move || vcpu.run(rounds))?);
+            Ok(())
+        });
+        let result = match started {
+            Ok(()) => collect(&receive, rounds, count, limit, stop),
+            Err(error) => Err(Failure::NoThread(error)),
+        };
         shared.stop.store(true, Ordering::SeqCst);
         end(threads, &shared);
         let huge = self.mappings.last().and_then(Mapping::huge_share);

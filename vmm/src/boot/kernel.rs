@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
+use image::kernel::prepared::PreparedKernel;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -16,7 +17,9 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
+use super::unpacked;
 use crate::arch::x86_64::layout::{self, MapEntry};
+use crate::boot::sparse::SparseElf;
 
 /// Bytes in a command line, without its final zero.
 const LONGEST_CMDLINE: usize = layout::CMDLINE_CAPACITY - 1;
@@ -105,6 +108,8 @@ pub enum Entry {
 pub struct Boot<'a> {
     /// The kernel.
     pub kernel: &'a Path,
+    /// What is packed in it, where that was unpacked.
+    pub unpacked: Option<&'a PreparedKernel>,
     /// The initramfs.
     pub initrd: Option<&'a Path>,
     /// The command line.
@@ -115,9 +120,9 @@ pub struct Boot<'a> {
 
 /// A piece of guest memory with something in it.
 #[derive(Clone, Copy, Debug)]
-struct Placed {
-    start: GuestAddress,
-    size: Bytes,
+pub(super) struct Placed {
+    pub(super) start: GuestAddress,
+    pub(super) size: Bytes,
 }
 
 /// Loads everything into a guest with `size` bytes of RAM.
@@ -134,6 +139,10 @@ pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, size: Bytes) -> Result<En
     write_cmdline(boot.cmdline, memory)?;
     if magic == *b"\x7fELF" {
         load_elf(boot, &mut kernel, memory, size)
+    } else if let Some(unpacked) = boot.unpacked
+        && let Some(entry) = unpacked::load(boot, &mut kernel, unpacked, memory, size)?
+    {
+        Ok(entry)
     } else {
         load_bzimage(boot, &mut kernel, memory, size)
     }
@@ -148,11 +157,11 @@ fn open(what: &'static str, path: &Path) -> Result<File, KernelError> {
     Ok(file)
 }
 
-fn read_error(what: &'static str, path: &Path, source: io::Error) -> KernelError {
+pub(super) fn read_error(what: &'static str, path: &Path, source: io::Error) -> KernelError {
     KernelError::Read { what, path: path.to_owned(), source }
 }
 
-fn write_error(error: impl std::fmt::Display) -> KernelError {
+pub(super) fn write_error(error: impl std::fmt::Display) -> KernelError {
     KernelError::Write(error.to_string())
 }
 
@@ -171,7 +180,8 @@ fn load_elf(
     memory: &GuestMemoryMmap,
     size: Bytes,
 ) -> Result<Entry, KernelError> {
-    let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(|error| {
+    let mut sparse = SparseElf::new(kernel);
+    let loaded = Elf::load(memory, None, &mut sparse, Some(layout::HIGH_MEMORY)).map_err(|error| {
         KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
     })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
@@ -237,7 +247,7 @@ fn image_length(head: &[u8; HEADER_MAGIC + 4]) -> u64 {
     (sectors + 1) * 512 + u64::from(paragraphs.map_or(0, u32::from_le_bytes)) * 16
 }
 
-fn check_kernel_fits(end: Bytes, memory: Bytes) -> Result<(), KernelError> {
+pub(super) fn check_kernel_fits(end: Bytes, memory: Bytes) -> Result<(), KernelError> {
     if end > memory.min(Bytes(layout::HOLE.start)) {
         let size = end.saturating_sub(Bytes(layout::HIGH_MEMORY.0));
         return Err(KernelError::DoesNotFit { what: "unpacked kernel", size, needed: up_to_mib(end) });
@@ -250,7 +260,7 @@ fn up_to_mib(size: Bytes) -> Bytes {
 }
 
 /// Reads the initramfs to the highest place below `highest`, above `lowest`.
-fn load_initrd(
+pub(super) fn load_initrd(
     path: Option<&Path>,
     memory: &GuestMemoryMmap,
     ram: Bytes,
@@ -279,7 +289,7 @@ fn load_initrd(
     Ok(Some(Placed { start, size }))
 }
 
-fn write_zero_page(
+pub(super) fn write_zero_page(
     memory: &GuestMemoryMmap,
     map: &[MapEntry],
     header: setup_header,
@@ -355,7 +365,7 @@ mod tests {
     use std::io::Write;
 
     fn boot<'a>(kernel: &'a Path, cmdline: &'a str) -> Boot<'a> {
-        Boot { kernel, initrd: None, cmdline, reserved: 0..0 }
+        Boot { kernel, unpacked: None, initrd: None, cmdline, reserved: 0..0 }
     }
 
     fn refused(contents: &[u8]) -> KernelError {

@@ -1,3 +1,5 @@
 //! From a kernel file to a first vCPU that is ready to run it.
 
 pub mod kernel;
+mod sparse;
+pub mod unpacked;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use devices::virtio::block::raw::Cache;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
@@ -46,6 +47,8 @@ pub enum Device {
     Memory,
     /// virtio-rng: the host's randomness.
     Rng,
+    /// virtio-blk: a disk.
+    Disk(DiskOptions),
     /// A virtio-console port for the guest's agent.
     Agent,
     /// A device that only tests know.
@@ -177,6 +180,75 @@ impl fmt::Display for Console {
             Self::None => f.write_str("none"),
         }
     }
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskOptions {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub readonly: bool,
+    /// What the file is; without a word of the user its name says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// Whether the host caches it; without a word of the user a disk that is written is not cached, and one
+    /// that is only read is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
+    /// A qcow2 image may show other files, which it names, where it has nothing of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub backing: bool,
+}
+
+impl DiskOptions {
+    /// The format, by the user's word or by the name.
+    pub fn format(&self) -> DiskFormat {
+        let is_qcow2 = self.path.extension().is_some_and(|end| end.eq_ignore_ascii_case("qcow2"));
+        self.format.unwrap_or(if is_qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw })
+    }
+
+    /// Whether the host caches it.
+    pub fn cache(&self) -> Cache {
+        self.cache.unwrap_or(if self.readonly { Cache::Buffered } else { Cache::Direct })
+    }
+}
+
+/// `PATH[,readonly][,format=raw|qcow2][,cache=direct|buffered][,backing=allow]`: a comma of the path itself is written twice.
+impl FromStr for DiskOptions {
+    type Err = ConfigError;
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let wrong = |what: String| ConfigError::Disk { text: text.to_owned(), what };
+        let marked = text.replace(",,", "\0");
+        let mut parts = marked.split(',').map(|part| part.replace('\0', ","));
+        let path =
+            parts.next().filter(|path| !path.is_empty()).ok_or_else(|| wrong("it names no file".into()))?;
+        let mut disk = Self { path: path.into(), readonly: false, format: None, cache: None, backing: false };
+        for part in parts {
+            match part.split_once('=').unwrap_or((&part, "")) {
+                ("readonly", "") => disk.readonly = true,
+                ("format", "raw") => disk.format = Some(DiskFormat::Raw),
+                ("format", "qcow2") => disk.format = Some(DiskFormat::Qcow2),
+                ("cache", "direct") => disk.cache = Some(Cache::Direct),
+                ("cache", "buffered") => disk.cache = Some(Cache::Buffered),
+                ("backing", "allow") => disk.backing = true,
+                _ => return Err(wrong(format!("`{part}` is not known"))),
+            }
+        }
+        Ok(disk)
+    }
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// The bytes of the disk.
+    Raw,
+    /// QEMU's image format.
+    Qcow2,
 }
 
 /// How the balloon behaves.

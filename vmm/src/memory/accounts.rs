@@ -115,17 +115,14 @@ impl Accounts {
         Ok(Self { smaps: Box::new(smaps), statm, file, mappings, state, changed })
     }
 
-    /// Counts once, and has a thread do it from now on, to the end of the process.
+    /// Has a thread count from now on, to the end of the process, whenever someone asks.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read, or there is no thread to be had.
+    /// There is no thread to be had.
     pub fn start(self: &Arc<Self>) -> io::Result<()> {
-        let first = self.count()?;
         let accounts = Arc::clone(self);
         Builder::new().name("accounts".to_owned()).stack_size(STACK).spawn(move || accounts.serve())?;
-        let mut state = self.state.lock();
-        state.last = Some(first);
-        state.counter = Counter::Idle;
+        self.state.lock().counter = Counter::Idle;
         Ok(())
     }
 
@@ -133,7 +130,7 @@ impl Accounts {
     /// [started](Self::start) it takes a tenth of a second at most.
     ///
     /// # Errors
-    /// When the kernel's accounts can't be read.
+    /// When the kernel's accounts can't be read, or the first count takes longer than that and is not done yet.
     pub fn held(&self) -> io::Result<Held> {
         let mut state = self.state.lock();
         // Whoever asks meanwhile waits for the same count.
@@ -160,7 +157,7 @@ impl Accounts {
         match last {
             Some(count) if count.is_good(Instant::now()) => Ok(count.held),
             Some(count) => Ok(count.moved(self.quick()?, self.mapped())),
-            None => Err(io::ErrorKind::NotFound.into()),
+            None => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -387,9 +384,14 @@ Swap:               5120 kB
         let open = move || Ok(Box::new(BufReader::new(File::open(&path)?)) as Box<dyn BufRead>);
         let accounts = Accounts::new(vec![mapping], None).unwrap();
         let accounts = Arc::new(Accounts { smaps: Box::new(open), ..accounts });
-        let told = tell(100);
         accounts.start().unwrap();
-        told.join().unwrap();
+        // Nothing is known before the first count is done, and nobody waits for it.
+        assert_eq!(accounts.held().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        tell(100).join().unwrap();
+        let deadline = Instant::now() + LONG;
+        while accounts.held().is_err() {
+            assert!(Instant::now() < deadline, "it is never counted");
+        }
         if let Some(last) = &mut accounts.state.lock().last {
             assert_eq!(last.held.resident, Bytes::mib(100));
             last.took = Duration::ZERO;
@@ -405,7 +407,6 @@ Swap:               5120 kB
         assert!(matches!(accounts.state.lock().counter, Counter::Busy { .. }), "nothing was told");
 
         tell(7).join().unwrap();
-        let deadline = Instant::now() + LONG;
         while accounts.held().unwrap().resident > Bytes::mib(15) {
             assert!(Instant::now() < deadline, "{:?}", accounts.held());
             std::thread::yield_now();
@@ -421,7 +422,12 @@ Swap:               5120 kB
 
         let ram = Ram::new(Bytes::mib(64), MemoryOptions::default()).unwrap();
         ram.count().unwrap();
-        assert_eq!(ram.held().unwrap().resident, Bytes::ZERO);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let first = std::iter::from_fn(|| Some(ram.held())).find_map(|held| {
+            assert!(Instant::now() < deadline, "{held:?}");
+            held.ok()
+        });
+        assert_eq!(first.unwrap().resident, Bytes::ZERO);
         for page in 0..Bytes::mib(8).pages().0 {
             ram.guest().write_obj(1u8, GuestAddress(page * 4096)).unwrap();
         }
@@ -429,7 +435,6 @@ Swap:               5120 kB
         if let Some(last) = &mut ram.accounts.state.lock().last {
             last.took = Duration::ZERO;
         }
-        let deadline = Instant::now() + Duration::from_secs(60);
         while ram.held().unwrap().resident != Bytes::mib(8) {
             assert!(Instant::now() < deadline, "{:?}", ram.held());
             std::thread::yield_now();

@@ -11,6 +11,8 @@ use seccompiler::{
 
 use super::paths::Kept;
 
+mod search;
+
 /// Calls that are allowed whatever their arguments: they work on what is open already, on this
 /// process's own memory, or on time.
 const ALWAYS: &[c_long] = &[
@@ -91,11 +93,30 @@ const WRITES: u64 = (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRU
 /// The filter for the kernel: what every VM does, and what its devices do beside. Paths that it may remove are
 /// `kept`.
 pub(super) fn filter(needs: &SandboxNeeds, kept: &Kept) -> Result<BpfProgram, BackendError> {
+    composed(rules(needs, kept)?)
+}
+
+/// A filter that searches for the call, and looks at arguments only where they matter.
+fn composed(rules: Rules) -> Result<BpfProgram, BackendError> {
+    let mut program = search::program(&rules);
+    let with_arguments = rules.into_iter().filter(|(_, rules)| !rules.is_empty()).collect();
+    program.extend(program_of(with_arguments)?);
+    Ok(program)
+}
+
+/// What is allowed: a call with any arguments where it has no rule, else with those of one of its rules.
+type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+
+/// A filter that looks at one call after the other.
+fn program_of(rules: Rules) -> Result<BpfProgram, BackendError> {
+    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+fn rules(needs: &SandboxNeeds, kept: &Kept) -> Result<Rules, BackendError> {
     use SeccompCmpOp::{Eq, Ge, Lt, MaskedEq};
 
     let own_process = u64::from(std::process::id());
-    let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
-        ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
+    let mut rules: Rules = ALWAYS.iter().map(|&call| (call, Vec::new())).collect();
     let mut allow = |call, conditions: Vec<SeccompCondition>| {
         rules.entry(call).or_default().push(SeccompRule::new(conditions)?);
         Ok::<_, BackendError>(())
@@ -148,7 +169,7 @@ pub(super) fn filter(needs: &SandboxNeeds, kept: &Kept) -> Result<BpfProgram, Ba
             }
         }
     }
-    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    Ok(rules)
 }
 
 /// Holds where argument `index` compares to `value`. Requests, flags and numbers of processes and
@@ -161,3 +182,6 @@ fn number(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompConditi
 fn address(index: u8, compare: SeccompCmpOp, value: usize) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(index, SeccompCmpArgLen::Qword, compare, value as u64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,8 +75,11 @@ impl Daemon {
                     let _ = answer.send(Err(ApiError::Busy(vm)));
                     return false;
                 };
+                let connections = self.connections.clone();
                 self.requests.spawn(async move {
+                    let turn = connections.turn().await;
                     let result = driver.set_limits(limits).await;
+                    turn.end(&mut *driver);
                     if result.is_ok() {
                         info!(vm, "{vm} has new limits: {limits}");
                     }

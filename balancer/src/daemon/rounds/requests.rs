@@ -24,11 +24,14 @@ impl Daemon {
                 self.shared.history().decided(&managed.name, reason, Fate::Advised, None);
                 continue;
             }
-            // While an earlier request is under way, the decision has to be made again in the next round.
-            let Some(mut driver) = managed.take_driver() else {
+            // While an earlier request is under way, or somebody else sets its target too, the decision has to be
+            // made again in a later round.
+            let may_order = reason.rule.keeps_target() || managed.target_watch.may_order(now);
+            let Some(mut driver) = may_order.then(|| managed.take_driver()).flatten() else {
                 self.shared.history().decided(&managed.name, reason, Fate::Postponed, None);
                 continue;
             };
+            let connections = self.connections.clone();
             told.insert(vm);
             managed.response_times.asked(now);
             if reason.rule.keeps_target() {
@@ -38,10 +41,12 @@ impl Daemon {
                     vm.observed.vcpus = Vcpus::Run;
                 }
                 self.requests.spawn(async move {
+                    let turn = connections.turn().await;
                     let result = match driver.set_paused(reason.rule == Rule::Pause) {
                         Some(result) => Some(result.await),
                         None => None,
                     };
+                    turn.end(&mut *driver);
                     let outcome = result
                         .map_or(RequestOutcome::LimitsSet, |result| RequestOutcome::PauseSet(reason, result));
                     (vm, driver, outcome)
@@ -53,7 +58,9 @@ impl Daemon {
                 vm.observed.target = reason.old.max(reason.new);
             }
             self.requests.spawn(async move {
+                let turn = connections.turn().await;
                 let result = driver.set_target(reason.new).await;
+                turn.end(&mut *driver);
                 (vm, driver, RequestOutcome::TargetSet(reason, result))
             });
         }

@@ -1,11 +1,15 @@
 //! Keeps the list of managed VMs up to date.
 
+use std::time::Duration;
+
+use api::client::PeerProcess;
 use rustix::process::{Resource, getrlimit};
 use tracing::{debug, info, warn};
 
 use super::{Daemon, RESCAN};
 use crate::daemon::discovery::DirectoryWatch;
 use crate::daemon::managed_vm::ManagedVm;
+use crate::driver::Kind;
 
 /// Descriptors that are kept for the daemon's own files, sockets and clients.
 const SPARE_DESCRIPTORS: usize = 32;
@@ -70,13 +74,40 @@ impl Daemon {
                 }
             }
         }
-        self.subscribe();
+        self.share_descriptors();
     }
 
-    /// Hears those that can call, as far as there are descriptors: what VMs are asked in rounds goes before.
-    fn subscribe(&mut self) {
+    /// Leaves a VM alone whose process answers for another one already: then both sockets are one VM's. Of
+    /// ballast's VMs each has one socket.
+    pub(super) fn find_twin(&mut self, now: Duration, id: u64) {
+        let Some(managed) = self.managed_vms.get(&id).filter(|managed| managed.vm.is_some()) else { return };
+        let (vmm, process) = (managed.vmm, managed.process());
+        if vmm == Kind::Ballast || !matches!(process, PeerProcess::Writer(_)) {
+            return;
+        }
+        let others = self.managed_vms.range(..id);
+        let twin = others.map(|(_, other)| other).find(|other| {
+            other.vmm == vmm && other.vm.is_some() && !other.gone && other.process() == process
+        });
+        let Some(twin) = twin.map(|twin| twin.name.clone()) else { return };
+        if let Some(managed) = self.managed_vms.get_mut(&id) {
+            managed.is_twin_of(now, &twin);
+        }
+    }
+
+    /// Divides the descriptors that there are: first to asking VMs, then to hearing those that can call.
+    fn share_descriptors(&mut self) {
         let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
-        let most = limit.unwrap_or(usize::MAX).saturating_sub(SPARE_DESCRIPTORS + self.managed_vms.len());
+        let most = limit.unwrap_or(usize::MAX).saturating_sub(SPARE_DESCRIPTORS);
+        if self.connections.limit(most, self.managed_vms.len()) {
+            let drivers = self.managed_vms.values_mut().filter_map(|managed| managed.driver.as_mut());
+            drivers.for_each(|driver| driver.hang_up());
+        }
+        self.subscribe(most.saturating_sub(self.managed_vms.len()));
+    }
+
+    /// Hears `most` of those that can call.
+    fn subscribe(&mut self, most: usize) {
         self.subscriptions.keep_at_most(most);
         for (&id, managed) in &self.managed_vms {
             if self.subscriptions.hears(id) {

@@ -6,12 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use api::client::{Error, LARGEST_ANSWER, Peer, clean, peer_pid};
+use api::client::{Acquaintance, Error, LARGEST_ANSWER, Peer, PeerStream, clean};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// How many events are kept until they are read; QEMU sends most kinds at most once a second.
@@ -74,7 +73,7 @@ impl Event {
 pub struct Qmp {
     socket: PathBuf,
     timeout: Duration,
-    stream: BufReader<UnixStream>,
+    stream: BufReader<PeerStream>,
     /// The beginning of a line.
     line: Vec<u8>,
     greeted: bool,
@@ -85,7 +84,7 @@ pub struct Qmp {
 impl Qmp {
     /// Connects; QEMU has not said anything yet.
     pub async fn connect(socket: &Path, within: Duration) -> Result<Self, Error> {
-        let stream = UnixStream::connect(socket).await.map_err(|error| {
+        let stream = PeerStream::connect(socket).await.map_err(|error| {
             if error.kind() == std::io::ErrorKind::WouldBlock {
                 return Error::Busy { socket: socket.to_owned(), advice: BUSY };
             }
@@ -102,9 +101,9 @@ impl Qmp {
         })
     }
 
-    /// The process at the other end, as the kernel knows it.
-    pub fn pid(&self) -> Option<u32> {
-        peer_pid(self.stream.get_ref())
+    /// Who is at the other end, by the kernel's word.
+    pub fn acquaintance(&self) -> &Acquaintance {
+        self.stream.get_ref().acquaintance()
     }
 
     /// Waits for QEMU's greeting and begins. May be called again after [`Error::Busy`], which it returns

@@ -38,6 +38,25 @@ fn a_stuck_guest_is_found_in_time_and_costs_the_others_nothing() {
 }
 
 #[test]
+fn a_guest_that_ends_a_little_above_each_target_is_not_stuck() {
+    for mib in [3, 8, 16] {
+        let mut world = with_a_stuck_guest(Guards::default());
+        (world.guests[0].stuck, world.guests[0].keeps) = (false, Bytes::mib(mib));
+        for second in 0..120 {
+            world.tick();
+            assert_eq!(world.guests[0].vm.standing(), Standing::Following, "{mib} MiB, second {second}");
+        }
+        assert!(world.target(0) < Bytes::mib(900), "it was asked");
+        let charged = world.guests[0].vm.charge();
+        assert_eq!(charged, world.target(0).saturating_add(Bytes::mib(mib)), "and is charged what it has");
+    }
+    let mut world = with_a_stuck_guest(Guards::default());
+    (world.guests[0].stuck, world.guests[0].keeps) = (false, Bytes::mib(20));
+    world.run(30);
+    assert_eq!(world.guests[0].vm.standing(), Standing::Stuck);
+}
+
+#[test]
 fn a_guest_that_unplugs_first_has_time_for_its_balloon_too() {
     let found = |plugs: bool| {
         let mut world = with_a_stuck_guest(Guards::default());

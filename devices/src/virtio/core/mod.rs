@@ -429,6 +429,11 @@ impl Core {
         Ok(())
     }
 
+    /// As [`VirtioDevice::start`].
+    pub(super) fn start(&mut self) -> io::Result<()> {
+        self.device.start()
+    }
+
     /// Watches the notifiers and the device's own descriptors from the start: a
     /// driver comes and goes without a word to the event loop.
     pub(super) fn watch(&mut self, ops: &mut EventOps) -> EventResult<()> {

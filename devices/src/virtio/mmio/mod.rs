@@ -152,6 +152,10 @@ impl MutDeviceMmio for Mmio {
 }
 
 impl Subscriber for Mmio {
+    fn start(&mut self) -> io::Result<()> {
+        self.core.start()
+    }
+
     fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
         self.core.watch(ops)
     }

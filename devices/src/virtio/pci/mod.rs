@@ -266,6 +266,10 @@ impl Function for VirtioPci {
 }
 
 impl Subscriber for VirtioPci {
+    fn start(&mut self) -> io::Result<()> {
+        self.core.start()
+    }
+
     fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
         self.core.watch(ops)
     }

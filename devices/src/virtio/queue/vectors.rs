@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// I/O vectors into guest memory, for `readv(2)`, `writev(2)` and io_uring. They keep the memory
 /// mapped that they point into; a device has them as long as the kernel may use them.
@@ -52,6 +52,16 @@ impl IoVectors {
     /// What is left to transfer. The pointers are good as long as this value, whatever the guest does.
     pub fn as_slice(&self) -> &[libc::iovec] {
         self.vectors.get(self.done..).unwrap_or_default()
+    }
+
+    /// What is left to transfer, for libraries that take guest memory so.
+    pub fn slices(&self) -> Vec<VolatileSlice<'_>> {
+        let slice = |vector: &libc::iovec| {
+            // SAFETY: each vector is a piece of `memory`, which is mapped as long as this value, and in which
+            // nobody here holds a reference.
+            unsafe { VolatileSlice::new(vector.iov_base.cast(), vector.iov_len) }
+        };
+        self.as_slice().iter().map(slice).collect()
     }
 
     /// Bytes that are left to transfer.

@@ -70,6 +70,13 @@ pub fn ram(size: Bytes) -> Vec<(GuestAddress, Bytes)> {
     regions
 }
 
+/// A memory block of Linux on x86, in a guest that boots with `boot` (`probe_memory_block_size`).
+fn memory_block(boot: Bytes) -> Bytes {
+    // Linux goes by where memory ends, not by how much there is.
+    let end = ram(boot).last().map_or(0, |(start, size)| start.0.saturating_add(size.0));
+    if end < Bytes::gib(64).0 { Bytes::mib(128) } else { Bytes::gib(2) }
+}
+
 /// Where memory can be plugged into a guest that boots with `boot`, for up to `more`.
 ///
 /// Whole memory blocks of Linux on x86 (`probe_memory_block_size`: 128 MiB, up to 2 GiB in a
@@ -77,9 +84,7 @@ pub fn ram(size: Bytes) -> Vec<(GuestAddress, Bytes)> {
 /// a guest without memory above 4 GiB spares the 64 MiB that Linux sets aside for devices which
 /// can't reach there.
 pub fn pluggable(boot: Bytes, more: Bytes) -> (GuestAddress, Bytes) {
-    // Linux goes by where memory ends, not by how much there is.
-    let end = ram(boot).last().map_or(0, |(start, size)| start.0.saturating_add(size.0));
-    let block = if end < Bytes::gib(64).0 { Bytes::mib(128) } else { Bytes::gib(2) };
+    let block = memory_block(boot);
     let up = |value: u64| value.div_ceil(block.0).saturating_mul(block.0);
     let size = Bytes(up(more.0));
     let start = up(boot.0);
@@ -90,28 +95,66 @@ pub fn pluggable(boot: Bytes, more: Bytes) -> (GuestAddress, Bytes) {
     (GuestAddress(up(HOLE.end.saturating_add(high.0))), size)
 }
 
-/// The guest's processor can't address PCI devices above so much memory.
+/// The most that one memory slot of KVM may have (`KVM_MEM_MAX_NR_PAGES`: 2^31 - 1 pages).
+const MOST_IN_SLOT: Bytes = Bytes(((1 << 31) - 1) * 4096);
+
+/// More memory than the guest's processor can address, or than KVM takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "there is no room for PCI devices above the guest's memory, as its processor's addresses have {bits} bits: \
-     give it less memory, or its devices `--transport mmio`"
+    "the guest can't have {asked} of memory: on this host, whose processors' addresses have {bits} bits, it can \
+     have {most} at most{}; give it less (`max` in --memory)",
+    if *.has_pci { ", with 1 GiB above it for PCI devices (--transport mmio does without)" } else { "" }
 )]
-pub struct NoPciWindow {
+pub struct TooMuchMemory {
+    /// What it should have.
+    pub asked: Bytes,
     /// Bits in a guest physical address.
     pub bits: u32,
+    /// What it can have.
+    pub most: Bytes,
+    /// Whether it reaches its devices by PCI.
+    pub has_pci: bool,
+}
+
+/// Where the memory ends of a guest that boots with `boot` and may plug `more`, and so where PCI devices
+/// may begin.
+///
+/// # Errors
+/// [`TooMuchMemory`] where that, with room for PCI devices if it `has_pci`, is beyond what addresses of `bits`
+/// bits reach.
+pub fn memory_end(boot: Bytes, more: Bytes, bits: u32, has_pci: bool) -> Result<GuestAddress, TooMuchMemory> {
+    let window = if has_pci { PCI_WINDOW } else { Bytes::ZERO };
+    // Whole GiB, as the window is.
+    let reach = Bytes(1u64.checked_shl(bits).unwrap_or(u64::MAX)).saturating_sub(window).0;
+    let most_above = reach.saturating_sub(HOLE.end).min(MOST_IN_SLOT.0);
+    let most_boot = Bytes(reach.min(HOLE.start).saturating_add(most_above));
+    let (asked, has_more) = (boot.saturating_add(more), more > Bytes::ZERO);
+    let most = if has_more && boot <= most_boot {
+        let (start, size) = pluggable(boot, more);
+        if start.0.checked_add(size.0).is_some_and(|end| end <= reach) && size <= MOST_IN_SLOT {
+            return Ok(GuestAddress(start.0.saturating_add(size.0)));
+        }
+        // What is plugged begins where it would, above the hole, and ends at a whole block.
+        let (start, _) = pluggable(boot, Bytes(HOLE.end));
+        let block = memory_block(boot);
+        let whole = Bytes(reach.saturating_sub(start.0).min(MOST_IN_SLOT.0) / block.0 * block.0);
+        boot.saturating_add(whole)
+    } else {
+        most_boot
+    };
+    if has_more || boot > most_boot {
+        // Whole GiB: what is shown is rounded, and must not be rounded up.
+        let most = Bytes(most.0 / Bytes::gib(1).0 * Bytes::gib(1).0);
+        return Err(TooMuchMemory { asked, bits, most, has_pci });
+    }
+    let end = ram(boot).last().map_or(0, |(start, size)| start.0.saturating_add(size.0));
+    Ok(GuestAddress(end))
 }
 
 /// Where the registers of PCI devices are, in a guest whose memory (with what may be plugged) ends at `end`.
-///
-/// # Errors
-/// [`NoPciWindow`] where that lies beyond what the processor can address.
-pub fn pci_window(end: GuestAddress, bits: u32) -> Result<Range<u64>, NoPciWindow> {
-    let no_room = NoPciWindow { bits };
-    let size = PCI_WINDOW.0;
-    let start = end.0.max(HOLE.end).checked_next_multiple_of(size).ok_or(no_room)?;
-    let end = start.checked_add(size).ok_or(no_room)?;
-    let reachable = 1u64.checked_shl(bits).is_none_or(|limit| end <= limit);
-    if reachable { Ok(start..end) } else { Err(no_room) }
+pub fn pci_window(end: GuestAddress) -> Range<u64> {
+    let start = end.0.max(HOLE.end).next_multiple_of(PCI_WINDOW.0);
+    start..start.saturating_add(PCI_WINDOW.0)
 }
 
 /// One range of the guest's memory map, and whether it is RAM.
@@ -176,16 +219,69 @@ mod tests {
     }
 
     #[test]
-    fn pci_devices_find_room_above_memory_or_say_why_not() {
-        let gib = |range: Result<Range<u64>, NoPciWindow>| range.map(|r| (r.start >> 30, r.end >> 30));
-        assert_eq!(gib(pci_window(GuestAddress(0), 36)), Ok((4, 5)));
-        assert_eq!(gib(pci_window(GuestAddress((63 << 30) - 4096), 36)), Ok((63, 64)));
-        assert_eq!(gib(pci_window(GuestAddress((63 << 30) + 4096), 36)), Err(NoPciWindow { bits: 36 }));
-        assert_eq!(gib(pci_window(GuestAddress((63 << 30) + 4096), 40)), Ok((64, 65)));
-        assert!(pci_window(GuestAddress(u64::MAX), 64).is_err());
+    fn pci_devices_find_room_above_memory() {
+        let gib = |end| {
+            let window = pci_window(GuestAddress(end));
+            (window.start >> 30, window.end >> 30)
+        };
+        assert_eq!(gib(0), (4, 5));
+        assert_eq!(gib((63 << 30) - 4096), (63, 64));
+        assert_eq!(gib((63 << 30) + 4096), (64, 65));
+    }
+
+    /// On 40 bits: 1 TiB in all, with a hole of 1 GiB, and as much for PCI devices.
+    #[test]
+    fn more_memory_than_addresses_reach_is_refused_with_what_would_do() {
+        let most = |boot, more, has_pci| {
+            memory_end(Bytes::gib(boot), Bytes::gib(more), 40, has_pci).map_err(|error| error.most.0 >> 30)
+        };
+        assert_eq!(most(1022, 0, true), Ok(GuestAddress(1023 << 30)));
+        assert_eq!(most(1023, 0, true), Err(1022));
+        assert_eq!(most(1023, 0, false), Ok(GuestAddress(1024 << 30)));
+        assert_eq!(most(1024, 0, false), Err(1023));
+        assert_eq!(most(1, 1023, true), Err(1020));
+        assert_eq!(most(1, 1019, true), Ok(GuestAddress(1023 << 30)));
+        assert_eq!(most(1024, 1, true), Err(1022));
+        let error = memory_end(Bytes::gib(1024), Bytes::ZERO, 40, true).expect_err("too much");
+        let text = error.to_string();
+        for part in ["1 TiB", "40 bits", "1022 GiB", "max", "--transport mmio"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    /// KVM's slots have an end of their own.
+    #[test]
+    fn a_slot_of_kvm_is_never_asked_to_hold_more_than_it_takes() {
+        let most = |boot, more| memory_end(Bytes(boot), Bytes(more), 52, true).map_err(|error| error.most);
+        let highest = HOLE.start + MOST_IN_SLOT.0;
+        assert_eq!(most(highest, 0), Ok(GuestAddress(HOLE.end + MOST_IN_SLOT.0)));
+        assert_eq!(most(highest + 4096, 0), Err(Bytes::gib(8194)));
+        assert_eq!(most(u64::MAX, u64::MAX), Err(Bytes::gib(8194)));
+        assert_eq!(most(1 << 30, u64::MAX), Err(Bytes(8 << 40)));
     }
 
     proptest! {
+        /// What is refused would do with as much as is said, and with no block more.
+        #[test]
+        fn what_is_said_to_fit_fits(
+            boot in 64u64..1 << 22, more in 0u64..1 << 22, bits in 36u32..45, has_pci: bool,
+        ) {
+            let (boot, more) = (Bytes::mib(boot), Bytes::mib(more));
+            match memory_end(boot, more, bits, has_pci) {
+                Ok(end) => {
+                    let window = if has_pci { PCI_WINDOW.0 } else { 0 };
+                    prop_assert!(end.0 + window <= 1 << bits);
+                }
+                Err(TooMuchMemory { most, .. }) => {
+                    prop_assert!(most < boot.saturating_add(more));
+                    let (boot, more) = (boot.min(most), most.saturating_sub(boot));
+                    prop_assert!(memory_end(boot, more, bits, has_pci).is_ok());
+                    let more = more.saturating_add(Bytes::gib(4));
+                    prop_assert!(memory_end(boot, more, bits, has_pci).is_err());
+                }
+            }
+        }
+
         #[test]
         fn pluggable_memory_stands_apart(mib in 64u64..1 << 20, more in 1u64..1 << 20) {
             let boot = Bytes::mib(mib);

@@ -1,4 +1,4 @@
-//! Commands under conditions that others would die or hang of.
+//! A balancer whose log goes nowhere.
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
@@ -8,36 +8,21 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::pipe::{fcntl_setpipe_size, pipe};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 
-/// How long anything may take on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-const BALLAST: &str = env!("CARGO_BIN_EXE_ballast");
-
-/// Waits until `ready` gives something.
-fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(value) = ready() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "no {what} within {PATIENCE:?}");
-        sleep(Duration::from_millis(5));
-    }
-}
+use crate::{BALLAST, PATIENCE, wait_for};
 
 /// A balancer of a test's own, which ends with it.
-struct Daemon {
+pub struct Daemon {
     directory: tempfile::TempDir,
     child: Child,
 }
 
 impl Daemon {
     /// Starts `command`, which is to become a balancer, and waits until it serves.
-    fn start(command: impl FnOnce(&Path) -> Command) -> Self {
+    pub fn start(command: impl FnOnce(&Path) -> Command) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut command = command(directory.path());
         command.env("BALLAST_RUNTIME_DIR", directory.path()).stdin(Stdio::null()).stdout(Stdio::null());
@@ -50,8 +35,13 @@ impl Daemon {
         daemon
     }
 
+    /// Where it looks for VMs.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     fn socket(&self) -> PathBuf {
-        self.directory.path().join("balancer/balancer.sock")
+        self.directory().join("balancer/balancer.sock")
     }
 
     /// Asks for its state: an answer shows that its event loop runs.
@@ -87,7 +77,7 @@ impl Drop for Daemon {
 
 fn balancer(_: &Path) -> Command {
     let mut command = Command::new(BALLAST);
-    command.args(["balancer", "--interval", "50ms"]);
+    command.args(["balancer", "--interval", "50ms", "--budget", "64M", "--beside-others"]);
     command
 }
 
@@ -105,7 +95,7 @@ fn a_log_that_cannot_be_written_ends_nothing() {
 
 #[test]
 fn a_log_that_nobody_reads_stops_nothing_and_says_what_is_missing() {
-    let (read, write) = pipe().unwrap();
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     fcntl_setpipe_size(&write, 4096).unwrap();
     let flags = rustix::fs::fcntl_getfl(&write).unwrap();
     let errors = write.try_clone().unwrap();
@@ -155,7 +145,11 @@ fn a_log_socket_that_nobody_reads_stops_nothing() {
 fn signals_that_were_ignored_stay_ignored() {
     let daemon = Daemon::start(|_| {
         let mut command = Command::new("sh");
-        command.args(["-c", "trap '' HUP INT; exec \"$0\" balancer --interval 50ms", BALLAST]);
+        command.args([
+            "-c",
+            "trap '' HUP INT; exec \"$0\" balancer --interval 50ms --budget 64M --beside-others",
+            BALLAST,
+        ]);
         command.stderr(Stdio::null());
         command
     });

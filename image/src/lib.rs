@@ -1,0 +1,22 @@
+//! Kernels as files: what is packed in a bzImage is unpacked on the host and relocated as its own decompressor
+//! would.
+//!
+//! Everything here is written by somebody else. So the bytes of a bzImage are read by a process of their own that
+//! can do nothing else ([`helper`]), and what that process gives is checked again ([`kernel::prepared`]).
+//!
+//! The way of a kernel: [`Unpacking::prepare`] looks into the [`cache`], or has the [`helper`] unpack;
+//! [`kernel::placement`] says where the kernel may lie, and [`kernel::prepared::PreparedKernel::load`] puts it there.
+
+#![forbid(unsafe_code)]
+
+pub mod cache;
+mod confinement;
+mod error;
+pub mod helper;
+pub mod kernel;
+mod preparation;
+#[cfg(feature = "testing")]
+pub mod testing;
+
+pub use error::Error;
+pub use preparation::{Origin, Unpacking};

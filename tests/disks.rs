@@ -1,0 +1,54 @@
+//! Guests with disks.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use guests::{Host, Vm, VmSettings, images};
+use lab::Kernel;
+
+/// How long a step with a disk takes.
+const WORKING: Duration = Duration::from_secs(30);
+const SIZE: u64 = 64 << 20;
+
+fn guest(kernel: Kernel, transport: &str, disks: &[&str]) -> Vm {
+    let images = images(kernel);
+    let mut settings = VmSettings::new("disks", &images, "256M", "ballast.console");
+    settings.initrd = images.agent_initrd;
+    let disks = disks.iter().flat_map(|&disk| ["--disk", disk]);
+    let mut vm =
+        settings.with(&["--cpus", "2", "--transport", transport]).with(&disks.collect::<Vec<_>>()).start();
+    vm.wait_until_ready();
+    vm
+}
+
+/// An empty disk in memory of the host: its file system has no O_DIRECT.
+fn disk(directory: &Path, name: &str) -> String {
+    let path = directory.join(name);
+    File::create(&path).and_then(|file| file.set_len(SIZE)).expect("a file");
+    path.to_string_lossy().into_owned()
+}
+
+fn blocks(path: &str) -> u64 {
+    fs::metadata(path).expect("it is there").blocks()
+}
+
+#[test]
+fn what_a_guest_writes_is_there_for_the_next_one() {
+    Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).usually(Duration::from_secs(90)).run(|| {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (first, second) = (disk(directory.path(), "first.img"), disk(directory.path(), "second.img"));
+        let mut vm = guest(Kernel::V6_1, "pci", &[&first, &second]);
+        vm.step("write-disk:vda:8M:1,write-disk:vdb:4M:2", WORKING);
+        // Flushed: it is there whatever becomes of the VM.
+        drop(vm);
+        assert_eq!((blocks(&first), blocks(&second)), (8 << 11, 4 << 11));
+
+        let readonly = format!("{second},readonly");
+        let mut vm = guest(Kernel::V6_12, "mmio", &[&first, &readonly]);
+        vm.step("read-disk:vda:8M:1,read-disk:vdb:4M:2", WORKING);
+        vm.step("discard-disk:vda:4M", WORKING);
+        assert_eq!(blocks(&first), 4 << 11);
+    });
+}

@@ -1,0 +1,169 @@
+//! The kernel's command line: what stands on it by default, what a VM's devices add, and what defeats them.
+
+use std::fmt;
+
+use super::{Transport, VmConfig};
+
+/// The command line of a guest for which the user gives none. Each word saves something, or makes an end known:
+/// * `console=ttyS0`: what the kernel says comes out at the serial port.
+/// * `panic=-1`: a panic ends the process at once.
+/// * `quiet`: only warnings come before the first program; each byte at the serial port costs two exits.
+/// * `cryptomgr.notests`: the kernel's ciphers are not tested against known answers at each start, which is two
+///   thirds of what a stock kernel does until its first program. See [`with_words`] for FIPS.
+/// * `swiotlb=noforce`: no 64 MiB are set aside for devices that can't reach memory above 4 GiB: there are none.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests swiotlb=noforce";
+
+/// The word of the default that a guest in FIPS mode must not have: its kernel has to test its ciphers.
+const NO_SELF_TESTS: &str = "cryptomgr.notests";
+/// What puts a guest into FIPS mode.
+const FIPS: &str = "fips=1";
+
+/// A command line with `words` behind it: what they say wins over what stands there. In FIPS mode the kernel tests
+/// its ciphers, whatever the default says.
+pub fn with_words(cmdline: &str, words: &str) -> String {
+    let line = [cmdline, words].join(" ");
+    let tests = cmdline == DEFAULT_CMDLINE && line.split_whitespace().any(|word| word == FIPS);
+    let kept = line.split_whitespace().filter(|word| !(tests && *word == NO_SELF_TESTS));
+    if tests { kept.collect::<Vec<_>>().join(" ") } else { line.trim().to_owned() }
+}
+
+/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
+/// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
+/// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
+const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
+
+/// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
+const NO_PCI_WORD: &str = "pci=off";
+
+/// A word of the user's with which the guest does not work here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hindrance {
+    word: String,
+    consequence: &'static str,
+}
+
+impl fmt::Display for Hindrance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` on the kernel's command line {}", self.word, self.consequence)
+    }
+}
+
+const NO_CLOCK: &str =
+    "takes away kvmclock, the one clock that a guest has here: it will not boot; take the word off";
+const NO_TABLES: &str = "hides what the guest has from it, as there is nothing to find it by but ACPI: it will hardly boot, and not \
+     power off; take the word off";
+const NO_INTERRUPTS: &str = "takes away the guest's interrupts: its devices will not work; take the word off";
+const NO_DEVICES: &str =
+    "hides all of the guest's devices: take it off the kernel's command line, or use --transport mmio";
+const NO_VECTORS: &str = "takes away the interrupts of the guest's devices: take it off the kernel's command line, or use --transport \
+     mmio";
+
+/// Words that no guest works with here, each with what comes of it.
+const HINDRANCES: [(&str, &str); 6] = [
+    ("no-kvmclock", NO_CLOCK),
+    ("nopv", NO_CLOCK),
+    ("acpi=off", NO_TABLES),
+    ("noapic", NO_INTERRUPTS),
+    ("nolapic", NO_INTERRUPTS),
+    ("disableapic", NO_INTERRUPTS),
+];
+
+impl VmConfig {
+    /// The command line that the guest gets: the user's, and what its devices ask for. A word that the user
+    /// gave as well stays as it is.
+    pub fn kernel_cmdline(&self) -> String {
+        let plug: &[&str] = if self.plugs_memory() { &PLUG_WORDS } else { &[] };
+        let pci: &[&str] = if self.transport == Transport::Mmio { &[NO_PCI_WORD] } else { &[] };
+        plug.iter().chain(pci).fold(self.cmdline.clone(), |line, word| {
+            let name = name_of(word);
+            let given = line.split_whitespace().any(|other| name_of(other) == name);
+            if given { line } else { format!("{line} {word}") }
+        })
+    }
+
+    /// The user's words with which the guest does not work here.
+    pub fn hindrances(&self) -> Vec<Hindrance> {
+        let hindered = |word: &str| {
+            let known =
+                HINDRANCES.iter().find(|(known, _)| *known == word).map(|(_, consequence)| *consequence);
+            let by_pci = (self.transport == Transport::Pci).then(|| consequence_on_pci(word)).flatten();
+            let consequence = known.or(by_pci)?;
+            Some(Hindrance { word: word.to_owned(), consequence })
+        };
+        self.cmdline.split_whitespace().filter_map(hindered).collect()
+    }
+}
+
+/// What comes of an option of `pci=`, a list with commas.
+fn consequence_on_pci(word: &str) -> Option<&'static str> {
+    word.strip_prefix("pci=")?.split(',').find_map(|option| match option {
+        "off" => Some(NO_DEVICES),
+        "nomsi" => Some(NO_VECTORS),
+        _ => None,
+    })
+}
+
+/// What a word of a command line is about.
+fn name_of(word: &str) -> &str {
+    word.split_once('=').map_or(word, |(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Device, DeviceConfig};
+
+    fn config(cmdline: &str) -> VmConfig {
+        let mut config =
+            crate::config::tests::config(r#"{"id": "balloon", "type": "balloon"}"#).expect("whole");
+        config.cmdline = cmdline.to_owned();
+        config
+    }
+
+    #[test]
+    fn what_the_user_says_on_the_command_line_stands() {
+        let mut config = config("quiet");
+        assert_eq!(config.kernel_cmdline(), "quiet");
+        config.transport = Transport::Mmio;
+        assert_eq!(config.kernel_cmdline(), "quiet pci=off");
+        config.cmdline = "pci=nocrs memhp_default_state=online_movable".to_owned();
+        config.devices.push(DeviceConfig::new("memory".parse().unwrap(), Device::Memory));
+        assert_eq!(
+            config.kernel_cmdline(),
+            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable"
+        );
+    }
+
+    #[test]
+    fn words_are_added_and_the_ciphers_are_tested_in_fips_mode() {
+        assert_eq!(with_words(DEFAULT_CMDLINE, ""), DEFAULT_CMDLINE);
+        assert_eq!(with_words(DEFAULT_CMDLINE, "root=/dev/vda"), format!("{DEFAULT_CMDLINE} root=/dev/vda"));
+        let fips = with_words(DEFAULT_CMDLINE, "root=/dev/vda fips=1");
+        assert_eq!(fips, "console=ttyS0 panic=-1 quiet swiotlb=noforce root=/dev/vda fips=1");
+        // What the user wrote stays.
+        let own = "cryptomgr.notests  fips=1";
+        assert_eq!(with_words(own, "x"), format!("{own} x"));
+        assert!(with_words(DEFAULT_CMDLINE, "fips=10").contains(NO_SELF_TESTS));
+    }
+
+    #[test]
+    fn words_that_defeat_the_guest_are_told() {
+        let told = |cmdline: &str, transport| {
+            let config = VmConfig { transport, ..config(cmdline) };
+            config.hindrances().iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let both = [Transport::Pci, Transport::Mmio];
+        for transport in both {
+            for word in ["nopv", "no-kvmclock", "acpi=off", "noapic", "nolapic"] {
+                let told = told(&format!("quiet {word} x=1"), transport);
+                assert!(told.len() == 1 && told[0].contains(&format!("`{word}`")), "{told:?}");
+            }
+            for fine in ["", DEFAULT_CMDLINE, "no-kvmclock-vsyscall pci=noaer nopvspin root=nopv"] {
+                assert_eq!(told(fine, transport), [""; 0]);
+            }
+        }
+        for word in ["pci=off", "pci=noaer,nomsi"] {
+            assert_eq!(both.map(|transport| told(word, transport).len()), [1, 0], "{word}");
+        }
+    }
+}
