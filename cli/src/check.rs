@@ -40,7 +40,7 @@ struct Report {
     findings: Vec<Finding>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Grade {
     Good,
