@@ -82,6 +82,29 @@ impl PlugStatus {
 }
 
 impl MemoryStatus {
+    /// A VM with a memory map of `map` that has no devices yet.
+    pub fn before_the_start(limits: Limits, map: Bytes) -> Self {
+        Self {
+            limits,
+            target: limits.startup(),
+            actual: map,
+            given: Some(map),
+            most: Some(map),
+            settled: false,
+            followed: Some(false),
+            paused_by: None,
+            host_rss: Some(Bytes::ZERO),
+            host_huge: None,
+            driver: DriverState::Absent,
+            report: None,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+            cushion: None,
+            oom_deflate: None,
+        }
+    }
+
     /// The most that the guest can have with the kernel and the drivers that it has: its limit, or what its
     /// kernel manages, or, in a VM that grows by plugging and whose guest lacks the driver for it, what it
     /// has already.

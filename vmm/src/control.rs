@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use api::agent::AgentStatus;
 use api::limits::Limits;
-use api::status::{BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::status::{ConsoleStatus, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
 use devices::platform::serial::Port;
@@ -246,25 +246,7 @@ impl Control {
     pub fn memory(&self) -> MemoryStatus {
         let limits = *self.limits.lock();
         let Some(parts) = self.parts.get() else {
-            return MemoryStatus {
-                limits,
-                target: limits.startup(),
-                actual: self.map,
-                given: Some(self.map),
-                most: Some(self.map),
-                settled: false,
-                followed: Some(false),
-                paused_by: None,
-                host_rss: Some(Bytes::ZERO),
-                host_huge: None,
-                driver: DriverState::Absent,
-                report: None,
-                agent: None,
-                counters: BalloonCounters::default(),
-                plug: None,
-                cushion: None,
-                oom_deflate: None,
-            };
+            return MemoryStatus::before_the_start(limits, self.map);
         };
         let held = parts.ram.held().inspect_err(|error| {
             // The first count goes on.
