@@ -325,6 +325,8 @@ pub enum VmState {
     Created,
     /// Its vCPUs run.
     Running,
+    /// Its guest has fallen asleep (suspend-to-idle), as it says: its vCPUs run when something wakes it.
+    Sleeping,
     /// Its vCPUs stand still; its memory stays.
     Paused {
         /// Who paused it.
@@ -340,7 +342,7 @@ impl VmState {
     pub const fn paused_by(self) -> Option<Pauser> {
         match self {
             Self::Paused { by } => Some(by),
-            Self::Created | Self::Running | Self::Stopped => None,
+            Self::Created | Self::Running | Self::Sleeping | Self::Stopped => None,
         }
     }
 }
