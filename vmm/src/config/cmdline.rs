@@ -7,7 +7,8 @@ use super::{Transport, VmConfig};
 /// The command line of a guest for which the user gives none. Each word saves something, or makes an end known:
 /// * `console=ttyS0`: what the kernel says comes out at the serial port.
 /// * `panic=-1`: a panic ends the process at once.
-/// * `quiet`: only warnings come before the first program; each byte at the serial port costs two exits.
+/// * `quiet`: only errors come before the first program, which tell why there is none; each byte at the serial
+///   port costs two exits.
 /// * `cryptomgr.notests`: the kernel's ciphers are not tested against known answers at each start, which is two
 ///   thirds of what a stock kernel does until its first program. See [`with_words`] for FIPS.
 /// * `swiotlb=noforce`: no 64 MiB are set aside for devices that can't reach memory above 4 GiB: there are none.
