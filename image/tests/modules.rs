@@ -71,7 +71,7 @@ fn what_is_built_in_is_listed() {
     assert_eq!(listed("home/modules.builtin"), None);
     let other = archive(&[("lib/modules/6.1/modules.builtin", b"kernel/drivers/virtio/virtio_mem2.ko\n")]);
     assert_eq!(find(&other).unwrap(), None);
-    assert_eq!(find(&archive(&[("lib/modules/virtio-mem.ko", b"x")])).unwrap().is_some(), true);
+    assert!(find(&archive(&[("lib/modules/virtio-mem.ko", b"x")])).unwrap().is_some());
     assert_eq!(find(&archive(&[("lib/modules/virtio_mem.ko", b"")])).unwrap(), None, "an empty file");
 }
 
