@@ -45,7 +45,7 @@ fn an_echo_of_any_size_comes_back_whole() {
     // Each remainder by what the port and the driver take at a time comes up.
     for size in (1..=BACKLOG).step_by(13) {
         let input = bytes(size);
-        let script = vec![(HostAct::Bring(1 + size % 97), 4), (HostAct::Read(1 + size % 89), 4)];
+        let script = [(HostAct::Bring(1 + size % 97), 4), (HostAct::Read(1 + size % 89), 4)];
         let mut world = World::new(&input, script.repeat(8));
         world.open();
         world.guest(GuestAct::Echo(true));
