@@ -21,7 +21,7 @@ const RATE: u64 = 66;
 const KEPT: &str = "keep:8M:7";
 
 fn guest(name: &str, kernel: Kernel) -> Vm {
-    VmSettings::new(name, &images(kernel), SMALL, "ballast.console").with(&["--grow", "plug"]).quiet().start()
+    VmSettings::new(name, &images(kernel), SMALL, "ballast.console").with(&["--grow", "plug"]).start()
 }
 
 /// Numbers that look random and are the same each time (xorshift).
@@ -50,7 +50,7 @@ fn check_budget(vms: &[Vm], budget: Bytes) {
 
 /// Has each guest in turn fill memory and give it back, `steps` times in all.
 fn fill(vms: &mut [Vm], budget: Bytes, steps: u32, most_at_once: usize, random: &mut Random) {
-    let mut full = Vec::new();
+    let mut full: Vec<usize> = Vec::new();
     for _ in 0..steps {
         let index = random.below(vms.len() as u64) as usize;
         if let Some(at) = full.iter().position(|other| *other == index) {

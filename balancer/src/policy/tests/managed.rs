@@ -30,6 +30,8 @@ fn status(limits: &str, given: u64, actual: u64, had: u64, managed: u64, spare: 
         agent: None,
         counters: BalloonCounters::default(),
         plug: None,
+        cushion: None,
+        oom_deflate: None,
     }
 }
 
