@@ -1,7 +1,9 @@
 //! What can be asked of a VM that runs.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
+use api::runtime;
 use api::status::{MemoryStatus, Pauser, VmState};
 use api::units::Bytes;
 use guests::{BOOT, Host, Vm, VmSettings, images, wait_for};
@@ -70,6 +72,27 @@ fn a_paused_guest_shuts_down_when_its_vm_is_told_to_end() {
         vm.ask(async |client| client.pause_as(Pauser::Balancer).await).expect("a running VM pauses");
         kill_process(Pid::from_raw(vm.pid().cast_signed()).expect("it runs"), Signal::TERM).expect("it runs");
         vm.wait_for_line("POWER BUTTON", SOON);
+        assert_eq!(vm.wait_for_end(SOON), 0);
+    });
+}
+
+/// Longer than from one look at the socket to the next.
+const LOOKED_AT: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_vm_whose_socket_somebody_removes_is_found_again() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(75)).run(|| {
+        let images = images(Kernel::V6_1);
+        let mut vm = VmSettings::new("removed", &images, "256M", "ballast.console").start();
+        vm.wait_until_ready();
+        let directory = runtime::directory().expect("there is a runtime directory");
+        fs::remove_file(runtime::socket("removed").expect("it has one")).expect("it is there");
+        wait_for("the socket", LOOKED_AT, || vm.ask(async |client| client.status().await).ok());
+        // With its directory, which somebody makes again.
+        fs::remove_dir_all(&directory).expect("it is there");
+        runtime::create_directory().expect("it can be made");
+        wait_for("the socket", LOOKED_AT, || vm.ask(async |client| client.status().await).ok());
+        vm.ask(async |client| client.power_button().await).expect("the button is pressed");
         assert_eq!(vm.wait_for_end(SOON), 0);
     });
 }

@@ -103,6 +103,30 @@ fn each_end_has_its_exit_code() {
     });
 }
 
+/// The default command line is quiet, and yet tells why there is no first program.
+#[test]
+fn a_start_that_fails_says_why_by_default() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        let images = images(Kernel::V6_1);
+        for (words, reasons) in [
+            ("rdinit=/missing", &["Kernel panic - not syncing: VFS: Unable to mount root fs"][..]),
+            (
+                "rdinit=/dev",
+                &["Failed to execute /dev (error -13)", "panic - not syncing: No working init found"],
+            ),
+        ] {
+            let mut vm = VmSettings::new("fails", &images, "256M", words).by_default().start();
+            for reason in reasons {
+                vm.wait_for_line(reason, BOOT);
+            }
+            assert_eq!(vm.wait_for_end(END), 10, "{words}: nothing in it could tell of the panic");
+        }
+        let mut vm = VmSettings::new("defaults", &images, "256M", "").by_default().start();
+        vm.wait_until_ready();
+        assert_eq!(vm.wait_for_end(END), 0);
+    });
+}
+
 #[test]
 fn the_console_works_both_ways() {
     Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(40)).run(|| {

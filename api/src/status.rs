@@ -82,6 +82,29 @@ impl PlugStatus {
 }
 
 impl MemoryStatus {
+    /// A VM with a memory map of `map` that has no devices yet.
+    pub fn before_the_start(limits: Limits, map: Bytes) -> Self {
+        Self {
+            limits,
+            target: limits.startup(),
+            actual: map,
+            given: Some(map),
+            most: Some(map),
+            settled: false,
+            followed: Some(false),
+            paused_by: None,
+            host_rss: Some(Bytes::ZERO),
+            host_huge: None,
+            driver: DriverState::Absent,
+            report: None,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+            cushion: None,
+            oom_deflate: None,
+        }
+    }
+
     /// The most that the guest can have with the kernel and the drivers that it has: its limit, or what its
     /// kernel manages, or, in a VM that grows by plugging and whose guest lacks the driver for it, what it
     /// has already.
@@ -304,6 +327,8 @@ pub enum VmState {
     Created,
     /// Its vCPUs run.
     Running,
+    /// Its guest has fallen asleep (suspend-to-idle), as it says: its vCPUs run when something wakes it.
+    Sleeping,
     /// Its vCPUs stand still; its memory stays.
     Paused {
         /// Who paused it.
@@ -319,7 +344,7 @@ impl VmState {
     pub const fn paused_by(self) -> Option<Pauser> {
         match self {
             Self::Paused { by } => Some(by),
-            Self::Created | Self::Running | Self::Stopped => None,
+            Self::Created | Self::Running | Self::Sleeping | Self::Stopped => None,
         }
     }
 }

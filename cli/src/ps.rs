@@ -228,6 +228,7 @@ const fn state(state: VmState) -> &'static str {
     match state {
         VmState::Created => "created",
         VmState::Running => "running",
+        VmState::Sleeping => "sleeping",
         VmState::Paused { by: Pauser::Operator } => "paused",
         VmState::Paused { by: Pauser::Balancer } => "paused by balancer",
         VmState::Stopped => "stopped",

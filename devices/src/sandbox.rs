@@ -40,7 +40,7 @@ impl Call {
 pub struct SandboxNeeds {
     /// Files that it opens for reading, and directories in which it opens any.
     pub read: Vec<PathBuf>,
-    /// Files that it removes at the end.
+    /// Its sockets, which it removes at the end, and makes again where somebody else has removed them.
     pub remove: Vec<PathBuf>,
     /// System calls.
     pub calls: Vec<Call>,

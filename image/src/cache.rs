@@ -15,13 +15,14 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use tempfile::NamedTempFile;
 
 use crate::Error;
+use crate::helper::TIME_LIMIT;
 use crate::kernel::prepared::{Key, PreparedKernel};
 
 /// Bytes that all files together may have: some fifteen kernels.
 pub const SIZE_LIMIT: u64 = 512 << 20;
 
 /// How long to wait for another VM that unpacks.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = TIME_LIMIT;
 /// How often to look whether it is done.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 

@@ -21,8 +21,8 @@ use crate::confinement::{self, Limits};
 use crate::kernel::header::SetupHeader;
 use crate::kernel::{LARGEST_FILE, payload, prepared};
 
-/// How long a kernel may take. The slowest format takes a second or two.
-pub const TIME_LIMIT: Duration = Duration::from_secs(20);
+/// How long a kernel may take. The slowest format takes a second, and fifty on an emulated processor.
+pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the program itself takes of address space, with its stack and what its allocator keeps.
 const OWN_MEMORY: u64 = 96 << 20;

@@ -72,6 +72,8 @@ pub struct VmSettings {
     pub memory: String,
     /// What stands on the kernel's command line behind `console=ttyS0 panic=-1 quiet`.
     pub cmdline: String,
+    /// Whether it stands behind ballast's own default instead.
+    pub defaults: bool,
     /// Further arguments of `ballast run`.
     pub arguments: Vec<String>,
     /// Whether what it says is printed.
@@ -87,6 +89,7 @@ impl VmSettings {
             initrd: images.initrd.clone(),
             memory: memory.to_owned(),
             cmdline: cmdline.to_owned(),
+            defaults: false,
             arguments: Vec::new(),
             printed: Printed::Yes,
         }
@@ -95,6 +98,12 @@ impl VmSettings {
     /// Prints nothing of what it says.
     pub fn quiet(mut self) -> Self {
         self.printed = Printed::No;
+        self
+    }
+
+    /// Boots with ballast's default command line in front of its own words.
+    pub fn by_default(mut self) -> Self {
+        self.defaults = true;
         self
     }
 
@@ -128,9 +137,13 @@ impl VmSettings {
             .arg("--kernel")
             .arg(&self.kernel)
             .arg("--initrd")
-            .arg(&self.initrd)
-            .args(["--cmdline", &format!("console=ttyS0 panic=-1 quiet {}", self.cmdline)])
-            .args(&self.arguments);
+            .arg(&self.initrd);
+        if self.defaults {
+            command.args(["--append", &self.cmdline]);
+        } else {
+            command.args(["--cmdline", &format!("console=ttyS0 panic=-1 quiet {}", self.cmdline)]);
+        }
+        command.args(&self.arguments);
         Vm::spawn(&self.name, command, self.printed)
     }
 }

@@ -121,7 +121,7 @@ impl<'a> Builder<'a> {
     ) -> Result<Self, BuildError> {
         let ended = Arc::clone(vcpu_set);
         let on_end: OnEnd = Arc::new(move |end| ended.end(Exit::from(end)));
-        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end, pci)?;
+        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end, control.asleep(), pci)?;
         Ok(Self {
             limits,
             ram,

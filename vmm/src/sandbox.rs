@@ -1,7 +1,7 @@
 //! What a VM's process can still do once its guest runs, should the guest ever get hold of it.
 //!
 //! Two walls, both for every thread and for good. Landlock (`landlock(7)`) closes the file system, but for what
-//! the devices of this VM say that they need, and the names of its sockets to remove. Seccomp (`seccomp(2)`)
+//! the devices of this VM say that they need, and the names of its sockets, to remove and to make again. Seccomp (`seccomp(2)`)
 //! leaves the system calls that a running VM makes. Everything else was opened, mapped and started before.
 //! Where one of the two is not to be had, no guest runs.
 //!
@@ -22,7 +22,7 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetStatus,
 };
 
-pub(crate) use paths::{absolute, kept};
+pub(crate) use paths::{absolute, bind, kept};
 
 /// Rights to files that a kernel must know: all of the first Landlock, of Linux 5.13. What later ones added is
 /// to move, to cut off and to control files, for which seccomp leaves no call.
@@ -80,6 +80,15 @@ fn directory_of(path: &Path) -> PathBuf {
     }
 }
 
+/// The directory that a directory lies in, unless that is the root: then itself.
+fn parent_of(directory: &Path) -> PathBuf {
+    let whole = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    match whole.parent() {
+        Some(parent) if parent.parent().is_some() => parent.to_owned(),
+        Some(_) | None => whole,
+    }
+}
+
 /// Whether this kernel can close files to a process.
 ///
 /// # Errors
@@ -108,7 +117,9 @@ pub fn close_files(needs: &SandboxNeeds) -> Result<(), SandboxError> {
     let mut ruleset = closed()?;
     let read = needs.read.iter().map(|path| (path.clone(), AccessFs::ReadFile));
     let remove = needs.remove.iter().map(|path| (directory_of(path), AccessFs::RemoveFile));
-    for (path, access) in read.chain(remove) {
+    // Also where the whole directory was removed and is there again, which is another one to Landlock.
+    let make = needs.remove.iter().map(|path| (parent_of(&directory_of(path)), AccessFs::MakeSock));
+    for (path, access) in read.chain(remove).chain(make) {
         let opened = PathFd::new(&path).map_err(|source| SandboxError::Path { path, source })?;
         ruleset = ruleset.add_rule(PathBeneath::new(opened, access))?;
     }

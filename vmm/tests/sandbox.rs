@@ -10,7 +10,9 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 use std::{env, io, ptr};
 
 use api::units::Bytes;
@@ -19,7 +21,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use tempfile::TempDir;
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm::api_server::Server;
-use vmm::config::{Backing, MemoryOptions};
+use vmm::config::{Backing, Cpus, MemoryOptions};
+use vmm::control::Control;
 use vmm::memory::Ram;
 use vmm::sandbox;
 
@@ -199,6 +202,64 @@ fn a_vm_removes_its_own_socket_and_no_other() {
             fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["other.sock"]);
     }
+}
+
+/// What somebody outside does: removes the socket, and then its directory, and waits for it each time.
+const REMOVE: &str = r#"
+there() {
+    tries=0
+    until [ -S own.sock ]; do
+        tries=$((tries + 1)); [ $tries -lt 3000 ] || exit 1; sleep 0.02
+    done
+}
+read go; cd "$0"/run && rm own.sock && there || exit 1
+cd "$0" && rm -r run && mkdir run && cd run && there && echo there
+"#;
+
+#[test]
+fn a_vm_makes_its_own_socket_again_and_no_other() {
+    in_child("a_vm_makes_its_own_socket_again_and_no_other", |directory| {
+        let own = directory.join("run/own.sock");
+        fs::create_dir(directory.join("run")).unwrap();
+        let server = Server::bind(&own).unwrap().looking_every(Duration::from_millis(5));
+        let limits = "256M".parse().unwrap();
+        let control = Arc::new(Control::new("own".parse().unwrap(), Cpus::ONE, limits));
+        let mut outside = Command::new("sh")
+            .args(["-c", REMOVE])
+            .arg(directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let needs = SandboxNeeds { remove: vec![own], ..needs() };
+        sandbox::close_files(&needs).unwrap();
+        std::thread::spawn(move || server.run(&control));
+        sandbox::close_calls(&needs).unwrap();
+
+        outside.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        let mut said = String::new();
+        outside.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(said, "there\n");
+
+        let bind = |address: *const libc::sockaddr, length: usize| {
+            let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+            // SAFETY: no pointers.
+            let socket = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+            assert!(socket >= 0, "{}", io::Error::last_os_error());
+            // SAFETY: the address has this length; where this succeeds the test has failed.
+            done(unsafe { libc::bind(socket, address, length as libc::socklen_t) }.into())
+        };
+        let mut other = vec![libc::AF_UNIX as u8, 0];
+        other.extend_from_slice(directory.join("run/other.sock").as_os_str().as_encoded_bytes());
+        other.push(0);
+        assert_kept_back("a socket of another name", bind(other.as_ptr().cast(), other.len()));
+        let kept = ptr::without_provenance(1 << 20);
+        assert_kept_back("a part of its own name", bind(kept, 12));
+        assert_kept_back("any name", bind(kept, 2));
+        // SAFETY: no pointers.
+        let datagrams = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM, 0) };
+        assert_kept_back("datagrams", done(datagrams.into()));
+    });
 }
 
 #[test]

@@ -56,7 +56,8 @@ pub struct Keeper {
 #[derive(Debug)]
 struct Holder {
     pid: Option<u32>,
-    user: u32,
+    /// `None` if nobody could be connected to.
+    user: Option<u32>,
     /// `None` if it did not say who it is.
     keeper: Option<Keeper>,
 }
@@ -95,7 +96,7 @@ impl HostLock {
             match (budget, holder.keeper.as_ref().and_then(|keeper| keeper.budget)) {
                 (Some(_), Some(theirs)) => sum = sum.saturating_add(theirs),
                 // An ordinary user must not be able to keep root's daemon from its work.
-                _ if rustix::process::geteuid().is_root() && holder.user != 0 => {
+                _ if rustix::process::geteuid().is_root() && holder.user != Some(0) => {
                     warn!("{}; it is no user's place to keep root's from starting", holder.describe());
                 }
                 _ => return Err(DaemonError::HostTaken { who: holder.describe() }),
@@ -130,9 +131,10 @@ impl HostLock {
 
 impl Holder {
     fn describe(&self) -> String {
-        let process = match self.pid {
-            Some(pid) => format!("process {pid} of user {}", self.user),
-            None => format!("a process of user {} in another PID namespace", self.user),
+        let process = match (self.pid, self.user) {
+            (Some(pid), Some(user)) => format!("process {pid} of user {user}"),
+            (None, Some(user)) => format!("a process of user {user} in another PID namespace"),
+            (_, None) => "a process that lets nobody connect".to_owned(),
         };
         match &self.keeper {
             Some(Keeper { directory, budget: None }) => {
@@ -191,7 +193,7 @@ async fn ask(name: &str, place: u8, before: bool) -> Option<Holder> {
         }
     });
     let Ok(connected) = connected.await else {
-        return Some(Holder { pid: None, user: u32::MAX, keeper: None });
+        return Some(Holder { pid: None, user: None, keeper: None });
     };
     let mut stream = connected?;
     let by = stream.peer_cred().ok()?;
@@ -199,7 +201,7 @@ async fn ask(name: &str, place: u8, before: bool) -> Option<Holder> {
     let read = timeout(PATIENCE, (&mut stream).take(LONGEST).read_to_end(&mut line)).await;
     let keeper = read.ok().and_then(Result::ok).and_then(|_| serde_json::from_slice(&line).ok());
     let pid = by.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-    Some(Holder { pid, user: by.uid(), keeper })
+    Some(Holder { pid, user: Some(by.uid()), keeper })
 }
 
 #[cfg(test)]

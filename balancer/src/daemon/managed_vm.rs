@@ -153,6 +153,10 @@ impl ManagedVm {
                  name one socket of each VM in the configuration"
             );
         }
+        // It may serve one client at a time, and be somebody else's.
+        if let Some(driver) = &mut self.driver {
+            driver.hang_up();
+        }
         self.forget();
     }
 

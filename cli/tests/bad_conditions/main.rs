@@ -155,7 +155,8 @@ fn a_balancer_whose_address_is_taken_leaves_no_socket() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(BALLAST);
-    command.args(["balancer", "--metrics", &taken.local_addr().unwrap().to_string()]);
+    command.args(["balancer", "--budget", "64M", "--beside-others"]);
+    command.args(["--metrics", &taken.local_addr().unwrap().to_string()]);
     let output = command.env("BALLAST_RUNTIME_DIR", directory.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let socket: PathBuf = directory.path().join("balancer/balancer.sock");

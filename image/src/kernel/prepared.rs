@@ -23,8 +23,10 @@ use crate::Error;
 const MAGIC: [u8; 16] = *b"ballast kernel\0\x01";
 /// Bytes of a hash.
 const HASH: usize = blake3::OUT_LEN;
+/// Numbers before the extents.
+const NUMBERS: usize = 8;
 /// Bytes before the extents.
-const HEAD: usize = MAGIC.len() + 2 * HASH + 8 * size_of::<u64>();
+const HEAD: usize = MAGIC.len() + 2 * HASH + NUMBERS * size_of::<u64>();
 /// What is looked at for zeros: a page, as the host gives memory by pages.
 const PAGE: usize = 4096;
 /// Read at a time.

@@ -23,6 +23,7 @@
 //! hog                       has another process take memory until the kernel kills it
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
+//! set:FILE:VALUE            writes a value into a file of the kernel's
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
@@ -138,6 +139,9 @@ impl Load {
             ["release", time] => self.release(duration(time)?),
             ["file", bytes] => write_file(size(bytes)?).map_err(file)?,
             ["remove"] => fs::remove_file(FILE).map_err(file)?,
+            ["set", file, value] => {
+                fs::write(file, value).map_err(|error| format!("{file} can't be set to {value}: {error}"))?;
+            }
             ["plugged"] => println!("PLUGGED places={}", plugged()?),
             ["random", count] => {
                 ask_for_random(number(count)?).map_err(|error| format!("/dev/hwrng: {error}"))?

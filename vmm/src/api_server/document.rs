@@ -243,6 +243,7 @@ fn a_full_answer_is_as_described() {
     for state in [
         VmState::Created,
         VmState::Running,
+        VmState::Sleeping,
         paused(Pauser::Operator),
         paused(Pauser::Balancer),
         VmState::Stopped,

@@ -16,9 +16,10 @@ const DRIVER_STATES: [(&str, DriverState); 4] = [
     ("broken", DriverState::Broken),
 ];
 
-const VM_STATES: [(&str, VmState); 5] = [
+const VM_STATES: [(&str, VmState); 6] = [
     ("created", VmState::Created),
     ("running", VmState::Running),
+    ("sleeping", VmState::Sleeping),
     ("paused", VmState::Paused { by: Pauser::Operator }),
     ("paused-by-balancer", VmState::Paused { by: Pauser::Balancer }),
     ("stopped", VmState::Stopped),

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Answering, Connection, Next};
 use super::routes::route;
-use super::socket::{BindError, SocketFile, listen};
+use super::socket::{BindError, LOOK_EVERY, Listening};
 use crate::control::Control;
 
 /// Clients at a time. A new one takes the place of the one whose turn has been over for longest; while
@@ -30,10 +30,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// An API that clients can connect to; [`Server::run`] answers them.
 #[derive(Debug)]
 pub struct Server {
-    // Dropped before the listener, whose life keeps the file's inode from being given to another.
-    _file: SocketFile,
-    listener: UnixListener,
+    socket: Listening,
     stop: EventFd,
+    look_every: Duration,
 }
 
 impl Server {
@@ -44,8 +43,14 @@ impl Server {
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| BindError::Io { path: path.to_owned(), source })?;
-        let (listener, file) = listen(path)?;
-        Ok(Self { listener, stop, _file: file })
+        Ok(Self { socket: Listening::at(path)?, stop, look_every: LOOK_EVERY })
+    }
+
+    /// The same, looking so often whether somebody has removed the socket.
+    #[must_use]
+    pub fn looking_every(mut self, interval: Duration) -> Self {
+        self.look_every = interval;
+        self
     }
 
     /// A descriptor that ends [`Server::run`] when it is written to.
@@ -66,17 +71,28 @@ impl Server {
         self.serve(&wake, &|request| route(request, control))
     }
 
-    fn serve(self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
+    /// Makes the socket again if somebody has removed it. True if there is another one to be watched.
+    fn look(&mut self, epoll: &Epoll) -> io::Result<bool> {
+        let Some(before) = self.socket.look() else { return Ok(false) };
+        // To close its only descriptor takes the other one out of the epoll set.
+        drop(before);
+        let event = EpollEvent::new(EventSet::IN, LISTENER);
+        epoll.ctl(ControlOperation::Add, self.socket.listener().as_raw_fd(), event)?;
+        Ok(true)
+    }
+
+    fn serve(mut self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
         let epoll = Epoll::new()?;
         let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
         watch(self.stop.as_raw_fd(), STOP)?;
-        watch(self.listener.as_raw_fd(), LISTENER)?;
+        watch(self.socket.listener().as_raw_fd(), LISTENER)?;
         watch(wake.as_raw_fd(), EVENTS)?;
         let mut clients = Clients::new(&epoll);
         let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
         let mut gate = AcceptGate::Open;
+        let mut next_look = Instant::now() + self.look_every;
         loop {
-            let count = match epoll.wait(clients.timeout(&gate, Instant::now()), &mut events) {
+            let count = match epoll.wait(clients.timeout(&gate, next_look, Instant::now()), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
@@ -101,7 +117,13 @@ impl Server {
             clients.advance_due(now, answer);
             // After the others' turn: a client that has just asked something is not idle.
             if has_newcomer {
-                gate = clients.accept(&self.listener, now);
+                gate = clients.accept(self.socket.listener(), now);
+            }
+            if next_look <= now {
+                next_look = now + self.look_every;
+                if self.look(&epoll)? {
+                    gate = AcceptGate::Open;
+                }
             }
             gate = self.update_gate(&epoll, gate, &clients, now)?;
         }
@@ -125,7 +147,11 @@ impl Server {
             }
             gate => return Ok(gate),
         };
-        epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), EpollEvent::new(events, LISTENER))?;
+        epoll.ctl(
+            ControlOperation::Modify,
+            self.socket.listener().as_raw_fd(),
+            EpollEvent::new(events, LISTENER),
+        )?;
         Ok(next)
     }
 }
@@ -159,8 +185,8 @@ impl<'a> Clients<'a> {
         Self { epoll, slots: [const { None }; MOST_CONNECTIONS] }
     }
 
-    /// Milliseconds that nothing will happen for by itself; -1 is for ever.
-    fn timeout(&self, gate: &AcceptGate, now: Instant) -> i32 {
+    /// Milliseconds that nothing will happen for by itself, but for the `next_look` at the socket's file.
+    fn timeout(&self, gate: &AcceptGate, next_look: Instant, now: Instant) -> i32 {
         let clients = self.slots.iter().flatten();
         let rest = match gate {
             AcceptGate::Resting { until, .. } => Some(*until),
@@ -170,10 +196,7 @@ impl<'a> Clients<'a> {
         let soonest = clients
             .map(|client| if client.again { now } else { client.connection.deadline() })
             .chain(rest)
-            .min();
-        let Some(soonest) = soonest else {
-            return -1;
-        };
+            .fold(next_look, Instant::min);
         // Rounded up, or the loop would spin through the last millisecond.
         let wait = soonest.saturating_duration_since(now).as_nanos().div_ceil(1_000_000);
         i32::try_from(wait).unwrap_or(i32::MAX)

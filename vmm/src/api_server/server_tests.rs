@@ -30,7 +30,8 @@ impl Running {
     pub(super) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.sock");
-        let server = Server::bind(&path).unwrap();
+        // Tests wait for what comes of a look, and not for its time.
+        let server = Server::bind(&path).unwrap().looking_every(Duration::from_millis(5));
         let stop = server.stopper().unwrap();
         let control = super::super::document::control();
         let served = Arc::clone(&control);
@@ -402,4 +403,35 @@ fn who_does_not_keep_up_is_sent_away_and_costs_the_others_nothing() {
         last = event.sequence;
     }
     assert!(last < 20_000, "it got all");
+}
+
+/// Waits until clients are served anew.
+fn connect_again(running: &Running) -> UnixStream {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Ok(mut stream) = UnixStream::connect(&running.path) {
+            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            assert_eq!(ask(&mut stream, "GET /vm HTTP/1.1\r\nHost: x\r\n\r\n").0, 200);
+            return stream;
+        }
+        assert!(Instant::now() < deadline, "the socket is not there again");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_socket_that_somebody_removes_is_made_again_and_connections_last() {
+    let running = Running::start();
+    let mut before = running.connect();
+    assert_eq!(ask(&mut before, "GET /vm HTTP/1.1\r\nHost: x\r\n\r\n").0, 200);
+    for _ in 0..3 {
+        std::fs::remove_file(&running.path).unwrap();
+        connect_again(&running);
+    }
+    // The whole directory, which somebody makes again some time.
+    let directory = running.path.parent().unwrap().to_owned();
+    std::fs::remove_dir_all(&directory).unwrap();
+    std::fs::create_dir(&directory).unwrap();
+    connect_again(&running);
+    assert_eq!(ask(&mut before, "GET /vm HTTP/1.1\r\nHost: x\r\n\r\n").0, 200);
 }

@@ -1,4 +1,5 @@
-//! The socket that a VM is spoken to through: made private, never stolen, taken away at the end.
+//! The socket that a VM is spoken to through: made private, never stolen, made again where somebody removes it,
+//! taken away at the end.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -7,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -15,7 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::sandbox;
 
 /// Clients that wait for the server to take them on.
-const BACKLOG: i32 = 16;
+pub(crate) const BACKLOG: i32 = 16;
 
 /// Why a VM can't be spoken to at a path.
 #[derive(Debug, thiserror::Error)]
@@ -36,10 +38,73 @@ pub enum BindError {
     },
 }
 
+/// How often to look whether a socket's file is still there. The kernel would tell, but an inotify instance for
+/// each VM is more than a user has of them.
+pub const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// Why a socket that was removed is not there again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RenewError {
+    /// Somebody has put another file there.
+    Taken,
+    /// The kernel refuses.
+    Refused(Errno),
+}
+
+/// A socket at which this VM listens, for as long as it lives.
+#[derive(Debug)]
+pub struct Listening {
+    // Dropped before the listener, whose life keeps the file's inode from being given to another.
+    file: SocketFile,
+    listener: UnixListener,
+    /// Why the file is not there, which is said once.
+    trouble: Option<RenewError>,
+}
+
+impl Listening {
+    /// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn at(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = listen(path)?;
+        Ok(Self { file, listener, trouble: None })
+    }
+
+    /// Where clients come.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Looks whether its file is still there, and makes it again if somebody has removed it. Works within the
+    /// sandbox. Returns the listener from before where there is another one now.
+    pub fn look(&mut self) -> Option<UnixListener> {
+        let found = self.file.renew();
+        let trouble = found.as_ref().err().copied();
+        let path = self.file.path.to_string_lossy();
+        match trouble {
+            Some(trouble) if self.trouble == Some(trouble) => {}
+            Some(RenewError::Taken) => tracing::warn!(
+                "the socket of this VM was removed, and another file has its place: nobody can connect to {path} until \
+                 that file has gone"
+            ),
+            Some(RenewError::Refused(errno)) => tracing::warn!(
+                "the socket of this VM was removed, and can't be made again yet ({errno}): nobody can connect to {path} \
+                 until its directory is there again, as a balancer or the next `ballast run` makes it"
+            ),
+            None => {}
+        }
+        self.trouble = trouble;
+        let listener = found.ok()??;
+        tracing::warn!("somebody removed the socket of this VM: {path} is there again");
+        Some(std::mem::replace(&mut self.listener, listener))
+    }
+}
+
 /// A socket's file, removed when its owner goes. To be dropped before the listener:
 /// while that lives, no other file can have the same identity.
 #[derive(Debug)]
-pub struct SocketFile {
+struct SocketFile {
     path: CString,
     identity: (u64, u64),
 }
@@ -55,6 +120,34 @@ impl Drop for SocketFile {
 }
 
 impl SocketFile {
+    /// Listens again where the file has gone, for this user alone; `None` where it is still there.
+    ///
+    /// Works within the sandbox.
+    ///
+    /// # Errors
+    /// [`RenewError`].
+    fn renew(&mut self) -> Result<Option<UnixListener>, RenewError> {
+        match identity(sandbox::kept(&self.path)) {
+            Ok(now) if now == self.identity => return Ok(None),
+            Ok(_) => return Err(RenewError::Taken),
+            // Its directory may be gone as well: then to bind fails.
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(errno) => return Err(RenewError::Refused(errno)),
+        }
+        self.listen_again().map(Some).map_err(|errno| match errno {
+            Errno::ADDRINUSE => RenewError::Taken,
+            errno => RenewError::Refused(errno),
+        })
+    }
+
+    fn listen_again(&mut self) -> Result<UnixListener, Errno> {
+        let socket = private_socket()?;
+        sandbox::bind(&socket, &self.path)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        self.identity = identity(sandbox::kept(&self.path))?;
+        Ok(UnixListener::from(socket))
+    }
+
     /// The socket that was just bound at `path`.
     fn of(path: &Path) -> io::Result<Self> {
         let path = sandbox::absolute(path)?;
@@ -68,8 +161,7 @@ fn identity(path: &CStr) -> Result<(u64, u64), Errno> {
     Ok((found.st_dev, found.st_ino))
 }
 
-/// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
-pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let io = |source| BindError::Io { path: path.to_owned(), source };
     let errno = |errno: Errno| io(errno.into());
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -112,10 +204,15 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
 /// # Errors
 /// The place is taken, or the kernel refuses.
 fn bind_privately(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
-    let socket = stream_socket()?;
-    // The file gets the mode that the socket has when it is bound: private from its first moment.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    let socket = private_socket()?;
     rustix::net::bind(&socket, address)?;
+    Ok(socket)
+}
+
+/// A socket whose file will be private: it gets the mode that the socket has when it is bound.
+fn private_socket() -> Result<OwnedFd, Errno> {
+    let socket = stream_socket()?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     Ok(socket)
 }
 
@@ -164,6 +261,32 @@ mod tests {
         let _second = listen(&path).unwrap();
         drop(file);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_removed_is_made_again_and_none_is_taken_from_others() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("run");
+        fs::create_dir(&directory).unwrap();
+        let path = directory.join("vm.sock");
+        let (first, mut file) = listen(&path).unwrap();
+        assert!(file.renew().unwrap().is_none());
+        fs::remove_file(&path).unwrap();
+        let second = file.renew().unwrap().expect("it is there again");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        assert!(file.renew().unwrap().is_none());
+
+        fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(file.renew().unwrap_err(), RenewError::Refused(Errno::NOENT));
+        fs::create_dir(&directory).unwrap();
+        let other = listen(&path).unwrap();
+        assert_eq!(file.renew().unwrap_err(), RenewError::Taken);
+        drop(other.1);
+        let third = file.renew().unwrap().expect("it is there again");
+        drop(file);
+        drop((first, second, third));
+        assert!(!path.exists());
     }
 
     #[test]

@@ -30,6 +30,10 @@ const MEMORY_WORDS: [&str; 2] = ["mem", "memmap"];
 ///
 /// To be called before the guest has memory: what unpacking takes is given back by then.
 pub fn prepare(file: &Path, unpacking: &Unpacking) -> Option<PreparedKernel> {
+    // Of what can be opened only once, or is none, whoever loads it tells.
+    if !file.is_file() {
+        return None;
+    }
     match File::open(file).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file)) {
         Ok((kernel, origin)) => {
             tracing::debug!("the kernel starts unpacked: {origin}");
@@ -143,5 +147,116 @@ fn wipe<B: vm_memory::bitmap::BitmapSlice>(memory: &VolatileSlice<'_, B>) {
         }
         here.copy_from(&zeros);
         rest = here.offset(zeros.len().min(here.len()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::kernel::header::SMALLEST_ALIGNMENT;
+    use image::kernel::prepared;
+    use image::testing::{BASE, TestKernel};
+    use std::io::{Cursor, Write};
+    use vm_memory::Bytes as _;
+
+    const MIB: u64 = 1 << 20;
+    const SIZE: Bytes = Bytes::mib(64);
+
+    /// A made-up kernel's bzImage, and what is packed in it.
+    fn kernel(kernel: &TestKernel) -> (tempfile::NamedTempFile, PreparedKernel) {
+        let image = kernel.bzimage();
+        let (mut file, mut made) =
+            (tempfile::NamedTempFile::new().expect("a file"), tempfile::tempfile().expect("a file"));
+        file.write_all(&image).expect("written");
+        prepared::prepare(&image, &mut made).expect("it is a kernel");
+        let key = prepared::key(&mut Cursor::new(image)).expect("memory can be read");
+        (file, PreparedKernel::open(made, &key).expect("what is made can be used"))
+    }
+
+    fn placed(kernel: &PreparedKernel, cmdline: &str, random: [u64; 2]) -> Place {
+        let initrd = 40 * MIB..41 * MIB;
+        place(kernel, cmdline, &layout::memory_map(SIZE, 0..0), std::slice::from_ref(&initrd), random)
+    }
+
+    #[test]
+    fn both_addresses_are_of_chance_and_neither_tells_the_other() {
+        let (_, kernel) = kernel(&TestKernel::default());
+        assert_eq!(placed(&kernel, "quiet", [0, 0]), Place { physical: BASE, distance: 0, is_random: true });
+        let higher = placed(&kernel, "quiet", [0, 1]);
+        assert_eq!((higher.physical, higher.distance), (BASE, SMALLEST_ALIGNMENT));
+        let higher = placed(&kernel, "quiet", [1, 0]);
+        assert_eq!((higher.physical, higher.distance), (BASE + SMALLEST_ALIGNMENT, 0));
+        let end = kernel.shape().size;
+        for random in 0..100 {
+            let Place { physical, .. } = placed(&kernel, "quiet", [random, random]);
+            assert!(physical + end <= 40 * MIB || physical >= 41 * MIB && physical + end <= SIZE.0);
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_says_of_addresses_and_memory_is_kept() {
+        let (_, kernel) = kernel(&TestKernel::default());
+        let linked = Place { physical: BASE, distance: 0, is_random: false };
+        assert_eq!(placed(&kernel, "quiet nokaslr", [3, 3]), linked);
+        assert!(placed(&kernel, "nokaslrx kaslr xnokaslr", [3, 3]).is_random);
+        for cmdline in ["mem=40M", "x memmap=1M$32M"] {
+            let place = placed(&kernel, cmdline, [3, 3]);
+            assert_eq!((place.physical, place.distance), (BASE, 3 * SMALLEST_ALIGNMENT), "{cmdline}");
+        }
+        let (_, fixed) = self::kernel(&TestKernel { runs: Vec::new(), ..TestKernel::default() });
+        assert_eq!(placed(&fixed, "quiet", [3, 3]), linked);
+    }
+
+    #[test]
+    fn an_unpacked_kernel_is_loaded_with_its_header() {
+        let made = TestKernel::default();
+        let (file, kernel) = kernel(&made);
+        for (cmdline, flags) in [("quiet", KASLR_FLAG), ("nokaslr", 0)] {
+            let memory =
+                GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE.0 as usize)]).expect("guest memory");
+            let boot =
+                Boot { kernel: file.path(), unpacked: Some(&kernel), initrd: None, cmdline, reserved: 0..0 };
+            let entry = crate::boot::kernel::load(&boot, &memory, SIZE).expect("it fits");
+            let Entry::Linux64(entry) = entry else { panic!("{entry:?}") };
+            // What no relocation changes.
+            let mut code = [0; 64];
+            memory.read_slice(&mut code, GuestAddress(entry.0 + 32)).expect("it is in memory");
+            assert_eq!(code, made.code[32..96]);
+            let loadflags: u8 =
+                memory.read_obj(GuestAddress(layout::ZERO_PAGE.0 + 0x211)).expect("a zero page");
+            assert_eq!(loadflags & KASLR_FLAG, flags, "{cmdline}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_fit_is_told_with_what_it_needs() {
+        let (file, kernel) = kernel(&TestKernel::default());
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("guest memory");
+        let boot =
+            Boot { kernel: file.path(), unpacked: Some(&kernel), initrd: None, cmdline: "", reserved: 0..0 };
+        let error = crate::boot::kernel::load(&boot, &memory, Bytes::mib(16)).expect_err("too small");
+        assert!(matches!(error, KernelError::DoesNotFit { .. }), "{error}");
+    }
+
+    /// Its file is cut off after it was checked.
+    #[test]
+    fn where_loading_stops_half_way_memory_is_left_as_it_was() {
+        let (file, mut made) =
+            (TestKernel::default().bzimage(), tempfile::NamedTempFile::new().expect("a file"));
+        prepared::prepare(&file, &mut made).expect("it is a kernel");
+        let key = prepared::key(&mut Cursor::new(&file)).expect("memory can be read");
+        let kernel = PreparedKernel::open(made.reopen().expect("a file"), &key).expect("it can be used");
+        made.as_file().set_len(made.as_file().metadata().expect("a file").len() - 4096).expect("cut off");
+        let mut image = tempfile::tempfile().expect("a file");
+        image.write_all(&file).expect("written");
+        let memory =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE.0 as usize)]).expect("guest memory");
+        let boot =
+            Boot { kernel: Path::new("vmlinuz"), unpacked: None, initrd: None, cmdline: "", reserved: 0..0 };
+        let loaded = load(&boot, &mut image, &kernel, &memory, SIZE).expect("it is no error");
+        assert_eq!(loaded, None);
+        let mut contents = vec![0; SIZE.0 as usize];
+        memory.read_slice(&mut contents, GuestAddress(0)).expect("it is in memory");
+        assert!(contents.iter().all(|byte| *byte == 0));
     }
 }

@@ -9,7 +9,8 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::paths::Kept;
+use super::paths::{Kept, address_of};
+use crate::api_server::BACKLOG;
 
 mod search;
 
@@ -147,6 +148,18 @@ fn rules(needs: &SandboxNeeds, kept: &Kept) -> Result<Rules, BackendError> {
         let (here, path) = (number(0, Eq, libc::AT_FDCWD as u64)?, address(1, Eq, path.as_ptr() as usize)?);
         allow(libc::SYS_newfstatat, vec![here.clone(), path.clone()])?;
         allow(libc::SYS_unlinkat, vec![here, path, number(2, Eq, 0)?])?;
+    }
+    // A socket of its own that somebody has removed is made again: a listener, private, at a kept path.
+    for path in &kept.paths {
+        let (start, length) = address_of(path);
+        allow(libc::SYS_bind, vec![address(1, Eq, start)?, number(2, Eq, length as u64)?])?;
+    }
+    if !kept.paths.is_empty() {
+        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let (unix, stream) = (number(0, Eq, libc::AF_UNIX as u64)?, number(1, Eq, kind as u64)?);
+        allow(libc::SYS_socket, vec![unix, stream])?;
+        allow(libc::SYS_fchmod, vec![number(1, Eq, u64::from(libc::S_IRUSR | libc::S_IWUSR))?])?;
+        allow(libc::SYS_listen, vec![number(1, Eq, u64::from(BACKLOG.unsigned_abs()))?])?;
     }
     if !needs.read.is_empty() {
         // Landlock says which files; what is opened can only be read.

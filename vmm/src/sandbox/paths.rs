@@ -5,15 +5,20 @@
 //! in memory that the kernel keeps read-only for good, and the filter knows where. Nor can anything else
 //! be put in that place: it lies lower than any address at which the filter lets a mapping be made,
 //! changed or taken away.
+//!
+//! Each lies there as the address of a Unix socket (unix(7)), so that a VM can listen at its own paths again
+//! where somebody has removed them, and at no others.
 
 use std::ffi::{CStr, CString};
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{self, Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 /// Where they lie: above what the kernel keeps free (`vm.mmap_min_addr`), and below where it puts anything.
@@ -47,20 +52,54 @@ pub(crate) fn kept(path: &CStr) -> &CStr {
     KEPT.get().and_then(|kept| kept.paths.iter().find(|kept| **kept == path)).copied().unwrap_or(path)
 }
 
+/// What stands before each path: the family of a Unix socket's address.
+const FAMILY: [u8; 2] = (libc::AF_UNIX as u16).to_ne_bytes();
+
+/// Where the address of the socket at a kept path begins, and how long it is.
+pub(super) fn address_of(path: &CStr) -> (usize, usize) {
+    (path.as_ptr().addr() - FAMILY.len(), FAMILY.len() + path.to_bytes_with_nul().len())
+}
+
+/// Binds `socket` at `path`, in the way in which the sandbox lets it be done.
+///
+/// # Errors
+/// As bind(2); [`Errno::INVAL`] for a path that is too long.
+pub(crate) fn bind(socket: &OwnedFd, path: &CStr) -> Result<(), Errno> {
+    let mut own = Vec::new();
+    let kept = KEPT.get().and_then(|kept| kept.paths.iter().find(|kept| **kept == path));
+    let (address, length) = match kept {
+        Some(kept) => address_of(kept),
+        None => {
+            own.extend_from_slice(&FAMILY);
+            own.extend_from_slice(path.to_bytes_with_nul());
+            (own.as_ptr().expose_provenance(), own.len())
+        }
+    };
+    let address = ptr::with_exposed_provenance::<libc::sockaddr>(address);
+    // SAFETY: so many bytes of an address lie there, which the kernel reads.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), address, length as libc::socklen_t) };
+    if bound == 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+    }
+}
+
 /// Keeps `paths` from now on.
 ///
 /// # Errors
 /// The kernel refuses, or there are some already.
 pub(super) fn keep(paths: &[PathBuf]) -> io::Result<&'static Kept> {
     let paths = paths.iter().map(|path| absolute(path)).collect::<io::Result<Vec<_>>>()?;
-    let text: Vec<u8> = paths.iter().flat_map(|path| path.as_bytes_with_nul()).copied().collect();
+    let text: Vec<u8> =
+        paths.iter().flat_map(|path| FAMILY.iter().chain(path.as_bytes_with_nul())).copied().collect();
     let mut kept = Kept { paths: Vec::new(), end: START };
     if !text.is_empty() {
         let mut rest = map(&text)?;
         kept.end = START + text.len().next_multiple_of(PAGE);
-        while let Ok(path) = CStr::from_bytes_until_nul(rest) {
+        while let Some(Ok(path)) = rest.get(FAMILY.len()..).map(CStr::from_bytes_until_nul) {
             kept.paths.push(path);
-            rest = rest.get(path.to_bytes_with_nul().len()..).unwrap_or_default();
+            rest = rest.get(address_of(path).1..).unwrap_or_default();
         }
     }
     KEPT.set(kept).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
@@ -79,6 +118,7 @@ fn map(text: &[u8]) -> io::Result<&'static [u8]> {
     // SAFETY: a new mapping, which takes no other's place.
     let mapped = NonNull::new(unsafe { mmap(at, len, ProtFlags::READ, flags, &file, 0) }?);
     let mapped = mapped.filter(|mapped| mapped.addr().get() == START).ok_or(io::ErrorKind::AddrInUse)?;
+    mapped.expose_provenance();
     // SAFETY: `len` bytes that were just mapped, are never unmapped, and which nobody can change.
     Ok(unsafe { std::slice::from_raw_parts(mapped.cast::<u8>().as_ptr(), len) })
 }
