@@ -21,7 +21,7 @@ const RATE: u64 = 66;
 const KEPT: &str = "keep:8M:7";
 
 fn guest(name: &str, kernel: Kernel) -> Vm {
-    VmSettings::new(name, &images(kernel), SMALL, "ballast.console").with(&["--grow", "plug"]).quiet().start()
+    VmSettings::new(name, &images(kernel), SMALL, "ballast.console").with(&["--grow", "plug"]).start()
 }
 
 /// Numbers that look random and are the same each time (xorshift).

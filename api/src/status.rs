@@ -225,7 +225,9 @@ pub struct PlugStatus {
 pub struct OomDeflate {
     /// What it has of that still, above its target.
     pub taken: Bytes,
-    /// Milliseconds since it last took something.
+    /// What it had when it last took something, all of which it used.
+    pub had: Bytes,
+    /// Milliseconds since then.
     pub age_ms: u64,
 }
 

@@ -228,7 +228,7 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
             counters: PlugCounters::default(),
         }),
         cushion: Some(CushionStatus { size: Bytes::mib(64), held: Bytes::ZERO }),
-        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), age_ms: u64::MAX }),
+        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), had: Bytes(u64::MAX), age_ms: u64::MAX }),
     }
 }
 
