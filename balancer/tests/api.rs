@@ -127,7 +127,6 @@ async fn limits_are_shown_as_they_were_set_and_not_as_far_as_the_guest_has_drive
         requested: Bytes::ZERO,
         plugged: Bytes::ZERO,
         counters: PlugCounters::default(),
-        lacks_driver_ms: None,
     });
     let _daemon = start(directory.path());
     let limits =
