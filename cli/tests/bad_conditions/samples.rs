@@ -76,3 +76,6 @@ pub const SAMPLES: &[Sample] = &[
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
     alone("completions", "bash", &[0]),
 ];
+
+/// Commands that only ballast itself runs, gives files alone, and ends after a while.
+pub const HELPERS: &[&str] = &["unpack-kernel"];
