@@ -12,6 +12,9 @@ const MOVING: Duration = Duration::from_secs(15);
 /// How long memory takes to move from one guest to another.
 const BALANCING: Duration = Duration::from_secs(30);
 
+/// All that the guest may have is in its map from the start, and its kernel leaves some of it alone.
+const BALLOON: &[&str] = &["--grow", "balloon"];
+
 fn start(name: &str, memory: &str, cmdline: &str, arguments: &[&str]) -> Vm {
     let cmdline = format!("ballast.console {cmdline}");
     let mut vm =
@@ -44,7 +47,7 @@ fn available(report: &AgedReport) -> Bytes {
 }
 
 fn limited_by_its_command_line() {
-    let mut vm = start("limited", "256M,min=96M,max=512M", "mem=256M", &[]);
+    let mut vm = start("limited", "256M,min=96M,max=512M", "mem=256M", BALLOON);
     let (memory, report) = reached(&vm);
     assert!(available(&report) > Bytes::mib(90), "it is not squeezed: {memory:#?}");
     assert!(memory.used().unwrap() < Bytes::mib(150), "{memory:#?}");
@@ -68,7 +71,7 @@ fn limited_by_its_command_line() {
 }
 
 fn with_memory_for_a_crash_kernel() {
-    let vm = start("crash", "512M,min=96M", "crashkernel=160M", &[]);
+    let vm = start("crash", "512M,min=96M", "crashkernel=160M", BALLOON);
     vm.set_target(Bytes::mib(256));
     let (memory, report) = reached(&vm);
     assert!(memory.unmanaged() > Bytes::mib(130), "{memory:#?}");
@@ -104,8 +107,8 @@ fn what_a_kernel_does_not_manage_is_no_use_and_no_balloons() {
 fn a_guest_that_can_not_use_it_is_given_nothing_that_others_need() {
     Host::new().guest(Kernel::V6_1).memory(Bytes::gib(3)).usually(Duration::from_secs(120)).run(|| {
         let daemon = Daemon::start(Bytes::mib(608));
-        let limited = start("limited", "256M,min=96M,max=512M", "mem=256M", &[]);
-        let mut needy = start("needy", "208M,min=96M,max=512M", "", &[]);
+        let limited = start("limited", "256M,min=96M,max=512M", "mem=256M", BALLOON);
+        let mut needy = start("needy", "208M,min=96M,max=512M", "", BALLOON);
         needy.step("grow:250M:10s", BALANCING);
         needy.wait_for_memory("what it needs", BALANCING, |memory| memory.actual >= Bytes::mib(350));
         let memory = limited.memory();

@@ -17,6 +17,7 @@ mod pressure;
 mod session;
 mod source;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -61,15 +62,18 @@ enum Task {
 }
 
 impl Task {
-    fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self, String> {
+    fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, String> {
         let mut options = Options { port: None, every: Duration::from_secs(10), once: false };
         let mut arguments = arguments.into_iter();
         while let Some(argument) = arguments.next() {
+            let argument = argument.to_string_lossy();
             let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
-            match argument.as_str() {
+            match &*argument {
+                // A path need not be Unicode.
                 "--port" => options.port = Some(value()?.into()),
                 "--every" => {
                     let text = value()?;
+                    let text = text.to_string_lossy();
                     options.every = match text.parse() {
                         Ok(seconds @ 1..=3600) => Duration::from_secs(seconds),
                         _ => return Err(format!("`{text}` is not a number of seconds from 1 to 3600")),
@@ -98,7 +102,7 @@ fn run() -> u8 {
     // As Rust's start-up code does: whoever read the agent's words may go, and the agent stays.
     // SAFETY: no other thread is there, and nothing of Rust's runs on a signal that is ignored.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-    match Task::parse(std::env::args().skip(1)) {
+    match Task::parse(std::env::args_os().skip(1)) {
         Ok(Task::Say(text)) => {
             let _ = writeln!(io::stdout(), "{text}");
             0
@@ -141,7 +145,7 @@ mod tests {
     use super::*;
 
     fn parse(words: &[&str]) -> Result<Task, String> {
-        Task::parse(words.iter().map(|&word| word.to_owned()))
+        Task::parse(words.iter().map(OsString::from))
     }
 
     #[test]

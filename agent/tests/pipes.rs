@@ -1,5 +1,7 @@
-//! Whoever reads what the agent says may go, and the agent is not hurt by that.
+//! The agent as a program: what it makes of its arguments, and of readers who have gone.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 
 /// Runs the agent with `argument`, and nobody at the other end of its pipes; gives its exit code.
@@ -17,4 +19,13 @@ fn unheard(argument: &str) -> Option<i32> {
 fn closed_pipes_end_nothing() {
     assert_eq!(unheard("--help"), Some(0));
     assert_eq!(unheard("--nonsense"), Some(2));
+}
+
+#[test]
+fn an_argument_that_is_no_unicode_is_named_as_any_other() {
+    let mut agent = Command::new(env!("CARGO_BIN_EXE_ballast-agent"));
+    let output = agent.arg(OsStr::from_bytes(b"--\xff")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("is no option"), "{said}");
 }

@@ -71,7 +71,40 @@ pub struct MemoryStatus {
     pub oom_deflate: Option<OomDeflate>,
 }
 
+/// How long after its balloon's driver a guest's virtio-mem driver may come until it is called missing.
+pub const PLUG_DRIVER_PATIENCE: Duration = Duration::from_secs(60);
+
+impl PlugStatus {
+    /// Whether the guest is to plug memory and has no driver for it that is still to come.
+    pub fn lacks_driver(&self) -> bool {
+        self.lacks_driver_ms.is_some_and(|ms| Duration::from_millis(ms) >= PLUG_DRIVER_PATIENCE)
+    }
+}
+
 impl MemoryStatus {
+    /// A VM with a memory map of `map` that has no devices yet.
+    pub fn before_the_start(limits: Limits, map: Bytes) -> Self {
+        Self {
+            limits,
+            target: limits.startup(),
+            actual: map,
+            given: Some(map),
+            most: Some(map),
+            settled: false,
+            followed: Some(false),
+            paused_by: None,
+            host_rss: Some(Bytes::ZERO),
+            host_huge: None,
+            driver: DriverState::Absent,
+            report: None,
+            agent: None,
+            counters: BalloonCounters::default(),
+            plug: None,
+            cushion: None,
+            oom_deflate: None,
+        }
+    }
+
     /// The most that the guest can have with the kernel and the drivers that it has: its limit, or what its
     /// kernel manages, or, in a VM that grows by plugging and whose guest lacks the driver for it, what it
     /// has already.
@@ -170,6 +203,10 @@ pub enum DriverState {
 pub struct PlugStatus {
     /// How the guest's virtio-mem driver is doing.
     pub driver: DriverState,
+    /// Milliseconds for which the guest has had a balloon driver that works and no virtio-mem driver that does;
+    /// `None` where it has both, or neither.
+    #[serde(default)]
+    pub lacks_driver_ms: Option<u64>,
     /// What the guest booted with, which can't be unplugged.
     pub boot: Bytes,
     /// What is plugged and unplugged in.
@@ -188,7 +225,9 @@ pub struct PlugStatus {
 pub struct OomDeflate {
     /// What it has of that still, above its target.
     pub taken: Bytes,
-    /// Milliseconds since it last took something.
+    /// What it had when it last took something, all of which it used.
+    pub had: Bytes,
+    /// Milliseconds since then.
     pub age_ms: u64,
 }
 
@@ -288,6 +327,8 @@ pub enum VmState {
     Created,
     /// Its vCPUs run.
     Running,
+    /// Its guest has fallen asleep (suspend-to-idle), as it says: its vCPUs run when something wakes it.
+    Sleeping,
     /// Its vCPUs stand still; its memory stays.
     Paused {
         /// Who paused it.
@@ -303,7 +344,7 @@ impl VmState {
     pub const fn paused_by(self) -> Option<Pauser> {
         match self {
             Self::Paused { by } => Some(by),
-            Self::Created | Self::Running | Self::Stopped => None,
+            Self::Created | Self::Running | Self::Sleeping | Self::Stopped => None,
         }
     }
 }
@@ -417,6 +458,7 @@ mod tests {
     fn a_guest_without_the_driver_grows_no_further() {
         let plug = PlugStatus {
             driver: DriverState::Active,
+            lacks_driver_ms: None,
             boot: Bytes::mib(256),
             block: Bytes::mib(2),
             requested: Bytes::mib(300),

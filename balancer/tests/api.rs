@@ -121,6 +121,7 @@ async fn limits_are_shown_as_they_were_set_and_not_as_far_as_the_guest_has_drive
     let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
     vm.state().memory.plug = Some(PlugStatus {
         driver: DriverState::Absent,
+        lacks_driver_ms: None,
         boot: Bytes::mib(256),
         block: Bytes::mib(2),
         requested: Bytes::ZERO,

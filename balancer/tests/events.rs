@@ -4,6 +4,8 @@ mod fakes;
 
 use std::time::{Duration, Instant};
 
+use api::agent::EventKind;
+use api::status::OomDeflate;
 use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config};
@@ -59,6 +61,25 @@ async fn a_guest_that_calls_is_granted_memory_between_the_rounds() {
     vm.state().used = Bytes::mib(250);
     until(start, "the daemon to listen", || vm.state().call()).await;
     until(start, "the grant", || vm.state().memory.target > Bytes::mib(270)).await;
+}
+
+/// Its report is of the round before, and says that it has much to spare.
+#[tokio::test]
+async fn a_guest_that_took_pages_back_rather_than_run_out_of_memory_is_granted_more_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let vm = FakeVm::start(directory.path(), "a", LIMITS, Bytes::mib(100));
+    let (_daemon, start) = daemon(&directory, Bytes::gib(2), &[&vm]).await;
+    {
+        let mut state = vm.state();
+        let target = state.memory.target;
+        (state.follows, state.report_age) = (false, Some(Duration::from_millis(900)));
+        state.memory.actual = target + Bytes::mib(8);
+        state.memory.oom_deflate =
+            Some(OomDeflate { taken: Bytes::mib(8), had: target + Bytes::mib(8), age_ms: 0 });
+    }
+    let has = vm.state().memory.actual;
+    until(start, "the daemon to listen", || vm.state().tell(EventKind::DeflatedOnOom)).await;
+    until(start, "the grant", || vm.state().memory.target > has).await;
 }
 
 #[tokio::test]

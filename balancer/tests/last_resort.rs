@@ -282,7 +282,9 @@ async fn vms_of_other_vmms_are_only_advised_on() {
         .into();
     let sockets = Sockets::new(&format!("{}/*.api", directory.path().display())).unwrap();
     let foreign = ForeignVms { driver: Kind::CloudHypervisor, sockets, memory: None };
-    let config = Config { vms: vec![foreign], ..config(&directory, LastResort::Pause) };
+    // Their process is this one, of which the kernel says that it holds little of what they have.
+    let sources = Sources::default();
+    let config = Config { vms: vec![foreign], sources, ..config(&directory, LastResort::Pause) };
     let daemon = Daemon::start(config);
     until("it is advised", || async {
         let decisions = client(&directory).decisions().await.map_or(vec![], |answer| answer.decisions);

@@ -40,7 +40,7 @@ impl Bench {
         let config = balloon::device::Config { target: MAP, refills: true, ..config() };
         let (balloon, handle) = guest(config);
         let yard = Yard::new();
-        let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT).unwrap();
+        let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT, true).unwrap();
         Self { balloon, yard, steering }
     }
 
@@ -285,6 +285,7 @@ fn what_a_guest_takes_of_its_cushion_it_keeps_while_it_needs_it() {
     bench.holds(206);
     assert_eq!((taken(&bench), calls.load(Ordering::Relaxed)), (Some(pages(50)), 1));
     assert_eq!(bench.steering.actual(), BOOT + pages(50));
+    assert_eq!(bench.steering.balloon().oom_deflate().unwrap().had, BOOT + pages(50));
     assert_eq!(bench.steering.cushion().unwrap().held, pages(206));
     // It is granted a part of that, and then more.
     bench.set_target(BOOT + Bytes(BLOCK));
@@ -359,4 +360,36 @@ fn a_guest_whose_driver_goes_has_a_target_that_it_can_come_to() {
     bench.yard.guest.reset();
     bench.set_target(MAP);
     assert_eq!((bench.steering.target(), bench.held()), (MAP, Bytes::ZERO));
+}
+
+#[test]
+fn a_guest_with_a_balloon_and_nothing_to_plug_with_is_told_of() {
+    let mut bench = Bench::without_drivers();
+    let lacks = |bench: &Bench| bench.steering.plug().unwrap().lacks_driver_ms;
+    bench.run();
+    assert_eq!(lacks(&bench), None, "it has not booted");
+    bench.balloon.start(0);
+    bench.run();
+    bench.wait();
+    assert!(lacks(&bench).is_some_and(|ms| ms >= 10), "{:?}", lacks(&bench));
+    // It comes late,
+    bench.yard.guest.start(0);
+    bench.run();
+    assert_eq!(lacks(&bench), None);
+    assert_eq!(bench.yard.handle.requested(), MAP - BOOT);
+    // and goes.
+    bench.yard.guest.reset();
+    bench.run();
+    assert!(lacks(&bench).is_some());
+}
+
+#[test]
+fn a_vm_on_huge_pages_keeps_no_cushion() {
+    let (mut balloon, handle) = guest(balloon::device::Config { target: MAP, ..config() });
+    let mut yard = Yard::new();
+    let steering = Steering::by_plug(handle, yard.handle.clone(), BOOT, false).unwrap();
+    balloon.start(0);
+    yard.guest.start(0);
+    (0..3).for_each(|event| steering.event(event));
+    assert_eq!((yard.handle.requested(), steering.cushion().unwrap().size), (Bytes::ZERO, Bytes::ZERO));
 }

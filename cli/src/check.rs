@@ -15,6 +15,7 @@ use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
 
 use crate::cgroup;
 use crate::failure::Failure;
+use crate::growth::{self, Growth};
 use crate::output;
 use crate::unpacking::{KernelCache, unpacking};
 
@@ -29,6 +30,9 @@ pub struct Args {
     /// Say as well how this kernel would be booted
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// And how a guest with this initramfs would get memory beyond what it starts with
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -40,7 +44,7 @@ struct Report {
     findings: Vec<Finding>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Grade {
     Good,
@@ -89,6 +93,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     findings.push(sandbox());
     findings.push(directory());
     findings.extend(args.kernel.as_deref().map(kernel));
+    findings.extend(args.kernel.as_deref().map(|kernel| grows(kernel, args.initrd.as_deref())));
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
     if args.json {
@@ -213,19 +218,6 @@ fn memory_limit(limit: Option<Bytes>) -> Finding {
     }
 }
 
-fn zfs(arc: Arc) -> Finding {
-    Finding::good(
-        "zfs",
-        format!(
-            "the cache of ZFS holds {}; the balancer counts all above its least size of {} (zfs_arc_min) as available \
-             to VMs: {}",
-            arc.size,
-            arc.least,
-            arc.to_be_had()
-        ),
-    )
-}
-
 /// What a guest spends that may grow to all of this host.
 fn largest_guest(total: Bytes) -> Finding {
     let cost = guest_memory::fixed_cost(total);
@@ -235,6 +227,19 @@ fn largest_guest(total: Bytes) -> Finding {
             "a guest with max={total}, all of this host, spends {cost} before it runs: start it with at least {}, \
              or let it plug (--grow plug)",
             guest_memory::least_start(total)
+        ),
+    )
+}
+
+fn zfs(arc: Arc) -> Finding {
+    Finding::good(
+        "zfs",
+        format!(
+            "the cache of ZFS holds {}; the balancer counts all above its least size of {} (zfs_arc_min) as available \
+             to VMs: {}",
+            arc.size,
+            arc.least,
+            arc.to_be_had()
         ),
     )
 }
@@ -282,6 +287,20 @@ fn kernel(path: &Path) -> Finding {
             "kernel",
             format!("{name} is booted as it is: {why}"),
             "nothing, if it is a kernel: a bzImage unpacks itself in the guest, which takes longer",
+        ),
+    }
+}
+
+/// How a guest would grow.
+fn grows(kernel: &Path, initrd: Option<&Path>) -> Finding {
+    let growth = growth::of_guest(kernel, initrd, Some(&unpacking(Some(&KernelCache::Off))));
+    match growth {
+        Growth::Plug(_) => Finding::good("growth", growth.to_string()),
+        Growth::Balloon(_) => Finding::hint(
+            "growth",
+            growth.to_string(),
+            "put virtio_mem into the initramfs (Linux 5.17 or later): a guest that plugs has no structures for memory \
+             that it has not got",
         ),
     }
 }

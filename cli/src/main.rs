@@ -11,6 +11,7 @@ mod completions;
 mod discovery;
 mod duration;
 mod failure;
+mod growth;
 mod logging;
 mod memory;
 mod output;

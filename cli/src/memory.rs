@@ -128,6 +128,15 @@ fn describe(memory: &MemoryStatus) -> String {
     })
 }
 
+/// What is to be said of a guest that is to plug and has no driver for it.
+pub fn lacks_plug(memory: &MemoryStatus) -> String {
+    format!(
+        "its guest has no working virtio_mem driver and can't have more than {}: load virtio_mem in it (Linux 5.17 or \
+         later), or start the VM with --grow balloon",
+        memory.ceiling()
+    )
+}
+
 fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, String)> {
     let mut lines = vec![
         ("booted with", plug.boot.to_string()),
@@ -145,6 +154,9 @@ fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, Strin
     if plug.driver != DriverState::Active && memory.ceiling() < memory.limits.max() {
         let has = memory.ceiling();
         lines.push(("can grow to", format!("{has} (no working virtio_mem driver in the guest)")));
+        if plug.lacks_driver() {
+            lines.push(("to do", lacks_plug(memory)));
+        }
     }
     lines
 }

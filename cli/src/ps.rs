@@ -107,6 +107,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let cells: Vec<_> = rows.iter().map(cells).collect();
     output::text(&table::render(head, &cells))?;
     for row in &rows {
+        if let Answer::Full { memory, .. } = &row.answer
+            && memory.plug.is_some_and(|plug| plug.lacks_driver())
+        {
+            sentence::say(format_args!("{}: {}", row.name, memory::lacks_plug(memory)));
+        }
         let (unmanaged, given) = match &row.answer {
             Answer::Full { memory, .. } => (memory.unmanaged(), memory.given.unwrap_or(memory.actual)),
             Answer::OfBalancer { view } => {
@@ -223,6 +228,7 @@ const fn state(state: VmState) -> &'static str {
     match state {
         VmState::Created => "created",
         VmState::Running => "running",
+        VmState::Sleeping => "sleeping",
         VmState::Paused { by: Pauser::Operator } => "paused",
         VmState::Paused { by: Pauser::Balancer } => "paused by balancer",
         VmState::Stopped => "stopped",

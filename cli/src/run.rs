@@ -8,7 +8,7 @@ use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
 use api::units::Bytes;
-use tracing::warn;
+use tracing::{info, warn};
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
     MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
@@ -18,6 +18,7 @@ use vmm::machine::Machine;
 use crate::cgroup;
 use crate::duration;
 use crate::failure::Failure;
+use crate::growth::{self, Growth};
 use crate::reservation;
 use crate::sentence;
 use crate::unpacking::{KernelCache, unpacking};
@@ -88,7 +89,7 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     memory: Limits,
     /// How the guest gets memory beyond what it starts with
-    #[arg(long, value_name = "HOW", default_value = "balloon")]
+    #[arg(long, value_name = "HOW", default_value = "auto")]
     grow: GrowBy,
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
@@ -151,6 +152,9 @@ pub struct Args {
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum GrowBy {
+    /// By plugging where the guest has virtio_mem: in its initramfs, or built into its kernel; else by its
+    /// balloon. `ballast check --kernel FILE --initrd FILE` says which
+    Auto,
     /// It boots with max in its memory map, and the balloon holds back what is above SIZE
     Balloon,
     /// It boots with SIZE and plugs the rest: faster, and it can't reach memory that it was not
@@ -205,6 +209,22 @@ impl Args {
         })
     }
 
+    /// Whether the guest is to plug what it gets beyond its startup memory.
+    fn plugs(&self) -> bool {
+        match self.grow {
+            GrowBy::Plug => true,
+            GrowBy::Balloon => false,
+            GrowBy::Auto => {
+                growth::has_more(&self.memory) && {
+                    let unpacking = (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref()));
+                    let growth = growth::of_guest(&self.kernel, self.initrd.as_deref(), unpacking.as_ref());
+                    info!("{growth}");
+                    matches!(growth, Growth::Plug(_))
+                }
+            }
+        }
+    }
+
     /// The devices that the flags ask for, in the order in which the guest finds them.
     fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
         let balloon = BalloonOptions {
@@ -220,7 +240,7 @@ impl Args {
         if !self.no_agent {
             devices.push(("agent", Device::Agent));
         }
-        if self.grow == GrowBy::Plug {
+        if self.plugs() {
             devices.push(("memory", Device::Memory));
         }
         let disks = (0..)

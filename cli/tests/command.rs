@@ -319,9 +319,9 @@ fn ps_lists_vms_of_other_vmms_as_the_balancer_knows_them() {
     let place = Place::new();
     fs::create_dir(place.path().join("balancer")).unwrap();
     let balancer = UnixListener::bind(place.path().join("balancer/balancer.sock")).unwrap();
-    let of = |name: &str| {
+    let of = |name: &str, vmm: &str| {
         serde_json::json!({
-            "name": name, "standing": "stuck", "report_age_ms": 1500, "last_reason": null,
+            "name": name, "vmm": vmm, "standing": "stuck", "report_age_ms": 1500, "last_reason": null,
             "grows": 0, "shrinks": 0, "errors": 0,
             "memory": {
                 "limits": {"startup": 1_u64 << 30, "min": 256 << 20, "max": 2_u64 << 30},
@@ -337,7 +337,7 @@ fn ps_lists_vms_of_other_vmms_as_the_balancer_knows_them() {
             "total": bytes, "available": bytes, "budget": bytes, "charged": bytes, "free": bytes,
             "over": bytes, "unserved": bytes, "state": "normal", "rounds_over_budget": 0,
         },
-        "vms": [of("mail"), of("web")],
+        "vms": [of("mail", "qemu"), of("web", "ballast"), of("gone", "ballast")],
     });
     let body = state.to_string();
     thread::spawn(move || {

@@ -5,6 +5,7 @@ pub mod i8042;
 pub mod pvpanic;
 pub mod reset_control;
 pub mod serial;
+pub mod sleep_note;
 
 use std::sync::Arc;
 

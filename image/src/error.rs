@@ -50,6 +50,9 @@ pub enum Error {
     /// What the helper or the cache gave.
     #[error("the unpacked kernel can't be used: {0}")]
     Prepared(&'static str),
+    /// An initramfs that is not understood.
+    #[error("the initramfs is not understood: {0}")]
+    Initramfs(&'static str),
     /// A file that can't be read.
     #[error("it can't be read: {0}")]
     Read(io::Error),

@@ -129,7 +129,7 @@ fn judge(status: ExitStatus, said: &str) -> Result<(), Error> {
 fn sentence(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
     let clean = |character: char| if character.is_control() { ' ' } else { character };
-    said.trim().chars().map(clean).collect()
+    said.chars().map(clean).collect::<String>().trim().to_owned()
 }
 
 /// What the program does: confines itself, unpacks standard input to standard output, and gives its exit code. It has

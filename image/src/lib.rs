@@ -14,6 +14,7 @@ mod confinement;
 mod error;
 pub mod helper;
 pub mod kernel;
+pub mod modules;
 mod preparation;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -57,7 +57,7 @@ impl Unpacking {
         image.take(HEAD as u64).read_to_end(&mut head).map_err(Error::Read)?;
         let header = SetupHeader::parse(&head)?;
         let key = prepared::key(&mut image).map_err(Error::Read)?;
-        let opened = self.cache.as_deref().map(|directory| Cache::open(directory)).transpose();
+        let opened = self.cache.as_deref().map(Cache::open).transpose();
         let not_kept = match opened {
             Ok(None) => return Ok((self.unpack(image, &header, &key)?, Origin::Unpacked)),
             Ok(Some(cache)) => {

@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::Platform;
 use crate::bus::Buses;
-use crate::config::{BalloonOptions, ConfigError, Device, DeviceConfig, SerialOptions, ThreadName};
+use crate::config::{Backing, BalloonOptions, ConfigError, Device, DeviceConfig, SerialOptions, ThreadName};
 use crate::console::{self, Console, ConsoleError};
 use crate::control::Control;
 use crate::events::Subscriber;
@@ -121,7 +121,7 @@ impl<'a> Builder<'a> {
     ) -> Result<Self, BuildError> {
         let ended = Arc::clone(vcpu_set);
         let on_end: OnEnd = Arc::new(move |end| ended.end(Exit::from(end)));
-        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end, pci)?;
+        let (wiring, power) = Wiring::new(vm, Arc::clone(ram.guest()), &on_end, control.asleep(), pci)?;
         Ok(Self {
             limits,
             ram,
@@ -230,7 +230,11 @@ impl<'a> Builder<'a> {
         let balloon = self.balloon.take().ok_or(ConfigError::NoBalloon)?;
         let steering = match self.plug.take() {
             None => Steering::by_balloon(balloon),
-            Some(plug) => Steering::by_plug(balloon, plug, self.ram.boot()).map_err(refused("a timer"))?,
+            Some(plug) => {
+                // Pages of a reserved huge page do not go back before all of it is in the balloon.
+                let cushioned = self.ram.backing() != Backing::HugePages2M;
+                Steering::by_plug(balloon, plug, self.ram.boot(), cushioned).map_err(refused("a timer"))?
+            }
         };
         self.serve(ThreadName::memory(), Arc::new(Mutex::new(Steered(steering.clone()))));
         let (buses, platform) = self.wiring.finish();

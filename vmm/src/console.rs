@@ -20,13 +20,14 @@ use std::time::Duration;
 use devices::platform::serial::{FirstReader, Port};
 use devices::sandbox::{Call, SandboxNeeds};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use self::client::Client;
 use self::escape::Escape;
 pub use self::input::Input;
 use self::input::Source;
 use self::output::Sink;
-use crate::api_server::{BindError, SocketFile, listen};
+use crate::api_server::{BindError, LOOK_EVERY, Listening};
 use crate::config;
 use crate::events;
 use crate::exit::Exit;
@@ -67,8 +68,6 @@ pub enum ConsoleError {
 
 /// The serial port and what its line ends at.
 pub struct Console {
-    // Goes before the listener, which is with the input.
-    _socket: Option<SocketFile>,
     /// The port, for the bus.
     pub port: Arc<Port>,
     /// Whoever brings input, for the event loop.
@@ -88,7 +87,7 @@ impl Console {
         irq: EventFd,
         vcpu_set: &Arc<VcpuSet>,
     ) -> Result<Self, ConsoleError> {
-        let (mut socket, mut terminal) = (None, None);
+        let mut terminal = None;
         let (reader, sink, source) = match config {
             config::Console::Stdio => {
                 let output = duplicate(&io::stdout()).map_err(ConsoleError::Stdio)?;
@@ -113,11 +112,11 @@ impl Console {
                 (FirstReader::Present, Some(Sink::File(file)), Source::Nothing)
             }
             config::Console::Socket(path) => {
-                let (listener, file) = listen(path)
+                let socket = Listening::at(path)
                     .map_err(|error| ConsoleError::Socket { path: path.clone(), why: refusal(&error) })?;
-                socket = Some(file);
+                let timer = every(LOOK_EVERY).map_err(ConsoleError::Port)?;
                 let client = Arc::new(Client::default());
-                let source = Source::Socket { listener, client: Arc::clone(&client) };
+                let source = Source::Socket { socket, timer, client: Arc::clone(&client) };
                 (FirstReader::Awaited, Some(Sink::Client(client)), source)
             }
             config::Console::None => (FirstReader::Nobody, None, Source::Nothing),
@@ -125,7 +124,7 @@ impl Console {
         let port = Arc::new(Port::new(irq, reader).map_err(ConsoleError::Port)?);
         let input = Input::new(source, Arc::clone(&port), Arc::clone(vcpu_set));
         let input = Arc::new(Mutex::new(input));
-        Ok(Self { port, input, sink, _terminal: terminal, _socket: socket })
+        Ok(Self { port, input, sink, _terminal: terminal })
     }
 
     /// Starts the thread that brings output to its reader.
@@ -151,7 +150,8 @@ impl Console {
     }
 }
 
-/// What a console needs of the sandbox: a terminal's settings are undone, and a socket removed, at the end.
+/// What a console needs of the sandbox: a terminal's settings are undone, and a socket removed, at the end, and made again where
+/// somebody removes it.
 pub(crate) fn sandbox_needs(config: &config::Console) -> SandboxNeeds {
     const TERMINAL: [Call; 6] = [
         Call::ioctl(libc::TCGETS),
@@ -168,6 +168,14 @@ pub(crate) fn sandbox_needs(config: &config::Console) -> SandboxNeeds {
         }
         config::Console::File(_) | config::Console::None => SandboxNeeds::default(),
     }
+}
+
+/// A timer that fires so often.
+fn every(interval: Duration) -> io::Result<TimerFd> {
+    let error = |error: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(error.errno());
+    let mut timer = TimerFd::new().map_err(error)?;
+    timer.reset(interval, Some(interval)).map_err(error)?;
+    Ok(timer)
 }
 
 fn duplicate(stream: &impl AsFd) -> io::Result<File> {

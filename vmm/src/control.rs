@@ -1,12 +1,15 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
+mod error;
+
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use api::agent::AgentStatus;
 use api::limits::Limits;
-use api::status::{BalloonCounters, ConsoleStatus, DriverState, MemoryStatus, Pauser, VmState, VmStatus};
+use api::status::{ConsoleStatus, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
 use devices::platform::serial::Port;
@@ -24,76 +27,7 @@ use crate::state::{self, Change};
 use crate::vcpu_set::{PATIENCE, Standing, Stuck, VcpuSet, VisitError};
 use crate::wiring::{self, Virtio};
 
-/// Why a request was not carried out.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum ControlError {
-    /// The VM's state does not allow it. A conflict: it may be allowed later.
-    #[error("the VM is {}, so it can't {action}", word(*.state))]
-    State {
-        /// Where the VM stands.
-        state: VmState,
-        /// What was asked.
-        action: &'static str,
-    },
-    /// No driver works on the balloon. A conflict: one may come.
-    #[error("the guest has no balloon driver: load virtio_balloon in the guest")]
-    NoDriver,
-    /// No driver can plug what the target is above. A conflict: one may come.
-    #[error(transparent)]
-    CanNotGrow(SteeringError),
-    /// The target lies outside the limits. A conflict: those may be changed.
-    #[error("the target {target} lies outside the limits {min} to {max}: change the limits first")]
-    OutsideLimits {
-        /// As asked.
-        target: Bytes,
-        /// The VM's limit.
-        min: Bytes,
-        /// The VM's limit.
-        max: Bytes,
-    },
-    /// The limits ask for more than was mapped when the VM was made.
-    #[error("max {max} is more than the {map} this VM was started with: start it anew with a larger max")]
-    BeyondMap {
-        /// As asked.
-        max: Bytes,
-        /// What is mapped.
-        map: Bytes,
-    },
-    /// Somebody resumed the VM before it was paused. A conflict.
-    #[error("the VM was resumed before all of its vCPUs stood still")]
-    Resumed,
-    /// There is no such vCPU.
-    #[error("{0}")]
-    NoSuchVcpu(VisitError),
-    /// The host failed.
-    #[error("{0}")]
-    Host(String),
-}
-
-impl ControlError {
-    /// Whether the same request may succeed later without being changed (HTTP 409).
-    pub const fn is_conflict(&self) -> bool {
-        matches!(
-            self,
-            Self::State { .. }
-                | Self::NoDriver
-                | Self::CanNotGrow(_)
-                | Self::OutsideLimits { .. }
-                | Self::Resumed
-        )
-    }
-}
-
-/// A VM's state in a sentence.
-const fn word(state: VmState) -> &'static str {
-    match state {
-        VmState::Created => "not started yet",
-        VmState::Running => "running",
-        VmState::Paused { by: Pauser::Operator } => "paused",
-        VmState::Paused { by: Pauser::Balancer } => "paused by the balancer",
-        VmState::Stopped => "stopped",
-    }
-}
+pub use error::ControlError;
 
 /// What a control needs of a VM that has been set up.
 pub struct Parts {
@@ -120,6 +54,8 @@ pub struct Control {
     /// A VM that is to be paused counts as paused here from the moment on in which that was decided.
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
+    /// The guest says that it sleeps.
+    asleep: Arc<AtomicBool>,
     events: Arc<EventStream>,
     agent: Agent,
     parts: OnceLock<Parts>,
@@ -136,10 +72,16 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
+            asleep: Arc::new(AtomicBool::new(false)),
             agent: Agent::new(Arc::clone(&events)),
             events,
             parts: OnceLock::new(),
         }
+    }
+
+    /// Where it is noted that the guest sleeps.
+    pub fn asleep(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.asleep)
     }
 
     /// How many vCPUs it has.
@@ -225,7 +167,10 @@ impl Control {
         VmStatus {
             name: self.name.as_str().to_owned(),
             pid: std::process::id(),
-            state: self.state_seen(),
+            state: match self.state_seen() {
+                VmState::Running if self.asleep.load(Ordering::Relaxed) => VmState::Sleeping,
+                state => state,
+            },
             cpus: self.cpus.get(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -246,25 +191,7 @@ impl Control {
     pub fn memory(&self) -> MemoryStatus {
         let limits = *self.limits.lock();
         let Some(parts) = self.parts.get() else {
-            return MemoryStatus {
-                limits,
-                target: limits.startup(),
-                actual: self.map,
-                given: Some(self.map),
-                most: Some(self.map),
-                settled: false,
-                followed: Some(false),
-                paused_by: None,
-                host_rss: Some(Bytes::ZERO),
-                host_huge: None,
-                driver: DriverState::Absent,
-                report: None,
-                agent: None,
-                counters: BalloonCounters::default(),
-                plug: None,
-                cushion: None,
-                oom_deflate: None,
-            };
+            return MemoryStatus::before_the_start(limits, self.map);
         };
         let held = parts.ram.held().inspect_err(|error| {
             // The first count goes on.
@@ -459,6 +386,11 @@ impl Control {
             Some(parts) if *state == VmState::Running => {
                 // The one failure is a full counter: a press that is pending already.
                 let _ = parts.power.write(1);
+                // The button's own interrupt wakes no Linux that sleeps (drivers/acpi/evged.c does not ask for
+                // it); the serial port's does where its terminal may wake the guest.
+                if let Some(port) = &parts.console {
+                    port.nudge();
+                }
                 Ok(())
             }
             _ => Err(ControlError::State { state: *state, action: ACTION }),

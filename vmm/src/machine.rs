@@ -131,9 +131,6 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
-        // What this takes of memory is given back before the guest has any.
-        let unpacking = config.unpacking.as_ref();
-        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm::refused("tell what CPUID it supports"))?;
@@ -141,6 +138,9 @@ impl Machine {
         let (boot, more) = memory(&config);
         let end = layout::memory_end(boot, more, cpuid::address_bits(&supported), has_pci)?;
         let pci = has_pci.then(|| layout::pci_window(end));
+        // What this takes of memory is given back before the guest has any.
+        let unpacking = config.unpacking.as_ref();
+        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
         let ram = Arc::new(Ram::with_pluggable(boot, more, config.memory)?);
         for hindrance in config.hindrances() {
             tracing::warn!("{hindrance}");

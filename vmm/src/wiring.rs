@@ -4,6 +4,7 @@ mod pci;
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::pci::SlotError;
@@ -12,6 +13,7 @@ use devices::platform::acpi_power::{self, AcpiPower};
 use devices::platform::i8042::{self, ResetLine};
 use devices::platform::pvpanic::{self, PvPanic};
 use devices::platform::serial;
+use devices::platform::sleep_note::{self, SleepNote};
 use devices::virtio::Transport;
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::mmio::{ACK_USED, INTERRUPT_ACK, Mmio, QUEUE_NOTIFY, WINDOW};
@@ -85,6 +87,7 @@ impl Wiring {
         vm: Arc<VmFd>,
         memory: Arc<GuestMemoryMmap>,
         on_end: &OnEnd,
+        asleep: Arc<AtomicBool>,
         pci: Option<Range<u64>>,
     ) -> Result<(Self, EventFd), WiringError> {
         let resources = Resources::new(pci.as_ref())?;
@@ -101,6 +104,7 @@ impl Wiring {
         };
         wiring.ports(layout::PVPANIC, pvpanic::PORTS, Arc::new(PvPanic::new(on_end.clone())))?;
         wiring.ports(layout::ACPI_POWER, acpi_power::PORTS, Arc::new(AcpiPower::new(on_end.clone())))?;
+        wiring.ports(layout::SLEEP_NOTE, sleep_note::PORTS, Arc::new(SleepNote::new(asleep)))?;
         wiring.ports(layout::KEYBOARD_COMMAND, i8042::PORTS, Arc::new(ResetLine::new(on_end.clone())))?;
         wiring.platform.power_button = wiring.resources.pin()?;
         let power = wiring.interrupt(wiring.platform.power_button)?;

@@ -224,6 +224,10 @@ fn a_vm_makes_its_own_socket_again_and_no_other() {
         let server = Server::bind(&own).unwrap().looking_every(Duration::from_millis(5));
         let limits = "256M".parse().unwrap();
         let control = Arc::new(Control::new("own".parse().unwrap(), Cpus::ONE, limits));
+        #[expect(
+            clippy::zombie_processes,
+            reason = "to wait for it is no call of a VM, and this process ends first"
+        )]
         let mut outside = Command::new("sh")
             .args(["-c", REMOVE])
             .arg(directory)

@@ -248,7 +248,7 @@ impl Account {
         }
         let counted = match observed.host_rss {
             Some(_) => "what it counts itself".to_owned(),
-            None => format!("all of the {} that it has", observed.actual),
+            None => format!("all of the {} that it has", observed.given()),
         };
         warn!(vm = name, "nobody knows what the host holds for {name}, and {counted} counts as that: {why}");
     }

@@ -47,6 +47,7 @@ struct Logs {
     standing: LogLimiter,
     usage: LogLimiter,
     twin: LogLimiter,
+    plug: LogLimiter,
 }
 
 /// One VM.
@@ -291,6 +292,23 @@ impl ManagedVm {
                 vm = name,
                 "{name} lies in the host's reserved huge pages: it is no part of the budget, and not moved"
             );
+        }
+        match &memory.plug {
+            Some(plug) if plug.lacks_driver() => {
+                if self.logs.plug.is_due(now, "plug") {
+                    warn!(
+                        vm = name,
+                        "the guest of {name} has no working virtio_mem driver, and is given no more than {}: load \
+                         virtio_mem in it (Linux 5.17 or later), or start the VM with --grow balloon",
+                        memory.ceiling()
+                    );
+                }
+            }
+            _ => {
+                if self.logs.plug.end() {
+                    info!(vm = name, "the guest of {name} can plug memory now");
+                }
+            }
         }
         self.heard = observed.guest;
         self.answered = Some(now);

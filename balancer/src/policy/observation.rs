@@ -15,7 +15,7 @@ use api::agent::AgentFigures;
 use api::guest_memory::GuestMemory;
 use api::limits::Limits;
 use api::report::Report;
-use api::status::{DriverState, MemoryStatus, Pauser};
+use api::status::{DriverState, MemoryStatus, OomDeflate, Pauser};
 use api::units::Bytes;
 
 /// The host as the policy sees it.
@@ -229,10 +229,12 @@ impl From<&MemoryStatus> for Observation {
         let kernel = guest.and_then(|guest| guest.kernel());
         let floor = kernel.map_or(Bytes::ZERO, |kernel| kernel.saturating_add(LEAST_BESIDE_KERNEL));
         let limits = status.limits.capped(status.ceiling()).raised(floor);
-        let deflated = status.oom_deflate.map(|deflated| Duration::from_millis(deflated.age_ms));
-        let ran_out = deflated.filter(|age| guest.is_none_or(|guest| *age <= guest.age));
-        if let Some(age) = ran_out {
-            guest = Some(GuestMemory { age, had: None, spare: Bytes::ZERO, ..guest.unwrap_or_default() });
+        let age = |deflate: &OomDeflate| Duration::from_millis(deflate.age_ms);
+        let newest = |deflate: &OomDeflate| guest.is_none_or(|guest| age(deflate) <= guest.age);
+        let ran_out = status.oom_deflate.filter(newest);
+        if let Some(deflate) = ran_out {
+            let (age, had, spare) = (age(&deflate), Some(deflate.had), Bytes::ZERO);
+            guest = Some(GuestMemory { age, had, spare, managed: None });
         }
         Self {
             target: status.target,

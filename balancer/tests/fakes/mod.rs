@@ -207,7 +207,12 @@ impl Drop for FakeVm {
 impl State {
     /// The guest can't wait: tells everybody who listens. False where nobody does.
     pub fn call(&mut self) -> bool {
-        self.listeners.retain(|listener| listener.send(EventKind::Distress).is_ok());
+        self.tell(EventKind::Distress)
+    }
+
+    /// Tells everybody who listens what has happened. False where nobody does.
+    pub fn tell(&mut self, event: EventKind) -> bool {
+        self.listeners.retain(|listener| listener.send(event).is_ok());
         !self.listeners.is_empty()
     }
 

@@ -84,8 +84,8 @@ pub(crate) struct State {
     pub(crate) driver: Driver,
     /// What the guest has taken back rather than run out of memory, and still has.
     pub(crate) taken_back: Pages,
-    /// When it last did, since its driver started.
-    pub(crate) took_back_at: Option<Instant>,
+    /// When it last did, since its driver started, and what it had then.
+    pub(crate) took_back: Option<(Instant, Bytes)>,
     pub(crate) report: Option<Received>,
     /// Somebody wants a newer one.
     pub(crate) report_wanted: bool,
@@ -152,7 +152,7 @@ impl Shared {
             unmanaged: Unmanaged::default(),
             driver: Driver::Absent,
             taken_back: Pages(0),
-            took_back_at: None,
+            took_back: None,
             report: None,
             report_wanted: false,
             resting: false,
@@ -239,8 +239,14 @@ impl Shared {
         }
     }
 
-    /// The guest has taken pages back.
-    pub(crate) fn took_back(&self) {
+    /// The guest has taken pages back: so many that its balloon holds `left`.
+    pub(crate) fn took_back(&self, taken: Bytes, left: Pages) {
+        let given = self.map.saturating_sub(self.plugged().1).saturating_sub(left.bytes());
+        {
+            let mut state = self.state();
+            state.took_back = Some((Instant::now(), given.saturating_sub(state.unmanaged.all())));
+            state.counters.oom_deflated = state.counters.oom_deflated.saturating_add(taken);
+        }
         if let Some(tell) = self.when_taken_back.get() {
             tell();
         }
@@ -331,9 +337,9 @@ impl Handle {
     /// since its driver started.
     pub fn oom_deflate(&self) -> Option<OomDeflate> {
         let state = self.0.state();
-        let age = state.took_back_at?.elapsed();
-        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-        Some(OomDeflate { taken: state.taken_back.bytes(), age_ms })
+        let (at, had) = state.took_back?;
+        let age_ms = u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Some(OomDeflate { taken: state.taken_back.bytes(), had, age_ms })
     }
 
     /// Readable each time the driver has come or gone, or the balloon holds what it was asked to.

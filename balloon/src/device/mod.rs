@@ -24,7 +24,7 @@ pub mod saved;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
@@ -309,7 +309,7 @@ impl Balloon {
         }
         let spare = {
             let state = self.shared.state();
-            if state.took_back_at.is_some_and(|at| at.elapsed() < REFILL_AFTER) {
+            if state.took_back.is_some_and(|(at, _)| at.elapsed() < REFILL_AFTER) {
                 return;
             }
             state.report.as_ref().and_then(|received| received.report.spare()).unwrap_or_default()
@@ -408,15 +408,10 @@ impl VirtioDevice for Balloon {
         let took_back = self.pace.arrived(Pages(u64::from(field(ACTUAL))));
         let empties = before > Pages(0) && self.pace.reached() == Pages(0);
         self.emptied |= empties;
-        if took_back {
-            let mut state = self.shared.state();
-            state.took_back_at = Some(Instant::now());
-            let taken = Pages(before.0.saturating_sub(self.pace.reached().0)).bytes();
-            state.counters.oom_deflated = state.counters.oom_deflated.saturating_add(taken);
-        }
         self.publish(false);
         if took_back {
-            self.shared.took_back();
+            let left = self.pace.reached();
+            self.shared.took_back(Pages(before.0.saturating_sub(left.0)).bytes(), left);
         } else if self.pace.reached() == self.pace.asked() {
             self.shared.tell_moved();
         }
@@ -454,7 +449,7 @@ impl VirtioDevice for Balloon {
             // What this driver said of its guest says nothing of the next one's.
             (state.report, state.report_wanted) = (None, false);
             (state.unmanaged, state.deflates_on_oom) = (Unmanaged::default(), false);
-            state.took_back_at = None;
+            state.took_back = None;
         }
         self.take_request();
         self.aim();

@@ -54,6 +54,7 @@ impl From<TargetError> for SteeringError {
 struct Pluggable {
     plug: plug::Handle,
     boot: Bytes,
+    cushioned: bool,
     timer: Mutex<TimerFd>,
     course: Mutex<Course>,
 }
@@ -64,6 +65,8 @@ struct Course {
     max: Bytes,
     /// Its virtio-mem driver was there at the last look.
     plugs: bool,
+    /// Since when it has a balloon driver and no virtio-mem driver.
+    lacks_driver_since: Option<Instant>,
     /// What the balloon was last asked to hold.
     held: Bytes,
     plugged: Bytes,
@@ -92,11 +95,12 @@ impl Steering {
     }
 
     /// By plugging first: the guest has booted with `boot`, and the balloon's
-    /// map is `boot` and all that `plug` may request.
+    /// map is `boot` and all that `plug` may request. It keeps a cushion where it is `cushioned`, which makes sense
+    /// where what lies in a balloon costs the host nothing.
     ///
     /// # Errors
     /// No timerfd can be had.
-    pub fn by_plug(balloon: Handle, plug: plug::Handle, boot: Bytes) -> io::Result<Self> {
+    pub fn by_plug(balloon: Handle, plug: plug::Handle, boot: Bytes, cushioned: bool) -> io::Result<Self> {
         let timer = TimerFd::new()?;
         // A look may rearm it between its expiry and the read of it, which must not wait then.
         // SAFETY: fcntl on a descriptor that we own, with no pointer.
@@ -113,12 +117,14 @@ impl Steering {
             target: boot,
             max: boot.saturating_add(plug.most()),
             plugs: false,
+            lacks_driver_since: None,
             held: Bytes::ZERO,
             plugged: Bytes::ZERO,
             since: Instant::now(),
             resting: false,
         };
-        let pluggable = Pluggable { plug, boot, timer: Mutex::new(timer), course: Mutex::new(course) };
+        let pluggable =
+            Pluggable { plug, boot, cushioned, timer: Mutex::new(timer), course: Mutex::new(course) };
         Ok(Self { balloon, pluggable: Some(Arc::new(pluggable)) })
     }
 
@@ -226,9 +232,12 @@ impl Steering {
 
     /// How the guest's plugged memory stands; `None` where it has a balloon alone.
     pub fn plug(&self) -> Option<PlugStatus> {
-        let Pluggable { plug, boot, .. } = &**self.pluggable.as_ref()?;
+        let Pluggable { plug, boot, course, .. } = &**self.pluggable.as_ref()?;
+        let lacks_driver_since = course.lock().lacks_driver_since;
+        let milliseconds = |since: Instant| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
         Some(PlugStatus {
             driver: plug.driver(),
+            lacks_driver_ms: lacks_driver_since.map(milliseconds),
             boot: *boot,
             block: plug.block(),
             requested: plug.requested(),
@@ -315,6 +324,9 @@ impl Pluggable {
     /// A guest whose virtio-mem driver has gone can't come to a target above what it has.
     fn look_at_driver(&self, course: &mut Course, balloon: &Handle) {
         let plugs = self.plug.driver() == DriverState::Active;
+        let has_balloon = !matches!(balloon.driver(), DriverState::Absent | DriverState::Broken);
+        let since = course.lacks_driver_since.unwrap_or_else(Instant::now);
+        course.lacks_driver_since = (has_balloon && !plugs).then_some(since);
         let has = self.managed_boot(balloon).saturating_add(self.plug.plugged());
         if std::mem::replace(&mut course.plugs, plugs) && !plugs && course.target > has {
             tracing::warn!(
@@ -328,7 +340,11 @@ impl Pluggable {
     /// What to keep plugged beyond the target.
     fn cushion(&self, course: &Course, balloon: &Handle) -> Bytes {
         // Without a balloon that gives it back, it would be the guest's already, or nobody's.
-        if balloon.deflates_on_oom() { cushion(course.target, course.max) } else { Bytes::ZERO }
+        if self.cushioned && balloon.deflates_on_oom() {
+            cushion(course.target, course.max)
+        } else {
+            Bytes::ZERO
+        }
     }
 
     /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked

@@ -3,6 +3,8 @@
 //! What is measured runs in another process: however that ends, this one is still there to put the
 //! module back.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -144,18 +146,18 @@ impl ResultFile {
 /// This very command without the reload.
 fn this_without_reload() -> Result<Command, Failure> {
     let mut child = Command::new(std::env::current_exe().map_err(Failure::new)?);
-    child.args(without_reload(std::env::args().skip(1)));
+    child.args(without_reload(std::env::args_os().skip(1)));
     Ok(child)
 }
 
-fn without_reload(arguments: impl Iterator<Item = String>) -> Vec<String> {
+/// Paths need not be Unicode, so neither are arguments.
+fn without_reload(mut arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut kept = Vec::new();
-    let mut arguments = arguments.peekable();
     while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--reload-module" | "--even-if-emulated" | "--json" => {}
-            "--output" => drop(arguments.next()),
-            other if other.starts_with("--output=") => {}
+        match argument.as_bytes() {
+            b"--reload-module" | b"--even-if-emulated" | b"--json" => {}
+            b"--output" => drop(arguments.next()),
+            other if other.starts_with(b"--output=") => {}
             _ => kept.push(argument),
         }
     }
@@ -164,6 +166,9 @@ fn without_reload(arguments: impl Iterator<Item = String>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStringExt;
+
     use slat::run::{Clock, Plan};
 
     use super::*;
@@ -171,8 +176,9 @@ mod tests {
     #[test]
     fn the_second_process_measures_the_same_and_reloads_nothing() {
         let words = "slat run --set quick --output x.json --reload-module --json --passes 1 --output=y";
-        let kept = without_reload(words.split(' ').map(str::to_owned));
-        assert_eq!(kept.join(" "), "slat run --set quick --passes 1");
+        let no_unicode = OsString::from_vec(b"--output=\xff".to_vec());
+        let kept = without_reload(words.split(' ').map(OsString::from).chain([no_unicode]));
+        assert_eq!(kept.join(OsStr::new(" ")), "slat run --set quick --passes 1");
     }
 
     /// A run in which nothing was measured.

@@ -20,7 +20,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use conditions::{Condition, Directory, State};
-use samples::SAMPLES;
+use samples::{HELPERS, SAMPLES};
 use scene::Fixture;
 
 /// How long anything may take on a machine that is busy with other tests.
@@ -78,11 +78,13 @@ fn every_command_has_a_sample() {
     let commands: BTreeSet<String> = labels
         .filter_map(|label| label.strip_prefix("ballast__subcmd__"))
         .filter(|path| !path.contains(','))
-        .map(|path| path.replace("__subcmd__", " ").replace("__", "-"))
+        .map(|path| path.replace("__subcmd__", " "))
         .chain([String::new()])
         .collect();
     assert!(commands.contains("slat run") && commands.contains("slat vm"), "{commands:?}");
-    let sampled = SAMPLES.iter().map(|sample| sample.command.to_owned()).collect();
+    // The script writes a `-` of a name as it writes the end of one.
+    let sampled = SAMPLES.iter().map(|sample| sample.command).chain(HELPERS.iter().copied());
+    let sampled = sampled.map(|command| command.replace('-', " ")).collect();
     assert_eq!(commands, sampled, "`samples.rs` needs arguments for each command, hidden ones too");
 }
 
@@ -155,7 +157,8 @@ fn a_balancer_whose_address_is_taken_leaves_no_socket() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(BALLAST);
-    command.args(["balancer", "--metrics", &taken.local_addr().unwrap().to_string()]);
+    command.args(["balancer", "--budget", "64M", "--beside-others"]);
+    command.args(["--metrics", &taken.local_addr().unwrap().to_string()]);
     let output = command.env("BALLAST_RUNTIME_DIR", directory.path()).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let socket: PathBuf = directory.path().join("balancer/balancer.sock");

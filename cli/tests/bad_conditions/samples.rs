@@ -68,7 +68,7 @@ pub const SAMPLES: &[Sample] = &[
     alone("slat inside", "", &[1]),
     alone("slat guest", "", &[1]),
     alone("slat vm", "--kernel vmlinuz --initrd initrd --memory 64M", &[1]),
-    Sample { serves: true, ..alone("balancer", "--interval 50ms", &[0]) },
+    Sample { serves: true, ..alone("balancer", "--interval 50ms --budget 64M --beside-others", &[0]) },
     alone("balancer", "--check balancer.toml", &[0]),
     alone("sim", "--vms 2 --seeds 1..4 --hours 0.1 --plot plots", &[0]),
     // Its guest has told nothing.
@@ -76,3 +76,6 @@ pub const SAMPLES: &[Sample] = &[
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
     alone("completions", "bash", &[0]),
 ];
+
+/// Commands that only ballast itself runs, gives files alone, and ends after a while.
+pub const HELPERS: &[&str] = &["unpack-kernel"];

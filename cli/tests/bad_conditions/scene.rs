@@ -55,7 +55,8 @@ impl Fixture {
     pub fn new() -> Self {
         let balancer = Daemon::start(|_| {
             let mut command = Command::new(BALLAST);
-            command.args(["balancer", "--interval", "50ms"]).stderr(Stdio::null());
+            let arguments = ["balancer", "--interval", "50ms", "--budget", "64M", "--beside-others"];
+            command.args(arguments).stderr(Stdio::null());
             command
         });
         let vm = Vm::serve(&balancer.directory().join("web.sock"));

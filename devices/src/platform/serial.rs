@@ -137,6 +137,12 @@ impl Port {
         taken
     }
 
+    /// Raises the interrupt though nothing is there to be done: whoever sleeps until the port wakes it, wakes.
+    pub fn nudge(&self) {
+        // As below: the one failure is an interrupt already pending.
+        let _ = self.interrupt.write(1);
+    }
+
     /// Becomes readable when there is room for much input after [`enqueue`](Self::enqueue) had to
     /// leave some behind.
     pub fn room_event(&self) -> &EventFd {

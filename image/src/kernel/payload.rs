@@ -1,7 +1,7 @@
 //! Unpacks what a bzImage holds.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{self, Read};
 
 use api::units::Bytes;
 
@@ -96,7 +96,7 @@ pub fn unpack(payload: &[u8], limit: u64) -> Result<Vec<u8>, Error> {
 }
 
 /// In KiB, and with what a decoder needs beside.
-fn memory_limit() -> u32 {
+pub(crate) fn memory_limit() -> u32 {
     u32::try_from(LARGEST_WINDOW >> 10).unwrap_or(u32::MAX) + 1024
 }
 
@@ -142,4 +142,58 @@ fn unpack_zstd(packed: &[u8], room: &mut [u8]) -> Result<usize, String> {
         return Err("its checksum is wrong".to_owned());
     }
     Ok(given)
+}
+
+/// Reads LZ4's legacy frames block by block.
+pub(crate) struct Lz4Reader<R> {
+    from: R,
+    block: Vec<u8>,
+    given: usize,
+}
+
+impl<R: Read> Lz4Reader<R> {
+    pub(crate) fn new(from: R) -> Self {
+        Self { from, block: Vec::new(), given: 0 }
+    }
+
+    /// Unpacks the next block; false at the end. Zeros may follow it, as they do behind an archive.
+    fn next(&mut self) -> io::Result<bool> {
+        let damaged = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+        let mut size = LZ4_MAGIC;
+        while size == LZ4_MAGIC {
+            match self.from.read_exact(&mut size) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                read => read?,
+            }
+        }
+        let size = u32::from_le_bytes(size) as usize;
+        if size == 0 {
+            return Ok(false);
+        }
+        if size > lz4_flex::block::get_maximum_output_size(LZ4_BLOCK) {
+            return Err(damaged("a block is larger than any".to_owned()));
+        }
+        let mut packed = vec![0; size];
+        self.from.read_exact(&mut packed)?;
+        self.block.resize(LZ4_BLOCK, 0);
+        let length = lz4_flex::block::decompress_into(&packed, &mut self.block);
+        self.block.truncate(length.map_err(|error| damaged(error.to_string()))?);
+        self.given = 0;
+        Ok(true)
+    }
+}
+
+impl<R: Read> Read for Lz4Reader<R> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        while self.given == self.block.len() {
+            if !self.next()? {
+                return Ok(0);
+            }
+        }
+        let here = self.block.get(self.given..).unwrap_or_default();
+        let count = here.len().min(to.len());
+        to.iter_mut().zip(here).for_each(|(to, byte)| *to = *byte);
+        self.given += count;
+        Ok(count)
+    }
 }

@@ -3,7 +3,7 @@
 //! A third of a kernel's ELF is zeros (page tables to come, the room between its segments), and a guest's memory
 //! is zero already. So what is left of it is what has to be written.
 //!
-//! All numbers have their low byte first: [`MAGIC`], the hash of the bzImage, the hash of all that follows, then
+//! All numbers have their low byte first: 16 bytes that name the format, the hash of the bzImage, the hash of all that follows, then
 //! eight numbers of 64 bits ([`Shape`]), the extents (distance from the kernel's first byte, length), the places of
 //! the relocations in 32 bits each, and the bytes of the extents.
 
@@ -23,8 +23,10 @@ use crate::Error;
 const MAGIC: [u8; 16] = *b"ballast kernel\0\x01";
 /// Bytes of a hash.
 const HASH: usize = blake3::OUT_LEN;
+/// Numbers before the extents.
+const NUMBERS: usize = 8;
 /// Bytes before the extents.
-const HEAD: usize = MAGIC.len() + 2 * HASH + 8 * size_of::<u64>();
+const HEAD: usize = MAGIC.len() + 2 * HASH + NUMBERS * size_of::<u64>();
 /// What is looked at for zeros: a page, as the host gives memory by pages.
 const PAGE: usize = 4096;
 /// Read at a time.
@@ -220,6 +222,16 @@ impl PreparedKernel {
     /// Its relocations. Without any it can't move.
     pub const fn relocations(&self) -> &Relocations {
         &self.relocations
+    }
+
+    /// What of it is not zero, one part behind the other.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn contents(&self) -> io::Result<impl Read> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(self.contents))?;
+        Ok(file)
     }
 
     /// Puts it into `memory`, which holds zeros and is as large as it ([`Shape::size`]), linked `distance` higher than

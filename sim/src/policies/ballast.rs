@@ -52,7 +52,8 @@ fn observed(vm: &VmInput, now: Duration) -> Observation {
         target: vm.target,
         actual: vm.actual,
         unmanaged: vm.unmanaged,
-        host_rss: (!vm.hidden).then_some(vm.resident),
+        // Where nobody tells, the daemon takes all that it was given.
+        host_rss: Some(if vm.hidden { vm.actual.saturating_add(vm.unmanaged) } else { vm.resident }),
         driver,
         guest,
         stalls,

@@ -78,7 +78,7 @@ fn unfinished(what: impl std::fmt::Display) -> io::Error {
 /// # Errors
 /// Where there is no guest's kernel, or the guest does not come to its end.
 pub fn workloads(traced: bool) -> io::Result<Vec<Workload>> {
-    if !Path::new(KERNEL).exists() {
+    if !Path::new(KERNEL).try_exists()? {
         return Err(io::Error::other("this host has no kernel for a Linux guest"));
     }
     let trace = traced.then(reasons::Trace::start).transpose()?;

@@ -220,6 +220,7 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
         counters: BalloonCounters::default(),
         plug: Some(PlugStatus {
             driver,
+            lacks_driver_ms: Some(u64::MAX),
             boot: Bytes::mib(256),
             block: Bytes::mib(2),
             requested: Bytes::mib(64),
@@ -227,7 +228,7 @@ pub fn full_memory(driver: DriverState) -> MemoryStatus {
             counters: PlugCounters::default(),
         }),
         cushion: Some(CushionStatus { size: Bytes::mib(64), held: Bytes::ZERO }),
-        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), age_ms: u64::MAX }),
+        oom_deflate: Some(OomDeflate { taken: Bytes(u64::MAX), had: Bytes(u64::MAX), age_ms: u64::MAX }),
     }
 }
 
@@ -242,6 +243,7 @@ fn a_full_answer_is_as_described() {
     for state in [
         VmState::Created,
         VmState::Running,
+        VmState::Sleeping,
         paused(Pauser::Operator),
         paused(Pauser::Balancer),
         VmState::Stopped,

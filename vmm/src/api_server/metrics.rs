@@ -16,9 +16,10 @@ const DRIVER_STATES: [(&str, DriverState); 4] = [
     ("broken", DriverState::Broken),
 ];
 
-const VM_STATES: [(&str, VmState); 5] = [
+const VM_STATES: [(&str, VmState); 6] = [
     ("created", VmState::Created),
     ("running", VmState::Running),
+    ("sleeping", VmState::Sleeping),
     ("paused", VmState::Paused { by: Pauser::Operator }),
     ("paused-by-balancer", VmState::Paused { by: Pauser::Balancer }),
     ("stopped", VmState::Stopped),
@@ -138,6 +139,8 @@ fn plug_figures(plug: &PlugStatus, page: &mut Page) {
         plug.requested,
     );
     page.gauge("plug_plugged_bytes", "Memory that the guest has plugged.", plug.plugged);
+    let help = "Time for which the guest has had a balloon driver and no virtio-mem driver.";
+    page.gauge("plug_lacks_driver_seconds", help, plug.lacks_driver_ms.map(Duration::from_millis));
     let help = "1 for the state that the guest's virtio-mem driver is in.";
     states(page, "plug_driver_state", help, plug.driver, &DRIVER_STATES);
     let counters = &plug.counters;

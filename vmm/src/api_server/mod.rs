@@ -23,4 +23,4 @@ mod stream;
 
 pub use server::{MOST_CONNECTIONS, Server};
 pub use socket::BindError;
-pub(crate) use socket::{BACKLOG, SocketFile, listen};
+pub(crate) use socket::{BACKLOG, LOOK_EVERY, Listening};

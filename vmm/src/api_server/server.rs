@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::connection::{Answering, Connection, Next};
 use super::routes::route;
-use super::socket::{BindError, RenewError, SocketFile, listen};
+use super::socket::{BindError, LOOK_EVERY, Listening};
 use crate::control::Control;
 
 /// Clients at a time. A new one takes the place of the one whose turn has been over for longest; while
@@ -27,20 +27,12 @@ const EVENTS: u64 = STOP + 1;
 /// How long to leave new clients alone after the kernel could not accept one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How often it is looked whether the socket's file is still there. The kernel would tell, but an inotify
-/// instance for each VM is more than a user has of them.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
-
 /// An API that clients can connect to; [`Server::run`] answers them.
 #[derive(Debug)]
 pub struct Server {
-    // Dropped before the listener, whose life keeps the file's inode from being given to another.
-    file: SocketFile,
-    listener: UnixListener,
+    socket: Listening,
     stop: EventFd,
     look_every: Duration,
-    /// Why the file is not there, which is said once.
-    trouble: Option<RenewError>,
 }
 
 impl Server {
@@ -51,8 +43,7 @@ impl Server {
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|source| BindError::Io { path: path.to_owned(), source })?;
-        let (listener, file) = listen(path)?;
-        Ok(Self { file, listener, stop, look_every: LOOK_EVERY, trouble: None })
+        Ok(Self { socket: Listening::at(path)?, stop, look_every: LOOK_EVERY })
     }
 
     /// The same, looking so often whether somebody has removed the socket.
@@ -82,35 +73,19 @@ impl Server {
 
     /// Makes the socket again if somebody has removed it. True if there is another one to be watched.
     fn look(&mut self, epoll: &Epoll) -> io::Result<bool> {
-        match self.file.renew() {
-            Ok(None) => {
-                self.trouble = None;
-                Ok(false)
-            }
-            Ok(Some(listener)) => {
-                tracing::warn!("somebody removed the socket of this VM: it is there again");
-                self.trouble = None;
-                let event = EpollEvent::new(EventSet::IN, LISTENER);
-                epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), event)?;
-                // To close its only descriptor takes the other one out of the epoll set.
-                self.listener = listener;
-                Ok(true)
-            }
-            Err(error) => {
-                if self.trouble.as_ref() != Some(&error) {
-                    tracing::warn!("{error}");
-                }
-                self.trouble = Some(error);
-                Ok(false)
-            }
-        }
+        let Some(before) = self.socket.look() else { return Ok(false) };
+        // To close its only descriptor takes the other one out of the epoll set.
+        drop(before);
+        let event = EpollEvent::new(EventSet::IN, LISTENER);
+        epoll.ctl(ControlOperation::Add, self.socket.listener().as_raw_fd(), event)?;
+        Ok(true)
     }
 
     fn serve(mut self, wake: &EventFd, answer: &Answering<'_>) -> io::Result<()> {
         let epoll = Epoll::new()?;
         let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
         watch(self.stop.as_raw_fd(), STOP)?;
-        watch(self.listener.as_raw_fd(), LISTENER)?;
+        watch(self.socket.listener().as_raw_fd(), LISTENER)?;
         watch(wake.as_raw_fd(), EVENTS)?;
         let mut clients = Clients::new(&epoll);
         let mut events = [EpollEvent::default(); MOST_CONNECTIONS + 3];
@@ -142,7 +117,7 @@ impl Server {
             clients.advance_due(now, answer);
             // After the others' turn: a client that has just asked something is not idle.
             if has_newcomer {
-                gate = clients.accept(&self.listener, now);
+                gate = clients.accept(self.socket.listener(), now);
             }
             if next_look <= now {
                 next_look = now + self.look_every;
@@ -172,7 +147,11 @@ impl Server {
             }
             gate => return Ok(gate),
         };
-        epoll.ctl(ControlOperation::Modify, self.listener.as_raw_fd(), EpollEvent::new(events, LISTENER))?;
+        epoll.ctl(
+            ControlOperation::Modify,
+            self.socket.listener().as_raw_fd(),
+            EpollEvent::new(events, LISTENER),
+        )?;
         Ok(next)
     }
 }

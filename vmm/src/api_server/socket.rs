@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -37,27 +38,73 @@ pub enum BindError {
     },
 }
 
+/// How often to look whether a socket's file is still there. The kernel would tell, but an inotify instance for
+/// each VM is more than a user has of them.
+pub const LOOK_EVERY: Duration = Duration::from_secs(10);
+
 /// Why a socket that was removed is not there again.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RenewError {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RenewError {
     /// Somebody has put another file there.
-    #[error(
-        "the socket of this VM was removed, and another file has its place: nobody can look at this VM or steer it \
-         until that file has gone"
-    )]
     Taken,
     /// The kernel refuses.
-    #[error(
-        "the socket of this VM was removed, and can't be made again yet ({0}): nobody can look at this VM or steer \
-         it until its directory is there again, as a balancer or the next `ballast run` makes it"
-    )]
     Refused(Errno),
+}
+
+/// A socket at which this VM listens, for as long as it lives.
+#[derive(Debug)]
+pub struct Listening {
+    // Dropped before the listener, whose life keeps the file's inode from being given to another.
+    file: SocketFile,
+    listener: UnixListener,
+    /// Why the file is not there, which is said once.
+    trouble: Option<RenewError>,
+}
+
+impl Listening {
+    /// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn at(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = listen(path)?;
+        Ok(Self { file, listener, trouble: None })
+    }
+
+    /// Where clients come.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Looks whether its file is still there, and makes it again if somebody has removed it. Works within the
+    /// sandbox. Returns the listener from before where there is another one now.
+    pub fn look(&mut self) -> Option<UnixListener> {
+        let found = self.file.renew();
+        let trouble = found.as_ref().err().copied();
+        let path = self.file.path.to_string_lossy();
+        match trouble {
+            Some(trouble) if self.trouble == Some(trouble) => {}
+            Some(RenewError::Taken) => tracing::warn!(
+                "the socket of this VM was removed, and another file has its place: nobody can connect to {path} until \
+                 that file has gone"
+            ),
+            Some(RenewError::Refused(errno)) => tracing::warn!(
+                "the socket of this VM was removed, and can't be made again yet ({errno}): nobody can connect to {path} \
+                 until its directory is there again, as a balancer or the next `ballast run` makes it"
+            ),
+            None => {}
+        }
+        self.trouble = trouble;
+        let listener = found.ok()??;
+        tracing::warn!("somebody removed the socket of this VM: {path} is there again");
+        Some(std::mem::replace(&mut self.listener, listener))
+    }
 }
 
 /// A socket's file, removed when its owner goes. To be dropped before the listener:
 /// while that lives, no other file can have the same identity.
 #[derive(Debug)]
-pub struct SocketFile {
+struct SocketFile {
     path: CString,
     identity: (u64, u64),
 }
@@ -79,7 +126,7 @@ impl SocketFile {
     ///
     /// # Errors
     /// [`RenewError`].
-    pub fn renew(&mut self) -> Result<Option<UnixListener>, RenewError> {
+    fn renew(&mut self) -> Result<Option<UnixListener>, RenewError> {
         match identity(sandbox::kept(&self.path)) {
             Ok(now) if now == self.identity => return Ok(None),
             Ok(_) => return Err(RenewError::Taken),
@@ -114,8 +161,7 @@ fn identity(path: &CStr) -> Result<(u64, u64), Errno> {
     Ok((found.st_dev, found.st_ino))
 }
 
-/// Listens at `path`, for this user alone. A socket that a dead process left there is replaced.
-pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+fn listen(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let io = |source| BindError::Io { path: path.to_owned(), source };
     let errno = |errno: Errno| io(errno.into());
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -7,7 +7,8 @@ use super::{Transport, VmConfig};
 /// The command line of a guest for which the user gives none. Each word saves something, or makes an end known:
 /// * `console=ttyS0`: what the kernel says comes out at the serial port.
 /// * `panic=-1`: a panic ends the process at once.
-/// * `quiet`: only warnings come before the first program; each byte at the serial port costs two exits.
+/// * `quiet`: only errors come before the first program, which tell why there is none; each byte at the serial
+///   port costs two exits.
 /// * `cryptomgr.notests`: the kernel's ciphers are not tested against known answers at each start, which is two
 ///   thirds of what a stock kernel does until its first program. See [`with_words`] for FIPS.
 /// * `swiotlb=noforce`: no 64 MiB are set aside for devices that can't reach memory above 4 GiB: there are none.
@@ -27,10 +28,11 @@ pub fn with_words(cmdline: &str, words: &str) -> String {
     if tests { kept.collect::<Vec<_>>().join(" ") } else { line.trim().to_owned() }
 }
 
-/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it
-/// is plugged, and is kept movable, so that it can be unplugged, as long as the guest has
-/// a quarter that is not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
-const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"];
+/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it is plugged, by the
+/// kernel as well as by programs. Where it is kept movable (`auto-movable`), programs fill what the kernel could use
+/// first, and a guest then kills processes for want of a page for its kernel with much memory free (Linux 5.16 and
+/// later: Documentation/admin-guide/mm/memory-hotplug.rst).
+const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=contig-zones"];
 
 /// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
 const NO_PCI_WORD: &str = "pci=off";
@@ -130,7 +132,7 @@ mod tests {
         config.devices.push(DeviceConfig::new("memory".parse().unwrap(), Device::Memory));
         assert_eq!(
             config.kernel_cmdline(),
-            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable"
+            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=contig-zones"
         );
     }
 

@@ -3,15 +3,17 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use devices::events::Subscriber;
 use devices::platform::serial::Port;
 use event_manager::{EventOps, EventSet, Events, Result as EventResult};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::client::{self, Client};
 use super::escape::Escape;
+use crate::api_server::Listening;
 use crate::vcpu_set::VcpuSet;
 
 /// Bytes read at a time.
@@ -33,7 +35,12 @@ pub(super) enum Source {
         typed: bool,
     },
     /// Whoever connects.
-    Socket { listener: UnixListener, client: Arc<Client> },
+    Socket {
+        socket: Listening,
+        /// When to look whether the socket's file is still there.
+        timer: TimerFd,
+        client: Arc<Client>,
+    },
 }
 
 /// Brings input to the port, as far as the guest takes it, and lets the port go on after a rest.
@@ -143,11 +150,22 @@ impl Input {
         }
     }
 
+    /// Makes the socket again if somebody has removed it.
+    fn look(&mut self, ops: &mut EventOps) -> EventResult<()> {
+        let Source::Socket { socket, timer, .. } = &mut self.source else { return Ok(()) };
+        let _ = timer.wait();
+        if let Some(before) = socket.look() {
+            ops.remove(Events::empty(&before))?;
+            ops.add(Events::new(socket.listener(), EventSet::IN))?;
+        }
+        Ok(())
+    }
+
     /// Takes a client, or turns it away while there is one. One that has gone, and whose input the guest does
     /// not read, keeps nobody away.
     fn accept(&mut self, ops: &mut EventOps) {
-        let Source::Socket { listener, client } = &self.source else { return };
-        let Ok((stream, _)) = listener.accept() else { return };
+        let Source::Socket { socket, client, .. } = &self.source else { return };
+        let Ok((stream, _)) = socket.listener().accept() else { return };
         if client.replace(stream, &self.port) {
             self.ended = false;
             self.unwatch(ops);
@@ -159,8 +177,9 @@ impl Subscriber for Input {
     fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
         ops.add(Events::new(self.port.room_event(), EventSet::IN))?;
         ops.add(Events::new_raw(self.port.timer(), EventSet::IN))?;
-        if let Source::Socket { listener, .. } = &self.source {
-            ops.add(Events::new(listener, EventSet::IN))?;
+        if let Source::Socket { socket, timer, .. } = &self.source {
+            ops.add(Events::new(socket.listener(), EventSet::IN))?;
+            ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN))?;
         }
         self.watch(ops);
         Ok(())
@@ -169,8 +188,12 @@ impl Subscriber for Input {
     fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
         let fd = events.fd();
         let room = self.port.room_event();
-        let is_listener =
-            matches!(&self.source, Source::Socket { listener, .. } if listener.as_raw_fd() == fd);
+        let (is_listener, is_look) = match &self.source {
+            Source::Socket { socket, timer, .. } => {
+                (socket.listener().as_raw_fd() == fd, timer.as_raw_fd() == fd)
+            }
+            Source::Stdin { .. } | Source::Nothing => (false, false),
+        };
         if fd == self.port.timer() {
             self.port.wake();
         } else if fd == room.as_raw_fd() {
@@ -179,6 +202,8 @@ impl Subscriber for Input {
             if self.is_file {
                 self.read_file();
             }
+        } else if is_look {
+            self.look(ops)?;
         } else if is_listener {
             self.accept(ops);
         } else if self.watched.as_ref().is_some_and(|(watched, _)| *watched == fd) {

@@ -51,7 +51,7 @@ impl Running {
         let input = Input::new(source, Arc::clone(&port), Arc::clone(&vcpu_set));
         let input = Arc::new(Mutex::new(input));
         let sink = Some(Sink::File(output));
-        Self::run(Console { port, input, sink, _terminal: None, _socket: None }, vcpu_set)
+        Self::run(Console { port, input, sink, _terminal: None }, vcpu_set)
     }
 
     fn run(mut console: Console, vcpu_set: Arc<VcpuSet>) -> Self {
@@ -278,6 +278,27 @@ fn one_client_at_a_time_and_one_who_has_gone_keeps_nobody_away() {
     drop(third);
     let fourth = connect();
     assert_eq!(read_exactly(&fourth, 1).len(), 1);
+    console.devices.stop();
+}
+
+#[test]
+fn a_socket_that_somebody_removes_is_made_again() {
+    let (console, path, _directory) = on_socket();
+    let before = UnixStream::connect(&path).expect("it listens");
+    console.say(b"1");
+    assert_eq!(read_exactly(&before, 1), b"1");
+    fs::remove_file(&path).expect("it is there");
+    let begin = Instant::now();
+    while !path.exists() {
+        assert!(begin.elapsed() < LONG, "it is not there again");
+        thread::sleep(Duration::from_millis(20));
+    }
+    console.say(b"2");
+    assert_eq!(read_exactly(&before, 1), b"2", "who is connected stays so");
+    drop(before);
+    let after = UnixStream::connect(&path).expect("it listens");
+    console.say(b"3");
+    assert_eq!(read_exactly(&after, 1), b"3");
     console.devices.stop();
 }
 

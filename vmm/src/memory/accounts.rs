@@ -324,7 +324,8 @@ ShmemPmdMapped:     2048 kB
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 9 << 20).unwrap();
         let all = allocated(&file).unwrap();
         assert!(all >= Bytes::mib(9));
-        let mut accounts = Accounts::new(vec![0x10_0000..0x200_0000], Some(file)).unwrap();
+        let mapping = 0x10_0000..0x200_0000;
+        let mut accounts = Accounts::new(vec![mapping], Some(file)).unwrap();
         let smaps = "\
 00100000-02000000 rw-s 00000000 00:01 7    /memfd:guest-memory (deleted)
 Rss:                1024 kB

@@ -118,7 +118,7 @@ fn map(text: &[u8]) -> io::Result<&'static [u8]> {
     // SAFETY: a new mapping, which takes no other's place.
     let mapped = NonNull::new(unsafe { mmap(at, len, ProtFlags::READ, flags, &file, 0) }?);
     let mapped = mapped.filter(|mapped| mapped.addr().get() == START).ok_or(io::ErrorKind::AddrInUse)?;
-    mapped.expose_provenance();
+    mapped.as_ptr().expose_provenance();
     // SAFETY: `len` bytes that were just mapped, are never unmapped, and which nobody can change.
     Ok(unsafe { std::slice::from_raw_parts(mapped.cast::<u8>().as_ptr(), len) })
 }

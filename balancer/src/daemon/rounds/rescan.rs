@@ -77,12 +77,12 @@ impl Daemon {
         self.share_descriptors();
     }
 
-    /// Leaves a VM alone whose process answers for another one already: then both sockets are one VM's. Of
-    /// ballast's VMs each has one socket.
+    /// Leaves a VM alone whose process answers for another one already: then both sockets are one VM's. Only
+    /// QEMU has several (each `-qmp` is one).
     pub(super) fn find_twin(&mut self, now: Duration, id: u64) {
         let Some(managed) = self.managed_vms.get(&id).filter(|managed| managed.vm.is_some()) else { return };
         let (vmm, process) = (managed.vmm, managed.process());
-        if vmm == Kind::Ballast || !matches!(process, PeerProcess::Writer(_)) {
+        if vmm != Kind::Qemu || !matches!(process, PeerProcess::Writer(_)) {
             return;
         }
         let others = self.managed_vms.range(..id);

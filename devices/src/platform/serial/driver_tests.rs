@@ -41,10 +41,11 @@ fn output_of_every_size_goes_out_whole() {
 
 /// What comes in goes out again, as at a terminal that people type at, and both are on their way at once.
 #[test]
-fn an_echo_of_every_size_comes_back_whole() {
-    for size in 1..=BACKLOG {
+fn an_echo_of_any_size_comes_back_whole() {
+    // Each remainder by what the port and the driver take at a time comes up.
+    for size in (1..=BACKLOG).step_by(13) {
         let input = bytes(size);
-        let script = vec![(HostAct::Bring(1 + size % 97), 4), (HostAct::Read(1 + size % 89), 4)];
+        let script = [(HostAct::Bring(1 + size % 97), 4), (HostAct::Read(1 + size % 89), 4)];
         let mut world = World::new(&input, script.repeat(8));
         world.open();
         world.guest(GuestAct::Echo(true));

@@ -1,6 +1,6 @@
 //! The block device (virtio 1.2, section 5.2).
 //!
-//! The device takes requests from its queues and checks them. Threads of its own ([`workers`]) do them, in any
+//! The device takes requests from its queues and checks them. Threads of its own (`workers`) do them, in any
 //! order, on a [`Disk`]: the device never waits for the host's disks, but where it is drained.
 
 mod config;

@@ -5,8 +5,9 @@
 mod pci;
 
 use acpi_tables::aml::{
-    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope,
+    Arg, BufferData, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace,
+    Package, Path, ResourceTemplate, Return, Scope, Store,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -17,7 +18,7 @@ use acpi_tables::srat::{MemoryAffinity, SRAT};
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use api::units::Bytes;
-use devices::platform::acpi_power;
+use devices::platform::{acpi_power, sleep_note};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 pub use self::pci::PciHostBridge;
@@ -164,6 +165,7 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
     }
     panic_device(&mut body);
     power_button(platform.power_button, &mut body);
+    sleep_note(&mut body);
     dsdt.append_slice(&Scope::raw(aml::Path::new("\\_SB_"), body));
     let sleep: aml::Byte = acpi_power::SOFT_OFF;
     dsdt.append_slice(&bytes(&Name::new("\\_S5_".into(), &Package::new(vec![&sleep]))));
@@ -234,6 +236,49 @@ fn power_button(irq: u32, body: &mut Vec<u8>) {
                     vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)],
                 )],
             ),
+        ],
+    )
+    .to_aml_bytes(body);
+}
+
+/// A system power management controller whose methods Linux and Windows call when they fall asleep and wake, by
+/// Microsoft's identifier for them (Linux: drivers/acpi/x86/s2idle.c). They note it at a port.
+fn sleep_note(body: &mut Vec<u8>) {
+    // 11e00d56-ce64-47ce-837b-1f898f9aa461, as UUIDs lie in memory (ACPI 6.5, section 19.6.142).
+    const IDENTIFIER: [u8; 16] =
+        [0x56, 0x0d, 0xe0, 0x11, 0x64, 0xce, 0xce, 0x47, 0x83, 0x7b, 0x1f, 0x89, 0x8f, 0x9a, 0xa4, 0x61];
+    const ENTRY: u8 = 5;
+    const EXIT: u8 = 6;
+    // Function 0 tells which there are, itself included.
+    const FUNCTIONS: [u8; 4] = [1 << 0 | 1 << ENTRY | 1 << EXIT, 0, 0, 0];
+    let note = Path::new("NOTE");
+    let region =
+        OpRegion::new("NPRT".into(), OpRegionSpace::SystemIO, &layout::SLEEP_NOTE, &sleep_note::PORTS);
+    let field = Field::new(
+        "NPRT".into(),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![FieldEntry::Named(*b"NOTE", 8)],
+    );
+    let (identifier, functions) = (BufferData::new(IDENTIFIER.to_vec()), BufferData::new(FUNCTIONS.to_vec()));
+    let nothing = BufferData::new(vec![0]);
+    let is = |function| Equal::new(&Arg(2), function);
+    let answer = Return::new(&functions);
+    let (asleep, awake) = (Store::new(&note, &sleep_note::ASLEEP), Store::new(&note, &sleep_note::AWAKE));
+    let (which, entry, exit) = (is(&aml::ZERO), is(&ENTRY), is(&EXIT));
+    let which = If::new(&which, vec![&answer]);
+    let (entry, exit) = (If::new(&entry, vec![&asleep]), If::new(&exit, vec![&awake]));
+    let meant = Equal::new(&Arg(0), &identifier);
+    let meant = If::new(&meant, vec![&which, &entry, &exit]);
+    let other = Return::new(&nothing);
+    Device::new(
+        "SLPN".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0D80")),
+            &region,
+            &field,
+            &Method::new("_DSM".into(), 4, true, vec![&meant, &other]),
         ],
     )
     .to_aml_bytes(body);

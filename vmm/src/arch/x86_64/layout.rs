@@ -56,6 +56,8 @@ pub const FREE_PINS: RangeInclusive<u32> = 16..=23;
 pub const PVPANIC: u16 = 0x505;
 /// The ACPI power registers ([`devices::platform::acpi_power`]).
 pub const ACPI_POWER: u16 = 0x600;
+/// Where a guest notes that it sleeps ([`devices::platform::sleep_note`]).
+pub const SLEEP_NOTE: u16 = 0x604;
 /// The keyboard controller's command port: nothing is there but its reset line.
 pub const KEYBOARD_COMMAND: u16 = 0x64;
 

@@ -125,6 +125,9 @@ impl Head {
             return Err(HeadError::Wrong("its clusters are of no size from 512 bytes to 2 MiB"));
         }
         let size = head.long(24);
+        if size == 0 || size % 512 != 0 || size > i64::MAX as u64 {
+            return Err(HeadError::Wrong("its size is no whole number of 512-byte sectors"));
+        }
         let l1 = u64::from(head.word(36)) * 8;
         // A table of this level names so many bytes of the disk.
         let covered = 1u64 << (2 * cluster_bits - 3);
@@ -136,9 +139,6 @@ impl Head {
         }
         if head.word(60) != 0 {
             return Err(HeadError::Snapshots);
-        }
-        if size == 0 || size % 512 != 0 || size > i64::MAX as u64 {
-            return Err(HeadError::Wrong("its size is no whole number of 512-byte sectors"));
         }
         let header_length = if version == 2 { 72 } else { u64::from(head.word(100)) };
         let backing = backing(file, &head, header_length, 1 << cluster_bits)?;

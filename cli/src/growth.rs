@@ -1,0 +1,79 @@
+//! How a guest is to get memory beyond what it starts with, where the command line leaves that open.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::Path;
+
+use api::limits::Limits;
+use image::modules::{self, Module};
+use image::{Error, Unpacking};
+
+const MODULE: &str = "virtio_mem";
+/// A parameter that it has had since it is in Linux (5.8).
+const PARAMETER: &str = "unplug_online";
+
+/// What was found out about a guest.
+#[derive(Debug)]
+pub enum Growth {
+    /// It can plug.
+    Plug(Module),
+    /// It can't, or nobody knows, for this reason.
+    Balloon(String),
+}
+
+impl fmt::Display for Growth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plug(Module::InInitramfs(file)) => write!(f, "it plugs memory: its initramfs has {file}"),
+            Self::Plug(Module::BuiltIn) => write!(f, "it plugs memory: {MODULE} is built into its kernel"),
+            Self::Balloon(why) => write!(f, "it grows by its balloon: {why}"),
+        }
+    }
+}
+
+/// What a guest that boots these can do.
+pub fn of_guest(kernel: &Path, initrd: Option<&Path>, unpacking: Option<&Unpacking>) -> Growth {
+    let unknown = |what: &str, path: &Path, why: &Error| {
+        Growth::Balloon(format!("nobody knows whether the {what} {} has {MODULE}: {why}", path.display()))
+    };
+    let in_initramfs = initrd.map(|path| {
+        let found =
+            File::open(path).map_err(Error::Read).and_then(|file| modules::in_initramfs(&file, MODULE));
+        found.map_err(|why| unknown("initramfs", path, &why))
+    });
+    if let Some(Ok(Some(module))) = in_initramfs {
+        return Growth::Plug(module);
+    }
+    match built_in(kernel, unpacking) {
+        Ok(true) => return Growth::Plug(Module::BuiltIn),
+        Ok(false) => {}
+        Err(why) if !matches!(in_initramfs, Some(Err(_))) => return unknown("kernel", kernel, &why),
+        Err(_) => {}
+    }
+    match in_initramfs {
+        Some(Err(unknown)) => unknown,
+        Some(Ok(_)) => Growth::Balloon(format!("neither its kernel nor its initramfs has {MODULE}")),
+        None => Growth::Balloon(format!("its kernel has no {MODULE}, and there is no initramfs that could")),
+    }
+}
+
+fn built_in(kernel: &Path, unpacking: Option<&Unpacking>) -> Result<bool, Error> {
+    let mut file = File::open(kernel).map_err(Error::Read)?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic).map_err(Error::Read)?;
+    file.rewind().map_err(Error::Read)?;
+    if magic == *b"\x7fELF" {
+        return modules::has_parameter(&mut file, MODULE, PARAMETER).map_err(Error::Read);
+    }
+    // Without unpacking it is as if it had none: nothing is known of what is packed.
+    let Some(unpacking) = unpacking else { return Ok(false) };
+    let (kernel, _) = unpacking.prepare(&file)?;
+    let mut contents = kernel.contents().map_err(Error::Read)?;
+    modules::has_parameter(&mut contents, MODULE, PARAMETER).map_err(Error::Read)
+}
+
+/// Whether a VM with these limits has anything to plug.
+pub fn has_more(limits: &Limits) -> bool {
+    limits.max() > limits.startup()
+}
