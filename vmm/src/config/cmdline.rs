@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use api::units::Bytes;
+
 use super::{Transport, VmConfig};
 
 /// The command line of a guest for which the user gives none. Each word saves something, or makes an end known:
@@ -28,11 +30,19 @@ pub fn with_words(cmdline: &str, words: &str) -> String {
     if tests { kept.collect::<Vec<_>>().join(" ") } else { line.trim().to_owned() }
 }
 
-/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it is plugged, by the
-/// kernel as well as by programs. Where it is kept movable (`auto-movable`), programs fill what the kernel could use
-/// first, and a guest then kills processes for want of a page for its kernel with much memory free (Linux 5.16 and
-/// later: Documentation/admin-guide/mm/memory-hotplug.rst).
-const PLUG_WORDS: [&str; 2] = ["memhp_default_state=online", "memory_hotplug.online_policy=contig-zones"];
+/// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it is plugged.
+const ONLINE: &str = "memhp_default_state=online";
+
+/// Memory that is plugged is kept movable, so that it can be unplugged, as long as the guest has a quarter that is
+/// not (Linux 5.16 and later: Documentation/admin-guide/mm/memory-hotplug.rst).
+const KEPT_MOVABLE: &str = "memory_hotplug.online_policy=auto-movable";
+
+/// The kernel may use memory that is plugged as programs may. Unplugging gives less back then, and slowly.
+const FOR_THE_KERNEL_TOO: &str = "memory_hotplug.online_policy=contig-zones";
+
+/// With less than this at its start a guest's programs fill what its kernel could use before they fill movable memory:
+/// it then kills processes for want of a page for its kernel, with much memory free.
+const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
 
 /// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
 const NO_PCI_WORD: &str = "pci=off";
@@ -74,7 +84,12 @@ impl VmConfig {
     /// The command line that the guest gets: the user's, and what its devices ask for. A word that the user
     /// gave as well stays as it is.
     pub fn kernel_cmdline(&self) -> String {
-        let plug: &[&str] = if self.plugs_memory() { &PLUG_WORDS } else { &[] };
+        let has_enough = self.limits.startup() >= ENOUGH_FOR_THE_KERNEL;
+        let plug: &[&str] = match self.plugs_memory() {
+            true if has_enough => &[ONLINE, KEPT_MOVABLE],
+            true => &[ONLINE, FOR_THE_KERNEL_TOO],
+            false => &[],
+        };
         let pci: &[&str] = if self.transport == Transport::Mmio { &[NO_PCI_WORD] } else { &[] };
         plug.iter().chain(pci).fold(self.cmdline.clone(), |line, word| {
             let name = name_of(word);
@@ -133,6 +148,11 @@ mod tests {
         assert_eq!(
             config.kernel_cmdline(),
             "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=contig-zones"
+        );
+        config.limits = "256M,max=1G".parse().unwrap();
+        assert_eq!(
+            config.kernel_cmdline(),
+            "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=auto-movable"
         );
     }
 
