@@ -35,7 +35,7 @@ pub const HOST_LOCK: &str = "ballast-balancer";
 const PLACES: u8 = 64;
 
 /// How long a holder may take to say who it is.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How often one that is about to start is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -178,30 +178,43 @@ fn claim(name: &str) -> io::Result<Option<(u8, OwnedFd)>> {
 /// Who holds a place, if somebody does. One that came `before` may be about to start: it is waited for. One that
 /// comes after waits for this one.
 async fn ask(name: &str, place: u8, before: bool) -> Option<Holder> {
-    let address = address(name, place).ok()?;
-    let connected = timeout(PATIENCE, async {
+    let mut holder = Holder { pid: None, user: None, keeper: None };
+    let asked = timeout(PATIENCE, async {
         loop {
-            let socket = socket().ok()?;
-            match rustix::net::connect(&socket, &address) {
-                Ok(()) => return UnixStream::from_std(StdStream::from(socket)).ok(),
-                // Somebody is there, and many ask.
-                Err(Errno::AGAIN) => {}
-                Err(_) if !before || rustix::net::bind(&socket, &address).is_ok() => return None,
-                Err(_) => {}
+            let mut stream = connect(name, place, before).await?;
+            let by = stream.peer_cred().ok()?;
+            holder.pid = by.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+            holder.user = Some(by.uid());
+            let mut line = Vec::new();
+            let read = (&mut stream).take(LONGEST).read_to_end(&mut line).await;
+            if read.is_ok() && !line.is_empty() {
+                return Some(serde_json::from_slice(&line).ok());
             }
+            // It has ended since, and its place is free; or it is about to say so again.
             sleep(LOOK_AGAIN).await;
         }
     });
-    let Ok(connected) = connected.await else {
-        return Some(Holder { pid: None, user: None, keeper: None });
-    };
-    let mut stream = connected?;
-    let by = stream.peer_cred().ok()?;
-    let mut line = Vec::new();
-    let read = timeout(PATIENCE, (&mut stream).take(LONGEST).read_to_end(&mut line)).await;
-    let keeper = read.ok().and_then(Result::ok).and_then(|_| serde_json::from_slice(&line).ok());
-    let pid = by.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
-    Some(Holder { pid, user: Some(by.uid()), keeper })
+    match asked.await {
+        Ok(None) => None,
+        Ok(Some(keeper)) => Some(Holder { keeper, ..holder }),
+        Err(_) => Some(holder),
+    }
+}
+
+/// A connection to whoever holds a place, if somebody does.
+async fn connect(name: &str, place: u8, before: bool) -> Option<UnixStream> {
+    let address = address(name, place).ok()?;
+    loop {
+        let socket = socket().ok()?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return UnixStream::from_std(StdStream::from(socket)).ok(),
+            // Somebody is there, and many ask.
+            Err(Errno::AGAIN) => {}
+            Err(_) if !before || rustix::net::bind(&socket, &address).is_ok() => return None,
+            Err(_) => {}
+        }
+        sleep(LOOK_AGAIN).await;
+    }
 }
 
 #[cfg(test)]
@@ -270,6 +283,20 @@ mod tests {
             let (first, second) = tokio::join!(start("/a"), start("/b"));
             assert!(first != second, "{first} and {second}");
         }
+    }
+
+    #[tokio::test]
+    async fn one_that_ends_while_it_is_asked_holds_nothing() {
+        let mut host = Host::new("ends");
+        let (_, socket) = claim(&host.name).unwrap().unwrap();
+        rustix::net::listen(&socket, 1).unwrap();
+        let listener = UnixListener::from_std(socket.into()).unwrap();
+        let ends = async move {
+            let (asking, _) = listener.accept().await.unwrap();
+            drop((asking, listener));
+        };
+        let (started, ()) = tokio::join!(host.start("/a", None), ends);
+        started.expect("the other one has ended");
     }
 
     #[tokio::test]
