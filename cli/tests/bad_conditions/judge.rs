@@ -66,13 +66,14 @@ pub fn run(sample: &Sample, condition: &Condition, fixture: &Fixture) -> Result<
 }
 
 fn judge(sample: &Sample, condition: Condition, status: ExitStatus, said: &str) -> Option<&'static str> {
-    if said.contains("panicked at") {
+    // What the standard library does where there is no heap, or no signal stack for a thread.
+    let no_heap = condition.is_short_of_memory()
+        && status.signal() == Some(libc::SIGABRT)
+        && ["memory allocation of", "stack_overflow.rs"].iter().any(|words| said.contains(words));
+    if said.contains("panicked at") && !no_heap {
         return Some("it panicked");
     }
     let Some(code) = status.code() else {
-        let no_heap = condition.is_short_of_memory()
-            && status.signal() == Some(libc::SIGABRT)
-            && said.contains("memory allocation of");
         // What ends at a signal by itself has none to catch it.
         let asked = sample.serves && matches!(status.signal(), Some(libc::SIGTERM | libc::SIGINT));
         return (!no_heap && !asked).then_some("a signal ended it");
