@@ -9,6 +9,9 @@ pub mod relocations;
 
 use std::ops::Range;
 
+use crate::Error;
+use header::SetupHeader;
+
 /// Where the kernel's link addresses begin that stand for physical address 0 (`__START_KERNEL_map`).
 pub const LINK_MAP: u64 = 0xffff_ffff_8000_0000;
 
@@ -21,6 +24,15 @@ pub const LARGEST_FILE: u64 = 256 << 20;
 
 /// The largest kernel that is unpacked.
 pub const LARGEST_UNPACKED: u64 = 512 << 20;
+
+/// Unpacks what the bzImage `image` with this `header` holds: an ELF, and its relocations behind it.
+///
+/// # Errors
+/// [`Error::CutOff`]; what [`payload::unpack`] says.
+pub fn unpack(image: &[u8], header: &SetupHeader) -> Result<Vec<u8>, Error> {
+    let packed = part(image, header.payload.clone()).ok_or(Error::CutOff("its payload runs past its end"))?;
+    payload::unpack(packed, header.init_size)
+}
 
 /// The part of `bytes` at `range`, if it is there.
 fn part(bytes: &[u8], range: Range<u64>) -> Option<&[u8]> {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use image::kernel::header::SetupHeader;
 use lab_init::modules::LIST;
 
 use crate::archive::Archive;
@@ -147,15 +148,19 @@ impl Kernel {
         InstalledKernel::find(&self.root()?, Vendor::Amd)
     }
 
-    /// The ELF in a bzImage whose payload is LZ4, once made kept beside the package.
+    /// The ELF in a bzImage, once made kept beside the package.
     fn elf(self) -> Result<PathBuf, Error> {
         let path = self.root()?.with_file_name("vmlinux");
         if !path.exists() {
             let image = self.installed()?.image;
             let _step = progress::begin(format!("unpacking the kernel {}", self.series()));
-            let unpacked = fs::read(&image).map_err(files(image.display()))?;
+            let packed = fs::read(&image).map_err(files(image.display()))?;
             let unpacked =
-                unpack_lz4(&unpacked).map_err(|why| Error::Failed(format!("{}: {why}", image.display())))?;
+                SetupHeader::parse(&packed).and_then(|header| image::kernel::unpack(&packed, &header));
+            let unpacked = unpacked.map_err(|why| Error::Failed(format!("{}: {why}", image.display())))?;
+            if !unpacked.starts_with(b"\x7fELF") {
+                return Err(Error::Failed(format!("{}: its payload is no ELF", image.display())));
+            }
             cache::write_whole(&path, &unpacked)?;
         }
         Ok(path)
@@ -185,36 +190,4 @@ impl Kernel {
         }
         Ok(path)
     }
-}
-
-/// The kernel in a bzImage: the payload that the setup header names
-/// (Documentation/arch/x86/boot.rst), in LZ4's legacy frame, followed by its unpacked size.
-fn unpack_lz4(image: &[u8]) -> Result<Vec<u8>, &'static str> {
-    const LEGACY_MAGIC: usize = 0x184C_2102;
-    const LARGEST_BLOCK: usize = 8 << 20;
-    const CUT: &str = "the image is cut short";
-    let word = |at: usize| -> Result<usize, _> {
-        let bytes = image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-        Ok(u32::from_le_bytes(bytes.ok_or(CUT)?) as usize)
-    };
-    let setup_sectors = usize::from(*image.get(0x1f1).ok_or(CUT)?);
-    let start = (setup_sectors + 1) * 512 + word(0x248)?;
-    let end = (start + word(0x24c)?).checked_sub(4).ok_or(CUT)?;
-    if word(start)? != LEGACY_MAGIC {
-        return Err("the payload is not LZ4");
-    }
-    let mut unpacked = Vec::new();
-    let mut block = vec![0; LARGEST_BLOCK];
-    let mut at = start + 4;
-    while at < end {
-        let packed = image.get(at + 4..at + 4 + word(at)?).ok_or("a block runs past the payload")?;
-        let length =
-            lz4_flex::block::decompress_into(packed, &mut block).map_err(|_| "a block is damaged")?;
-        unpacked.extend_from_slice(&block[..length]);
-        at += 4 + packed.len();
-    }
-    if unpacked.len() != word(end)? {
-        return Err("the kernel unpacked to another size than it says");
-    }
-    if unpacked.starts_with(b"\x7fELF") { Ok(unpacked) } else { Err("the payload is no ELF") }
 }

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+
+use lzma_rust2::XzReader;
 
 use crate::Error;
 use crate::error::files;
@@ -80,8 +82,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("xz") => {
             let mut unpacked = Vec::new();
-            lzma_rs::xz_decompress(&mut contents.as_slice(), &mut unpacked)
-                .map_err(|error| io::Error::other(format!("{error:?}")))?;
+            XzReader::new(contents.as_slice(), true).read_to_end(&mut unpacked)?;
             Ok(unpacked)
         }
         Some("ko") => Ok(contents),

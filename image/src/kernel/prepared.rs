@@ -3,8 +3,8 @@
 //! A third of a kernel's ELF is zeros (page tables to come, the room between its segments), and a guest's memory
 //! is zero already. So what is left of it is what has to be written.
 //!
-//! All numbers have their low byte first: 16 bytes that name the format, the hash of the bzImage, the hash of all that follows, then
-//! eight numbers of 64 bits ([`Shape`]), the extents (distance from the kernel's first byte, length), the places of
+//! All numbers have their low byte first: 16 bytes that name the format, the hash of the bzImage, the hash of all that
+//! follows, then eight numbers of 64 bits ([`Shape`]), the extents (distance from the kernel's first byte, length), the places of
 //! the relocations in 32 bits each, and the bytes of the extents.
 
 use std::fs::File;
@@ -16,7 +16,7 @@ use vm_memory::{ReadVolatile, VolatileMemory, VolatileSlice, bitmap::BitmapSlice
 use super::elf::Kernel;
 use super::header::{SMALLEST_ALIGNMENT, SetupHeader};
 use super::relocations::{self, Relocations};
-use super::{IMAGE_SPACE, LARGEST_UNPACKED, part, payload};
+use super::{IMAGE_SPACE, LARGEST_UNPACKED, part};
 use crate::Error;
 
 /// What files begin with; the last byte is the version.
@@ -78,8 +78,7 @@ pub struct Shape {
 /// [`Error`] says what of it is not understood.
 pub fn prepare(image: &[u8], to: &mut impl Write) -> Result<(), Error> {
     let header = SetupHeader::parse(image)?;
-    let packed = part(image, header.payload.clone()).ok_or(Error::CutOff("its payload runs past its end"))?;
-    let file = payload::unpack(packed, header.init_size)?;
+    let file = super::unpack(image, &header)?;
     let kernel = Kernel::parse(&file, header.base)?;
     let relocations = match Relocations::parse(&file, &kernel, header.base)? {
         Some(relocations) if header.is_relocatable => relocations,
