@@ -10,6 +10,27 @@ use crate::virtio::queue::IoVectors;
 /// Bytes of a sector, the unit of virtio-blk's addresses whatever the disk's own block is (section 5.2.4).
 pub const SECTOR: u64 = 512;
 
+/// Zeros that are written at a time where a disk has no other way to have them.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Has `write` write zeros to all of `range`, piece by piece, each to its place.
+///
+/// # Errors
+/// As `write`; what came before is written.
+pub(super) fn write_zeros(
+    range: ByteRange,
+    mut write: impl FnMut(&[u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut offset = range.start;
+    while offset < range.end {
+        let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
+        let piece = ZEROS.get(..left.min(ZEROS.len())).unwrap_or_default();
+        write(piece, offset)?;
+        offset = offset.saturating_add(piece.len() as u64);
+    }
+    Ok(())
+}
+
 /// Bytes that belong to a disk, from the first to the one past the last.
 pub type ByteRange = Range<u64>;
 

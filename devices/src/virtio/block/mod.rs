@@ -14,7 +14,6 @@ mod workers;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -27,7 +26,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::Config;
 use self::disk::Disk;
-use self::request::{Bounds, Parsed, Status};
+use self::request::{Bounds, Parsed};
 use self::workers::{Finished, Job, Workers};
 use super::device::{Active, Progress, VirtioDevice};
 use super::queue::{Budget, Faults, Verdict, complete, serve};
@@ -43,15 +42,6 @@ const QUEUE_SIZE: u16 = 256;
 const BUDGET: Budget = Budget { chains: QUEUE_SIZE, bytes: u64::MAX };
 
 const DEVICE: &str = "the block device";
-
-/// What a disk has done, for whoever looks.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Requests that were done.
-    pub done: AtomicU64,
-    /// Requests that failed, or could not be understood.
-    pub failed: AtomicU64,
-}
 
 /// What a block device knows, as data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +60,6 @@ pub struct Block {
     id: [u8; VIRTIO_BLK_ID_BYTES as usize],
     queue_sizes: Vec<u16>,
     workers: Workers,
-    counters: Arc<Counters>,
     faults: Faults,
     /// What the driver last asked for by the configuration space.
     writeback: bool,
@@ -97,18 +86,12 @@ impl Block {
             disk,
             id: bytes,
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues.clamp(1, MOST_QUEUES))],
-            counters: Arc::default(),
             faults: Faults::default(),
             writeback: true,
             flushes: false,
             in_flight: 0,
             jobs: Vec::new(),
         })
-    }
-
-    /// What it has done.
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
     }
 
     /// Malformed chains handed back since the device was made.
@@ -135,7 +118,6 @@ impl Block {
         let memory = Arc::clone(&active.memory);
         let mut queues: Vec<Vec<_>> = self.queue_sizes.iter().map(|_| Vec::new()).collect();
         for Finished { queue, chain, status, filled } in finished {
-            self.count(status);
             let data: u64 =
                 if filled { chain.writable().iter().map(|buffer| u64::from(buffer.len)).sum() } else { 1 };
             let written = if request::write_status(&memory, &chain, status) { data } else { 0 };
@@ -146,11 +128,6 @@ impl Block {
         for (index, done) in queues.into_iter().enumerate().filter(|(_, done)| !done.is_empty()) {
             complete(active, index, done);
         }
-    }
-
-    fn count(&self, status: Status) {
-        let counter = if status == Status::Ok { &self.counters.done } else { &self.counters.failed };
-        counter.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -216,13 +193,11 @@ impl VirtioDevice for Block {
         let memory = Arc::clone(&active.memory);
         let bounds = Bounds { size: self.disk.size(), read_only: self.disk.is_read_only() };
         let write_through = !(self.flushes && self.writeback);
-        let Self { id, jobs, counters, faults, .. } = self;
+        let Self { id, jobs, faults, .. } = self;
         let progress = serve(active, index, faults, BUDGET, |_, chain| {
             match request::parse(&memory, chain, bounds, id) {
                 Parsed::Malformed => Verdict::Malformed,
                 Parsed::Answered(status, written) => {
-                    let counter = if status == Status::Ok { &counters.done } else { &counters.failed };
-                    counter.fetch_add(1, Ordering::Relaxed);
                     let told = request::write_status(&memory, chain, status);
                     Verdict::Used(if told { written.saturating_add(1) } else { 0 })
                 }

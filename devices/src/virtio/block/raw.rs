@@ -9,15 +9,12 @@ use std::path::Path;
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use serde::{Deserialize, Serialize};
 
-use super::disk::{ByteRange, Disk, DiskError, SECTOR};
+use super::disk::{ByteRange, Disk, DiskError, SECTOR, write_zeros};
 use super::lock;
 use crate::virtio::queue::IoVectors;
 
 /// What a qcow2 image begins with.
 const QCOW2: [u8; 4] = *b"QFI\xfb";
-
-/// Zeros that are written at a time where the file system can't make them by itself.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Whether the host keeps a disk's contents in its page cache too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -268,13 +265,6 @@ impl Disk for RawDisk {
         }
         // Zeros that go through the page cache.
         let _alone = self.direct.as_ref().map(|direct| direct.aligned.write());
-        let mut offset = range.start;
-        while offset < range.end {
-            let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
-            let piece = ZEROS.get(..left.min(ZEROS.len())).unwrap_or_default();
-            self.file.write_all_at(piece, offset)?;
-            offset = offset.saturating_add(piece.len() as u64);
-        }
-        Ok(())
+        write_zeros(range, |zeros, offset| self.file.write_all_at(zeros, offset))
     }
 }

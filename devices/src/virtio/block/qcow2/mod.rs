@@ -19,7 +19,7 @@ use parking_lot::RwLock;
 pub use self::header::HeadError;
 use self::header::{Backing, Head};
 use self::ordered::Ordered;
-use super::disk::{ByteRange, Disk, DiskError, SECTOR};
+use super::disk::{ByteRange, Disk, DiskError, SECTOR, write_zeros};
 use super::raw::{Cache, open_direct, open_file};
 use crate::virtio::queue::IoVectors;
 
@@ -206,16 +206,6 @@ impl Disk for Qcow2Disk {
         if self.has_zeros {
             return access.write_zeroes(range.start, len);
         }
-        let zeros = vec![0; ZEROS];
-        let mut offset = range.start;
-        while offset < range.end {
-            let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX).min(ZEROS);
-            access.write(zeros.get(..left).unwrap_or_default(), offset)?;
-            offset = offset.saturating_add(left as u64);
-        }
-        Ok(())
+        write_zeros(range, |zeros, offset| access.write(zeros, offset))
     }
 }
-
-/// Zeros that are written at a time where an image has no other way to say it.
-const ZEROS: usize = 64 << 10;
