@@ -9,6 +9,7 @@ use api::runtime;
 use api::units::Bytes;
 use balancer::host::HostMemory;
 use balancer::host::zfs::{ARCSTATS, Arc};
+use image::kernel::prepared::PreparedKernel;
 use serde::Serialize;
 use vmm::config::MOST_CPUS;
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
@@ -92,8 +93,14 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
     findings.push(directory());
-    findings.extend(args.kernel.as_deref().map(kernel));
-    findings.extend(args.kernel.as_deref().map(|kernel| grows(kernel, args.initrd.as_deref())));
+    if let Some(path) = &args.kernel {
+        // What is kept says nothing of the process that unpacks.
+        let unpacking = unpacking(Some(&KernelCache::Off));
+        let prepared = File::open(path).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
+        let prepared = prepared.map(|(kernel, _)| kernel);
+        findings.push(kernel(path, &prepared));
+        findings.push(grows(path, args.initrd.as_deref(), &prepared));
+    }
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
     if args.json {
@@ -269,13 +276,10 @@ fn directory() -> Finding {
     }
 }
 
-fn kernel(path: &Path) -> Finding {
-    // What is kept says nothing of the process that unpacks.
-    let unpacking = unpacking(Some(&KernelCache::Off));
-    let prepared = File::open(path).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
+fn kernel(path: &Path, prepared: &Result<PreparedKernel, image::Error>) -> Finding {
     let name = path.display();
     match prepared {
-        Ok((kernel, _)) => {
+        Ok(kernel) => {
             let size = Bytes(kernel.shape().size);
             let moves = match kernel.relocations().len() {
                 0 => "always at the same address, as it has no relocations".to_owned(),
@@ -292,8 +296,11 @@ fn kernel(path: &Path) -> Finding {
 }
 
 /// How a guest would grow.
-fn grows(kernel: &Path, initrd: Option<&Path>) -> Finding {
-    let growth = growth::of_guest(kernel, initrd, Some(&unpacking(Some(&KernelCache::Off))));
+fn grows(kernel: &Path, initrd: Option<&Path>, prepared: &Result<PreparedKernel, image::Error>) -> Finding {
+    let growth = growth::of_guest(kernel, initrd, |_| match prepared {
+        Ok(kernel) => Ok(Some(kernel)),
+        Err(why) => Err(image::Error::Refused(why.to_string())),
+    });
     match growth {
         Growth::Plug(_) => Finding::good("growth", growth.to_string()),
         Growth::Balloon(_) => Finding::hint(

@@ -1,13 +1,15 @@
 //! How a guest is to get memory beyond what it starts with, where the command line leaves that open.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::Path;
 
 use api::limits::Limits;
+use image::Error;
+use image::kernel::prepared::PreparedKernel;
 use image::modules::{self, Module};
-use image::{Error, Unpacking};
 
 const MODULE: &str = "virtio_mem";
 /// A parameter that it has had since it is in Linux (5.8).
@@ -32,8 +34,13 @@ impl fmt::Display for Growth {
     }
 }
 
-/// What a guest that boots these can do.
-pub fn of_guest(kernel: &Path, initrd: Option<&Path>, unpacking: Option<&Unpacking>) -> Growth {
+/// What a guest that boots these can do. Only where its initramfs does not tell, `unpack` is asked for what the
+/// kernel holds that is packed; it gives none where that is not to be looked into.
+pub fn of_guest<K: Borrow<PreparedKernel>>(
+    kernel: &Path,
+    initrd: Option<&Path>,
+    unpack: impl FnOnce(&File) -> Result<Option<K>, Error>,
+) -> Growth {
     let unknown = |what: &str, path: &Path, why: &Error| {
         Growth::Balloon(format!("nobody knows whether the {what} {} has {MODULE}: {why}", path.display()))
     };
@@ -45,7 +52,7 @@ pub fn of_guest(kernel: &Path, initrd: Option<&Path>, unpacking: Option<&Unpacki
     if let Some(Ok(Some(module))) = in_initramfs {
         return Growth::Plug(module);
     }
-    match built_in(kernel, unpacking) {
+    match built_in(kernel, unpack) {
         Ok(true) => return Growth::Plug(Module::BuiltIn),
         Ok(false) => {}
         Err(why) if !matches!(in_initramfs, Some(Err(_))) => return unknown("kernel", kernel, &why),
@@ -58,7 +65,10 @@ pub fn of_guest(kernel: &Path, initrd: Option<&Path>, unpacking: Option<&Unpacki
     }
 }
 
-fn built_in(kernel: &Path, unpacking: Option<&Unpacking>) -> Result<bool, Error> {
+fn built_in<K: Borrow<PreparedKernel>>(
+    kernel: &Path,
+    unpack: impl FnOnce(&File) -> Result<Option<K>, Error>,
+) -> Result<bool, Error> {
     let mut file = File::open(kernel).map_err(Error::Read)?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic).map_err(Error::Read)?;
@@ -67,9 +77,8 @@ fn built_in(kernel: &Path, unpacking: Option<&Unpacking>) -> Result<bool, Error>
         return modules::has_parameter(&mut file, MODULE, PARAMETER).map_err(Error::Read);
     }
     // Without unpacking it is as if it had none: nothing is known of what is packed.
-    let Some(unpacking) = unpacking else { return Ok(false) };
-    let (kernel, _) = unpacking.prepare(&file)?;
-    let mut contents = kernel.contents().map_err(Error::Read)?;
+    let Some(kernel) = unpack(&file)? else { return Ok(false) };
+    let mut contents = kernel.borrow().contents().map_err(Error::Read)?;
     modules::has_parameter(&mut contents, MODULE, PARAMETER).map_err(Error::Read)
 }
 

@@ -217,7 +217,10 @@ impl Args {
             GrowBy::Auto => {
                 growth::has_more(&self.memory) && {
                     let unpacking = (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref()));
-                    let growth = growth::of_guest(&self.kernel, self.initrd.as_deref(), unpacking.as_ref());
+                    let growth = growth::of_guest(&self.kernel, self.initrd.as_deref(), |file| {
+                        let prepared = unpacking.map(|unpacking| unpacking.prepare(file)).transpose()?;
+                        Ok(prepared.map(|(kernel, _)| kernel))
+                    });
                     info!("{growth}");
                     matches!(growth, Growth::Plug(_))
                 }
