@@ -387,23 +387,12 @@ mod tests {
 
     fn status() -> MemoryStatus {
         MemoryStatus {
-            limits: "256M,max=1G".parse().unwrap(),
             target: Bytes::mib(300),
-            actual: Bytes::mib(300),
-            given: Some(Bytes::mib(300)),
             most: None,
-            settled: false,
             followed: Some(true),
-            paused_by: None,
             host_rss: Some(Bytes::mib(200)),
-            host_huge: None,
             driver: DriverState::Active,
-            report: None,
-            agent: None,
-            counters: BalloonCounters::default(),
-            plug: None,
-            cushion: None,
-            oom_deflate: None,
+            ..MemoryStatus::before_the_start("256M,max=1G".parse().unwrap(), Bytes::mib(300))
         }
     }
 

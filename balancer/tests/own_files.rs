@@ -4,14 +4,15 @@ mod fakes;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::units::Bytes;
 use balancer::daemon::client::Client;
 use balancer::daemon::{self, Config, DaemonError, State};
 use fakes::FakeVm;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
 /// Every wait is for an event; this is only when to give up.
@@ -29,6 +30,25 @@ fn start(directory: &Path) -> Running {
         ..Config::default()
     };
     tokio::spawn(daemon::run(config, std::future::pending()))
+}
+
+/// A daemon that serves the VMs in a directory `run` of a place that is there as long as it is held.
+async fn serving() -> (TempDir, PathBuf, Running) {
+    let place = tempfile::tempdir().unwrap();
+    let directory = place.path().join("run");
+    let daemon = start(&directory);
+    until(&directory, "it serves", |state| state.rounds > 0).await;
+    (place, directory, daemon)
+}
+
+/// What a daemon says that ends by itself.
+async fn end_of(daemon: Running) -> DaemonError {
+    tokio::time::timeout(PATIENCE, daemon).await.expect("it ends").unwrap().unwrap_err()
+}
+
+/// Puts each of two files where the other was, in one step.
+fn exchange(one: &Path, other: &Path) {
+    rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
 }
 
 /// Waits until the daemon answers at its socket with this.
@@ -55,10 +75,7 @@ fn mode(path: &Path) -> u32 {
 
 #[tokio::test]
 async fn a_socket_that_is_removed_or_replaced_is_made_anew() {
-    let place = tempfile::tempdir().unwrap();
-    let directory = place.path().join("run");
-    let daemon = start(&directory);
-    until(&directory, "it serves", |state| state.rounds > 0).await;
+    let (place, directory, daemon) = serving().await;
     let socket = daemon::socket_in(&directory);
     fs::remove_file(&socket).unwrap();
     until(&directory, "it serves anew", |state| state.rounds > 0).await;
@@ -73,10 +90,7 @@ async fn a_socket_that_is_removed_or_replaced_is_made_anew() {
 
 #[tokio::test]
 async fn a_lock_that_is_removed_is_taken_anew() {
-    let place = tempfile::tempdir().unwrap();
-    let directory = place.path().join("run");
-    let _daemon = start(&directory);
-    until(&directory, "it serves", |state| state.rounds > 0).await;
+    let (_place, directory, _daemon) = serving().await;
     let lock = directory.join("balancer/lock");
     fs::remove_file(&lock).unwrap();
     let waited = tokio::time::timeout(PATIENCE, async {
@@ -94,10 +108,7 @@ async fn a_lock_that_is_removed_is_taken_anew() {
 
 #[tokio::test]
 async fn a_directory_that_is_removed_is_made_anew_and_watched() {
-    let place = tempfile::tempdir().unwrap();
-    let directory = place.path().join("run");
-    let daemon = start(&directory);
-    until(&directory, "it serves", |state| state.rounds > 0).await;
+    let (_place, directory, daemon) = serving().await;
     let vm = FakeVm::start(&directory, "before", LIMITS, Bytes::mib(150));
     until(&directory, "the VM is known", knows("before")).await;
     fs::remove_dir_all(&directory).unwrap();
@@ -112,10 +123,7 @@ async fn a_directory_that_is_removed_is_made_anew_and_watched() {
 
 #[tokio::test]
 async fn a_daemon_whose_place_another_has_taken_ends_and_leaves_that_ones_socket() {
-    let place = tempfile::tempdir().unwrap();
-    let directory = place.path().join("run");
-    let daemon = start(&directory);
-    until(&directory, "it serves", |state| state.rounds > 0).await;
+    let (place, directory, daemon) = serving().await;
     // As another daemon would that comes between the removal and the next look. The directory is replaced in one
     // step, so that the first finds all of it at once.
     let new = place.path().join("new");
@@ -126,39 +134,20 @@ async fn a_daemon_whose_place_another_has_taken_ends_and_leaves_that_ones_socket
     fs::write(new.join("balancer/lock"), "4711\n").unwrap();
     let theirs = new.join("balancer/balancer.sock");
     let _socket = std::os::unix::net::UnixListener::bind(&theirs).unwrap();
-    rustix::fs::renameat_with(
-        rustix::fs::CWD,
-        &new,
-        rustix::fs::CWD,
-        &directory,
-        rustix::fs::RenameFlags::EXCHANGE,
-    )
-    .unwrap();
-    let ended = tokio::time::timeout(PATIENCE, daemon).await.expect("it ends").unwrap();
-    let error = ended.unwrap_err();
+    exchange(&new, &directory);
+    let error = end_of(daemon).await;
     assert!(matches!(&error, DaemonError::Displaced { pid, .. } if pid == "4711"), "{error}");
     assert!(daemon::socket_in(&directory).exists());
 }
 
 #[tokio::test]
 async fn a_daemon_without_a_place_ends_and_says_so() {
-    let place = tempfile::tempdir().unwrap();
-    let directory = place.path().join("run");
-    let daemon = start(&directory);
-    until(&directory, "it serves", |state| state.rounds > 0).await;
+    let (place, directory, daemon) = serving().await;
     // A file stands where its directory was.
     let file = place.path().join("file");
     fs::write(&file, "").unwrap();
-    rustix::fs::renameat_with(
-        rustix::fs::CWD,
-        &file,
-        rustix::fs::CWD,
-        &directory,
-        rustix::fs::RenameFlags::EXCHANGE,
-    )
-    .unwrap();
-    let ended = tokio::time::timeout(PATIENCE, daemon).await.expect("it ends").unwrap();
-    let error = ended.unwrap_err();
+    exchange(&file, &directory);
+    let error = end_of(daemon).await;
     assert!(matches!(error, DaemonError::Homeless { .. }), "{error}");
 }
 

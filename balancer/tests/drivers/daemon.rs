@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use api::units::Bytes;
+use balancer::daemon::client::Client;
+use balancer::daemon::{self, Config, State};
 use serde_json::{Value, json};
 
 use crate::cloud_hypervisor::CLOUD_HYPERVISOR;
@@ -10,11 +12,31 @@ use crate::firecracker::FIRECRACKER;
 use crate::qemu::qemu_answers;
 use crate::recorded::Recorded;
 
+/// The first state of a daemon with these settings in which that is `seen`.
+async fn state_under(settings: &str, what: &str, seen: impl Fn(&State) -> bool) -> State {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("balancer.toml");
+    std::fs::write(&file, settings).unwrap();
+    let config = Config { directory: Some(directory.path().to_owned()), ..Config::read(&file).unwrap() };
+    let daemon = tokio::spawn(daemon::run(config, std::future::pending()));
+    let mut client = Client::new(directory.path(), Duration::from_secs(10));
+    let state = tokio::time::timeout(Duration::from_secs(60), async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            match client.state().await {
+                Ok(state) if seen(&state) => return state,
+                _ => {}
+            }
+        }
+    });
+    let state = state.await;
+    daemon.abort();
+    state.unwrap_or_else(|_| panic!("gave up waiting until {what}"))
+}
+
 #[tokio::test]
 async fn one_daemon_looks_after_vms_of_every_kind() {
-    use balancer::daemon::{self, Config};
-
-    let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let elsewhere = tempfile::tempdir().unwrap();
     let path = |name: &str| elsewhere.path().join(name);
     let needy = Recorded::http(path("needy.fc"), FIRECRACKER);
     // It uses 724 MiB of the 824 that it has.
@@ -22,7 +44,6 @@ async fn one_daemon_looks_after_vms_of_every_kind() {
     needy.answer("GET /balloon/statistics", 200, &tight);
     let _mute = Recorded::http(path("mute.ch"), CLOUD_HYPERVISOR);
     let _clash = Recorded::qmp(path("needy.qmp"), &qemu_answers());
-    let file = directory.path().join("balancer.toml");
     let dir = elsewhere.path().display();
     let text = format!(
         "budget = \"4G\"\ninterval = \"100ms\"\n\
@@ -30,21 +51,10 @@ async fn one_daemon_looks_after_vms_of_every_kind() {
          [[vms]]\ndriver = \"cloud-hypervisor\"\nsockets = \"{dir}/*.ch\"\nmemory = \"512M,min=256M\"\n\
          [[vms]]\ndriver = \"qemu\"\nsockets = \"{dir}/*.qmp\"\n"
     );
-    std::fs::write(&file, text).unwrap();
-    let config = Config { directory: Some(directory.path().to_owned()), ..Config::read(&file).unwrap() };
-    let daemon = tokio::spawn(daemon::run(config, std::future::pending()));
-    let mut client = daemon::client::Client::new(directory.path(), Duration::from_secs(10));
-    let state = tokio::time::timeout(Duration::from_secs(60), async {
-        loop {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            let Ok(state) = client.state().await else { continue };
-            if state.vms.len() == 2 && !needy.orders("PATCH /balloon").is_empty() && state.rounds > 10 {
-                return serde_json::to_value(state).unwrap();
-            }
-        }
+    let state = state_under(&text, "the needy one is given memory", |state| {
+        state.vms.len() == 2 && !needy.orders("PATCH /balloon").is_empty() && state.rounds > 10
     });
-    let state: Value = state.await.expect("the needy one is given memory");
-    daemon.abort();
+    let state: Value = serde_json::to_value(state.await).unwrap();
     let granted = needy.orders("PATCH /balloon")[0]["amount_mib"].as_u64().unwrap();
     assert!(granted < 256, "its balloon is made smaller: {granted}");
     // The one whose name was taken is not there; the one that can't report is held and charged.
@@ -57,34 +67,18 @@ async fn one_daemon_looks_after_vms_of_every_kind() {
 
 #[tokio::test]
 async fn two_sockets_of_one_process_are_one_vm() {
-    use balancer::daemon::{self, Config};
-
-    let (directory, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let elsewhere = tempfile::tempdir().unwrap();
     let _sockets = ["web.qmp", "web-operator.qmp"]
         .map(|name| Recorded::qmp(elsewhere.path().join(name), &qemu_answers()));
-    let file = directory.path().join("balancer.toml");
     let sockets = elsewhere.path().join("*.qmp");
     let text = format!(
         "budget = \"8G\"\ninterval = \"50ms\"\n[[vms]]\ndriver = \"qemu\"\nsockets = \"{}\"\n",
         sockets.display()
     );
-    std::fs::write(&file, text).unwrap();
-    let config = Config { directory: Some(directory.path().to_owned()), ..Config::read(&file).unwrap() };
-    let daemon = tokio::spawn(daemon::run(config, std::future::pending()));
-    let mut client = daemon::client::Client::new(directory.path(), Duration::from_secs(10));
-    let state = tokio::time::timeout(Duration::from_secs(60), async {
-        loop {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            match client.state().await {
-                Ok(state) if state.vms.iter().any(|vm| vm.memory.is_some()) && state.rounds > 5 => {
-                    return state;
-                }
-                _ => {}
-            }
-        }
+    let state = state_under(&text, "the VM is known", |state| {
+        state.vms.iter().any(|vm| vm.memory.is_some()) && state.rounds > 5
     });
-    let state = state.await.expect("the VM is known");
-    daemon.abort();
+    let state = state.await;
     let [vm] = state.vms.as_slice() else { panic!("{:?}", state.vms) };
     assert_eq!(state.host.charged, vm.memory.as_ref().unwrap().charge);
 }

@@ -12,8 +12,7 @@ use api::agent::{EventKind, MemoryEvent};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, DriverState, MemoryStatus, PauseRequest, Pauser, TargetRequest, VmState,
-    VmStatus,
+    AgedReport, DriverState, MemoryStatus, PauseRequest, Pauser, TargetRequest, VmState, VmStatus,
 };
 use api::units::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -126,23 +125,12 @@ impl FakeVm {
     pub fn listening(listener: UnixListener, socket: PathBuf, name: &str, limits: &str, used: Bytes) -> Self {
         let limits: Limits = limits.parse().unwrap();
         let memory = MemoryStatus {
-            limits,
-            target: limits.startup(),
-            actual: limits.startup(),
             given: None,
             most: None,
-            settled: false,
             followed: Some(true),
-            paused_by: None,
             host_rss: Some(limits.startup()),
-            host_huge: None,
             driver: DriverState::Active,
-            report: None,
-            agent: None,
-            counters: BalloonCounters::default(),
-            plug: None,
-            cushion: None,
-            oom_deflate: None,
+            ..MemoryStatus::before_the_start(limits, limits.startup())
         };
         let state = Arc::new(Mutex::new(State {
             manner: Manner::Sound,

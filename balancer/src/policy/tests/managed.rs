@@ -2,7 +2,7 @@
 
 use api::agent::AgentFigures;
 use api::report::Report;
-use api::status::{AgedReport, BalloonCounters, MemoryStatus};
+use api::status::{AgedReport, MemoryStatus};
 
 use super::*;
 
@@ -10,16 +10,10 @@ use super::*;
 fn status(limits: &str, given: u64, actual: u64, had: u64, managed: u64, spare: u64) -> MemoryStatus {
     let limits: Limits = limits.parse().unwrap();
     MemoryStatus {
-        limits,
-        target: limits.startup(),
         actual: Bytes::mib(actual),
-        given: Some(Bytes::mib(given)),
         most: Some(limits.max().saturating_sub(Bytes::mib(given - actual))),
-        settled: false,
         followed: Some(true),
-        paused_by: None,
         host_rss: Some(Bytes::mib(100)),
-        host_huge: None,
         driver: DriverState::Active,
         report: Some(AgedReport {
             age_ms: 10,
@@ -27,11 +21,7 @@ fn status(limits: &str, given: u64, actual: u64, had: u64, managed: u64, spare: 
             managed: Some(Bytes::mib(managed)),
             statistics: Report { available: Some(Bytes::mib(spare)), ..Report::default() },
         }),
-        agent: None,
-        counters: BalloonCounters::default(),
-        plug: None,
-        cushion: None,
-        oom_deflate: None,
+        ..MemoryStatus::before_the_start(limits, Bytes::mib(given))
     }
 }
 
