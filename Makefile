@@ -6,6 +6,10 @@ CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
 PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
+INSTALL = $(SUDO) apt-get install -y --no-install-recommends
+# One package from elsewhere (a backport of qemu-utils) keeps the release's others out: all are taken from the
+# release then.
+RELEASE = $(shell . /etc/os-release; echo $$VERSION_CODENAME)
 LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
@@ -81,5 +85,5 @@ lab: setup ## A shell in an emulated host; LAB_ARGS="--npt 0 -- ballast check" r
 
 setup:
 	@dpkg-query -W -f='$${Status}\n' $(PACKAGES) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(PACKAGES)) \
-	|| { $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends $(PACKAGES); }
+	|| { $(SUDO) apt-get update && { $(INSTALL) $(PACKAGES) || $(INSTALL) --allow-downgrades $(PACKAGES:%=%/$(RELEASE)); }; }
 	@apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || $(SUDO) apt-get update
