@@ -144,14 +144,14 @@ impl Cache {
     /// [`Error::Cache`].
     pub fn keep(&self, key: &Key, file: NamedTempFile, _: &Lock) -> Result<(), Error> {
         let size = file.as_file().metadata().map_err(|error| self.unusable(&error))?.len();
-        self.make_room(self.size_limit.saturating_sub(size)).map_err(|error| self.unusable(&error))?;
-        if size <= self.size_limit {
-            file.persist(self.path(key)).map_err(|error| self.unusable(&error.error))?;
-        }
+        // The others stay for one that would have no place anyway.
+        let Some(rest) = self.size_limit.checked_sub(size) else { return Ok(()) };
+        self.make_room(rest).map_err(|error| self.unusable(&error))?;
+        file.persist(self.path(key)).map_err(|error| self.unusable(&error.error))?;
         Ok(())
     }
 
-    /// Leaves kernels of `limit` bytes at most, and no file that a process which died has left.
+    /// Leaves kernels of `limit` bytes at most, those that were used last.
     fn make_room(&self, limit: u64) -> io::Result<()> {
         let mut kernels = Vec::new();
         for entry in fs::read_dir(&self.directory)? {

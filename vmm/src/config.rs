@@ -30,7 +30,7 @@ macro_rules! text {
 mod cmdline;
 mod device;
 
-pub use cmdline::{DEFAULT_CMDLINE, ENOUGH_FOR_THE_KERNEL, Hindrance, with_words};
+pub use cmdline::{DEFAULT_CMDLINE, Hindrance, with_words};
 pub use device::{
     BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
     ThreadName,

@@ -3,7 +3,7 @@
 
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::hash_map::HashMap;
-use std::fs;
+use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -26,7 +26,23 @@ use crate::driver::qemu::Qemu;
 use crate::driver::{Driver, Kind};
 
 /// What tells one file from all others, whatever paths lead to it.
-type FileId = (u64, u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// That of an open file.
+    pub fn of(metadata: &Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+
+    /// The file at `path` now, if there is one; a link is a file of its own.
+    pub fn at(path: &Path) -> Option<Self> {
+        fs::symlink_metadata(path).ok().as_ref().map(Self::of)
+    }
+}
 
 /// The least time between two reports of changes: another VMM's directory may change all the time.
 const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
@@ -34,8 +50,7 @@ const BETWEEN_CHANGES: Duration = Duration::from_millis(100);
 /// Tells a socket from another one that took its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Incarnation {
-    device: u64,
-    inode: u64,
+    file: FileId,
     /// When it was made, as an inode number may be reused at once. Where the file system does not tell,
     /// `changed` is set instead, which a chmod alters too.
     born: Option<SystemTime>,
@@ -43,17 +58,12 @@ pub struct Incarnation {
 }
 
 impl Incarnation {
-    const fn id(&self) -> FileId {
-        (self.device, self.inode)
-    }
-
     /// The socket at `path`, if there is one.
     fn of(path: &Path) -> Option<Self> {
         let metadata = fs::symlink_metadata(path).ok()?;
         let born = metadata.created().ok();
         metadata.file_type().is_socket().then(|| Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
+            file: FileId::of(&metadata),
             born,
             changed: born.is_none().then(|| (metadata.ctime(), metadata.ctime_nsec())),
         })
@@ -189,7 +199,7 @@ impl Candidates {
     fn add(&mut self, name: String, socket: PathBuf, kind: Kind, memory: Option<Wanted>) -> bool {
         // It may be no socket, or have gone since.
         let Some(incarnation) = Incarnation::of(&socket) else { return false };
-        let place = *self.places.entry(incarnation.id()).or_insert(self.found.len());
+        let place = *self.places.entry(incarnation.file).or_insert(self.found.len());
         let Some(first) = self.found.get_mut(place) else {
             self.found.push(Found { name, socket, incarnation, kind, memory });
             return true;

@@ -5,9 +5,9 @@
 //! daemon has taken its place, or there is no place any more, it ends: nobody could reach it, and nothing would
 //! keep another from starting.
 
-use std::fs::{self, File, Metadata, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use api::runtime;
@@ -19,25 +19,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tracing::warn;
 
+use super::discovery::FileId;
 use super::{DaemonError, own_directory, socket_in};
-
-/// What tells one file from all others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
-    device: u64,
-    inode: u64,
-}
-
-impl FileId {
-    fn of(metadata: &Metadata) -> Self {
-        Self { device: metadata.dev(), inode: metadata.ino() }
-    }
-
-    /// The file at `path` now, if there is one.
-    fn at(path: &Path) -> Option<Self> {
-        fs::symlink_metadata(path).ok().as_ref().map(Self::of)
-    }
-}
 
 /// What came of a look at them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
