@@ -15,7 +15,9 @@
 //!
 //! Plugging takes a guest's time, and its kernel kills a process in less. So a [`cushion`] is plugged
 //! beyond the target and lies in the balloon: it costs the host nothing, and a guest
-//! that runs out of memory has it at once (deflate-on-OOM).
+//! that runs out of memory has it at once (deflate-on-OOM). It leaves the balloon while much is unplugged, and
+//! comes back afterwards: its pages lie all over the blocks that are to go, and Linux moves each of them by
+//! asking the balloon for another, some 5 MiB/s.
 //!
 //! A VM without pluggable memory has the balloon alone.
 //!
@@ -39,10 +41,17 @@ const CUSHION_MOST: Bytes = Bytes::mib(256);
 /// Of a cushion so much is plugged before the balloon holds the rest: meanwhile the guest could use it.
 const AHEAD: Bytes = Bytes::mib(16);
 
+/// Less than this is unplugged around the cushion: moving that would be more work.
+const AROUND: Bytes = Bytes::mib(16);
+
 /// What to keep plugged beyond `target` for a guest that may have `max`. So much less is
 /// plugged of it as the target lies below what the guest booted with: the balloon holds that anyway.
 pub fn cushion(target: Bytes, max: Bytes) -> Bytes {
-    Bytes(target.0 / CUSHION_PART).clamp(CUSHION_LEAST, CUSHION_MOST).min(max.saturating_sub(target))
+    cushion_of(target).min(max.saturating_sub(target))
+}
+
+fn cushion_of(target: Bytes) -> Bytes {
+    Bytes(target.0 / CUSHION_PART).clamp(CUSHION_LEAST, CUSHION_MOST)
 }
 
 /// How a guest's memory stands, as far as it matters for what to do next.
@@ -66,6 +75,8 @@ pub struct Standing {
     pub balloon: Bytes,
     /// What to keep plugged beyond the target. None for a guest whose balloon would not hold it.
     pub cushion: Bytes,
+    /// What of the cushion has left the balloon for an unplugging and is still counted as there.
+    pub let_go: Bytes,
 }
 
 /// What to ask of the guest.
@@ -75,6 +86,8 @@ pub struct Steps {
     pub requested: Bytes,
     /// What its balloon should hold.
     pub held: Bytes,
+    /// What of the cushion is out of the balloon, and counts as there until it is again.
+    pub let_go: Bytes,
     /// When to look again if nothing happens until then.
     pub look_again: Option<Duration>,
 }
@@ -82,7 +95,8 @@ pub struct Steps {
 /// What to ask of a guest that shall have `target`, which lies at a whole block above the boot
 /// memory, or below it.
 pub fn steps(standing: Standing, target: Bytes) -> Steps {
-    let Standing { boot, block, plugged, off_line, driver, waited, held, balloon, cushion } = standing;
+    let Standing { boot, block, plugged, off_line, driver, waited, held, balloon, cushion, let_go } =
+        standing;
     let beyond = |target: Bytes, more| whole_blocks(target.saturating_add(more).saturating_sub(boot), block);
     let whole = beyond(target, cushion);
     // A guest that has taken from its cushion does not get the rest of it in other pages.
@@ -92,10 +106,33 @@ pub fn steps(standing: Standing, target: Bytes) -> Steps {
     // With what is plugged now, the balloon must hold so much for the target to be met.
     let has = boot.saturating_add(plugged.saturating_sub(off_line));
     let needed = has.saturating_sub(target);
-    let unplugs = surplus > Bytes::ZERO && driver && waited < UNPLUG_PATIENCE;
-    let held = if unplugs { needed.min(held) } else { needed };
-    let look_again = (held < needed).then(|| UNPLUG_PATIENCE.saturating_sub(waited));
-    Steps { requested, held, look_again }
+    let moves = driver && waited < UNPLUG_PATIENCE;
+    if moves && lets_go(standing, has, target, surplus) {
+        let let_go = let_go.max(held).min(needed);
+        let look_again = Some(UNPLUG_PATIENCE.saturating_sub(waited));
+        return Steps { requested, held: Bytes::ZERO, let_go, look_again };
+    }
+    let held = if surplus > Bytes::ZERO && moves { needed.min(held) } else { needed };
+    let patience = UNPLUG_PATIENCE.saturating_mul(2);
+    let let_go = if balloon < held && waited < patience { let_go.min(held) } else { Bytes::ZERO };
+    let look_again = if held < needed {
+        Some(UNPLUG_PATIENCE.saturating_sub(waited))
+    } else {
+        (let_go > Bytes::ZERO).then(|| patience.saturating_sub(waited))
+    };
+    Steps { requested, held, let_go, look_again }
+}
+
+/// Whether the cushion is out of the balloon, as `surplus` is to be unplugged or was a moment ago.
+fn lets_go(standing: Standing, has: Bytes, target: Bytes, surplus: Bytes) -> bool {
+    let Standing { held, cushion, let_go, .. } = standing;
+    // One that is to have more than it has needs it from the cushion, and one that has none lets nothing go.
+    if cushion == Bytes::ZERO || has.saturating_sub(let_go.max(held)) < target {
+        return false;
+    }
+    // A balloon that holds more makes up for what could not be unplugged before, and can't now.
+    let is_cushion = held <= cushion.max(cushion_of(has.saturating_sub(held)));
+    let_go > Bytes::ZERO || (held > Bytes::ZERO && surplus >= AROUND && is_cushion)
 }
 
 fn whole_blocks(amount: Bytes, block: Bytes) -> Bytes {
@@ -123,13 +160,16 @@ mod tests {
             held: Bytes::ZERO,
             balloon: Bytes::gib(1),
             cushion: Bytes::ZERO,
+            let_go: Bytes::ZERO,
         }
     }
 
     #[test]
     fn growing_plugs() {
         let grown = steps(standing(0), Bytes::gib(1));
-        assert_eq!(grown, Steps { requested: Bytes::mib(768), held: Bytes::ZERO, look_again: None });
+        let asked =
+            Steps { requested: Bytes::mib(768), held: Bytes::ZERO, let_go: Bytes::ZERO, look_again: None };
+        assert_eq!(grown, asked);
     }
 
     #[test]
@@ -138,7 +178,12 @@ mod tests {
         let first = steps(standing(512), target);
         assert_eq!(
             first,
-            Steps { requested: Bytes::ZERO, held: Bytes::ZERO, look_again: Some(UNPLUG_PATIENCE) }
+            Steps {
+                requested: Bytes::ZERO,
+                held: Bytes::ZERO,
+                let_go: Bytes::ZERO,
+                look_again: Some(UNPLUG_PATIENCE)
+            }
         );
         // All went: the rest lies below the boot memory.
         assert_eq!(steps(standing(0), target).held, Bytes::mib(56));
@@ -184,9 +229,8 @@ mod tests {
         // More is wanted: what is there goes at once, and comes again by plugging.
         assert_eq!(asked(at(64, 64), 296), (104, 24));
         assert_eq!(asked(at(104, 24), 296), (104, 64));
-        // Unplugging leaves it alone, and the balloon takes no more meanwhile.
-        assert_eq!(asked(at(104, 64), 256), (64, 64));
-        assert_eq!(asked(at(80, 64), 256), (64, 64));
+        // Some unplugging leaves it alone, and the balloon takes no more meanwhile.
+        assert_eq!(asked(at(78, 64), 256), (64, 64));
         // The balloon has to keep up,
         let slow = |plugged, balloon| Standing { balloon: Bytes::mib(balloon), ..at(plugged, plugged) };
         assert_eq!(asked(slow(0, 0), 256), (16, 0));
@@ -196,9 +240,40 @@ mod tests {
         assert_eq!(asked(slow(64, 24), 276), (64, 44));
         assert_eq!(asked(slow(64, 24), 296), (80, 24));
         // Below the boot memory, the balloon holds a part of it anyway.
-        assert_eq!(asked(at(64, 64), 216), (24, 64));
+        assert_eq!(asked(at(64, 64), 216), (24, 0));
         assert_eq!(asked(at(24, 64), 216), (24, 64));
         assert_eq!(asked(at(0, 64), 100), (0, 156));
+    }
+
+    #[test]
+    fn a_cushion_is_out_of_the_way_of_an_unplugging() {
+        let cushion = Bytes::mib(64);
+        let at = |plugged, held, let_go| Standing {
+            cushion,
+            held: Bytes::mib(held),
+            balloon: Bytes::mib(held),
+            let_go: Bytes::mib(let_go),
+            ..standing(plugged)
+        };
+        let asked = |standing, target| {
+            let Steps { requested, held, let_go, .. } = steps(standing, Bytes::mib(target));
+            (requested.0 >> 20, held.0 >> 20, let_go.0 >> 20)
+        };
+        let late = |standing| Standing { waited: UNPLUG_PATIENCE, ..standing };
+        assert_eq!(asked(at(104, 64, 0), 256), (64, 0, 64));
+        assert_eq!(asked(at(78, 0, 64), 256), (64, 0, 64));
+        // It stays out a while, as more may have to go.
+        assert_eq!(asked(at(64, 0, 64), 256), (64, 0, 64));
+        assert_eq!(asked(late(at(64, 0, 64)), 256), (64, 64, 64));
+        assert_eq!(asked(late(at(64, 64, 64)), 256), (64, 64, 0));
+        // A guest that keeps it counts as having it in the end.
+        let kept = Standing { balloon: Bytes::mib(8), waited: UNPLUG_PATIENCE * 2, ..at(64, 64, 64) };
+        assert_eq!(asked(kept, 256), (64, 64, 0));
+        // One that is to have more gets it from there.
+        assert_eq!(asked(at(64, 0, 64), 280), (64, 40, 40));
+        // The larger one of a larger target goes as well, but nothing that could not be unplugged.
+        assert_eq!(asked(at(1024, 256, 0), 256), (64, 0, 256));
+        assert_eq!(asked(at(104, 120, 0), 200), (8, 120, 0));
     }
 
     #[test]
@@ -223,10 +298,10 @@ mod tests {
                 cushion,
                 ..standing(plugged & !1)
             };
-            let Steps { requested, held, look_again } = steps(standing, target);
+            let Steps { requested, held, let_go, look_again } = steps(standing, target);
             prop_assert!(requested.0.is_multiple_of(BLOCK.0));
-            // It has unplugged all that it was asked to.
-            let settled = Standing { plugged: requested, waited: Duration::ZERO, held, ..standing };
+            // It has unplugged all that it was asked to, and rests.
+            let settled = Standing { plugged: requested, waited: UNPLUG_PATIENCE, held, let_go, ..standing };
             let done = steps(settled, target);
             prop_assert_eq!(BOOT + requested - done.held, target);
             prop_assert_eq!((done.requested, done.look_again), (requested, None));
@@ -241,7 +316,7 @@ mod tests {
             let has = BOOT + standing.plugged;
             prop_assert_eq!(has - stuck.held, target.min(has));
             // Before that the balloon never takes more than is too much.
-            prop_assert!(has - held >= target.min(has));
+            prop_assert!(has - held.max(let_go) >= target.min(has));
             prop_assert_eq!(look_again.is_some(), held != stuck.held);
         }
 
@@ -256,12 +331,17 @@ mod tests {
             let (mut seen, mut rounds) = (None, 0);
             while seen != Some(now) {
                 seen = Some(now);
-                let Steps { requested, held, .. } = steps(now, target);
+                let Steps { requested, held, let_go, .. } = steps(now, target);
                 let most = Bytes(BLOCK.0 * pace);
                 let near = |to: Bytes, now: Bytes| to.clamp(now.saturating_sub(most), now.saturating_add(most));
                 let (plugged, balloon) = (near(requested, now.plugged), near(held, now.balloon));
                 prop_assert!(plugged <= now.plugged || BOOT + plugged <= target + now.balloon + AHEAD);
-                now = Standing { plugged, held, balloon, ..now };
+                let waited = if seen == Some(Standing { plugged, held, balloon, let_go, ..now }) {
+                    UNPLUG_PATIENCE
+                } else {
+                    now.waited
+                };
+                now = Standing { plugged, held, balloon, let_go, waited, ..now };
                 rounds += 1;
                 prop_assert!(rounds <= 4000);
             }

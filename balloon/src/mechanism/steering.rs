@@ -70,6 +70,8 @@ struct Course {
     /// What the balloon was last asked to hold.
     held: Bytes,
     plugged: Bytes,
+    /// What of the cushion is out of the balloon, and counts as there.
+    let_go: Bytes,
     /// When the guest last moved, was asked for something new, or ran again.
     since: Instant,
     /// Its processors stand still.
@@ -120,6 +122,7 @@ impl Steering {
             lacks_driver_since: None,
             held: Bytes::ZERO,
             plugged: Bytes::ZERO,
+            let_go: Bytes::ZERO,
             since: Instant::now(),
             resting: false,
         };
@@ -200,14 +203,13 @@ impl Steering {
     }
 
     /// What the guest was given: boot memory and what is plugged, less what its driver says that the balloon
-    /// holds.
+    /// holds. A cushion that has left the balloon for an unplugging is not given: the guest may take it then as it
+    /// may at any other time.
     pub fn given(&self) -> Bytes {
-        // The balloon counts from all that could be plugged.
-        let unplugged = self
-            .pluggable
-            .as_ref()
-            .map_or(Bytes::ZERO, |pluggable| pluggable.plug.most().saturating_sub(pluggable.plug.plugged()));
-        self.balloon.given().saturating_sub(unplugged)
+        let Some(pluggable) = &self.pluggable else { return self.balloon.given() };
+        let has = pluggable.boot.saturating_add(pluggable.plug.plugged());
+        let in_balloon = self.balloon.map().saturating_sub(self.balloon.given());
+        has.saturating_sub(in_balloon.max(pluggable.course.lock().let_go))
     }
 
     /// What the guest has: what it was given, less what its kernel does not manage.
@@ -360,6 +362,7 @@ impl Pluggable {
             held: course.held,
             balloon: balloon.holds(),
             cushion: self.cushion(course, balloon),
+            let_go: course.let_go,
         };
         let steps = steps(standing, course.target);
         self.plug.request(steps.requested);
@@ -373,6 +376,7 @@ impl Pluggable {
         // A driver that is away finds it when it comes back: nobody looks again because of that.
         if asked.is_ok() {
             course.held = steps.held;
+            course.let_go = steps.let_go;
         }
         self.look_again(steps.look_again);
     }
