@@ -89,7 +89,7 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     memory: Limits,
     /// How the guest gets memory beyond what it starts with
-    #[arg(long, value_name = "HOW", default_value = "auto")]
+    #[arg(long, value_name = "HOW", default_value = "balloon")]
     grow: GrowBy,
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
