@@ -83,7 +83,7 @@ deb: ## Debian packages of the command and of the agent, in out/
 	@$(call need,$(DEB_PACKAGES))
 	packaging/build-deb
 
-deb-test: ## Builds the packages twice to the same bytes, then installs, upgrades and purges them in a root of their own
+deb-test: ## Builds the packages twice to the same bytes, then installs, runs, upgrades and purges them in a root of their own
 	@$(call need,$(DEB_PACKAGES) $(DEB_TEST_PACKAGES))
 	rm -rf target/deb-first target/deb-again target/deb-second
 	OUT=target/deb-first packaging/build-deb
@@ -91,6 +91,7 @@ deb-test: ## Builds the packages twice to the same bytes, then installs, upgrade
 	for deb in target/deb-first/*.deb; do cmp "$$deb" "target/deb-again/$$(basename "$$deb")" || exit 1; done
 	OUT=target/deb-second DEB_REVISION=2 packaging/build-deb
 	packaging/test-in-root target/deb-first target/deb-second
+	packaging/test-under-systemd target/deb-first target/deb-second
 
 lint: ## Formatting and clippy; licences and sources of all crates where cargo-deny is installed
 	$(CARGO) fmt --all --check
