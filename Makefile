@@ -6,6 +6,9 @@ CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
 PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
+# What packages are built and tried with.
+DEB_PACKAGES := debhelper dpkg-dev lintian python3
+DEB_TEST_PACKAGES := mmdebstrap systemd
 INSTALL = $(SUDO) apt-get install -y --no-install-recommends
 # One package from elsewhere (a backport of qemu-utils) keeps the release's others out: all are taken from the
 # release then.
@@ -14,7 +17,7 @@ LAB_ARGS ?= -- sh
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long ignored soak fuzz bench prove slat lint lab setup
+.PHONY: help demo test test-long ignored soak fuzz bench prove slat lint lab setup deb deb-test
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,8 +35,8 @@ test: setup lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow paging, soaks, fuzzers, proofs (some hours)
-	@failed=; for part in ignored soak fuzz prove; do \
+test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow paging, soaks, fuzzers, proofs, packages (some hours)
+	@failed=; for part in ignored soak fuzz prove deb-test; do \
 	  echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -76,14 +79,33 @@ slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/s
 	$(BALLAST) slat report out/slat-lab.json out/slat-here.json --html out/slat.html --svg out/slat.svg
 	@grep -q '"difference": null' out/slat-lab.json || { echo "two counted runs differ: see the report" >&2; exit 1; }
 
-lint: ## Formatting and clippy
+deb: ## Debian packages of the command and of the agent, in out/
+	@$(call need,$(DEB_PACKAGES))
+	packaging/build-deb
+
+deb-test: ## Builds the packages twice to the same bytes, then installs, runs, upgrades and purges them in a root of their own
+	@$(call need,$(DEB_PACKAGES) $(DEB_TEST_PACKAGES))
+	rm -rf target/deb-first target/deb-again target/deb-second
+	OUT=target/deb-first packaging/build-deb
+	OUT=target/deb-again packaging/build-deb
+	for deb in target/deb-first/*.deb; do cmp "$$deb" "target/deb-again/$$(basename "$$deb")" || exit 1; done
+	OUT=target/deb-second DEB_REVISION=2 packaging/build-deb
+	packaging/test-in-root target/deb-first target/deb-second
+	packaging/test-under-systemd target/deb-first target/deb-second
+
+lint: ## Formatting and clippy; licences and sources of all crates where cargo-deny is installed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --workspace check bans licenses sources; \
+	else echo 'cargo-deny is not installed: licences and sources of crates were not checked'; fi
 
 lab: setup ## A shell in an emulated host; LAB_ARGS="--npt 0 -- ballast check" runs a program instead
 	$(CARGO) run --quiet --package lab -- run $(LAB_ARGS)
 
+# Installs packages where one is missing.
+need = dpkg-query -W -f='$${Status}\n' $(1) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(1)) \
+	|| { $(SUDO) apt-get update && { $(INSTALL) $(1) || $(INSTALL) --allow-downgrades $(patsubst %,%/$(RELEASE),$(1)); }; }
+
 setup:
-	@dpkg-query -W -f='$${Status}\n' $(PACKAGES) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(PACKAGES)) \
-	|| { $(SUDO) apt-get update && { $(INSTALL) $(PACKAGES) || $(INSTALL) --allow-downgrades $(PACKAGES:%=%/$(RELEASE)); }; }
+	@$(call need,$(PACKAGES))
 	@apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || $(SUDO) apt-get update

@@ -1,5 +1,6 @@
 //! Stock Debian kernels boot, and each end of a guest has its exit code.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -100,6 +101,27 @@ fn each_end_has_its_exit_code() {
             vm.wait_until_ready();
             assert_eq!(vm.wait_for_end(END), code, "{cmdline}");
         }
+    });
+}
+
+#[test]
+fn a_vm_of_a_file_tells_its_service_manager_when_it_runs() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(60)).run(|| {
+        let directory = tempfile::tempdir().expect("a directory");
+        let [file, socket] = ["web.toml", "notify"].map(|name| directory.path().join(name));
+        let manager = UnixDatagram::bind(&socket).expect("a socket");
+        manager.set_read_timeout(Some(BOOT * 10)).expect("a limit");
+        let settings = VmSettings::new("file", &images(Kernel::V6_1), "256M", "ballast.console");
+        let mut vm = settings.with(&["--cpus=2", "--memory=192M"]).start_as_service(&file, &socket);
+        let mut said = [0; 256];
+        let length = manager.recv(&mut said).expect("word of the VM");
+        assert!(said[..length].starts_with(b"READY=1\n"), "{:?}", String::from_utf8_lossy(&said[..length]));
+        // Not waited for: the API answers by then. The command line goes before the file.
+        assert_eq!(vm.status().cpus, 2);
+        assert_eq!(vm.memory().limits.startup(), Bytes::mib(192));
+        vm.wait_until_ready();
+        vm.type_in("end\n");
+        assert_eq!(vm.wait_for_end(END), 0);
     });
 }
 

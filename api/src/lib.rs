@@ -8,6 +8,7 @@ pub mod limits;
 pub mod metrics;
 pub mod report;
 pub mod runtime;
+pub mod service_manager;
 pub mod signals;
 pub mod status;
 pub mod units;

@@ -19,6 +19,7 @@ use crate::failure::Failure;
 use crate::growth::{self, Growth};
 use crate::output;
 use crate::unpacking::{KernelCache, unpacking};
+use crate::vm_file;
 
 /// Say what this host can do for guests, and what to do about what it can't
 #[derive(clap::Args)]
@@ -26,8 +27,15 @@ use crate::unpacking::{KernelCache, unpacking};
 Exit codes: 0 this host runs guests, 3 it does not.
 
 `good` needs nothing, `hint` could be better, `bad` keeps guests from running. A guest of a few
-instructions is run to see whether the processor itself runs a guest's kernel.")]
+instructions is run to see whether the processor itself runs a guest's kernel.
+
+Examples:
+  ballast check
+  ballast check /etc/ballast/vms/web.toml")]
 pub struct Args {
+    /// Say instead everything that is wrong with this VM's file, as `ballast run --config` takes it
+    #[arg(value_name = "FILE", exclusive = true)]
+    file: Option<PathBuf>,
     /// Say as well how this kernel would be booted
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -78,6 +86,10 @@ impl Finding {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
+    if let Some(file) = &args.file {
+        vm_file::check(file)?;
+        return output::text(&format!("{} is in order\n", file.display()));
+    }
     let host = Host::look();
     let mut findings = match &host.kvm {
         Ok(facts) => kvm(facts),

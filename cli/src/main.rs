@@ -13,6 +13,7 @@ mod duration;
 mod failure;
 mod growth;
 mod logging;
+mod manual_pages;
 mod memory;
 mod output;
 mod pause;
@@ -30,9 +31,11 @@ mod table;
 mod top;
 mod unpack_kernel;
 mod unpacking;
+mod vm_file;
 mod why;
 
 use std::env;
+use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
@@ -95,6 +98,8 @@ enum Command {
     Record(record::Args),
     Completions(completions::Args),
     #[command(hide = true)]
+    ManualPages(manual_pages::Args),
+    #[command(hide = true)]
     UnpackKernel(unpack_kernel::Args),
 }
 
@@ -103,7 +108,11 @@ fn main() -> ExitCode {
     // SAFETY: no handler is set, and no other thread runs yet.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     abort_on_panic();
-    let cli = match parse() {
+    let words = match vm_file::expanded(env::args_os().collect()) {
+        Ok(words) => words,
+        Err(failure) => return failure.tell(),
+    };
+    let cli = match parse(&words) {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
@@ -133,6 +142,7 @@ fn main() -> ExitCode {
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
+        Command::ManualPages(args) => done(manual_pages::run(&args)),
         Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
@@ -158,13 +168,13 @@ enum RunCommand {
 ///
 /// # Errors
 /// What clap has to say.
-fn parse() -> Result<Cli, clap::Error> {
-    if env::args_os().any(|argument| argument == "run")
-        && let Ok(RunAlone { logging, command: RunCommand::Run(args) }) = RunAlone::try_parse()
+fn parse(words: &[OsString]) -> Result<Cli, clap::Error> {
+    if words.iter().any(|word| word == "run")
+        && let Ok(RunAlone { logging, command: RunCommand::Run(args) }) = RunAlone::try_parse_from(words)
     {
         return Ok(Cli { logging, command: Command::Run(args) });
     }
-    Cli::try_parse()
+    Cli::try_parse_from(words)
 }
 
 /// A VM runs whole or not at all: a thread that panics ends the process, in a debug build as well. (A profile

@@ -1,5 +1,8 @@
 //! `ballast run`.
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,6 +10,7 @@ use std::time::Duration;
 use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
+use api::service_manager;
 use api::units::Bytes;
 use tracing::{info, warn};
 use vmm::config::{
@@ -37,6 +41,7 @@ Examples:
   ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --cpus 2 \\
       --memory 256M,min=128M,max=1G,buffer=20%,weight=100 --console file:web.log
   ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
+  ballast run --config web.toml --console file:web.log
 
 Exit codes:
    0  the guest powered off, or somebody stopped it
@@ -49,6 +54,14 @@ Exit codes:
   13  KVM could not run the guest on
   14  Ctrl-A x on the console")]
 pub struct Args {
+    /// Read options from this file: TOML with their names, such as `memory = "256M,max=1G"`
+    ///
+    /// A name has `_` for `-`. A flag is true or false, and what may be given several times is a list. What
+    /// is given here as well goes before the file, and so it does for what can't be used together with it.
+    /// `ballast check FILE` says everything that is wrong with a file. Paths are as here: one that is
+    /// not absolute begins in the directory that ballast is started in.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
@@ -275,7 +288,16 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
     })?;
     give_back_heap();
-    let exit = machine.run()?;
+    let manager = service_manager::connect().unwrap_or_else(|error| {
+        warn!("cannot tell the service manager when this VM runs: {error}");
+        None
+    });
+    let exit = machine.run_telling(|| {
+        if let Some(manager) = manager {
+            // Who does not read it waits in vain, and ends this process then. The sandbox lets files be written.
+            let _ = File::from(OwnedFd::from(manager)).write_all(b"READY=1\nSTATUS=its guest runs");
+        }
+    })?;
     sentence::say(&exit);
     Ok(ExitCode::from(exit.code()))
 }

@@ -61,14 +61,26 @@ fn a_service_manager_hears_of_the_daemons_whole_life() {
     assert_eq!(daemon.wait().unwrap().code(), Some(0));
 }
 
+/// Whose unit it is.
+fn scope(unit: &Path) -> &'static str {
+    if unit.parent().is_some_and(|directory| directory.ends_with("user")) { "--user" } else { "--system" }
+}
+
 /// What systemd itself says of a unit whose program is there; `None` where there is no systemd here.
 fn verdict(unit: &Path, program: &str) -> Option<(bool, String)> {
     let text = fs::read_to_string(unit).unwrap();
     assert!(text.contains(program), "{} starts {program}", unit.display());
     let directory = tempfile::tempdir().unwrap();
-    let copy = directory.path().join(unit.file_name().unwrap());
+    // An instance, where it is a template.
+    let name = unit.file_name().unwrap().to_str().unwrap().replace("@.", "@web.");
+    let copy = directory.path().join(name);
     fs::write(&copy, text.replace(program, env!("CARGO_BIN_EXE_ballast"))).unwrap();
-    match Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output() {
+    match Command::new("systemd-analyze")
+        .args(["verify", "--man=no", scope(unit)])
+        .arg(&copy)
+        .env("XDG_RUNTIME_DIR", directory.path())
+        .output()
+    {
         Ok(output) => {
             // It may have something to say of other units of this machine.
             let name = copy.file_name().unwrap().to_str().unwrap();
@@ -99,11 +111,36 @@ fn systemd_takes_the_units_as_they_are() {
     for (unit, program) in [
         ("systemd/ballast-balancer.service", "/usr/local/bin/ballast"),
         ("systemd/user/ballast-balancer.service", "/usr/local/bin/ballast"),
+        ("systemd/ballast@.service", "/usr/local/bin/ballast"),
+        ("systemd/user/ballast@.service", "/usr/local/bin/ballast"),
         ("ballast-agent.service", "/usr/local/sbin/ballast-agent"),
     ] {
         match verdict(&resources.join(unit), program) {
             Some(verdict) => assert_eq!(verdict, (true, String::new()), "{unit}"),
             None => eprintln!("{unit} was not verified: systemd-analyze is not installed"),
+        }
+    }
+}
+
+#[test]
+fn units_of_root_are_shut_in_as_systemd_counts_it() {
+    let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/systemd");
+    for unit in ["ballast@.service", "ballast-balancer.service"] {
+        let directory = tempfile::tempdir().unwrap();
+        let copy = directory.path().join(unit);
+        let text = fs::read_to_string(resources.join(unit)).unwrap();
+        fs::write(&copy, text.replace("/usr/local/bin/ballast", env!("CARGO_BIN_EXE_ballast"))).unwrap();
+        // The threshold is in tenths.
+        let judged = Command::new("systemd-analyze")
+            .args(["security", "--offline=yes", "--no-pager", "--threshold=30"])
+            .arg(&copy)
+            .output();
+        match judged {
+            Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                eprintln!("{unit} was not judged: systemd-analyze is not installed");
+            }
+            Err(error) => panic!("systemd-analyze: {error}"),
         }
     }
 }

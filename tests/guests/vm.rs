@@ -146,6 +146,26 @@ impl VmSettings {
         command.args(&self.arguments);
         Vm::spawn(&self.name, command, self.printed)
     }
+
+    /// Writes these settings to `file` and starts it from there, as a service manager that listens at `manager` does.
+    /// Its further arguments are given on the command line.
+    ///
+    /// # Panics
+    /// Where the file can't be written, or `ballast` can't be run.
+    pub fn start_as_service(&self, file: &Path, manager: &Path) -> Vm {
+        let lines = [
+            ("name", self.name.clone()),
+            ("memory", self.memory.clone()),
+            ("kernel", self.kernel.display().to_string()),
+            ("initrd", self.initrd.display().to_string()),
+            ("append", self.cmdline.clone()),
+        ];
+        let text: String = lines.iter().map(|(key, value)| format!("{key} = {value:?}\n")).collect();
+        fs::write(file, text).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let mut command = Command::new(ballast());
+        command.args(["run", "--config"]).arg(file).args(&self.arguments).env("NOTIFY_SOCKET", manager);
+        Vm::spawn(&self.name, command, self.printed)
+    }
 }
 
 /// A VM that runs. It is killed where a test drops it.

@@ -213,7 +213,15 @@ impl Machine {
     ///
     /// # Errors
     /// When a thread can't be started or the sandbox not be entered; the guest has not run then.
-    pub fn run(mut self) -> Result<Exit, MachineError> {
+    pub fn run(self) -> Result<Exit, MachineError> {
+        self.run_telling(|| ())
+    }
+
+    /// As [`Machine::run`]; calls `started` once the vCPUs run and the API answers, from within the sandbox.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    pub fn run_telling(mut self, started: impl FnOnce()) -> Result<Exit, MachineError> {
         // Of threads, Landlock reaches those that are started later.
         if let Some(needs) = &self.sandbox {
             sandbox::close_files(needs)?;
@@ -253,6 +261,7 @@ impl Machine {
             return Err(error.into());
         }
         self.control.start();
+        started();
         let exit = self.vcpu_set.wait_for_end();
         self.control.ended();
         if let Some(api) = api {

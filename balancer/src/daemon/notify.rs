@@ -4,12 +4,11 @@
 
 use std::env;
 use std::io;
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::Path;
 use std::time::Duration;
 
+use api::service_manager;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -26,7 +25,7 @@ pub struct Notify {
 impl Notify {
     /// As the service manager set `NOTIFY_SOCKET` and `WATCHDOG_USEC`.
     pub fn from_environment() -> Self {
-        let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
+        let Some(path) = env::var_os(service_manager::VARIABLE).filter(|path| !path.is_empty()) else {
             return Self::default();
         };
         let ours = env::var("WATCHDOG_PID").map_or(true, |pid| pid == std::process::id().to_string());
@@ -38,10 +37,7 @@ impl Notify {
     }
 
     fn to(path: &[u8], watchdog: Option<Duration>) -> io::Result<Self> {
-        let address = match path.strip_prefix(b"@") {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(Path::new(std::ffi::OsStr::from_bytes(path)))?,
-        };
+        let address = service_manager::address(path)?;
         let socket = UnixDatagram::unbound()?;
         // A manager that doesn't read must not stop the rounds.
         socket.set_nonblocking(true)?;
@@ -98,6 +94,8 @@ impl Notify {
 
 #[cfg(test)]
 mod tests {
+    use std::os::linux::net::SocketAddrExt;
+
     use super::*;
 
     fn heard(listener: &UnixDatagram) -> String {

@@ -38,8 +38,10 @@ pub const SAMPLES: &[Sample] = &[
     alone("", "no-such-command", &[2]),
     alone("check", "", &[0, 3]),
     alone("check", "--json", &[0, 3]),
+    alone("check", "vm.toml", &[0]),
     // No kernel is in that file.
     alone("run", "--kernel vmlinuz --memory 64M --console none", &[1, 3]),
+    alone("run", "--config vm.toml --console none", &[1, 3]),
     client("ps", "", &[0]),
     client("ps", "--json", &[0]),
     // Standard output is no terminal.
@@ -75,6 +77,8 @@ pub const SAMPLES: &[Sample] = &[
     client("record", "-o recording.csv --interval 100ms --for 200ms", &[1]),
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
     alone("completions", "bash", &[0]),
+    alone("manual-pages", ".", &[0]),
+    alone("manual-pages", "--schema", &[0]),
 ];
 
 /// Commands that only ballast itself runs, gives files alone, and ends after a while.

@@ -67,6 +67,7 @@ impl Fixture {
         });
         let files = tempfile::tempdir().unwrap();
         fs::write(files.path().join("vmlinuz"), "no kernel").unwrap();
+        fs::write(files.path().join("vm.toml"), "kernel = 'vmlinuz'\nmemory = '64M'\n").unwrap();
         fs::write(files.path().join("initrd"), "nothing").unwrap();
         fs::write(files.path().join("balancer.toml"), "interval = \"1s\"\n").unwrap();
         let run = files.path().join("run.json");
