@@ -9,15 +9,19 @@ PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
 # What packages are built and tried with.
 DEB_PACKAGES := debhelper dpkg-dev lintian python3
 DEB_TEST_PACKAGES := mmdebstrap systemd
+# What its Intel hosts need beside: Bochs, its firmware, and what makes the disc that it boots.
+INTEL_PACKAGES := bochs bochs-term bochsbios vgabios isolinux syslinux-common genisoimage
 INSTALL = $(SUDO) apt-get install -y --no-install-recommends
 # One package from elsewhere (a backport of qemu-utils) keeps the release's others out: all are taken from the
 # release then.
 RELEASE = $(shell . /etc/os-release; echo $$VERSION_CODENAME)
 LAB_ARGS ?= -- sh
+# The lab's own kernel, as `fetch` leaves it.
+KERNEL_ROOT = --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballast/packages/linux-image-6.1.*/root | tail -n 1)"
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long ignored soak fuzz bench prove slat lint lab setup deb deb-test
+.PHONY: help demo test test-long ignored soak fuzz bench prove slat slat-host lint lab setup intel deb deb-test
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,7 +29,7 @@ help: ## Says what there is
 demo: setup ## Three guests share a host that is too small for all their peaks; plot in out/demo.svg
 	$(CARGO) run --package tests --bin demo
 
-test: setup lint ## Everything, from unit tests to real guests in the lab
+test: setup intel lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) build --release --package cli
 	$(CARGO) build --profile guest --package lab-init --package agent
 	$(CARGO) run --quiet --package lab -- fetch
@@ -40,8 +44,8 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 	  echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-ignored: setup
-	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test plug -- --ignored --nocapture --test-threads=1
+ignored: setup intel
+	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test intel --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
 
 fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
@@ -67,17 +71,22 @@ prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhau
 	else echo 'cargo kani is not installed: checking all input within small bounds instead'; \
 	$(CARGO) test --package balloon --package devices --lib proofs -- --nocapture --test-threads=1; fi
 
-slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/slat.html (half an hour on two processors)
+slat: setup intel ## SLAT on and off in emulated hosts, and this host; report in out/slat.html (half an hour on two processors)
 	$(CARGO) build --release --package cli
 	$(CARGO) run --quiet --package lab -- fetch
 	mkdir -p out
-	rm -f out/slat-lab.json
-	$(BALLAST) slat lab --twice --density --output out/slat-lab.json \
-	  --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballast/packages/linux-image-6.1.*/root | tail -n 1)" \
-	  || [ -e out/slat-lab.json ]
+	rm -f out/slat-amd.json out/slat-intel.json
+	$(BALLAST) slat lab --vendor amd --twice --density --output out/slat-amd.json $(KERNEL_ROOT) || [ -e out/slat-amd.json ]
+	$(BALLAST) slat lab --vendor intel --twice --output out/slat-intel.json $(KERNEL_ROOT) || [ -e out/slat-intel.json ]
 	$(BALLAST) slat run --set full --output out/slat-here.json || [ $$? = 3 ]
-	$(BALLAST) slat report out/slat-lab.json out/slat-here.json --html out/slat.html --svg out/slat.svg
-	@grep -q '"difference": null' out/slat-lab.json || { echo "two counted runs differ: see the report" >&2; exit 1; }
+	$(BALLAST) slat report out/slat-amd.json out/slat-intel.json out/slat-here.json --html out/slat.html --svg out/slat.svg
+	@for vendor in amd intel; do grep -q '"difference": null' out/slat-$$vendor.json \
+	  || { echo "two counted runs of $$vendor hosts differ: see the report" >&2; exit 1; }; done
+
+slat-host: setup ## What this host's own SLAT gains, in out/slat-host.json to send on (half an hour; a real host)
+	$(CARGO) build --release --package cli
+	mkdir -p out
+	$(BALLAST) slat all --output out/slat-host.json
 
 deb: ## Debian packages of the command and of the agent, in out/
 	@$(call need,$(DEB_PACKAGES))
@@ -99,12 +108,16 @@ lint: ## Formatting and clippy; licences and sources of all crates where cargo-d
 	if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --workspace check bans licenses sources; \
 	else echo 'cargo-deny is not installed: licences and sources of crates were not checked'; fi
 
-lab: setup ## A shell in an emulated host; LAB_ARGS="--npt 0 -- ballast check" runs a program instead
+lab: setup $(if $(findstring intel,$(LAB_ARGS)),intel) ## A shell in an emulated host; LAB_ARGS="--vendor intel --ept 0 -- ballast check" runs a program
 	$(CARGO) run --quiet --package lab -- run $(LAB_ARGS)
 
 # Installs packages where one is missing.
 need = dpkg-query -W -f='$${Status}\n' $(1) 2>/dev/null | grep -c '^install ok installed' | grep -qx $(words $(1)) \
 	|| { $(SUDO) apt-get update && { $(INSTALL) $(1) || $(INSTALL) --allow-downgrades $(patsubst %,%/$(RELEASE),$(1)); }; }
+
+# Most of what the lab does needs no Intel host; what does (`test`, `slat`, `lab` with `--vendor intel`) asks for it.
+intel:
+	@$(call need,$(INTEL_PACKAGES))
 
 setup:
 	@$(call need,$(PACKAGES))

@@ -3,69 +3,19 @@
 use std::fs;
 use std::time::Duration;
 
-use api::status::{DriverState, MemoryStatus, PlugStatus};
+use api::status::{DriverState, MemoryStatus};
 use api::units::Bytes;
+use guests::checks::plug::{MOVING, STARTUP, guest, guest_on, plug, plugs_uses_and_unplugs, settled};
 use guests::{Daemon, Host, Vm, VmSettings, images};
 use lab::Kernel;
 
-/// How long memory takes to move.
-const MOVING: Duration = Duration::from_secs(30);
-const STARTUP: Bytes = Bytes::mib(256);
 const MAX: Bytes = Bytes::gib(1);
-
-fn guest(name: &str, kernel: Kernel, memory: &str) -> Vm {
-    guest_on(name, kernel, memory, &[])
-}
-
-/// A guest whose memory is of the kind that the arguments say.
-fn guest_on(name: &str, kernel: Kernel, memory: &str, arguments: &[&str]) -> Vm {
-    let mut vm = VmSettings::new(name, &images(kernel), memory, "ballast.console")
-        .with(&["--grow", "plug"])
-        .with(arguments)
-        .start();
-    vm.wait_until_ready();
-    vm.wait_for_memory("the drivers", MOVING, |memory| {
-        memory.report.is_some() && plug(memory).driver == DriverState::Active
-    });
-    vm
-}
-
-fn plug(memory: &MemoryStatus) -> PlugStatus {
-    memory.plug.expect("it plugs")
-}
-
-/// Waits until the guest has what it was asked to have.
-fn settled(vm: &Vm) -> MemoryStatus {
-    vm.wait_for_memory("the target", MOVING, |memory| memory.actual == memory.target)
-}
 
 #[test]
 fn a_guest_plugs_uses_and_unplugs() {
     Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).usually(Duration::from_secs(90)).run(|| {
         for kernel in [Kernel::V6_1, Kernel::V6_12] {
-            let name = kernel.series().replace('.', "-");
-            let mut vm = guest(&name, kernel, "256M,min=128M,max=768M");
-            // Its cushion is the balloon's as soon as it is plugged, or a moment later.
-            assert_eq!(settled(&vm).actual, STARTUP);
-            vm.set_target(Bytes::mib(768));
-            assert_eq!(plug(&settled(&vm)).plugged, Bytes::mib(512));
-            vm.step("grow:560M", MOVING);
-            vm.wait_for_memory("its use to show", MOVING, |memory| {
-                memory.host_rss.unwrap() > Bytes::mib(560)
-            });
-            vm.step("release", MOVING);
-
-            vm.set_target(Bytes::mib(200));
-            settled(&vm);
-            let memory = vm.wait_for_memory("the host's memory", MOVING, |memory| {
-                memory.host_rss.unwrap() <= Bytes::mib(208)
-            });
-            let plug = plug(&memory);
-            assert_eq!((plug.requested, plug.counters.discard_failures), (Bytes::ZERO, 0), "{memory:#?}");
-            // What a kernel has put where it can't be moved stays, and the balloon makes up for it.
-            assert!(plug.plugged <= Bytes::mib(128), "{memory:#?}");
-            vm.type_in("end\n");
-            vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
+            plugs_uses_and_unplugs(kernel);
         }
     });
 }

@@ -2,9 +2,9 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,23 +16,29 @@ use rustix::thread::sched_setaffinity;
 use crate::archive::Archive;
 use crate::artifacts::{self, BALLAST_INSIDE};
 use crate::cores::Cores;
+use crate::ending::{Ended, faults, wait};
 use crate::error::files;
 use crate::kernels::Kernel;
+use crate::machine::{Boot, Execution, Machine, Program, Vendor};
 use crate::output::Output;
 use crate::progress::{self, Step};
-use crate::qemu::{self, Boot, Execution, Vendor};
-use crate::{Error, INIT, INSIDE, InstalledKernel, packages};
+use crate::{Error, INIT, INSIDE, InstalledKernel, TIME, keyboard, packages};
 
 /// Variables of this machine that programs inside see too.
 const PASSED_ON: &[&str] = &["RUST_LOG", "RUST_BACKTRACE", "PROPTEST_CASES", "NO_COLOR"];
+/// What [`TIME`] says.
+const EMULATED: &str = "emulated";
 /// How much more memory a second host has than the first.
 const MORE: Bytes = Bytes::mib(64);
-/// How often a running emulator is looked after.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Whether this process runs in an emulated host.
 pub fn inside() -> bool {
     env::var_os(INSIDE).is_some()
+}
+
+/// Whether this process runs in a host whose time an emulator makes.
+pub fn time_is_emulated() -> bool {
+    env::var_os(TIME).is_some_and(|time| time == EMULATED)
 }
 
 /// An emulated host: how it is made, and what is put into it.
@@ -44,6 +50,8 @@ pub struct Emulator {
     pub execution: Execution,
     /// Whether KVM translates guest addresses in hardware, or by shadow paging.
     pub nested_paging: bool,
+    /// Further parameters of the vendor's KVM module, with their values.
+    pub module_parameters: Vec<(String, String)>,
     /// Whether KVM may use the MMU that it has for nested paging alone, or only the one that it has
     /// for shadow paging too.
     pub tdp_mmu: bool,
@@ -130,14 +138,6 @@ pub struct Attempt {
 #[derive(Debug)]
 pub struct Results(Vec<(String, Vec<u8>)>);
 
-/// How an emulator ended.
-enum Ended {
-    ByItself(ExitStatus),
-    TooLate,
-    Silent,
-    Stopped,
-}
-
 impl Results {
     /// The contents of a file, by its path inside.
     pub fn get(&self, path: &str) -> Option<&[u8]> {
@@ -169,6 +169,7 @@ impl Default for Emulator {
             vendor: Vendor::Amd,
             execution: Execution::Emulated,
             nested_paging: true,
+            module_parameters: Vec::new(),
             tdp_mmu: true,
             halt_polling: true,
             cpus: 1,
@@ -245,26 +246,27 @@ impl Emulator {
             results: &at("results"),
             terminal: self.terminal,
         };
-        let mut command = boot.command()?;
+        let mut machine = boot.machine(directory.path())?;
         if self.terminal == Terminal::Kept {
-            command.stderr(File::create(at("errors")).map_err(files("the emulator's messages"))?);
+            machine.command.stderr(File::create(at("errors")).map_err(files("the emulator's messages"))?);
         }
         let cores = Cores::take(boot.threads(), &stopped)?;
         let booting = progress::begin("booting an emulated host");
         let begun = Instant::now();
         let ran = thread::scope(|scope| {
             // The emulator dies with the thread that started it, and inherits its processors.
-            let emulating = || self.emulate(command, &cores, booting, &stopped);
+            let emulating = || self.emulate(machine, &cores, booting, &stopped);
             let emulating = thread::Builder::new().spawn_scoped(scope, emulating);
             Ok(emulating.map_err(files("a thread for the emulator"))?.join())
         });
+        keyboard::give_back();
         let (ended, said) = ran?.unwrap_or(Err(Error::Stopped))?;
         // A terminal's Ctrl-C ends the emulator as well.
         if stopped() {
             return Err(Error::Stopped);
         }
         let read = |name| String::from_utf8_lossy(&fs::read(at(name)).unwrap_or_default()).into_owned();
-        let log = read("kernel.log") + &read("errors");
+        let log = read("kernel.log") + &read("errors") + &faults(&read("emulator.log"));
         let mut results = Results(results::read(&fs::read(at("results")).unwrap_or_default()));
         let code = results.get(EXIT_CODE).and_then(|code| str::from_utf8(code).ok()?.parse().ok());
         // The lab's own, and no file of the program.
@@ -307,7 +309,8 @@ impl Emulator {
             }
             _ => program.to_string_lossy().into_owned(),
         };
-        let modules = kernel.modules(&[&qemu::MODULES[..], &[self.vendor.module()]].concat())?;
+        let wires = self.program().wires();
+        let modules = kernel.modules(&[wires.modules, &[self.vendor.module()]].concat())?;
         let path = |name: &str| format!("/lib/modules/{name}.ko");
         let loaded = modules.iter().map(|module| path(&module.name) + &self.parameters(&module.name));
         let job = self.job(loaded.collect(), program, arguments).text().map_err(Error::Failed)?;
@@ -334,6 +337,14 @@ impl Emulator {
         let mut parameters = String::new();
         if module == self.vendor.module() {
             parameters += &format!(" {}={}", self.vendor.parameter(), u8::from(self.nested_paging));
+            for (name, value) in &self.module_parameters {
+                parameters += &format!(" {name}={value}");
+            }
+        }
+        if module == "kvm_intel" && self.program() == Program::Bochs {
+            // With it the first entry of a VM that has its interrupt controllers in the kernel fails in Bochs 2.7
+            // (hardware reason 7).
+            parameters += " enable_apicv=0";
         }
         if module == "kvm" && !self.halt_polling {
             parameters += " halt_poll_ns=0";
@@ -344,17 +355,24 @@ impl Emulator {
         parameters
     }
 
+    const fn program(&self) -> Program {
+        Program::of(self.vendor, self.execution)
+    }
+
     fn job(&self, modules: Vec<String>, program: String, arguments: &[&str]) -> Job {
         let paging = if self.nested_paging { "nested" } else { "shadow" };
+        let wires = self.program().wires();
+        let emulated = (self.execution != Execution::Nested).then_some((TIME, EMULATED));
         let fixed = [("PATH", "/bin"), ("HOME", "/tmp"), ("TERM", "xterm"), (INSIDE, paging)];
+        let fixed = fixed.into_iter().chain(emulated);
         let fixed = fixed.map(|(name, value)| (name.to_owned(), value.to_owned()));
         let passed_on = PASSED_ON.iter().filter_map(|&name| Some((name.to_owned(), env::var(name).ok()?)));
         let arguments = arguments.iter().map(|&argument| argument.to_owned());
         Job {
-            console: qemu::CONSOLE.into(),
-            results: qemu::RESULTS.into(),
+            console: wires.console.into(),
+            results: wires.results.into(),
             modules,
-            environment: fixed.into_iter().chain(passed_on).chain(self.environment.iter().cloned()).collect(),
+            environment: fixed.chain(passed_on).chain(self.environment.iter().cloned()).collect(),
             arguments: [program].into_iter().chain(arguments).collect(),
             bring: self.bring.clone(),
             terminal: self.terminal == Terminal::Interactive,
@@ -364,50 +382,28 @@ impl Emulator {
     /// Runs the emulator until it ends or is ended; and what the program said.
     fn emulate(
         &self,
-        mut command: Command,
+        machine: Machine,
         cores: &Cores,
         booting: Step,
         stopped: impl Fn() -> bool,
     ) -> Result<(Ended, String), Error> {
         sched_setaffinity(None, &cores.set()).map_err(|error| files("processors for it")(error.into()))?;
+        let Machine { mut command, output, held } = machine;
         let mut child = command.spawn().map_err(|source| {
-            let (program, package) = (qemu::PROGRAM, qemu::PACKAGE);
+            let (program, package) = self.program().file_and_package();
             Error::NoEmulator { program, package, source }
         })?;
-        let output = child.stdout.take().map(|output| Output::follow(output, self.terminal, booting));
+        let output: Option<Box<dyn Read + Send>> = match (output, child.stdout.take()) {
+            (Some(wire), _) => Some(Box::new(wire)),
+            (None, piped) => piped.map(|piped| Box::new(piped) as Box<_>),
+        };
+        let output = output.map(|output| Output::follow(output, self.terminal, booting));
         let output = output.transpose().map_err(files("a thread for its output"))?;
         let silent = || output.as_ref().is_some_and(|output| output.silence() > self.silence);
         let ended = wait(&mut child, self.limit, silent, stopped).map_err(files("the emulator's end"))?;
+        drop(held);
         Ok((ended, output.map(Output::finish).unwrap_or_default()))
     }
-}
-
-/// Waits for an emulator's end; ends it after `limit`, in silence, or once nobody wants it any more.
-fn wait(
-    child: &mut Child,
-    limit: Duration,
-    silent: impl Fn() -> bool,
-    stopped: impl Fn() -> bool,
-) -> io::Result<Ended> {
-    let start = Instant::now();
-    let reason = loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Ended::ByItself(status));
-        }
-        if stopped() {
-            break Ended::Stopped;
-        }
-        if silent() {
-            break Ended::Silent;
-        }
-        if start.elapsed() > limit {
-            break Ended::TooLate;
-        }
-        thread::sleep(LOOK_AGAIN);
-    };
-    child.kill()?;
-    child.wait()?;
-    Ok(reason)
 }
 
 /// A static shell with the usual commands, for people who look around.
@@ -425,18 +421,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_end_is_ended() {
-        let sleeper = || Command::new("sleep").arg("600").spawn().expect("sleep runs");
-        let long = Duration::from_secs(600);
-        assert!(matches!(wait(&mut sleeper(), Duration::ZERO, || false, || false), Ok(Ended::TooLate)));
-        assert!(matches!(wait(&mut sleeper(), long, || true, || false), Ok(Ended::Silent)));
-        assert!(matches!(wait(&mut sleeper(), long, || true, || true), Ok(Ended::Stopped)));
-        let mut short = Command::new("true").spawn().expect("true runs");
-        let ended = wait(&mut short, long, || false, || false);
-        assert!(matches!(ended, Ok(Ended::ByItself(status)) if status.success()));
-    }
-
-    #[test]
     fn kvm_is_told_how_to_translate() {
         let host = Emulator { nested_paging: false, ..Emulator::default() };
         assert_eq!((host.parameters("kvm_amd"), host.parameters("kvm")), (" npt=0".into(), String::new()));
@@ -444,7 +428,7 @@ mod tests {
             Emulator { vendor: Vendor::Intel, tdp_mmu: false, halt_polling: false, ..Emulator::default() };
         assert_eq!(
             (host.parameters("kvm_intel"), host.parameters("kvm_amd")),
-            (" ept=1".into(), String::new())
+            (" ept=1 enable_apicv=0".into(), String::new())
         );
         assert_eq!(host.parameters("kvm"), " halt_poll_ns=0 tdp_mmu=0");
     }

@@ -20,9 +20,6 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// An emulator that can't be such a processor.
-    #[error("a processor by {0} can only be nested in one like it: QEMU emulates none that has it")]
-    NoProcessor(&'static str),
     /// Something with files.
     #[error("{what}: {source}")]
     Files {

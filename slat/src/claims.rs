@@ -1,5 +1,7 @@
 //! What the texts claim about SLAT, each against what was measured.
 
+mod material;
+
 use serde::Serialize;
 
 use crate::figure::{Comparison, Figure, compare, short};
@@ -11,15 +13,7 @@ use crate::probe::Verdict;
 use crate::run::{Measurement, Run, spaces, untouched};
 use crate::walk::Walk;
 use api::units::Bytes;
-
-/// Everything a report is made of.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Material<'a> {
-    /// A run on a host.
-    pub here: Option<&'a Run>,
-    /// SLAT on and off in the lab.
-    pub lab: Option<&'a Findings>,
-}
+pub use material::{Material, slat_of};
 
 /// What came of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -142,16 +136,16 @@ pub fn claims(material: Material<'_>) -> Vec<Claim> {
         .iter()
         .map(|(id, claim, needs)| {
             let found = match *id {
-                "C1" => material.lab.and_then(|l| exits(&l.counted)),
-                "C2" => material.lab.and_then(|l| instructions(&l.counted)),
-                "C3" => material.lab.and_then(memory),
-                "C4" => material.lab.and_then(|l| density(l.density.as_ref()?)),
+                "C1" => material.of_lab(|l| exits(&l.counted)),
+                "C2" => material.of_lab(|l| instructions(&l.counted)),
+                "C3" => material.of_lab(memory),
+                "C4" => material.of_lab(|l| density(l.density.as_ref()?)),
                 "C6" => Some(model()),
                 "C7" => material.here.and_then(chase),
-                "C8" => material.lab.and_then(|l| scaling(l.scaling.as_ref()?)),
+                "C8" => material.of_lab(|l| scaling(l.scaling.as_ref()?)),
                 "C9" => material.here.and_then(switches),
                 "C10" => Some(tested(material)),
-                "C11" => material.lab.and_then(|l| cold(&l.counted)),
+                "C11" => material.of_lab(|l| cold(&l.counted)),
                 _ => None,
             };
             let (outcome, measured) = found.unwrap_or((Outcome::NotMeasured, String::new()));

@@ -59,9 +59,10 @@ pub fn hypervisor() -> Option<String> {
     Some(if text.is_empty() { "unnamed".into() } else { text })
 }
 
-/// Whether this host's own instructions are emulated one by one by software.
+/// Whether this host's own instructions are emulated one by one by software. Not each emulator says so itself: the
+/// lab does where it is its own.
 pub fn is_emulated() -> bool {
-    hypervisor().is_some_and(|name| name.starts_with("TCGTCG"))
+    lab::time_is_emulated() || hypervisor().is_some_and(|name| name.starts_with("TCGTCG"))
 }
 
 /// One thing learned about the host.

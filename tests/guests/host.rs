@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use api::units::Bytes;
-use lab::{Emulator, Execution, Kernel, inside};
+use lab::{Emulator, Execution, Kernel, Vendor, inside};
 
 use crate::ballast;
 use crate::qemu::qemu_with_libraries;
@@ -36,6 +36,30 @@ impl Host {
     /// Whether KVM uses nested paging (`true`) or shadow paging. A real host uses what it has.
     pub fn nested_paging(mut self, on: bool) -> Self {
         self.emulator.nested_paging = on;
+        self
+    }
+
+    /// An emulated host is by Intel (in Bochs), where others are by AMD (in QEMU). A real host is whose it is.
+    pub fn intel(mut self) -> Self {
+        self.emulator.vendor = Vendor::Intel;
+        self
+    }
+
+    /// A parameter of the vendor's KVM module in an emulated host, with its value.
+    pub fn parameter(mut self, name: &str, value: &str) -> Self {
+        self.emulator.module_parameters.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Puts the unit tests of one of this tree's libraries into the emulated host, for [`unit_tests`].
+    ///
+    /// # Panics
+    /// Where they can't be built.
+    pub fn unit_tests(mut self, package: &str) -> Self {
+        if !inside() {
+            let program = lab::unit_tests(package).unwrap_or_else(|error| panic!("{error}"));
+            self.emulator.files.push((program, unit_tests_inside(package)));
+        }
         self
     }
 
@@ -118,6 +142,26 @@ impl Host {
             Err(error) => panic!("{name}: {error}"),
         }
     }
+}
+
+/// Where a library's unit tests lie in an emulated host.
+fn unit_tests_inside(package: &str) -> String {
+    format!("/lab/unit-tests-{package}")
+}
+
+/// Runs unit tests that [`Host::unit_tests`] has put into an emulated host; none on a real one, where they run by
+/// themselves.
+///
+/// # Panics
+/// Where one fails.
+pub fn unit_tests(package: &str, tests: &[&str]) {
+    if !inside() {
+        return;
+    }
+    let mut program = Command::new(unit_tests_inside(package));
+    let status = program.args(["--test-threads=1", "--nocapture"]).args(tests).status();
+    let status = status.expect("the unit tests were put there");
+    assert!(status.success(), "{package}: {status}; see the output above");
 }
 
 /// `boots::powers_off::{{closure}}` is the test `powers_off` of the program `boots`.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use slat::lab::{self, Errand, Findings, Only, Pair, Visit, inside, nested::Nested};
+use slat::lab::{self, Errand, Findings, Only, Pair, Vendor, Visit, inside, nested::Nested};
 use slat::linux::Guests;
 use slat::report::{Input, side_by_side};
 use slat::run::{Clock, Plan, Run};
@@ -21,11 +21,16 @@ use crate::{output, sentence, table};
 Examples:
   ballast slat lab --output lab.json                       # about ten minutes on two processors
   ballast slat lab --twice --density --output lab.json     # about half an hour
+  ballast slat lab --vendor intel --output intel.json      # the same for EPT
   ballast slat lab --only density --output lab.json        # this part anew, into what lab.json holds
   ballast slat lab --nested --output nested.json           # real time, where this host can nest
 ")]
 pub struct Args {
-    /// Directory with `boot` and `lib/modules` of a kernel with kvm-amd; with --nested, of this host's processor
+    /// Whose virtualisation the emulated processors have: AMD's in QEMU, Intel's in Bochs
+    #[arg(long, value_enum, default_value = "amd", conflicts_with = "nested")]
+    vendor: Vendor,
+    /// Directory with `boot` and `lib/modules` of a kernel with kvm-amd (kvm-intel with --vendor intel); with
+    /// --nested, of this host's processor
     #[arg(long, default_value = "/")]
     kernel_root: PathBuf,
     /// Measure time, in VMs of this host that are hosts themselves: takes SLAT and nested virtualisation here
@@ -97,6 +102,12 @@ fn only(args: &Args) -> Result<Option<Only>, Failure> {
         ));
     }
     match Input::read(path) {
+        Ok(Input::Lab(before)) if before.vendor() != args.vendor => Err(Failure::usage(format!(
+            "{} is of emulated {} hosts: parts of {} hosts go into a file of their own",
+            path.display(),
+            before.vendor().name(),
+            args.vendor.name()
+        ))),
         Ok(Input::Lab(before)) => {
             Ok(Some(Only { parts: args.only.iter().map(|part| part.errand()).collect(), before }))
         }
@@ -119,6 +130,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let only = only(args)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let visit = Visit {
+        vendor: args.vendor,
         only,
         twice: args.twice,
         density: args.density || args.only.contains(&Part::Density),

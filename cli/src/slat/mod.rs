@@ -1,5 +1,6 @@
 //! `ballast slat`.
 
+mod all;
 mod lab;
 mod reload;
 mod walk;
@@ -16,7 +17,7 @@ use slat::payload::memory::Backing;
 use slat::payload::{Payload, Place, Setup};
 use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
-use slat::run::{self, Clock, Extent, Plan};
+use slat::run::{self, Clock, Extent, Plan, Run};
 use slat::walk::PageSize;
 use slat::{host, interrupt};
 
@@ -44,9 +45,10 @@ enum Command {
     /// Run payloads in a micro-VM, and natively where they can
     Run(RunArgs),
     Lab(lab::Args),
+    All(all::Args),
     /// Hold every claim about SLAT against figures of `run` and `lab`
     Report(ReportArgs),
-    /// Set two runs of different hosts or settings side by side
+    /// Set runs of different hosts or settings side by side
     Compare(CompareArgs),
     /// Be the first process of an emulated host
     #[command(hide = true)]
@@ -213,6 +215,29 @@ struct RunArgs {
     json: bool,
 }
 
+impl RunArgs {
+    /// A set as it is, with everything else as usual.
+    const fn of(set: Set) -> Self {
+        Self {
+            set,
+            payload: Vec::new(),
+            guest_page: None,
+            backing: None,
+            data: None,
+            vcpus: None,
+            operations: None,
+            passes: 3,
+            rounds: 3,
+            limit: 60,
+            reasons: false,
+            reload_module: false,
+            even_if_emulated: false,
+            output: None,
+            json: false,
+        }
+    }
+}
+
 #[derive(clap::Args)]
 struct ReportArgs {
     /// What `run --output` and `lab --output` wrote
@@ -235,6 +260,8 @@ struct CompareArgs {
     first: PathBuf,
     /// And what it wrote second, say with SLAT off
     second: PathBuf,
+    /// And on further hosts: then each stands beside the first
+    further: Vec<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -254,6 +281,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         Command::Run(args) if args.reload_module => reload::run(args),
         Command::Run(args) => measure(args),
         Command::Lab(args) => lab::run(args),
+        Command::All(args) => all::run(args),
         Command::Report(args) => tell(args),
         Command::Compare(args) => compare(args),
         Command::Guest(args) => linux::guest::guest(&args.words).map_err(Failure::new),
@@ -402,6 +430,10 @@ fn tell(args: &ReportArgs) -> Result<(), Failure> {
 fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let read = |path: &PathBuf| Input::read_run(path).map_err(Failure::new);
     let (first, second) = (read(&args.first)?, read(&args.second)?);
+    if !args.further.is_empty() {
+        let further: Result<Vec<_>, _> = args.further.iter().map(read).collect();
+        return beside(&[vec![first, second], further?].concat(), args.json);
+    }
     let sides = report::side_by_side(&first, &second);
     if args.json {
         return output::json(&sides);
@@ -413,4 +445,15 @@ fn compare(args: &CompareArgs) -> Result<(), Failure> {
         second.heading(),
         table::render(head, &sides.cells())
     ))
+}
+
+/// Any number of hosts beside the first.
+fn beside(runs: &[Run], json: bool) -> Result<(), Failure> {
+    let hosts = report::hosts(runs);
+    if json {
+        return output::json(&hosts);
+    }
+    let headings = (1..).zip(runs).map(|(number, run)| format!("{number}: {}\n", run.heading()));
+    let head = ["PAYLOAD", "HOST", "EXITS/OP", "TIME", "TO THE FIRST"];
+    output::text(&format!("{}{}", headings.collect::<String>(), table::render(head, &hosts.cells())))
 }

@@ -65,6 +65,7 @@ pub const SAMPLES: &[Sample] = &[
     alone("slat run", "--payload warm-touch --reload-module", &[1]),
     alone("slat lab", "--kernel-root nowhere --output lab.json", &[1]),
     alone("slat lab", "--kernel-root nowhere --nested", &[1, 3]),
+    alone("slat all", "--output nowhere/out.json", &[2]),
     alone("slat report", "run.json --html report.html", &[0]),
     alone("slat compare", "run.json run.json", &[0]),
     alone("slat inside", "", &[1]),

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use api::units::Bytes;
 use clap::{Parser, Subcommand};
-use lab::{Emulator, Error, Execution, Kernel, Terminal};
+use lab::{Emulator, Error, Execution, Kernel, Terminal, Vendor};
 
 /// Hosts that can run real KVM guests, on any machine.
 ///
-/// An emulated AMD host boots a Debian kernel in a few seconds and loads the real kvm_amd.
+/// An emulated AMD host boots a Debian kernel in a few seconds and loads the real kvm_amd; an emulated Intel host
+/// (--vendor intel) takes a minute, and loads the real kvm_intel.
 /// In it: /bin/ballast, busybox, and for each --kernel the files /guest/SERIES/bzImage and
 /// initrd (for 6.1 also vmlinux, the ELF). Programs must be static. They see one variable,
 /// BALLAST_LAB, which is `nested` or `shadow`.
@@ -25,6 +26,7 @@ struct Arguments {
 const EXAMPLES: &str = "Examples:
   lab run -- sh                                   a shell in an emulated host
   lab run --npt 0 -- ballast check                shadow paging
+  lab run --vendor intel --ept 0 -- ballast check shadow paging on an Intel host
   lab run -- ballast run --kernel /guest/6.1/bzImage --initrd /guest/6.1/initrd --memory 256M
   lab run --kernel 6.12 --bring /tmp/trace -- ./target/x86_64-unknown-linux-gnu/release/my-tool
   lab fetch                                       fills the cache and stops";
@@ -39,9 +41,21 @@ enum Task {
 
 #[derive(clap::Args)]
 struct Run {
-    /// KVM uses nested paging (1) or shadow paging (0).
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
-    npt: u8,
+    /// Whose virtualisation the host's processor has: AMD's SVM (in QEMU) or Intel's VMX (in Bochs).
+    #[arg(long, value_enum, default_value = "amd")]
+    vendor: Vendor,
+    /// AMD: KVM uses nested paging (1, as without it) or shadow paging (0).
+    #[arg(long, value_parser = switch())]
+    npt: Option<u8>,
+    /// Intel: the same by extended page tables.
+    #[arg(long, value_parser = switch())]
+    ept: Option<u8>,
+    /// Intel: KVM tags what it has in the TLB by the vCPU (1, as without it), or flushes it at each entry and exit (0).
+    #[arg(long, value_parser = switch())]
+    vpid: Option<u8>,
+    /// Intel: EPT has accessed and dirty bits (1, as without it) or not (0).
+    #[arg(long, value_parser = switch())]
+    eptad: Option<u8>,
     /// Emulated processors; each keeps a real one busy.
     #[arg(long, default_value_t = 1)]
     cpus: usize,
@@ -100,11 +114,39 @@ fn fetch() -> Result<ExitCode, Error> {
 }
 
 impl Run {
+    /// Whether KVM is to use nested paging, and what else its module is told.
+    fn paging(&self) -> Result<(bool, Vec<(String, String)>), Error> {
+        let switches = [
+            ("npt", self.npt, Vendor::Amd),
+            ("ept", self.ept, Vendor::Intel),
+            ("vpid", self.vpid, Vendor::Intel),
+            ("eptad", self.eptad, Vendor::Intel),
+        ];
+        let given = || switches.into_iter().filter_map(|(name, value, of)| Some((name, value?, of)));
+        if let Some((name, _, of)) = given().find(|(.., of)| *of != self.vendor) {
+            let (module, here, host) = (of.module(), self.vendor.module(), self.vendor.name());
+            let instead = match name {
+                "npt" | "ept" => format!("; what {here} has instead is --{}", self.vendor.parameter()),
+                _ => String::new(),
+            };
+            return Err(Error::Failed(format!(
+                "--{name} is of {module}, and an emulated {host} host loads {here}{instead}"
+            )));
+        }
+        let slat = self.vendor.parameter();
+        let paging = given().find(|(name, ..)| *name == slat).is_none_or(|(_, value, _)| value == 1);
+        let rest = given().filter(|(name, ..)| *name != slat);
+        Ok((paging, rest.map(|(name, value, _)| (name.to_owned(), value.to_string())).collect()))
+    }
+
     fn run(self) -> Result<ExitCode, Error> {
+        let (nested_paging, module_parameters) = self.paging()?;
         let interactive = io::stdin().is_terminal() && io::stdout().is_terminal();
         let forever = if interactive { 365 * 24 * 3600 } else { 1800 };
         let emulator = Emulator {
-            nested_paging: self.npt == 1,
+            vendor: self.vendor,
+            nested_paging,
+            module_parameters,
             cpus: self.cpus,
             memory: self.memory,
             execution: if self.deterministic { Execution::Counted } else { Execution::Emulated },
@@ -123,6 +165,11 @@ impl Run {
         outcome.results.write_below(&self.out)?;
         Ok(ExitCode::from(u8::try_from(outcome.code).unwrap_or(u8::MAX)))
     }
+}
+
+/// 0 or 1.
+fn switch() -> clap::builder::RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(0..=1)
 }
 
 fn placed(file: &str) -> Result<(PathBuf, String), String> {

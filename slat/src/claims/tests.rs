@@ -143,10 +143,26 @@ fn a_tlb_that_each_exit_flushes_is_not_a_tagged_one() {
 fn a_platform_on_which_nothing_was_measured_is_not_a_tested_one() {
     let setup = Setup::usual(Payload::Chase).at(Place::Native);
     let mut run = host(vec![setup], Clock::Time, Verdict::Slat);
-    let tested = |run: &Run| super::tested(Material { here: Some(run), lab: None }).0;
+    let tested = |run: &Run| super::tested(Material { here: Some(run), ..Material::default() }).0;
     assert_eq!(tested(&run), Outcome::NotMeasured);
     run.measurements[0].time = real(1.0);
     assert_eq!(tested(&run), Outcome::Holds);
     run.interrupted = true;
     assert_eq!(tested(&run), Outcome::Partly);
+}
+
+#[test]
+fn what_one_vendor_contradicts_holds_in_part() {
+    let work =
+        |on, off| Findings::of(exits_of(&PAGE_TABLE_WORK.map(|payload| (Setup::usual(payload), on, off))));
+    let (good, bad) = (work(0.0, 1.0), work(1.0, 1.0));
+    let of = |amd, intel| {
+        let found = Material { amd, intel, here: None }.of_lab(|lab| exits(&lab.counted));
+        found.expect("a lab was there")
+    };
+    assert_eq!(of(Some(&good), Some(&good)).0, Outcome::Holds);
+    assert_eq!(of(None, Some(&bad)).0, Outcome::Fails);
+    let (outcome, text) = of(Some(&good), Some(&bad));
+    assert_eq!(outcome, Outcome::Partly);
+    assert!(text.starts_with("AMD (NPT): ") && text.contains("Intel (EPT): "), "{text}");
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use lab::Vendor;
 use serde::{Deserialize, Serialize};
 
 use crate::counters::reasons;
@@ -12,9 +13,9 @@ use crate::run::{Measurement, Run, cell};
 /// SLAT on and off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pair {
-    /// `npt=1`.
+    /// `npt=1` or `ept=1`.
     pub on: Run,
-    /// `npt=0`.
+    /// `npt=0` or `ept=0`.
     pub off: Run,
 }
 
@@ -88,6 +89,12 @@ impl Pair {
 }
 
 impl Findings {
+    /// Whose virtualisation the hosts' processors had.
+    pub fn vendor(&self) -> Vendor {
+        // Those who wrote no module had AMD's.
+        self.counted.on.probe.module.as_deref().and_then(Vendor::of_module).unwrap_or(Vendor::Amd)
+    }
+
     /// A first count, and nothing else yet.
     pub(crate) const fn of(counted: Pair) -> Self {
         Self {

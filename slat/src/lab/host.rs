@@ -25,21 +25,22 @@ const LAST_WORDS: usize = 2000;
 /// How a host's KVM translates a guest's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Paging {
-    /// `npt=1`: SLAT.
+    /// `npt=1`, `ept=1`: SLAT.
     Nested,
-    /// `npt=1` and `tdp_mmu=0`: SLAT by the code that also does shadow paging. What is left of the difference
+    /// The same and `tdp_mmu=0`: SLAT by the code that also does shadow paging. What is left of the difference
     /// to [`Paging::Shadow`] is SLAT's own.
     NestedOldMmu,
-    /// `npt=0`: shadow paging.
+    /// `npt=0`, `ept=0`: shadow paging.
     Shadow,
 }
 
 impl Paging {
-    const fn words(self) -> &'static str {
+    fn words(self, vendor: Vendor) -> String {
+        let slat = vendor.parameter();
         match self {
-            Self::Nested => "npt=1",
-            Self::NestedOldMmu => "npt=1 tdp_mmu=0",
-            Self::Shadow => "npt=0",
+            Self::Nested => format!("{slat}=1"),
+            Self::NestedOldMmu => format!("{slat}=1 tdp_mmu=0"),
+            Self::Shadow => format!("{slat}=0"),
         }
     }
 }
@@ -95,8 +96,10 @@ impl Errand {
     }
 
     /// Processors and memory.
-    const fn size(self) -> (usize, Bytes) {
+    const fn size(self, vendor: Vendor) -> (usize, Bytes) {
         match self {
+            // An emulated Intel host has no more.
+            Self::Scale if matches!(vendor, Vendor::Intel) => (1, Bytes::gib(2)),
             Self::Count | Self::Memory | Self::Reasons => (1, Bytes::gib(2)),
             // Room for as many guests as are to be started: this is about the processor.
             Self::Density => (1, Bytes::gib(3)),
@@ -123,7 +126,7 @@ pub struct Host {
 impl Host {
     /// What it does, for progress.
     pub fn describe(&self) -> String {
-        format!("{}, {}", self.errand.words(), self.paging.words())
+        format!("{}, {}", self.errand.words(), self.paging.words(self.vendor))
     }
 
     /// Boots the host and waits for its result, or until `stopped` says that nobody wants it any more.
@@ -146,7 +149,7 @@ impl Host {
             placed.push((kernel.image.clone(), linux::KERNEL.to_owned()));
             placed.push((initrd, linux::INITRD.to_owned()));
         }
-        let (cpus, memory) = self.errand.size();
+        let (cpus, memory) = self.errand.size(self.vendor);
         let emulator = Emulator {
             vendor: self.vendor,
             execution: self.errand.execution(),

@@ -13,7 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lab::{InstalledKernel, Vendor};
+use lab::InstalledKernel;
+pub use lab::Vendor;
 
 use crate::run::Run;
 pub use findings::{Findings, Pair};
@@ -57,6 +58,8 @@ pub struct Only {
 /// What to do in the lab.
 #[derive(Clone, Debug)]
 pub struct Visit {
+    /// Whose virtualisation the hosts' processors have.
+    pub vendor: Vendor,
     /// The parts to do; what else an earlier visit found is kept.
     pub only: Option<Only>,
     /// Count everything twice and compare.
@@ -105,7 +108,7 @@ impl Visit {
         progress: impl Fn(&str) + Sync,
         keep: impl Fn(&Findings) + Sync,
     ) -> Result<Findings, Error> {
-        let kernel = &InstalledKernel::find(kernel_root, Vendor::Amd).map_err(Error::Host)?;
+        let kernel = &InstalledKernel::find(kernel_root, self.vendor).map_err(Error::Host)?;
         let waiting = Mutex::new(self.places());
         let outcomes = Mutex::new(Vec::new());
         let hopeless = AtomicBool::new(false);
@@ -166,9 +169,8 @@ impl Visit {
         places
     }
 
-    /// A host whose processor can be emulated.
     const fn host(&self, paging: Paging, errand: Errand) -> Host {
-        Host { vendor: Vendor::Amd, paging, errand, limit: self.limit }
+        Host { vendor: self.vendor, paging, errand, limit: self.limit }
     }
 
     /// One host; once more where it gave nothing, or not all, as an emulator that is starved of processor time

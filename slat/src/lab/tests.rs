@@ -16,7 +16,8 @@ fn both(errand: Errand, round: Round, run: &Run) -> [Outcome; 2] {
 
 fn visit(parts: &[Errand], before: Findings) -> Visit {
     let only = Only { parts: parts.to_vec(), before: Box::new(before) };
-    Visit { only: Some(only), twice: true, density: true, limit: Duration::from_secs(1), jobs: 1 }
+    let (vendor, limit) = (Vendor::Amd, Duration::from_secs(1));
+    Visit { vendor, only: Some(only), twice: true, density: true, limit, jobs: 1 }
 }
 
 fn counted(run: &Run) -> Findings {

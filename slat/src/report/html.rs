@@ -7,7 +7,9 @@ use api::units::Bytes;
 use super::plot::{self, Line};
 use super::verdict;
 use crate::claims::{Claim, Material, Outcome, PAGE_TABLE_WORK, both, chase_of, claims, scaling_points};
-use crate::lab::Findings;
+use crate::figure::short;
+use crate::lab::{Findings, Pair, Vendor};
+use crate::linux::Workload;
 use crate::payload::{Payload, Place, Setup};
 use crate::run::{Run, SPACES, cell, spaces};
 
@@ -86,8 +88,9 @@ pub fn page(material: Material<'_>) -> String {
     if let Some(run) = material.here {
         page += &host_section("This host", run);
     }
-    if let Some(lab) = material.lab {
-        page += &lab_section(lab);
+    page += &vendors_section(material);
+    for (vendor, lab) in material.labs() {
+        page += &lab_section(vendor, lab);
     }
     page += "<h2>How to read this</h2>\n<p><b>Exact</b>: a count, the same each time. <b>Real time</b>: median, with \
              the lowest and highest sample behind it. <b>Direction only</b>: time under an emulator; which is larger \
@@ -105,8 +108,9 @@ fn lead(material: Material<'_>, claims: &[Claim]) -> String {
             let _ = write!(text, "So this host gives no verdict on SLAT's time: {why}. ");
         }
     }
-    if material.lab.is_some() {
-        text += "SLAT on and off was counted in emulated AMD hosts. ";
+    let names: Vec<_> = material.labs().map(|(vendor, _)| vendor.name()).collect();
+    if !names.is_empty() {
+        let _ = write!(text, "SLAT on and off was counted in emulated {} hosts. ", names.join(" and "));
     }
     text + &verdict(claims)
 }
@@ -118,9 +122,14 @@ fn figure(svg: Option<String>, caption: &str) -> String {
     }
 }
 
-/// VM exits an operation with SLAT on and off, as SVG; nothing without figures of the lab.
+/// VM exits an operation with SLAT on and off, as SVG, of the first vendor that there is; nothing without figures
+/// of the lab.
 pub fn exits_plot(material: Material<'_>) -> Option<String> {
-    let pair = &material.lab?.counted;
+    plot_exits(material.labs().next()?.1)
+}
+
+fn plot_exits(lab: &Findings) -> Option<String> {
+    let pair = &lab.counted;
     let rows: Vec<_> = PAGE_TABLE_WORK
         .iter()
         .chain(&[Payload::ColdTouch])
@@ -134,8 +143,10 @@ pub fn exits_plot(material: Material<'_>) -> Option<String> {
 
 fn plots(material: Material<'_>) -> String {
     let mut all = String::new();
-    if let Some(lab) = material.lab {
-        all += &figure(exits_plot(material), "C1 and C11: VM exits an operation (exact).");
+    for (vendor, lab) in material.labs() {
+        let of = |caption: &str| format!("{}. {caption}", vendor.name());
+        let figure = |svg, caption: &str| figure(svg, &of(caption));
+        all += &figure(plot_exits(lab), "C1 and C11: VM exits an operation (exact).");
         all += &figure(
             memory_plot(lab),
             "C3: kernel memory for the tables of one VM, by address spaces of 32 MiB in its guest (exact). \
@@ -285,13 +296,53 @@ fn host_section(title: &str, run: &Run) -> String {
     text
 }
 
-fn lab_section(lab: &Findings) -> String {
+/// What a guest left for with SLAT by each vendor, and without.
+fn vendors_section(material: Material<'_>) -> String {
+    let (Some(amd), Some(intel)) = (material.amd, material.intel) else { return String::new() };
+    let mut text = String::from(
+        "<h2>AMD and Intel side by side</h2>\n<p>Exits an operation (exact), from the same payloads on KVM's two \
+         modules. With SLAT KVM has the same code for both and a processor that leaves at the same events. \
+         Without it both shadow the guest's tables with the same code.</p>\n",
+    );
+    let head = ["payload", "NPT (npt=1)", "EPT (ept=1)", "AMD, npt=0", "Intel, ept=0"];
+    text += &table(head, &vendor_rows(&amd.counted, &intel.counted));
+    let rows: Vec<_> = amd
+        .counted
+        .workloads()
+        .filter_map(|(on, off)| {
+            let (other_on, other_off) = intel.counted.workloads().find(|(other, _)| other.name == on.name)?;
+            let exits = |workload: &Workload| workload.exits.map_or("-".into(), short);
+            Some([on.name.clone(), exits(on), exits(other_on), exits(off), exits(other_off)])
+        })
+        .collect();
+    if !rows.is_empty() {
+        text += &table(["Linux guest", "NPT (npt=1)", "EPT (ept=1)", "AMD, npt=0", "Intel, ept=0"], &rows);
+    }
+    text
+}
+
+/// Exits of each setup that both vendors' hosts ran: with SLAT on, then off.
+fn vendor_rows(amd: &Pair, intel: &Pair) -> Vec<[String; 5]> {
+    let guests = amd.on.measurements.iter().filter(|m| m.setup.place != Place::Native);
+    let rows = guests.filter_map(|m| {
+        let all = [&amd.on, &intel.on, &amd.off, &intel.off].map(|run| run.find(&m.setup));
+        let [Some(a), Some(b), Some(c), Some(d)] = all else { return None };
+        let [a, b, c, d] = [a, b, c, d].map(|m| cell(&m.exits));
+        Some([m.setup.describe(), a, b, c, d])
+    });
+    rows.collect()
+}
+
+fn lab_section(vendor: Vendor, lab: &Findings) -> String {
     let host = &lab.counted.on.fingerprint;
     let mut text = format!(
-        "<h2>The lab</h2>\n<p>Emulated {}, Linux {}, kvm_amd with npt=1 and npt=0. Instructions are those of the \
-         whole emulated host, hypervisor and all. ",
+        "<h2>The lab, {}</h2>\n<p>Emulated {}, Linux {}, {} with {slat}=1 and {slat}=0. Instructions are those of \
+         the whole emulated host, hypervisor and all. ",
+        vendor.name(),
         escape(&host.processor),
-        escape(&host.kernel)
+        escape(&host.kernel),
+        vendor.module(),
+        slat = vendor.parameter(),
     );
     text += match (&lab.twice, &lab.difference) {
         (true, None) => "Counted twice: identical.",

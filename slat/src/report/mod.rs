@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::claims::{Claim, Material, Outcome, claims};
 use crate::figure::{Comparison, Figure, compare};
 use crate::host::Fingerprint;
-use crate::lab::Findings;
+use crate::lab::{Findings, Vendor};
 use crate::payload::{Place, Setup};
 use crate::probe::Verdict;
 use crate::run::{Clock, Measurement, Run, SCHEMA, cell};
@@ -77,12 +77,15 @@ impl Input {
     }
 }
 
-/// The last of each kind in a list of files.
+/// The last of each kind in a list of files: of a host, and of the lab's by each vendor.
 pub fn material(inputs: &[Input]) -> Material<'_> {
     let mut material = Material::default();
     for input in inputs {
         match input {
-            Input::Lab(lab) => material.lab = Some(lab),
+            Input::Lab(lab) => match lab.vendor() {
+                Vendor::Amd => material.amd = Some(lab),
+                Vendor::Intel => material.intel = Some(lab),
+            },
             Input::Run(run) => material.here = Some(run),
         }
     }
@@ -105,11 +108,11 @@ pub fn verdict(claims: &[Claim]) -> String {
 /// What a reader must know before believing any of it: parts that are missing, and counts that differ.
 pub fn cautions(material: Material<'_>) -> Vec<String> {
     let mut all = Vec::new();
-    if let Some(lab) = material.lab {
-        all.extend(lab.difference.clone());
-        all.extend(lab.mixed());
-        all.extend(lab.interrupted.then(|| "the lab was stopped before its end".into()));
-        all.extend(lab.failures().map(|why| format!("missing from the lab: {why}")));
+    for (vendor, lab) in material.labs() {
+        let mut found: Vec<String> = lab.difference.iter().cloned().chain(lab.mixed()).collect();
+        found.extend(lab.interrupted.then(|| "the lab was stopped before its end".into()));
+        found.extend(lab.failures().map(|why| format!("missing from the lab: {why}")));
+        all.extend(found.into_iter().map(|what| format!("{}: {what}", vendor.name())));
     }
     if let Some(here) = material.here {
         all.extend(here.interrupted.then(|| "the run on this host was stopped before its end".into()));
@@ -227,15 +230,7 @@ pub fn side_by_side<'a>(first: &'a Run, second: &'a Run) -> SideBySide<'a> {
     let refused = first.refusal().or(second.refusal()).is_some();
     let row = |a: &'a Measurement| {
         let b = second.find(&a.setup)?;
-        let words = match compare(&a.time, &b.time) {
-            Comparison::NotAvailable => String::new(),
-            Comparison::NoDifference => "no difference".into(),
-            _ if refused && a.setup.place != Place::Native => "no verdict".into(),
-            Comparison::Times(n) if n > 1.0 => format!("{n:.2} times slower"),
-            Comparison::Times(n) => format!("{:.2} times faster", 1.0 / n),
-            Comparison::FromZero | Comparison::Larger => "slower".into(),
-            Comparison::Smaller => "faster".into(),
-        };
+        let words = words(a, b, refused);
         Some(Row {
             payload: a.setup.describe(),
             setup: &a.setup,
@@ -246,6 +241,81 @@ pub fn side_by_side<'a>(first: &'a Run, second: &'a Run) -> SideBySide<'a> {
     };
     let rows = first.measurements.iter().filter_map(row).collect();
     SideBySide { first: Side::of(first), second: Side::of(second), rows }
+}
+
+/// What the second's time is to the first's; empty where one is missing.
+fn words(a: &Measurement, b: &Measurement, refused: bool) -> String {
+    match compare(&a.time, &b.time) {
+        Comparison::NotAvailable => String::new(),
+        Comparison::NoDifference => "no difference".into(),
+        _ if refused && a.setup.place != Place::Native => "no verdict".into(),
+        Comparison::Times(n) if n > 1.0 => format!("{n:.2} times slower"),
+        Comparison::Times(n) => format!("{:.2} times faster", 1.0 / n),
+        Comparison::FromZero | Comparison::Larger => "slower".into(),
+        Comparison::Smaller => "faster".into(),
+    }
+}
+
+/// What one of several hosts measured of a setup.
+#[derive(Clone, Debug, Serialize)]
+pub struct Of<'a> {
+    /// Whose: its place in [`Hosts::hosts`].
+    pub host: usize,
+    /// Exits an operation.
+    pub exits: &'a Figure,
+    /// Time of an operation.
+    pub time: &'a Figure,
+    /// What its time is to the first host's, in words; empty where one is missing.
+    pub is: String,
+}
+
+/// A setup that several hosts have.
+#[derive(Clone, Debug, Serialize)]
+pub struct Shared<'a> {
+    /// In words.
+    pub payload: String,
+    /// The setup.
+    pub setup: &'a Setup,
+    /// What each has, in their order.
+    pub of: Vec<Of<'a>>,
+}
+
+/// Any number of hosts beside each other.
+#[derive(Clone, Debug, Serialize)]
+pub struct Hosts<'a> {
+    /// Them.
+    pub hosts: Vec<Side<'a>>,
+    /// What the first and at least one other measured.
+    pub rows: Vec<Shared<'a>>,
+}
+
+impl Hosts<'_> {
+    /// Cells of a table, a line for each host's figure: payload, host counted from 1, exits, time, what it is.
+    pub fn cells(&self) -> Vec<[String; 5]> {
+        let line = |row: &Shared, of: &Of| {
+            let payload = if of.host == 0 { row.payload.clone() } else { String::new() };
+            [payload, (of.host + 1).to_string(), cell(of.exits), cell(of.time), of.is.clone()]
+        };
+        self.rows.iter().flat_map(|row| row.of.iter().map(move |of| line(row, of))).collect()
+    }
+}
+
+/// Sets any number of runs beside the first.
+pub fn hosts<'a>(runs: &'a [Run]) -> Hosts<'a> {
+    let row = |first: &'a Run, a: &'a Measurement| {
+        let each = runs.iter().enumerate().filter_map(|(host, run)| {
+            let b = run.find(&a.setup)?;
+            let refused = first.refusal().or(run.refusal()).is_some();
+            let is = if host == 0 { String::new() } else { words(a, b, refused) };
+            Some(Of { host, exits: &b.exits, time: &b.time, is })
+        });
+        let of: Vec<_> = each.collect();
+        (of.len() > 1).then(|| Shared { payload: a.setup.describe(), setup: &a.setup, of })
+    };
+    let first = runs.first();
+    let rows =
+        first.into_iter().flat_map(|first| first.measurements.iter().filter_map(move |a| row(first, a)));
+    Hosts { hosts: runs.iter().map(Side::of).collect(), rows: rows.collect() }
 }
 
 #[cfg(test)]
@@ -294,7 +364,7 @@ mod tests {
     fn what_is_missing_or_differs_is_said_before_the_claims() {
         let run = run_of(Vec::new());
         let mut lab = Findings::of(Pair { on: run.clone(), off: run.clone() });
-        let of = |lab: &Findings| text(Material { here: None, lab: Some(lab) });
+        let of = |lab: &Findings| text(Material { amd: Some(lab), ..Material::default() });
         assert!(!of(&lab).contains("Beware"), "{}", of(&lab));
         lab.difference = Some("two runs differ".into());
         lab.interrupted = true;
@@ -302,7 +372,7 @@ mod tests {
         lab.counted.off.linux_failure = Some("the guest died".into());
         lab.counted.off.fingerprint.kernel = "0.1".into();
         let here = Run { interrupted: true, ..run };
-        let material = Material { here: Some(&here), lab: Some(&lab) };
+        let material = Material { here: Some(&here), amd: Some(&lab), intel: None };
         let (text, told) = (text(material), told(material));
         let claims = text.find("C1 ").expect("the claims");
         for word in ["two runs differ", "stopped before its end", "stood still", "guest died", "Linux 0.1"] {
@@ -321,5 +391,22 @@ mod tests {
         assert!(sides["second"]["refusal"].is_string(), "{sides:#}");
         assert_eq!(sides["rows"][0]["setup"]["payload"], "chase");
         assert_eq!(sides["rows"][0]["time"][1]["quality"], "not-available");
+    }
+
+    #[test]
+    fn any_number_of_hosts_stand_beside_the_first() {
+        let [one, other] = [Payload::Chase, Payload::WarmTouch].map(|p| Setup::usual(p).at(Place::Ring3));
+        let both = run_of(vec![one.clone(), other.clone()]);
+        let runs = [both.clone(), run_of(vec![other.clone()]), both];
+        let beside = hosts(&runs);
+        assert_eq!(beside.hosts.len(), 3);
+        let of = |setup: &Setup| {
+            let row = beside.rows.iter().find(|row| row.setup == setup).expect("two have it");
+            row.of.iter().map(|of| of.host).collect::<Vec<_>>()
+        };
+        assert_eq!((of(&one), of(&other)), (vec![0, 2], vec![0, 1, 2]));
+        let cells = beside.cells();
+        assert_eq!(cells.iter().map(|line| line[1].as_str()).collect::<Vec<_>>(), ["1", "3", "1", "2", "3"]);
+        assert!(hosts(&runs[..1]).rows.is_empty(), "there is nothing beside it");
     }
 }
