@@ -6,6 +6,7 @@ mod core;
 pub mod device;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod port;
 #[cfg(any(test, kani))]

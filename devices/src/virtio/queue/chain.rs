@@ -208,6 +208,11 @@ impl Reader<'_> {
         })
     }
 
+    /// Goes past `count` bytes as far as the chain goes.
+    pub fn skip(&mut self, count: usize) {
+        self.place.walk(count, |_, _, count| count);
+    }
+
     /// Bytes that are still to read.
     pub fn left(&self) -> u64 {
         self.place.left()
@@ -235,6 +240,11 @@ impl Writer<'_> {
             done += count;
             if written { count } else { 0 }
         })
+    }
+
+    /// Goes past `count` bytes as far as the chain goes.
+    pub fn skip(&mut self, count: usize) {
+        self.place.walk(count, |_, _, count| count);
     }
 
     /// Bytes that still fit.

@@ -8,17 +8,20 @@
 //! keeps is in flight, and a driver that offers such a chain once more has it back as malformed.
 
 mod chain;
+mod together;
 mod vectors;
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::device::{Active, Progress};
 use super::interrupt::Interrupt;
 pub use chain::{Buffer, Chain, Head, Reader, Writer};
+pub use together::{complete_together, put_back};
 pub use vectors::IoVectors;
 
 /// Malformed chains that a driver may hand over before the device asks for a reset.
@@ -34,8 +37,11 @@ pub enum Verdict {
     Used(u32),
     /// Not a request that the device understands: goes back with nothing written, and is counted.
     Malformed,
-    /// Stays with the device, which calls [`give_back`] or [`complete`] for it later.
+    /// Stays with the device, which calls [`give_back`], [`complete`] or [`complete_together`] for it later.
     Kept,
+    /// Stays in the queue, as the device can take no more for now. It comes back to the queue by itself: the
+    /// driver need not notify it of what it adds until then.
+    Later,
 }
 
 /// How much of a queue one event may work on.
@@ -90,13 +96,15 @@ pub struct ActiveQueue {
     pub(super) queue: Queue,
     interrupt: Interrupt,
     in_flight: InFlight,
+    /// The used index when the driver was last asked whether it wants to be told.
+    told: u16,
     /// Room for chains that are to be read.
     rooms: Vec<Vec<Buffer>>,
 }
 
 impl ActiveQueue {
     pub(super) fn new(queue: Queue, interrupt: Interrupt) -> Self {
-        Self { queue, interrupt, in_flight: InFlight::default(), rooms: Vec::new() }
+        Self { told: queue.next_used(), queue, interrupt, in_flight: InFlight::default(), rooms: Vec::new() }
     }
 
     /// Whether the driver has enabled it, and not stopped it since.
@@ -117,9 +125,31 @@ impl ActiveQueue {
 
     /// Tells the driver of used buffers, where it wants that.
     fn notify(&mut self, memory: &GuestMemoryMmap) {
-        if self.queue.needs_notification(memory).unwrap_or(true) {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.told, used);
+        // The driver must see the used index before it is asked up to which it wants to know nothing.
+        fence(Ordering::SeqCst);
+        // virtio-queue knows only of what was given back one by one.
+        let wanted = self
+            .used_event(memory)
+            .is_none_or(|event| used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before));
+        if wanted {
             self.interrupt.raise();
         }
+    }
+
+    /// Past which used index the driver wants to be told (section 2.7.7.1); always, where it does not say.
+    fn used_event(&self, memory: &GuestMemoryMmap) -> Option<u16> {
+        if !self.queue.event_idx_enabled() {
+            return None;
+        }
+        self.available(memory, self.queue.size())
+    }
+
+    /// The entry of the available ring at `place`.
+    fn available(&self, memory: &GuestMemoryMmap, place: u16) -> Option<u16> {
+        let address = self.queue.avail_ring().checked_add(4 + 2 * u64::from(place))?;
+        memory.read_obj(GuestAddress(address)).map(u16::from_le).ok()
     }
 
     fn take_in_room(&mut self, chain: Chain) {
@@ -160,6 +190,10 @@ impl ActiveQueue {
                 Verdict::Kept => {
                     self.in_flight.insert(head);
                     continue;
+                }
+                Verdict::Later => {
+                    self.queue.go_to_previous_position();
+                    return Ok(Progress::Done);
                 }
                 Verdict::Used(written) => written,
                 Verdict::Malformed if faults.add() => return Err(Broken),

@@ -111,6 +111,63 @@ impl IoVectors {
         })
     }
 
+    /// Reads one message: its first bytes into `head`, the next ones into guest memory, and what does not fit
+    /// there into `tail`. Returns how many bytes came; the vectors are gone then.
+    ///
+    /// # Errors
+    /// As `readv(2)`.
+    pub fn read_message(
+        &mut self,
+        file: BorrowedFd<'_>,
+        head: &mut [u8],
+        tail: &mut [u8],
+    ) -> io::Result<usize> {
+        self.surround(head.as_mut_ptr(), head.len(), tail.as_mut_ptr(), tail.len());
+        // SAFETY: `vectors` are valid: the first and the last are slices that live until this returns, those
+        // between as in `fill_from`.
+        self.message(|vectors, count| unsafe { libc::readv(file.as_raw_fd(), vectors, count) })
+    }
+
+    /// Writes one message: `head`, then guest memory. Returns how many bytes went; the vectors are gone then.
+    ///
+    /// # Errors
+    /// As `writev(2)`.
+    pub fn write_message(&mut self, file: BorrowedFd<'_>, head: &[u8]) -> io::Result<usize> {
+        self.surround(head.as_ptr().cast_mut(), head.len(), std::ptr::null_mut(), 0);
+        // SAFETY: as in `read_message`; the kernel only reads.
+        self.message(|vectors, count| unsafe { libc::writev(file.as_raw_fd(), vectors, count) })
+    }
+
+    fn surround(&mut self, head: *mut u8, head_len: usize, tail: *mut u8, tail_len: usize) {
+        self.vectors.insert(0, libc::iovec { iov_base: head.cast(), iov_len: head_len });
+        if tail_len > 0 {
+            self.vectors.push(libc::iovec { iov_base: tail.cast(), iov_len: tail_len });
+        }
+    }
+
+    fn message(
+        &mut self,
+        call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
+    ) -> io::Result<usize> {
+        let result = loop {
+            let Ok(count @ ..=MOST_VECTORS_OF_A_CALL) = libc::c_int::try_from(self.vectors.len()) else {
+                break Err(io::Error::from_raw_os_error(libc::EINVAL));
+            };
+            match usize::try_from(call(self.vectors.as_ptr(), count)) {
+                Ok(bytes) => break Ok(bytes),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        break Err(error);
+                    }
+                }
+            }
+        };
+        // Nothing is left that points to the caller's slices.
+        self.clear();
+        result
+    }
+
     fn transfer(
         &mut self,
         file: BorrowedFd<'_>,
@@ -145,3 +202,4 @@ impl IoVectors {
 
 /// Vectors that the kernel takes in one call (`IOV_MAX`).
 const MOST_VECTORS: usize = 1024;
+const MOST_VECTORS_OF_A_CALL: libc::c_int = MOST_VECTORS as libc::c_int;
