@@ -12,6 +12,7 @@ mod discovery;
 mod duration;
 mod failure;
 mod growth;
+mod image_create;
 mod logging;
 mod memory;
 mod output;
@@ -26,6 +27,7 @@ mod sim;
 mod slat;
 mod standard_error;
 mod stop;
+mod stopping;
 mod table;
 mod top;
 mod unpack_kernel;
@@ -93,6 +95,7 @@ enum Command {
     Balancer(balancer::Args),
     Sim(sim::Args),
     Record(record::Args),
+    Image(image_create::Args),
     Completions(completions::Args),
     #[command(hide = true)]
     UnpackKernel(unpack_kernel::Args),
@@ -132,6 +135,7 @@ fn main() -> ExitCode {
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
+        Command::Image(args) => done(image_create::run(args)),
         Command::Completions(args) => done(completions::run(&args)),
         Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
     };
