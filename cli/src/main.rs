@@ -7,6 +7,7 @@ mod balancer;
 mod cgroup;
 mod check;
 mod client;
+mod cloud_init;
 mod completions;
 mod discovery;
 mod duration;

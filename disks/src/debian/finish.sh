@@ -66,8 +66,9 @@ mke2fs -q -F -t ext4 -d . -U "$uuid" -b 4096 -I 256 -L '' \
     -E "offset=$offset,hash_seed=$spread,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0" \
     "$image" "${kib}k"
 
-# Of the times of a file the last change can't be set; in the file system that was made it can.
+# Of a file's times the last change can't be set, and the last access comes from being read; in the file system that
+# was made both can.
 used=$(dumpe2fs -h "$image?offset=$offset" 2> /dev/null |
     awk -F: '/^Inode count/ { all = $2 } /^Free inodes/ { free = $2 } END { print all - free }')
-{ echo 2; seq 11 "$used"; } | sed "s/.*/set_inode_field <&> ctime @$newest/" |
+{ echo 2; seq 11 "$used"; } | sed "s/.*/set_inode_field <&> ctime @$newest\nset_inode_field <&> atime @$newest/" |
     debugfs -w -f - "$image?offset=$offset" > /dev/null
