@@ -7,11 +7,13 @@ mod balancer;
 mod cgroup;
 mod check;
 mod client;
+mod cloud_init;
 mod completions;
 mod discovery;
 mod duration;
 mod failure;
 mod growth;
+mod image_create;
 mod logging;
 mod manual_pages;
 mod memory;
@@ -27,6 +29,7 @@ mod sim;
 mod slat;
 mod standard_error;
 mod stop;
+mod stopping;
 mod table;
 mod top;
 mod unpack_kernel;
@@ -96,6 +99,7 @@ enum Command {
     Balancer(balancer::Args),
     Sim(sim::Args),
     Record(record::Args),
+    Image(image_create::Args),
     Completions(completions::Args),
     #[command(hide = true)]
     ManualPages(manual_pages::Args),
@@ -141,6 +145,7 @@ fn main() -> ExitCode {
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
+        Command::Image(args) => done(image_create::run(args)),
         Command::Completions(args) => done(completions::run(&args)),
         Command::ManualPages(args) => done(manual_pages::run(&args)),
         Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),

@@ -20,6 +20,7 @@ use vmm::config::{
 use vmm::machine::Machine;
 
 use crate::cgroup;
+use crate::cloud_init::SeedArgs;
 use crate::duration;
 use crate::failure::Failure;
 use crate::growth::{self, Growth};
@@ -116,6 +117,8 @@ pub struct Args {
     /// cache is the only one; one that it may only read is, and guests that read the same file share that.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskOptions>,
+    #[command(flatten)]
+    seed: SeedArgs,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -191,7 +194,12 @@ enum MemoryBacking {
 
 impl Args {
     fn config(self) -> Result<VmConfig, Failure> {
-        let devices = self.devices().map_err(Failure::usage)?;
+        let mut devices = self.devices().map_err(Failure::usage)?;
+        if let Some(seed) = self.seed.seed(self.name.as_ref().map(Name::as_str))? {
+            // Behind all disks, so that those have the names that they would have without it.
+            let id = "cloud-init".parse().map_err(|error: ConfigError| Failure::usage(error))?;
+            devices.push(DeviceConfig::new(id, Device::CloudInit(seed)));
+        }
         let backing = self.hugepages.unwrap_or(match self.memory_backing {
             MemoryBacking::Anonymous => Backing::Anonymous,
             MemoryBacking::Memfd => Backing::Memfd,

@@ -165,6 +165,10 @@ impl<'a> Builder<'a> {
                 let disk = disk::open(&config.id, options, self.control.cpus())?;
                 self.virtio(config, ThreadName::own(&config.id), disk)
             }
+            Device::CloudInit(seed) => {
+                let disk = disk::seed(&config.id, seed)?;
+                self.virtio(config, shared, disk)
+            }
             Device::Agent => self.virtio(config, shared, self.control.agent().port()),
             #[cfg(test)]
             Device::Note(options) => {

@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 use crate::api_server;
 use crate::arch::x86_64::layout::{self, TooMuchMemory};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
-use crate::arch::x86_64::{acpi, cpuid, reset};
+use crate::arch::x86_64::{acpi, cpuid, reset, smbios};
 use crate::boot::kernel::{self, Boot, KernelError};
 use crate::boot::unpacked;
 use crate::builder::{BuildError, Builder, Threads};
@@ -172,6 +172,7 @@ impl Machine {
         }
         let devices = builder.finish()?;
         acpi::write(ram.guest(), config.cpus, &devices.platform, &domain(&ram))?;
+        smbios::write(ram.guest(), &config.name)?;
         reset::write(ram.guest())?;
 
         let buses = Arc::new(devices.buses);

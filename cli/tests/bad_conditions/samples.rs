@@ -77,6 +77,10 @@ pub const SAMPLES: &[Sample] = &[
     // Its guest has told nothing.
     client("record", "-o recording.csv --interval 100ms --for 200ms", &[1]),
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
+    alone("image", "", &[2]),
+    alone("image create", "", &[2]),
+    // Too small: it would take minutes otherwise.
+    alone("image create debian", "--size 1M debian.qcow2", &[2]),
     alone("completions", "bash", &[0]),
     alone("manual-pages", ".", &[0]),
     alone("manual-pages", "--schema", &[0]),

@@ -6,6 +6,7 @@ use devices::virtio::block::Block;
 use devices::virtio::block::disk::Disk;
 use devices::virtio::block::qcow2::{Qcow2Disk, Qcow2Options};
 use devices::virtio::block::raw::{RawDisk, RawOptions};
+use disks::seed::Seed;
 
 use super::{BuildError, refused};
 use crate::config::{Cpus, DeviceId, DiskFormat, DiskOptions};
@@ -27,4 +28,10 @@ pub fn open(id: &DeviceId, options: &DiskOptions, cpus: Cpus) -> Result<Block, B
     };
     let queues = u16::from(cpus.get().min(MOST_QUEUES));
     Block::new(disk, id.as_str(), queues).map_err(refused("a disk"))
+}
+
+/// The disk of a seed for cloud-init, which is in memory and can't be written.
+pub fn seed(id: &DeviceId, seed: &Seed) -> Result<Block, BuildError> {
+    let disk = seed.disk().and_then(RawDisk::sealed).map_err(refused("a seed for cloud-init"))?;
+    Block::new(Arc::new(disk), id.as_str(), 1).map_err(refused("a disk"))
 }

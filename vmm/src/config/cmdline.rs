@@ -4,7 +4,7 @@ use std::fmt;
 
 use api::units::Bytes;
 
-use super::{Transport, VmConfig};
+use super::{Device, DeviceConfig, Transport, VmConfig};
 
 /// The command line of a guest for which the user gives none. Each word saves something, or makes an end known:
 /// * `console=ttyS0`: what the kernel says comes out at the serial port.
@@ -46,6 +46,9 @@ const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
 
 /// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
 const NO_PCI_WORD: &str = "pci=off";
+
+/// Keeps cloud-init from looking for a cloud's services in the network, for which it waits for minutes.
+const NO_CLOUD: &str = "ds=nocloud";
 
 /// A word of the user's with which the guest does not work here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +94,9 @@ impl VmConfig {
             false => &[],
         };
         let pci: &[&str] = if self.transport == Transport::Mmio { &[NO_PCI_WORD] } else { &[] };
-        plug.iter().chain(pci).fold(self.cmdline.clone(), |line, word| {
+        let is_seed = |config: &DeviceConfig| matches!(config.device, Device::CloudInit(_));
+        let seed: &[&str] = if self.devices.iter().any(is_seed) { &[NO_CLOUD] } else { &[] };
+        plug.iter().chain(pci).chain(seed).fold(self.cmdline.clone(), |line, word| {
             let name = name_of(word);
             let given = line.split_whitespace().any(|other| name_of(other) == name);
             if given { line } else { format!("{line} {word}") }
@@ -128,7 +133,7 @@ fn name_of(word: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Device, DeviceConfig};
+    use disks::seed::Seed;
 
     fn config(cmdline: &str) -> VmConfig {
         let mut config =
@@ -149,6 +154,12 @@ mod tests {
             config.kernel_cmdline(),
             "pci=nocrs memhp_default_state=online_movable memory_hotplug.online_policy=contig-zones"
         );
+        let seed = Seed::new("#!/bin/sh\n", None, None).unwrap();
+        config.devices.push(DeviceConfig::new("seed".parse().unwrap(), Device::CloudInit(seed)));
+        assert!(config.kernel_cmdline().ends_with(" ds=nocloud"));
+        let by_user = VmConfig { cmdline: "ds=nocloud;s=/seed/".to_owned(), ..config.clone() };
+        assert_eq!(by_user.kernel_cmdline().matches("ds=").count(), 1);
+        config.devices.pop();
         config.limits = "256M,max=1G".parse().unwrap();
         assert_eq!(
             config.kernel_cmdline(),

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use devices::virtio::block::raw::Cache;
+use disks::seed::Seed;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
@@ -49,6 +50,8 @@ pub enum Device {
     Rng,
     /// virtio-blk: a disk.
     Disk(DiskOptions),
+    /// virtio-blk: a small disk in memory that tells the guest's cloud-init how to set it up.
+    CloudInit(Seed),
     /// A virtio-console port for the guest's agent.
     Agent,
     /// A device that only tests know.
@@ -64,6 +67,7 @@ impl Device {
             Self::Balloon(_) => Some("balloon"),
             Self::Memory => Some("memory"),
             Self::Agent => Some("agent"),
+            Self::CloudInit(_) => Some("cloud-init"),
             _ => None,
         }
     }

@@ -222,7 +222,15 @@ impl VirtioDevice for Block {
     }
 
     fn sandbox_needs(&self) -> SandboxNeeds {
-        let calls = [libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_fallocate];
+        // The last two are an image's: it is made last with all that is known of its file, and grows.
+        let calls = [
+            libc::SYS_preadv,
+            libc::SYS_pwritev,
+            libc::SYS_fdatasync,
+            libc::SYS_fallocate,
+            libc::SYS_fsync,
+            libc::SYS_ftruncate,
+        ];
         SandboxNeeds::calls(&calls.map(Call::any))
     }
 

@@ -25,6 +25,9 @@ pub const LOW_END: GuestAddress = GuestAddress(0x9_fc00);
 /// The ACPI tables, root pointer first: in the area that a BIOS would fill, where even
 /// a kernel that is not told about them looks (ACPI 6.5, section 5.2.5.1).
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
+/// SMBIOS's entry point, with its tables behind it: in the area where kernels look for it (DSP0134, section 5.2), far
+/// behind the ACPI tables and before the reset vector.
+pub const SMBIOS: GuestAddress = GuestAddress(0xf_0000);
 /// Where RAM proper begins, and kernels are loaded.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 

@@ -5,4 +5,5 @@ pub mod cpuid;
 pub mod layout;
 pub mod registers;
 pub mod reset;
+pub mod smbios;
 pub mod vcpu;

@@ -1,0 +1,23 @@
+//! Work that a user may stop and that cleans up after itself.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn asked(_: libc::c_int) {
+    STOP.store(true, Ordering::Relaxed);
+}
+
+/// A flag that Ctrl-C and the other signals which ask a process to end set, where they are not ignored.
+pub fn by_signals() -> &'static AtomicBool {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        let handler = asked as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        // SAFETY: the handler stores a flag, which a handler may; `signal` gives back what was set before.
+        unsafe {
+            if libc::signal(signal, handler) == libc::SIG_IGN {
+                libc::signal(signal, libc::SIG_IGN);
+            }
+        }
+    }
+    &STOP
+}

@@ -1,0 +1,10 @@
+//! Disk images as files: what a guest finds on its disks before it runs.
+//!
+//! [`debian`] builds a bootable image of a distribution's own packages, and [`seed`] makes the disk that tells its cloud-init who may
+//! log in.
+
+pub mod debian;
+pub mod seed;
+mod tool;
+
+pub use tool::{Stop, ToolError};
