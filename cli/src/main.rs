@@ -17,6 +17,7 @@ mod memory;
 mod output;
 mod pause;
 mod ps;
+mod read_disk;
 mod record;
 mod reservation;
 mod resume;
@@ -96,6 +97,8 @@ enum Command {
     Completions(completions::Args),
     #[command(hide = true)]
     UnpackKernel(unpack_kernel::Args),
+    #[command(hide = true)]
+    ReadDisk(read_disk::Args),
 }
 
 fn main() -> ExitCode {
@@ -108,8 +111,8 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     match cli.command {
-        // It opens nothing, and says one sentence.
-        Command::UnpackKernel(_) => {}
+        // They open nothing, and say one sentence.
+        Command::UnpackKernel(_) | Command::ReadDisk(_) => {}
         Command::Run(_) => {
             run::share_one_heap();
             cli.logging.start_small();
@@ -134,6 +137,7 @@ fn main() -> ExitCode {
         Command::Record(args) => done(record::run(&args)),
         Command::Completions(args) => done(completions::run(&args)),
         Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
+        Command::ReadDisk(args) => Ok(read_disk::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
 }

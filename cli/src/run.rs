@@ -9,6 +9,7 @@ use api::limits::Limits;
 use api::runtime;
 use api::units::Bytes;
 use tracing::{info, warn};
+use vmm::boot::files::BootFiles;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
     MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
@@ -21,7 +22,7 @@ use crate::failure::Failure;
 use crate::growth::{self, Growth};
 use crate::reservation;
 use crate::sentence;
-use crate::unpacking::{KernelCache, unpacking};
+use crate::unpacking::{KernelCache, finder, unpacking};
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -37,6 +38,7 @@ Examples:
   ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --cpus 2 \\
       --memory 256M,min=128M,max=1G,buffer=20%,weight=100 --console file:web.log
   ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
+  ballast run --disk debian.qcow2 --memory 1G
 
 Exit codes:
    0  the guest powered off, or somebody stopped it
@@ -50,8 +52,11 @@ Exit codes:
   14  Ctrl-A x on the console")]
 pub struct Args {
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    ///
+    /// Without it the first disk is booted by its own: the newest entry of its boot loader's (loader/entries), what
+    /// its links vmlinuz and initrd.img lead to, or the newest vmlinuz-* in /boot.
+    #[arg(long, value_name = "FILE", required_unless_present = "disks")]
+    kernel: Option<PathBuf>,
     /// Boot a bzImage as it is: it unpacks itself in the guest
     ///
     /// Otherwise what is packed in it is unpacked on the host, by a process that can do nothing else,
@@ -177,8 +182,18 @@ enum MemoryBacking {
 }
 
 impl Args {
-    fn config(self) -> Result<VmConfig, Failure> {
-        let devices = self.devices().map_err(Failure::usage)?;
+    /// What is booted, where that says which devices there are.
+    fn boot_files(&self) -> Result<Option<BootFiles>, Failure> {
+        if self.grow != GrowBy::Auto || !growth::has_more(&self.memory) {
+            return Ok(None);
+        }
+        let (kernel, initrd) = (self.kernel.as_deref(), self.initrd.as_deref());
+        let files = BootFiles::find(kernel, initrd, self.disks.first(), Some(&finder()));
+        files.map(Some).map_err(Failure::new)
+    }
+
+    fn config(self, files: Option<&BootFiles>) -> Result<VmConfig, Failure> {
+        let devices = self.devices(files).map_err(Failure::usage)?;
         let backing = self.hugepages.unwrap_or(match self.memory_backing {
             MemoryBacking::Anonymous => Backing::Anonymous,
             MemoryBacking::Memfd => Backing::Memfd,
@@ -193,6 +208,7 @@ impl Args {
         Ok(VmConfig {
             name,
             kernel: self.kernel,
+            finder: Some(finder()),
             unpacking: (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref())),
             initrd: self.initrd,
             cmdline: with_words(&self.cmdline, &self.append),
@@ -210,14 +226,14 @@ impl Args {
     }
 
     /// Whether the guest is to plug what it gets beyond its startup memory.
-    fn plugs(&self) -> bool {
-        match self.grow {
-            GrowBy::Plug => true,
-            GrowBy::Balloon => false,
-            GrowBy::Auto => {
+    fn plugs(&self, files: Option<&BootFiles>) -> bool {
+        match (self.grow, files) {
+            (GrowBy::Plug, _) => true,
+            (GrowBy::Balloon, _) | (GrowBy::Auto, None) => false,
+            (GrowBy::Auto, Some(files)) => {
                 growth::has_more(&self.memory) && {
                     let unpacking = (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref()));
-                    let growth = growth::of_guest(&self.kernel, self.initrd.as_deref(), |file| {
+                    let growth = growth::of_guest(&files.kernel, files.initrd.as_ref(), |file| {
                         let prepared = unpacking.map(|unpacking| unpacking.prepare(file)).transpose()?;
                         Ok(prepared.map(|(kernel, _)| kernel))
                     });
@@ -229,7 +245,7 @@ impl Args {
     }
 
     /// The devices that the flags ask for, in the order in which the guest finds them.
-    fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
+    fn devices(&self, files: Option<&BootFiles>) -> Result<Vec<DeviceConfig>, ConfigError> {
         let balloon = BalloonOptions {
             deflate_on_oom: !self.no_deflate_on_oom,
             reporting: !self.no_free_page_reporting,
@@ -243,7 +259,7 @@ impl Args {
         if !self.no_agent {
             devices.push(("agent", Device::Agent));
         }
-        if self.plugs() {
+        if self.plugs(files) {
             devices.push(("memory", Device::Memory));
         }
         let disks = (0..)
@@ -257,7 +273,8 @@ impl Args {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
-    let config = args.config()?;
+    let files = args.boot_files()?;
+    let config = args.config(files.as_ref())?;
     if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
         warn!("{warning}");
     }
@@ -269,7 +286,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     } else {
         None
     };
-    let machine = Machine::new(config).inspect_err(|_| {
+    let made = match files {
+        Some(files) => Machine::with_files(config, files),
+        None => Machine::new(config),
+    };
+    let machine = made.inspect_err(|_| {
         if let Some(reservation) = reserved {
             reservation.give_back();
         }
