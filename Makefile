@@ -5,7 +5,7 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 qemu-utils e2fsprogs fdisk gcc libc6-dev python3-venv
+PACKAGES := qemu-system-x86 qemu-utils e2fsprogs fdisk dosfstools mtools gcc libc6-dev python3-venv
 INSTALL = $(SUDO) apt-get install -y --no-install-recommends
 # One package from elsewhere (a backport of qemu-utils) keeps the release's others out: all are taken from the
 # release then.

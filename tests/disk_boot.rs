@@ -64,6 +64,29 @@ fn disks() -> [PathBuf; 2] {
 }
 
 #[test]
+fn a_guest_that_reboots_starts_again() {
+    let [_, qcow2] = disks();
+    Host::new().file(&qcow2).usually(Duration::from_secs(120)).run(|| {
+        let disk = qcow2.to_str().expect("text");
+        let settings = VmSettings::new("again", &images(Kernel::V6_1), "256M", "ballast.end=reboot");
+        let mut vm = settings.clone().disk(disk).start();
+        vm.wait_until_ready();
+        vm.type_in("end\n");
+        vm.wait_for_line("The VM starts again.", WORKING);
+        vm.wait_until_ready();
+        // The signal reaches the VM, whose guest hears its power button; then it does not start again.
+        vm.terminate();
+        vm.wait_for_line("Pressed the guest's power button", WORKING);
+        assert_eq!(vm.wait_for_end(WORKING), 0);
+
+        let mut vm = settings.disk(disk).with(&["--on-reboot", "exit"]).start();
+        vm.wait_until_ready();
+        vm.type_in("end\n");
+        assert_eq!(vm.wait_for_end(WORKING), 10);
+    });
+}
+
+#[test]
 fn a_guest_boots_from_its_disk_alone() {
     let [raw, qcow2] = disks();
     Host::new().file(&raw).file(&qcow2).usually(Duration::from_secs(120)).run(|| {

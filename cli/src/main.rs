@@ -27,6 +27,7 @@ mod sim;
 mod slat;
 mod standard_error;
 mod stop;
+mod supervisor;
 mod table;
 mod top;
 mod unpack_kernel;

@@ -22,6 +22,7 @@ use crate::failure::Failure;
 use crate::growth::{self, Growth};
 use crate::reservation;
 use crate::sentence;
+use crate::supervisor;
 use crate::unpacking::{KernelCache, finder, unpacking};
 
 /// Run one VM until its guest switches off
@@ -45,7 +46,7 @@ Exit codes:
    1  ballast failed
    2  the command line was not understood
    3  this host's KVM can't run stock kernels: see `ballast check`
-  10  the guest asked for a reboot
+  10  the guest asked for a reboot, and is not to be started again
   11  the guest's kernel panicked
   12  the guest triple-faulted
   13  KVM could not run the guest on
@@ -108,6 +109,14 @@ pub struct Args {
     /// cache is the only one; one that it may only read is, and guests that read the same file share that.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskOptions>,
+    /// What a reboot of the guest does: `restart` starts the VM again, `exit` ends it with 10
+    ///
+    /// [default: restart where there is a disk, else exit]
+    #[arg(long, value_name = "WHAT")]
+    on_reboot: Option<OnReboot>,
+    /// The process that starts this VM again
+    #[arg(long, value_name = "PID", hide = true)]
+    supervisor: Option<i32>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -165,6 +174,14 @@ enum GrowBy {
     /// It boots with SIZE and plugs the rest: faster, and it can't reach memory that it was not
     /// given; the guest needs the module virtio_mem (Linux 5.17 or later)
     Plug,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OnReboot {
+    /// The VM starts again, with the kernel that is on its disk then
+    Restart,
+    /// The VM ends
+    Exit,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -225,6 +242,12 @@ impl Args {
         })
     }
 
+    /// Whether another process is to start this VM, and to start it again.
+    fn restarts(&self) -> bool {
+        let usual = if self.disks.is_empty() { OnReboot::Exit } else { OnReboot::Restart };
+        self.supervisor.is_none() && self.on_reboot.unwrap_or(usual) == OnReboot::Restart
+    }
+
     /// Whether the guest is to plug what it gets beyond its startup memory.
     fn plugs(&self, files: Option<&BootFiles>) -> bool {
         match (self.grow, files) {
@@ -271,6 +294,13 @@ impl Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    if args.restarts() {
+        let named = args.name.is_some();
+        drop(args);
+        give_back_heap();
+        return supervisor::run(named);
+    }
+    args.supervisor.map_or(Ok(()), supervisor::end_with)?;
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
     let files = args.boot_files()?;

@@ -261,6 +261,16 @@ impl Vm {
         status.code().unwrap_or_else(|| panic!("{} was ended by a signal: {status}", self.name))
     }
 
+    /// Asks the process to end, with SIGTERM.
+    ///
+    /// # Panics
+    /// Where the system refuses.
+    pub fn terminate(&self) {
+        let signal = rustix::process::Signal::TERM;
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
+            .expect("a child can be sent a signal");
+    }
+
     /// Kills the process with SIGKILL.
     ///
     /// # Panics

@@ -62,7 +62,8 @@ impl Finder {
             // It may wait for an answer. It has ended by itself just now otherwise.
             let _ = line.socket.shutdown(Shutdown::Both);
         }
-        if !has_ended(&child, if served.is_ok() { line.left() } else { GRACE }) {
+        // What it has sent counts, however it ends.
+        if !has_ended(&child, if served.is_ok() { Duration::ZERO } else { GRACE }) {
             let _ = child.kill();
         }
         let status = child.wait().map_err(SearchError::Helper)?;
@@ -72,10 +73,10 @@ impl Finder {
         }
         let said = sentence(&said);
         match (served, status.code()) {
-            (Ok(found), Some(0)) => Ok(found),
+            (Ok(found), _) => Ok(found),
             (Err(Lost::HungUp), Some(1)) if !said.is_empty() => Err(SearchError::Refused(said)),
-            (Ok(_) | Err(Lost::HungUp), _) if said.is_empty() => Err(SearchError::BadEnd(status.to_string())),
-            (Ok(_) | Err(Lost::HungUp), _) => Err(SearchError::BadEnd(format!("{status}: {said}"))),
+            (Err(Lost::HungUp), _) if said.is_empty() => Err(SearchError::BadEnd(status.to_string())),
+            (Err(Lost::HungUp), _) => Err(SearchError::BadEnd(format!("{status}: {said}"))),
             (Err(Lost::Late), _) => Err(SearchError::TooSlow(limit.as_secs())),
             (Err(Lost::For(error)), _) => Err(error),
         }

@@ -54,6 +54,7 @@ impl Tree {
     }
 
     fn file(self, path: &str, contents: &str) -> Self {
+        assert!(!path.starts_with('/'), "it would lie outside");
         let path = self.0.path().join(path);
         fs::create_dir_all(path.parent().expect("it has one")).expect("made");
         fs::write(path, contents).expect("written");
@@ -83,6 +84,20 @@ impl Tree {
         let (path, tree) = (text(&path), text(self.path()));
         let fixed = ["-q", "-t", "ext4", "-U", "11111111-2222-3333-4444-555555555555", "-d", &tree];
         run("mke2fs", &[&fixed[..], options, &[&path, &size]].concat(), "");
+        fs::read(path).expect("it was made")
+    }
+}
+
+impl Tree {
+    /// A FAT file system.
+    fn fat(&self, size: usize, bits: &str, cluster: &str) -> Vec<u8> {
+        let (_directory, path) = file(&vec![0; size]);
+        let path = text(&path);
+        run("mkfs.vfat", &["-F", bits, "-s", cluster, &path], "");
+        for entry in fs::read_dir(self.path()).expect("there") {
+            let entry = text(&entry.expect("there").path());
+            run("mcopy", &["-s", "-i", &path, &entry, "::"], "");
+        }
         fs::read(path).expect("it was made")
     }
 }

@@ -81,7 +81,7 @@ fn the_root_may_be_another_partition_than_the_kernels() {
 start=1MiB, size=8MiB, uuid=00000000-0000-0000-0000-000000000001
 start=9MiB, size=8MiB, uuid=00000000-0000-0000-0000-000000000002
 ";
-    let boot = root(&Tree::new().kernel("", "6.1"));
+    let boot = root(&Tree::new().kernel(".", "6.1"));
     let home = Tree::debian(&[]).file("etc/default/grub", "GRUB_CMDLINE_LINUX=\"net.ifnames=0\"\n");
     let (plan, ..) = find(disk(18, script, &[(1, &boot), (9, &root(&home))])).expect("it boots");
     assert_eq!(plan.place, "partition 1 (ext4)");
@@ -90,9 +90,40 @@ start=9MiB, size=8MiB, uuid=00000000-0000-0000-0000-000000000002
     assert!(said.contains("no root file system") && said.contains("--append root="), "{said}");
     // A root that can't be read is known to its own boot loader.
     let entry = "linux /vmlinuz-6.1\ninitrd /initrd.img-6.1\noptions root=UUID=2 rootflags=subvol=root\n";
-    let boot = root(&Tree::new().kernel("", "6.1").file("loader/entries/f.conf", entry));
+    let boot = root(&Tree::new().kernel(".", "6.1").file("loader/entries/f.conf", entry));
     let (plan, ..) = find(disk(18, script, &[(1, &boot)])).expect("it boots");
     assert_eq!(plan.cmdline, "ro root=UUID=2 rootflags=subvol=root");
+}
+
+/// As systemd-boot has it.
+#[test]
+fn the_kernel_may_lie_on_the_efi_system_partition() {
+    let entry =
+        "title Arch\nversion 6.12\nlinux /vmlinuz-linux\ninitrd /ucode.img\ninitrd /initramfs-linux.img\n";
+    let contents = "a kernel ".repeat(50_000);
+    let esp = Tree::new()
+        .file("vmlinuz-linux", &contents)
+        .file("initramfs-linux.img", "initrd")
+        .file("ucode.img", "code")
+        .file("loader/entries/arch.conf", entry);
+    for (bits, size, cluster) in [("12", 4, "4"), ("16", 8, "1"), ("32", 40, "1")] {
+        let boot = esp.fat(size * MIB, bits, cluster);
+        let script = format!(
+            "label: gpt
+start=1MiB, size={size}MiB, type=c12a7328-f81f-11d2-ba4b-00a0c93ec93b
+start={}MiB, size=8MiB, uuid=00000000-0000-0000-0000-000000000002
+",
+            size + 1
+        );
+        let whole = disk(size + 10, &script, &[(1, &boot), (size + 1, &root(&Tree::debian(&[])))]);
+        let (plan, kernel, initrd) = find(whole).expect("it boots");
+        assert_eq!(
+            (plan.place.as_str(), plan.by.as_str()),
+            ("partition 1 (FAT)", "/loader/entries/arch.conf")
+        );
+        assert_eq!((kernel.as_str(), initrd.as_str()), (contents.as_str(), "codeinitrd"));
+        assert_eq!(plan.cmdline, "root=PARTUUID=00000000-0000-0000-0000-000000000002 ro");
+    }
 }
 
 #[test]

@@ -44,6 +44,10 @@ const METADATA_CHECKSUMS: u32 = 0x400;
 const INCOMPATIBLE: usize = 0x60;
 const READ_ONLY_COMPATIBLE: usize = 0x64;
 const CHECKSUM: usize = 0x3fc;
+const INODE_SIZE: usize = 0x58;
+
+/// Bytes of an inode that has room for its checksum.
+const INODE_WITH_CHECKSUM: u16 = 0x84;
 
 impl Ext4Files {
     /// Opens the file system in `view`, which errors call `place`.
@@ -66,7 +70,11 @@ impl Ext4Files {
             if let Some(reason) = hindrance(Fields(&reader.superblock), view.size()) {
                 return Ok(Err(reason));
             }
-            reader.call_it_closed();
+        }
+        // A checksum that is wrong is for the library to find.
+        let bytes = Fields(&reader.superblock);
+        if bytes.word(INCOMPATIBLE) & RECOVER != 0 || bytes.half(INODE_SIZE) < INODE_WITH_CHECKSUM {
+            reader.adapt();
         }
         let own: [u8; 16] = Fields(&reader.superblock).bytes(0x68, 16).try_into().unwrap_or_default();
         match Ext4::load(Box::new(reader)) {
@@ -111,12 +119,18 @@ struct Reader {
 }
 
 impl Reader {
-    /// Takes off the mark that there is a journal to be replayed.
-    fn call_it_closed(&mut self) {
-        let has_checksum = Fields(&self.superblock).word(READ_ONLY_COMPATIBLE) & METADATA_CHECKSUMS != 0;
-        let features = Fields(&self.superblock).word(INCOMPATIBLE) & !RECOVER;
+    /// Takes off the mark that there is a journal to be replayed. And that there are checksums, where the library looks
+    /// for more of them than inodes of the smallest size have.
+    fn adapt(&mut self) {
+        let superblock = Fields(&self.superblock);
+        let features = superblock.word(INCOMPATIBLE) & !RECOVER;
+        let mut read_only = superblock.word(READ_ONLY_COMPATIBLE);
+        if superblock.half(INODE_SIZE) < INODE_WITH_CHECKSUM {
+            read_only &= !METADATA_CHECKSUMS;
+        }
         self.put(INCOMPATIBLE, features);
-        if has_checksum {
+        self.put(READ_ONLY_COMPATIBLE, read_only);
+        if read_only & METADATA_CHECKSUMS != 0 {
             self.put(CHECKSUM, journal::checksum(&[Fields(&self.superblock).bytes(0, CHECKSUM)]));
         }
     }

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use self::version::Version;
 use super::SearchError;
 use super::ext4::Ext4Files;
+use super::fat::FatFiles;
 use super::files::Files;
 use super::partitions::{self, Volume};
 use super::signature::{self, Content};
@@ -139,19 +140,22 @@ fn file_systems(source: Rc<dyn Source>) -> Result<(Vec<FileSystem>, Vec<String>)
     for Volume { view, number, partuuid, is_root } in partitions::read(source)? {
         let name = number.map_or_else(|| "the disk".to_owned(), |number| format!("partition {number}"));
         let place = |kind: &str| format!("{name} ({kind})");
+        let mut add = |files: Box<dyn Files>, uuid, place| {
+            let partuuid = partuuid.clone();
+            systems.push(FileSystem { files, uuid, place, number, partuuid, is_root });
+        };
         match signature::probe(&view).map_err(SearchError::Read)? {
             Content::Ext => match Ext4Files::open(&view, &place("ext4"))? {
-                Ok(files) => systems.push(FileSystem {
-                    uuid: Some(files.uuid.clone()),
-                    files: Box::new(files),
-                    place: place("ext4"),
-                    number,
-                    partuuid,
-                    is_root,
-                }),
+                Ok(files) => {
+                    let uuid = Some(files.uuid.clone());
+                    add(Box::new(files), uuid, place("ext4"));
+                }
                 Err(reason) => others.push(format!("{name} holds an ext4 {reason}")),
             },
-            Content::Fat => others.push(format!("{name} holds FAT, which is not read")),
+            Content::Fat => match FatFiles::open(&view, &place("FAT")) {
+                Ok(files) => add(Box::new(files), None, place("FAT")),
+                Err(reason) => others.push(format!("{name} holds a FAT {reason}")),
+            },
             Content::Other(kind) => others.push(format!("{name} holds {kind}")),
             Content::Unknown if number.is_none() => return Err(SearchError::Blank),
             Content::Unknown => {}
