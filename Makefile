@@ -5,7 +5,7 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 qemu-utils gcc libc6-dev python3-venv
+PACKAGES := qemu-system-x86 qemu-utils e2fsprogs fdisk dosfstools mtools gcc libc6-dev python3-venv
 # What packages are built and tried with.
 DEB_PACKAGES := debhelper dpkg-dev lintian python3
 DEB_TEST_PACKAGES := mmdebstrap systemd

@@ -1,7 +1,6 @@
 //! `ballast check`.
 
 use std::fmt::Write;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use api::guest_memory;
@@ -9,16 +8,19 @@ use api::runtime;
 use api::units::Bytes;
 use balancer::host::HostMemory;
 use balancer::host::zfs::{ARCSTATS, Arc};
+use image::BootFile;
+use image::disk::search::Plan;
 use image::kernel::prepared::PreparedKernel;
 use serde::Serialize;
-use vmm::config::MOST_CPUS;
+use vmm::boot::files::search;
+use vmm::config::{DiskOptions, MOST_CPUS};
 use vmm::host::{Host, HugePages, KvmFacts, Slat, Vendor, Verdict};
 
 use crate::cgroup;
 use crate::failure::Failure;
 use crate::growth::{self, Growth};
 use crate::output;
-use crate::unpacking::{KernelCache, unpacking};
+use crate::unpacking::{KernelCache, finder, unpacking};
 use crate::vm_file;
 
 /// Say what this host can do for guests, and what to do about what it can't
@@ -37,11 +39,14 @@ pub struct Args {
     #[arg(value_name = "FILE", exclusive = true)]
     file: Option<PathBuf>,
     /// Say as well how this kernel would be booted
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "what_boots")]
     kernel: Option<PathBuf>,
     /// And how a guest with this initramfs would get memory beyond what it starts with
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "what_boots")]
     initrd: Option<PathBuf>,
+    /// Say as well what this disk would be booted by: PATH, then with commas as for `ballast run`
+    #[arg(long, value_name = "SPEC", group = "what_boots")]
+    disk: Option<DiskOptions>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -105,13 +110,33 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
     findings.push(directory());
-    if let Some(path) = &args.kernel {
+    let mut files = args.kernel.as_ref().map(|kernel| (BootFile::at(kernel), None));
+    if let Some(disk) = &args.disk {
+        match search(disk, &finder()) {
+            Ok(found) => {
+                findings.push(boots(disk, &found.plan));
+                let name = |path: &str| format!("{}:{path}", disk.path.display());
+                let kernel = BootFile::taken(name(&found.plan.kernel), found.kernel);
+                let initrd = name(&found.plan.initrd.join("+"));
+                files = Some((kernel, found.initrd.map(|file| BootFile::taken(initrd, file))));
+            }
+            // The sentence says what to do, too.
+            Err(why) => findings.push(Finding {
+                about: "disk",
+                grade: Grade::Hint,
+                found: why.to_string(),
+                advice: None,
+            }),
+        }
+    }
+    if let Some((file, found)) = files {
         // What is kept says nothing of the process that unpacks.
         let unpacking = unpacking(Some(&KernelCache::Off));
-        let prepared = File::open(path).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
+        let initrd = args.initrd.as_ref().map(BootFile::at).or(found);
+        let prepared = file.open().map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
         let prepared = prepared.map(|(kernel, _)| kernel);
-        findings.push(kernel(path, &prepared));
-        findings.push(grows(path, args.initrd.as_deref(), &prepared));
+        findings.push(kernel(&file, &prepared));
+        findings.push(grows(&file, initrd.as_ref(), &prepared));
     }
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
@@ -288,8 +313,20 @@ fn directory() -> Finding {
     }
 }
 
-fn kernel(path: &Path, prepared: &Result<PreparedKernel, image::Error>) -> Finding {
-    let name = path.display();
+fn boots(disk: &DiskOptions, plan: &Plan) -> Finding {
+    let Plan { place, by, kernel, initrd, cmdline } = plan;
+    let initrd = if initrd.is_empty() { "no initramfs".to_owned() } else { initrd.join(" and ") };
+    Finding::good(
+        "disk",
+        format!(
+            "{} boots {kernel} with {initrd} of {place}, found by {by}; its command line begins with `{cmdline}`",
+            disk.path.display()
+        ),
+    )
+}
+
+fn kernel(file: &BootFile, prepared: &Result<PreparedKernel, image::Error>) -> Finding {
+    let name = file.name().display();
     match prepared {
         Ok(kernel) => {
             let size = Bytes(kernel.shape().size);
@@ -308,7 +345,11 @@ fn kernel(path: &Path, prepared: &Result<PreparedKernel, image::Error>) -> Findi
 }
 
 /// How a guest would grow.
-fn grows(kernel: &Path, initrd: Option<&Path>, prepared: &Result<PreparedKernel, image::Error>) -> Finding {
+fn grows(
+    kernel: &BootFile,
+    initrd: Option<&BootFile>,
+    prepared: &Result<PreparedKernel, image::Error>,
+) -> Finding {
     let growth = growth::of_guest(kernel, initrd, |_| match prepared {
         Ok(kernel) => Ok(Some(kernel)),
         Err(why) => Err(image::Error::Refused(why.to_string())),

@@ -4,12 +4,11 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::Path;
 
 use api::limits::Limits;
-use image::Error;
 use image::kernel::prepared::PreparedKernel;
 use image::modules::{self, Module};
+use image::{BootFile, Error};
 
 const MODULE: &str = "virtio_mem";
 /// A parameter that it has had since it is in Linux (5.8).
@@ -37,17 +36,19 @@ impl fmt::Display for Growth {
 /// What a guest that boots these can do. Only where its initramfs does not tell, `unpack` is asked for what the
 /// kernel holds that is packed; it gives none where that is not to be looked into.
 pub fn of_guest<K: Borrow<PreparedKernel>>(
-    kernel: &Path,
-    initrd: Option<&Path>,
+    kernel: &BootFile,
+    initrd: Option<&BootFile>,
     unpack: impl FnOnce(&File) -> Result<Option<K>, Error>,
 ) -> Growth {
-    let unknown = |what: &str, path: &Path, why: &Error| {
-        Growth::Balloon(format!("nobody knows whether the {what} {} has {MODULE}: {why}", path.display()))
+    let unknown = |what: &str, file: &BootFile, why: &Error| {
+        Growth::Balloon(format!(
+            "nobody knows whether the {what} {} has {MODULE}: {why}",
+            file.name().display()
+        ))
     };
-    let in_initramfs = initrd.map(|path| {
-        let found =
-            File::open(path).map_err(Error::Read).and_then(|file| modules::in_initramfs(&file, MODULE));
-        found.map_err(|why| unknown("initramfs", path, &why))
+    let in_initramfs = initrd.map(|file| {
+        let found = file.open().map_err(Error::Read).and_then(|file| modules::in_initramfs(&file, MODULE));
+        found.map_err(|why| unknown("initramfs", file, &why))
     });
     if let Some(Ok(Some(module))) = in_initramfs {
         return Growth::Plug(module);
@@ -66,10 +67,10 @@ pub fn of_guest<K: Borrow<PreparedKernel>>(
 }
 
 fn built_in<K: Borrow<PreparedKernel>>(
-    kernel: &Path,
+    kernel: &BootFile,
     unpack: impl FnOnce(&File) -> Result<Option<K>, Error>,
 ) -> Result<bool, Error> {
-    let mut file = File::open(kernel).map_err(Error::Read)?;
+    let mut file = kernel.open().map_err(Error::Read)?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic).map_err(Error::Read)?;
     file.rewind().map_err(Error::Read)?;

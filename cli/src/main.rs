@@ -20,6 +20,7 @@ mod memory;
 mod output;
 mod pause;
 mod ps;
+mod read_disk;
 mod record;
 mod reservation;
 mod resume;
@@ -30,6 +31,7 @@ mod slat;
 mod standard_error;
 mod stop;
 mod stopping;
+mod supervisor;
 mod table;
 mod top;
 mod unpack_kernel;
@@ -105,6 +107,8 @@ enum Command {
     ManualPages(manual_pages::Args),
     #[command(hide = true)]
     UnpackKernel(unpack_kernel::Args),
+    #[command(hide = true)]
+    ReadDisk(read_disk::Args),
 }
 
 fn main() -> ExitCode {
@@ -121,8 +125,8 @@ fn main() -> ExitCode {
         Err(error) => return failure::usage(&error),
     };
     match cli.command {
-        // It opens nothing, and says one sentence.
-        Command::UnpackKernel(_) => {}
+        // They open nothing, and say one sentence.
+        Command::UnpackKernel(_) | Command::ReadDisk(_) => {}
         Command::Run(_) => {
             run::share_one_heap();
             cli.logging.start_small();
@@ -149,6 +153,7 @@ fn main() -> ExitCode {
         Command::Completions(args) => done(completions::run(&args)),
         Command::ManualPages(args) => done(manual_pages::run(&args)),
         Command::UnpackKernel(args) => Ok(unpack_kernel::run(&args)),
+        Command::ReadDisk(args) => Ok(read_disk::run(&args)),
     };
     result.unwrap_or_else(Failure::tell)
 }

@@ -13,6 +13,7 @@ use api::runtime;
 use api::service_manager;
 use api::units::Bytes;
 use tracing::{info, warn};
+use vmm::boot::files::BootFiles;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
     MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
@@ -26,7 +27,8 @@ use crate::failure::Failure;
 use crate::growth::{self, Growth};
 use crate::reservation;
 use crate::sentence;
-use crate::unpacking::{KernelCache, unpacking};
+use crate::supervisor;
+use crate::unpacking::{KernelCache, finder, unpacking};
 
 /// Run one VM until its guest switches off
 #[derive(clap::Args)]
@@ -43,13 +45,14 @@ Examples:
       --memory 256M,min=128M,max=1G,buffer=20%,weight=100 --console file:web.log
   ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
   ballast run --config web.toml --console file:web.log
+  ballast run --disk debian.qcow2 --memory 1G
 
 Exit codes:
    0  the guest powered off, or somebody stopped it
    1  ballast failed
    2  the command line was not understood
    3  this host's KVM can't run stock kernels: see `ballast check`
-  10  the guest asked for a reboot
+  10  the guest asked for a reboot, and is not to be started again
   11  the guest's kernel panicked
   12  the guest triple-faulted
   13  KVM could not run the guest on
@@ -64,8 +67,11 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The kernel: a bzImage (such as /boot/vmlinuz-*), or an uncompressed ELF with a PVH note
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    ///
+    /// Without it the first disk is booted by its own: the newest entry of its boot loader's (loader/entries), what
+    /// its links vmlinuz and initrd.img lead to, or the newest vmlinuz-* in /boot.
+    #[arg(long, value_name = "FILE", required_unless_present = "disks")]
+    kernel: Option<PathBuf>,
     /// Boot a bzImage as it is: it unpacks itself in the guest
     ///
     /// Otherwise what is packed in it is unpacked on the host, by a process that can do nothing else,
@@ -119,6 +125,14 @@ pub struct Args {
     disks: Vec<DiskOptions>,
     #[command(flatten)]
     seed: SeedArgs,
+    /// What a reboot of the guest does: `restart` starts the VM again, `exit` ends it with 10
+    ///
+    /// [default: restart where there is a disk, else exit]
+    #[arg(long, value_name = "WHAT")]
+    on_reboot: Option<OnReboot>,
+    /// The process that starts this VM again
+    #[arg(long, value_name = "PID", hide = true)]
+    supervisor: Option<i32>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -178,6 +192,14 @@ enum GrowBy {
     Plug,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OnReboot {
+    /// The VM starts again, with the kernel that is on its disk then
+    Restart,
+    /// The VM ends
+    Exit,
+}
+
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Carrier {
     /// On a PCI bus, with an interrupt for each of their queues; the guest needs the module virtio_pci
@@ -193,8 +215,18 @@ enum MemoryBacking {
 }
 
 impl Args {
-    fn config(self) -> Result<VmConfig, Failure> {
-        let mut devices = self.devices().map_err(Failure::usage)?;
+    /// What is booted, where that says which devices there are.
+    fn boot_files(&self) -> Result<Option<BootFiles>, Failure> {
+        if self.grow != GrowBy::Auto || !growth::has_more(&self.memory) {
+            return Ok(None);
+        }
+        let (kernel, initrd) = (self.kernel.as_deref(), self.initrd.as_deref());
+        let files = BootFiles::find(kernel, initrd, self.disks.first(), Some(&finder()));
+        files.map(Some).map_err(Failure::new)
+    }
+
+    fn config(self, files: Option<&BootFiles>) -> Result<VmConfig, Failure> {
+        let mut devices = self.devices(files).map_err(Failure::usage)?;
         if let Some(seed) = self.seed.seed(self.name.as_ref().map(Name::as_str))? {
             // Behind all disks, so that those have the names that they would have without it.
             let id = "cloud-init".parse().map_err(|error: ConfigError| Failure::usage(error))?;
@@ -214,6 +246,7 @@ impl Args {
         Ok(VmConfig {
             name,
             kernel: self.kernel,
+            finder: Some(finder()),
             unpacking: (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref())),
             initrd: self.initrd,
             cmdline: with_words(&self.cmdline, &self.append),
@@ -230,15 +263,21 @@ impl Args {
         })
     }
 
+    /// Whether another process is to start this VM, and to start it again.
+    fn restarts(&self) -> bool {
+        let usual = if self.disks.is_empty() { OnReboot::Exit } else { OnReboot::Restart };
+        self.supervisor.is_none() && self.on_reboot.unwrap_or(usual) == OnReboot::Restart
+    }
+
     /// Whether the guest is to plug what it gets beyond its startup memory.
-    fn plugs(&self) -> bool {
-        match self.grow {
-            GrowBy::Plug => true,
-            GrowBy::Balloon => false,
-            GrowBy::Auto => {
+    fn plugs(&self, files: Option<&BootFiles>) -> bool {
+        match (self.grow, files) {
+            (GrowBy::Plug, _) => true,
+            (GrowBy::Balloon, _) | (GrowBy::Auto, None) => false,
+            (GrowBy::Auto, Some(files)) => {
                 growth::has_more(&self.memory) && {
                     let unpacking = (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref()));
-                    let growth = growth::of_guest(&self.kernel, self.initrd.as_deref(), |file| {
+                    let growth = growth::of_guest(&files.kernel, files.initrd.as_ref(), |file| {
                         let prepared = unpacking.map(|unpacking| unpacking.prepare(file)).transpose()?;
                         Ok(prepared.map(|(kernel, _)| kernel))
                     });
@@ -250,7 +289,7 @@ impl Args {
     }
 
     /// The devices that the flags ask for, in the order in which the guest finds them.
-    fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
+    fn devices(&self, files: Option<&BootFiles>) -> Result<Vec<DeviceConfig>, ConfigError> {
         let balloon = BalloonOptions {
             deflate_on_oom: !self.no_deflate_on_oom,
             reporting: !self.no_free_page_reporting,
@@ -264,7 +303,7 @@ impl Args {
         if !self.no_agent {
             devices.push(("agent", Device::Agent));
         }
-        if self.plugs() {
+        if self.plugs(files) {
             devices.push(("memory", Device::Memory));
         }
         let disks = (0..)
@@ -276,9 +315,17 @@ impl Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    if args.restarts() {
+        let named = args.name.is_some();
+        drop(args);
+        give_back_heap();
+        return supervisor::run(named);
+    }
+    args.supervisor.map_or(Ok(()), supervisor::end_with)?;
     // Without a socket no balancer ever sees it.
     let asks = !(args.no_balancer || args.no_api);
-    let config = args.config()?;
+    let files = args.boot_files()?;
+    let config = args.config(files.as_ref())?;
     if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
         warn!("{warning}");
     }
@@ -290,7 +337,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     } else {
         None
     };
-    let machine = Machine::new(config).inspect_err(|_| {
+    let made = match files {
+        Some(files) => Machine::with_files(config, files),
+        None => Machine::new(config),
+    };
+    let machine = made.inspect_err(|_| {
         if let Some(reservation) = reserved {
             reservation.give_back();
         }

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use image::disk::Finder;
 use image::helper::Helper;
 use image::{Unpacking, cache};
 
@@ -22,6 +23,11 @@ impl FromStr for KernelCache {
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(if text == "off" { Self::Off } else { Self::In(text.into()) })
     }
+}
+
+/// This program looks for kernels on disks.
+pub fn finder() -> Finder {
+    Finder { helper: Helper::own("read-disk") }
 }
 
 /// This program unpacks them, and they are kept in the user's cache where nothing else is said.

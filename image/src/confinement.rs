@@ -1,4 +1,4 @@
-//! What the process that unpacks can do from now on: read its standard input, write its standard output and error,
+//! What a process that reads what others wrote can do from now on: read its standard input, write its standard output and error,
 //! have memory, and end.
 
 use std::collections::BTreeMap;

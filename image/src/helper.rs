@@ -28,7 +28,7 @@ pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 const OWN_MEMORY: u64 = 96 << 20;
 
 /// Bytes of a sentence at most.
-const SENTENCE: u64 = 1024;
+pub(crate) const SENTENCE: u64 = 1024;
 
 /// The exit code for an output that can't be written; it says nothing of the kernel.
 const UNWRITTEN: u8 = 3;
@@ -103,7 +103,7 @@ impl Helper {
 }
 
 /// Whether the process has ended within this time.
-fn wait(end: &OwnedFd, limit: Duration) -> bool {
+pub(crate) fn wait(end: &OwnedFd, limit: Duration) -> bool {
     let mut waited_for = [PollFd::new(end, PollFlags::IN)];
     let limit = Timespec::try_from(limit).ok();
     loop {
@@ -126,7 +126,7 @@ fn judge(status: ExitStatus, said: &str) -> Result<(), Error> {
 }
 
 /// A line of text that is safe to print: it may come from a process that has been taken over.
-fn sentence(said: &[u8]) -> String {
+pub(crate) fn sentence(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
     let clean = |character: char| if character.is_control() { ' ' } else { character };
     said.chars().map(clean).collect::<String>().trim().to_owned()

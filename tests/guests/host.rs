@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -89,6 +90,12 @@ impl Host {
         if !inside() {
             self.emulator.files.extend(qemu_with_libraries().expect("QEMU is installed"));
         }
+        self
+    }
+
+    /// Puts a file of this machine into the emulated host, at the same path.
+    pub fn file(mut self, path: &Path) -> Self {
+        self.emulator.files.push((path.to_owned(), path.to_string_lossy().into_owned()));
         self
     }
 

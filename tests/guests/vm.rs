@@ -68,6 +68,8 @@ pub struct VmSettings {
     pub kernel: PathBuf,
     /// Its initramfs.
     pub initrd: PathBuf,
+    /// A disk that it boots instead, by that alone.
+    pub disk: Option<String>,
     /// `--memory`.
     pub memory: String,
     /// What stands on the kernel's command line behind `console=ttyS0 panic=-1 quiet`.
@@ -87,6 +89,7 @@ impl VmSettings {
             name: name.to_owned(),
             kernel: images.bzimage.clone(),
             initrd: images.initrd.clone(),
+            disk: None,
             memory: memory.to_owned(),
             cmdline: cmdline.to_owned(),
             defaults: false,
@@ -113,6 +116,12 @@ impl VmSettings {
         self
     }
 
+    /// Boots what this disk has.
+    pub fn disk(mut self, spec: &str) -> Self {
+        self.disk = Some(spec.to_owned());
+        self
+    }
+
     /// Has the guest run the agent.
     pub fn agent(mut self, images: &GuestImages) -> Self {
         self.initrd = images.agent_initrd.clone();
@@ -132,12 +141,11 @@ impl VmSettings {
     /// Where `ballast` can't be run.
     pub fn start(&self) -> Vm {
         let mut command = Command::new(ballast());
-        command
-            .args(["run", "--name", &self.name, "--memory", &self.memory])
-            .arg("--kernel")
-            .arg(&self.kernel)
-            .arg("--initrd")
-            .arg(&self.initrd);
+        command.args(["run", "--name", &self.name, "--memory", &self.memory]);
+        match &self.disk {
+            Some(disk) => command.args(["--disk", disk]),
+            None => command.arg("--kernel").arg(&self.kernel).arg("--initrd").arg(&self.initrd),
+        };
         if self.defaults {
             command.args(["--append", &self.cmdline]);
         } else {
@@ -271,6 +279,16 @@ impl Vm {
         let what = format!("the end of {}", self.name);
         let status = wait_for(&what, usually, || self.child.try_wait().expect("the child is ours"));
         status.code().unwrap_or_else(|| panic!("{} was ended by a signal: {status}", self.name))
+    }
+
+    /// Asks the process to end, with SIGTERM.
+    ///
+    /// # Panics
+    /// Where the system refuses.
+    pub fn terminate(&self) {
+        let signal = rustix::process::Signal::TERM;
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
+            .expect("a child can be sent a signal");
     }
 
     /// Kills the process with SIGKILL.

@@ -4,6 +4,8 @@
 mod disk;
 mod memory;
 
+pub(crate) use self::disk::open_disk;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;

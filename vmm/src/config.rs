@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use api::limits::Limits;
 use image::Unpacking;
+use image::disk::Finder;
 use serde::{Deserialize, Serialize};
 
 /// Types that are text in a configuration, read by the same rule as on the command line.
@@ -30,7 +31,7 @@ macro_rules! text {
 mod cmdline;
 mod device;
 
-pub use cmdline::{DEFAULT_CMDLINE, Hindrance, with_words};
+pub use cmdline::{DEFAULT_CMDLINE, Hindrance, behind_words, with_words};
 pub use device::{
     BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
     ThreadName,
@@ -48,14 +49,18 @@ pub const MOST_CPUS: u8 = 64;
 pub struct VmConfig {
     /// The VM's name, and its socket's.
     pub name: Name,
-    /// A bzImage, or an uncompressed ELF with a PVH note.
-    pub kernel: PathBuf,
+    /// A bzImage, or an uncompressed ELF with a PVH note; `None` boots what the first disk has.
+    pub kernel: Option<PathBuf>,
+    /// Who finds the kernel on a disk; `None` has nobody look.
+    #[serde(default)]
+    pub finder: Option<Finder>,
     /// How what is packed in a bzImage is unpacked on the host; `None` has it unpack itself.
     #[serde(default)]
     pub unpacking: Option<Unpacking>,
-    /// The initial RAM file system.
+    /// The initial RAM file system, in place of that which a disk has.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, as the user wrote it; [`DEFAULT_CMDLINE`] is a good start.
+    /// The kernel's command line, as the user wrote it; [`DEFAULT_CMDLINE`] is a good start. What a disk says of it
+    /// comes before.
     pub cmdline: String,
     /// Memory at start, and how far it may move.
     pub limits: Limits,

@@ -15,6 +15,7 @@ use crate::api_server;
 use crate::arch::x86_64::layout::{self, TooMuchMemory};
 use crate::arch::x86_64::vcpu::{self, VcpuError};
 use crate::arch::x86_64::{acpi, cpuid, reset, smbios};
+use crate::boot::files::{BootFiles, BootFilesError};
 use crate::boot::kernel::{self, Boot, KernelError};
 use crate::boot::unpacked;
 use crate::builder::{BuildError, Builder, Threads};
@@ -43,6 +44,9 @@ pub enum MachineError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// There is nothing to boot.
+    #[error(transparent)]
+    BootFiles(#[from] BootFilesError),
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -121,6 +125,14 @@ impl Machine {
         Self::with_ports(config, |_| Ok(()))
     }
 
+    /// As [`Machine::new`], where somebody has looked already for what the configuration boots.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn with_files(config: VmConfig, files: BootFiles) -> Result<Self, MachineError> {
+        Self::make(config, Some(files), |_| Ok(()))
+    }
+
     /// As [`Machine::new`], with what `add` puts on ports beside the VM's own devices.
     ///
     /// # Errors
@@ -129,8 +141,18 @@ impl Machine {
         config: VmConfig,
         add: impl FnOnce(&mut Buses) -> Result<(), WiringError>,
     ) -> Result<Self, MachineError> {
+        Self::make(config, None, add)
+    }
+
+    fn make(
+        mut config: VmConfig,
+        files: Option<BootFiles>,
+        add: impl FnOnce(&mut Buses) -> Result<(), WiringError>,
+    ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
+        let files = files.map_or_else(|| BootFiles::of(&config), Ok)?;
+        config.cmdline = files.cmdline(&config.cmdline);
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm::refused("tell what CPUID it supports"))?;
@@ -140,15 +162,15 @@ impl Machine {
         let pci = has_pci.then(|| layout::pci_window(end));
         // What this takes of memory is given back before the guest has any.
         let unpacking = config.unpacking.as_ref();
-        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&config.kernel, unpacking));
+        let unpacked = unpacking.and_then(|unpacking| unpacked::prepare(&files.kernel, unpacking));
         let ram = Arc::new(Ram::with_pluggable(boot, more, config.memory)?);
         for hindrance in config.hindrances() {
             tracing::warn!("{hindrance}");
         }
         let boot = Boot {
-            kernel: &config.kernel,
+            kernel: &files.kernel,
             unpacked: unpacked.as_ref(),
-            initrd: config.initrd.as_deref(),
+            initrd: files.initrd.as_ref(),
             cmdline: &config.kernel_cmdline(),
             reserved: if pci.is_some() { layout::ECAM.0..layout::ECAM.0 + ECAM_SIZE } else { 0..0 },
         };
@@ -162,7 +184,7 @@ impl Machine {
                 Ok((entry, api))
             },
         )?;
-        drop(unpacked);
+        drop((unpacked, files));
         let vcpu_set = VcpuSet::new(config.cpus.get()).map_err(refused("a signal for its vCPUs"))?;
         let control = Arc::new(Control::new(config.name.clone(), config.cpus, config.limits));
         let mut builder = Builder::new(Arc::clone(&vm), pci, config.limits, &ram, &control, &vcpu_set)?;

@@ -20,6 +20,10 @@ pub struct Signals {
     fd: OwnedFd,
     control: Arc<Control>,
     asked: bool,
+    /// How many came from this process's parent, and from others. A parent that hands on what others send to both
+    /// (a service manager does) is not to be heard twice.
+    from_parent: u32,
+    from_others: u32,
 }
 
 impl Signals {
@@ -47,16 +51,33 @@ impl Signals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor is new and belongs to nobody else.
-        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, control: Arc::clone(control), asked: false })
+        Ok(Self {
+            fd: unsafe { OwnedFd::from_raw_fd(fd) },
+            control: Arc::clone(control),
+            asked: false,
+            from_parent: 0,
+            from_others: 0,
+        })
     }
 
-    /// Takes one pending signal, if there is one.
-    fn next(&self) -> bool {
+    /// Takes one pending signal, if there is one. Says whether it is a new one.
+    fn next(&mut self) -> Option<bool> {
         let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = mem::size_of_val(&info);
         // SAFETY: the buffer has the size given.
         let read = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        usize::try_from(read).is_ok_and(|read| read == size)
+        if usize::try_from(read).is_ok_and(|read| read != size) || read < 0 {
+            return None;
+        }
+        // SAFETY: the kernel has filled all of it.
+        let sender = unsafe { info.assume_init() }.ssi_pid;
+        let before = self.from_parent.max(self.from_others);
+        if sender == std::os::unix::process::parent_id() {
+            self.from_parent = self.from_parent.saturating_add(1);
+        } else {
+            self.from_others = self.from_others.saturating_add(1);
+        }
+        Some(self.from_parent.max(self.from_others) > before)
     }
 }
 
@@ -80,7 +101,10 @@ impl Subscriber for Signals {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) -> EventResult<()> {
-        while self.next() {
+        while let Some(is_new) = self.next() {
+            if !is_new {
+                continue;
+            }
             // A paused guest hears no button: whoever ends its VM wants it to run to its end. One that runs
             // refuses to be resumed, and is pressed all the same.
             if !self.asked {

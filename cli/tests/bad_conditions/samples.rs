@@ -87,4 +87,4 @@ pub const SAMPLES: &[Sample] = &[
 ];
 
 /// Commands that only ballast itself runs, gives files alone, and ends after a while.
-pub const HELPERS: &[&str] = &["unpack-kernel"];
+pub const HELPERS: &[&str] = &["unpack-kernel", "read-disk"];

@@ -134,7 +134,8 @@ pub fn run(guest: &Guest) -> Result<(), String> {
     let device = |id: &str, device| id.parse().map(|id| DeviceConfig::new(id, device)).map_err(|e| text(&e));
     let config = VmConfig {
         name: format!("slat-{}", std::process::id()).parse().map_err(|e| text(&e))?,
-        kernel: (&guest.kernel).into(),
+        kernel: Some((&guest.kernel).into()),
+        finder: None,
         // As before, so that what was counted can be compared.
         unpacking: None,
         initrd: Some((&guest.initrd).into()),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
+use image::BootFile;
 use image::kernel::prepared::PreparedKernel;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -107,11 +108,11 @@ pub enum Entry {
 #[derive(Clone, Debug)]
 pub struct Boot<'a> {
     /// The kernel.
-    pub kernel: &'a Path,
+    pub kernel: &'a BootFile,
     /// What is packed in it, where that was unpacked.
     pub unpacked: Option<&'a PreparedKernel>,
     /// The initramfs.
-    pub initrd: Option<&'a Path>,
+    pub initrd: Option<&'a BootFile>,
     /// The command line.
     pub cmdline: &'a str,
     /// Addresses in the hole in RAM that the guest is told to keep off; empty for none.
@@ -133,8 +134,8 @@ pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, size: Bytes) -> Result<En
     let mut kernel = open("kernel", boot.kernel)?;
     let mut magic = [0u8; 4];
     kernel.read_exact(&mut magic).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => KernelError::NotAKernel(boot.kernel.to_owned()),
-        _ => read_error("kernel", boot.kernel, error),
+        io::ErrorKind::UnexpectedEof => KernelError::NotAKernel(boot.kernel.name().to_owned()),
+        _ => read_error("kernel", boot.kernel.name(), error),
     })?;
     write_cmdline(boot.cmdline, memory)?;
     if magic == *b"\x7fELF" {
@@ -148,8 +149,9 @@ pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, size: Bytes) -> Result<En
     }
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, KernelError> {
-    let file = File::open(path).map_err(|error| read_error(what, path, error))?;
+fn open(what: &'static str, file: &BootFile) -> Result<File, KernelError> {
+    let path = file.name();
+    let file = file.open().map_err(|error| read_error(what, path, error))?;
     let metadata = file.metadata().map_err(|error| read_error(what, path, error))?;
     if metadata.is_dir() {
         return Err(read_error(what, path, io::Error::from(io::ErrorKind::IsADirectory)));
@@ -182,10 +184,10 @@ fn load_elf(
 ) -> Result<Entry, KernelError> {
     let mut sparse = SparseElf::new(kernel);
     let loaded = Elf::load(memory, None, &mut sparse, Some(layout::HIGH_MEMORY)).map_err(|error| {
-        KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
+        KernelError::Load { path: boot.kernel.name().to_owned(), memory: size, why: error.to_string() }
     })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(KernelError::NoPvhEntry(boot.kernel.to_owned()));
+        return Err(KernelError::NoPvhEntry(boot.kernel.name().to_owned()));
     };
     // The loader copies what is in the file; what is only reserved (.bss) must be RAM as well.
     check_kernel_fits(Bytes(loaded.kernel_end), size)?;
@@ -200,8 +202,9 @@ fn load_bzimage(
     memory: &GuestMemoryMmap,
     size: Bytes,
 ) -> Result<Entry, KernelError> {
-    let not_a_kernel = || KernelError::NotAKernel(boot.kernel.to_owned());
-    let length = kernel.seek(SeekFrom::End(0)).map_err(|error| read_error("kernel", boot.kernel, error))?;
+    let not_a_kernel = || KernelError::NotAKernel(boot.kernel.name().to_owned());
+    let length =
+        kernel.seek(SeekFrom::End(0)).map_err(|error| read_error("kernel", boot.kernel.name(), error))?;
     let mut head = [0u8; HEADER_MAGIC + 4];
     let is_read = kernel.rewind().is_ok() && kernel.read_exact(&mut head).is_ok();
     if !is_read || !head.ends_with(b"HdrS") {
@@ -209,16 +212,16 @@ fn load_bzimage(
     }
     let whole = image_length(&head);
     if length < whole {
-        return Err(KernelError::CutOff { path: boot.kernel.to_owned(), whole, there: length });
+        return Err(KernelError::CutOff { path: boot.kernel.name().to_owned(), whole, there: length });
     }
     check_kernel_fits(Bytes(layout::HIGH_MEMORY.0 + length), size)?;
     let loaded = BzImage::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(|error| {
-        KernelError::Load { path: boot.kernel.to_owned(), memory: size, why: error.to_string() }
+        KernelError::Load { path: boot.kernel.name().to_owned(), memory: size, why: error.to_string() }
     })?;
     let header = loaded.setup_header.ok_or_else(not_a_kernel)?;
     // XLF_KERNEL_64: the legacy 64-bit entry point at 0x200 exists.
     if header.version < 0x20c || header.xloadflags & 1 == 0 {
-        return Err(KernelError::No64BitEntry(boot.kernel.to_owned()));
+        return Err(KernelError::No64BitEntry(boot.kernel.name().to_owned()));
     }
     // The kernel unpacks itself to where it prefers to run, and needs init_size from there on.
     let unpacked =
@@ -261,14 +264,15 @@ fn up_to_mib(size: Bytes) -> Bytes {
 
 /// Reads the initramfs to the highest place below `highest`, above `lowest`.
 pub(super) fn load_initrd(
-    path: Option<&Path>,
+    file: Option<&BootFile>,
     memory: &GuestMemoryMmap,
     ram: Bytes,
     lowest: Bytes,
     highest: Bytes,
 ) -> Result<Option<Placed>, KernelError> {
-    let Some(path) = path else { return Ok(None) };
-    let mut file = open("initramfs", path)?;
+    let Some(file) = file else { return Ok(None) };
+    let path = file.name();
+    let mut file = open("initramfs", file)?;
     // A pipe has no length; it could be read into memory only by guessing one.
     let length = file.seek(SeekFrom::End(0)).map_err(|error| read_error("initramfs", path, error))?;
     file.rewind().map_err(|error| read_error("initramfs", path, error))?;
@@ -364,7 +368,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    fn boot<'a>(kernel: &'a Path, cmdline: &'a str) -> Boot<'a> {
+    fn boot<'a>(kernel: &'a BootFile, cmdline: &'a str) -> Boot<'a> {
         Boot { kernel, unpacked: None, initrd: None, cmdline, reserved: 0..0 }
     }
 
@@ -374,7 +378,7 @@ mod tests {
         let size = Bytes::mib(64);
         let memory =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size.0 as usize)]).expect("guest memory");
-        load(&boot(file.path(), ""), &memory, size).expect_err("no kernel")
+        load(&boot(&BootFile::at(file.path()), ""), &memory, size).expect_err("no kernel")
     }
 
     #[test]
@@ -398,8 +402,9 @@ mod tests {
     fn a_missing_file_and_a_directory_are_named() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("guest memory");
         for path in ["/nowhere/vmlinuz", "/"] {
-            let error =
-                load(&boot(Path::new(path), ""), &memory, Bytes::mib(64)).expect_err("no file").to_string();
+            let error = load(&boot(&BootFile::at(path), ""), &memory, Bytes::mib(64))
+                .expect_err("no file")
+                .to_string();
             assert!(error.contains(path), "{error}");
         }
     }
@@ -426,7 +431,8 @@ mod tests {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).expect("guest memory");
         let file = tempfile::NamedTempFile::new().expect("temporary file");
         let (ram, lowest, highest) = (Bytes::mib(64), Bytes::mib(1), Bytes::mib(64));
-        let error = load_initrd(Some(file.path()), &memory, ram, lowest, highest).expect_err("empty");
+        let error =
+            load_initrd(Some(&BootFile::at(file.path())), &memory, ram, lowest, highest).expect_err("empty");
         assert!(matches!(error, KernelError::EmptyInitrd(_)), "{error}");
     }
 

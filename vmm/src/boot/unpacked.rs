@@ -3,13 +3,12 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
 
 use api::units::Bytes;
-use image::Unpacking;
 use image::kernel::placement::Places;
 use image::kernel::prepared::{PreparedKernel, Shape};
 use image::kernel::{has_value, has_word};
+use image::{BootFile, Unpacking};
 use linux_loader::loader::bootparam::setup_header;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, VolatileSlice};
@@ -29,12 +28,12 @@ const MEMORY_WORDS: [&str; 2] = ["mem", "memmap"];
 /// The kernel in a bzImage, unpacked. `None` where it has to unpack itself, or is no bzImage.
 ///
 /// To be called before the guest has memory: what unpacking takes is given back by then.
-pub fn prepare(file: &Path, unpacking: &Unpacking) -> Option<PreparedKernel> {
+pub fn prepare(file: &BootFile, unpacking: &Unpacking) -> Option<PreparedKernel> {
     // Of what can be opened only once, or is none, whoever loads it tells.
     if !file.is_file() {
         return None;
     }
-    match File::open(file).map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file)) {
+    match file.open().map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file)) {
         Ok((kernel, origin)) => {
             tracing::debug!("the kernel starts unpacked: {origin}");
             Some(kernel)
@@ -63,7 +62,7 @@ pub(super) fn load(
     let mut header = setup_header::default();
     file.seek(SeekFrom::Start(SETUP_HEADER))
         .and_then(|_| file.read_exact(header.as_mut_slice()))
-        .map_err(|error| read_error("kernel", boot.kernel, error))?;
+        .map_err(|error| read_error("kernel", boot.kernel.name(), error))?;
     let highest = Bytes(u64::from(header.initrd_addr_max).saturating_add(1).min(layout::HOLE.start));
     let initrd = load_initrd(boot.initrd, memory, size, Bytes(shape.base + shape.size), highest)?;
     let map = layout::memory_map(size, boot.reserved.clone());
@@ -214,8 +213,13 @@ mod tests {
         for (cmdline, flags) in [("quiet", KASLR_FLAG), ("nokaslr", 0)] {
             let memory =
                 GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE.0 as usize)]).expect("guest memory");
-            let boot =
-                Boot { kernel: file.path(), unpacked: Some(&kernel), initrd: None, cmdline, reserved: 0..0 };
+            let boot = Boot {
+                kernel: &BootFile::at(file.path()),
+                unpacked: Some(&kernel),
+                initrd: None,
+                cmdline,
+                reserved: 0..0,
+            };
             let entry = crate::boot::kernel::load(&boot, &memory, SIZE).expect("it fits");
             let Entry::Linux64(entry) = entry else { panic!("{entry:?}") };
             // What no relocation changes.
@@ -232,8 +236,13 @@ mod tests {
     fn a_kernel_that_does_not_fit_is_told_with_what_it_needs() {
         let (file, kernel) = kernel(&TestKernel::default());
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("guest memory");
-        let boot =
-            Boot { kernel: file.path(), unpacked: Some(&kernel), initrd: None, cmdline: "", reserved: 0..0 };
+        let boot = Boot {
+            kernel: &BootFile::at(file.path()),
+            unpacked: Some(&kernel),
+            initrd: None,
+            cmdline: "",
+            reserved: 0..0,
+        };
         let error = crate::boot::kernel::load(&boot, &memory, Bytes::mib(16)).expect_err("too small");
         assert!(matches!(error, KernelError::DoesNotFit { .. }), "{error}");
     }
@@ -251,8 +260,13 @@ mod tests {
         image.write_all(&file).expect("written");
         let memory =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE.0 as usize)]).expect("guest memory");
-        let boot =
-            Boot { kernel: Path::new("vmlinuz"), unpacked: None, initrd: None, cmdline: "", reserved: 0..0 };
+        let boot = Boot {
+            kernel: &BootFile::at("vmlinuz"),
+            unpacked: None,
+            initrd: None,
+            cmdline: "",
+            reserved: 0..0,
+        };
         let loaded = load(&boot, &mut image, &kernel, &memory, SIZE).expect("it is no error");
         assert_eq!(loaded, None);
         let mut contents = vec![0; SIZE.0 as usize];

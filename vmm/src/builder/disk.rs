@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use devices::virtio::block::Block;
-use devices::virtio::block::disk::Disk;
+use devices::virtio::block::disk::{Disk, DiskError};
 use devices::virtio::block::qcow2::{Qcow2Disk, Qcow2Options};
 use devices::virtio::block::raw::{RawDisk, RawOptions};
 use disks::seed::Seed;
@@ -16,8 +16,17 @@ const MOST_QUEUES: u8 = 4;
 
 /// The disk of `options` as a device, with a queue for each vCPU as far as that helps.
 pub fn open(id: &DeviceId, options: &DiskOptions, cpus: Cpus) -> Result<Block, BuildError> {
+    let queues = u16::from(cpus.get().min(MOST_QUEUES));
+    Block::new(open_disk(options)?, id.as_str(), queues).map_err(refused("a disk"))
+}
+
+/// What holds the data of the disk of `options`.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open_disk(options: &DiskOptions) -> Result<Arc<dyn Disk>, DiskError> {
     let (path, read_only, cache) = (&options.path, options.readonly, options.cache());
-    let disk: Arc<dyn Disk> = match options.format() {
+    Ok(match options.format() {
         DiskFormat::Raw => {
             let stated = options.format == Some(DiskFormat::Raw);
             Arc::new(RawDisk::open(path, RawOptions { read_only, cache, stated })?)
@@ -25,9 +34,7 @@ pub fn open(id: &DeviceId, options: &DiskOptions, cpus: Cpus) -> Result<Block, B
         DiskFormat::Qcow2 => {
             Arc::new(Qcow2Disk::open(path, Qcow2Options { read_only, cache, backing: options.backing })?)
         }
-    };
-    let queues = u16::from(cpus.get().min(MOST_QUEUES));
-    Block::new(disk, id.as_str(), queues).map_err(refused("a disk"))
+    })
 }
 
 /// The disk of a seed for cloud-init, which is in memory and can't be written.

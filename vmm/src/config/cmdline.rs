@@ -30,6 +30,17 @@ pub fn with_words(cmdline: &str, words: &str) -> String {
     if tests { kept.collect::<Vec<_>>().join(" ") } else { line.trim().to_owned() }
 }
 
+/// The user's `cmdline` behind `words` of the guest's disk: what the user says wins. In FIPS mode the kernel tests its
+/// ciphers, whatever the default says.
+pub fn behind_words(words: &str, cmdline: &str) -> String {
+    let is_fips = words.split_whitespace().any(|word| word == FIPS);
+    let own = |word: &&str| !(is_fips && *word == NO_SELF_TESTS);
+    let is_root = |word: &str| name_of(word) == "root";
+    let has_root = cmdline.split_whitespace().any(is_root);
+    let kept = words.split_whitespace().filter(|word| !(has_root && is_root(word)));
+    kept.chain(cmdline.split_whitespace().filter(own)).collect::<Vec<_>>().join(" ")
+}
+
 /// What a guest that plugs needs on its kernel's command line: memory that is used as soon as it is plugged.
 const ONLINE: &str = "memhp_default_state=online";
 
