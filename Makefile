@@ -79,7 +79,7 @@ slat: setup ## SLAT on and off in emulated hosts, and this host; report in out/s
 	$(BALLAST) slat report out/slat-lab.json out/slat-here.json --html out/slat.html --svg out/slat.svg
 	@grep -q '"difference": null' out/slat-lab.json || { echo "two counted runs differ: see the report" >&2; exit 1; }
 
-deb: ## Debian packages of the command and of the agent, in out/
+deb: ## Debian packages of the command, of the guests' agent and of that for Pacemaker, in out/
 	@$(call need,$(DEB_PACKAGES))
 	packaging/build-deb
 
