@@ -88,7 +88,7 @@ slat-host: setup ## What this host's own SLAT gains, in out/slat-host.json to se
 	mkdir -p out
 	$(BALLAST) slat all --output out/slat-host.json
 
-deb: ## Debian packages of the command and of the agent, in out/
+deb: ## Debian packages of the command, of the guests' agent and of that for Pacemaker, in out/
 	@$(call need,$(DEB_PACKAGES))
 	packaging/build-deb
 

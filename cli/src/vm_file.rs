@@ -39,7 +39,9 @@ pub fn expanded(words: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
     if !words.iter().any(names_a_file) {
         return Ok(words);
     }
-    let command = RunAlone::command().mut_subcommand("run", |run| run.mut_args(|arg| arg.required(false)));
+    // The file may have what the command line lacks.
+    let command =
+        RunAlone::command().ignore_errors(true).mut_subcommand("run", |run| run.ignore_errors(true));
     let Ok(matches) = command.try_get_matches_from(&words) else { return Ok(words) };
     let Some(given) = matches.subcommand_matches("run") else { return Ok(words) };
     let Some(path) = given.get_one::<PathBuf>(OPTION) else { return Ok(words) };
@@ -55,7 +57,7 @@ pub fn expanded(words: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
 /// # Errors
 /// As [`expanded`]; besides where something is missing, or can't go together.
 pub fn check(path: &Path) -> Result<(), Failure> {
-    let none = lenient().try_get_matches_from(["run"]).map_err(Failure::usage)?;
+    let none = options().ignore_errors(true).try_get_matches_from(["run"]).map_err(Failure::usage)?;
     let said = arguments(path, &read(path)?, &none)?;
     let words = [OsStr::new("ballast"), OsStr::new("run")].into_iter().map(OsStr::to_owned).chain(said);
     RunAlone::try_parse_from(words)
@@ -75,14 +77,13 @@ fn read(path: &Path) -> Result<String, Failure> {
     read().map_err(|error| Failure::usage(format!("cannot read {}: {error}", path.display())))
 }
 
-/// `ballast run`, to which nothing is missing: a file may have it, or the command line.
-fn lenient() -> Command {
-    run::Args::augment_args(Command::new("run")).mut_args(|arg| arg.required(false))
+fn options() -> Command {
+    run::Args::augment_args(Command::new("run"))
 }
 
 /// What a file says, as words for the command line that `given` has.
 fn arguments(path: &Path, text: &str, given: &ArgMatches) -> Result<Vec<OsString>, Failure> {
-    let mut command = lenient();
+    let mut command = options();
     command.build();
     let overruled = overruled(&command, given);
     let mut mistakes = Mistakes::of(path);
@@ -112,7 +113,7 @@ fn arguments(path: &Path, text: &str, given: &ArgMatches) -> Result<Vec<OsString
         };
         for word in &said {
             // Alone: the line of what is wrong is known then.
-            match lenient().try_get_matches_from(["run".as_ref(), word.as_os_str()]) {
+            match options().try_get_matches_from(["run".as_ref(), word.as_os_str()]) {
                 // Others may be missing, which the whole tells.
                 Err(error) if error.kind() != ErrorKind::MissingRequiredArgument => {
                     mistakes.add(line, mistake::sentence(&error));

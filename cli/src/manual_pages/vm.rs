@@ -62,11 +62,11 @@ pub fn page() -> String {
             roff.control("IP", []);
             roff.text([roman(format!("One of {}.", values.join(", ")))]);
         }
-        if let ([default], false) = (arg.get_default_values(), arg.is_hide_default_value_set()) {
-            if arg.get_action().takes_values() {
-                roff.control("IP", []);
-                roff.text([roman(format!("Without it: {}", default.to_string_lossy()))]);
-            }
+        if let ([default], false, true) =
+            (arg.get_default_values(), arg.is_hide_default_value_set(), arg.get_action().takes_values())
+        {
+            roff.control("IP", []);
+            roff.text([roman(format!("Without it: {}", default.to_string_lossy()))]);
         }
     }
     roff.control("SH", ["EXAMPLE"]).control("nf", []);
