@@ -93,9 +93,9 @@ impl Host {
         self
     }
 
-    /// Puts a file of this machine into the emulated host, at the same path.
-    pub fn file(mut self, path: &Path) -> Self {
-        self.emulator.files.push((path.to_owned(), path.to_string_lossy().into_owned()));
+    /// Puts a file of this machine into the emulated host.
+    pub fn file(mut self, path: &Path, path_inside: &Path) -> Self {
+        self.emulator.files.push((path.to_owned(), path_inside.to_string_lossy().into_owned()));
         self
     }
 

@@ -20,10 +20,26 @@ pub struct Signals {
     fd: OwnedFd,
     control: Arc<Control>,
     asked: bool,
-    /// How many came from this process's parent, and from others. A parent that hands on what others send to both
-    /// (a service manager does) is not to be heard twice.
+    senders: Senders,
+}
+
+/// Who has sent signals so far. A parent may hand on what others send to both, as a service manager does: that is one
+/// wish, and not two.
+struct Senders {
+    /// The parent's process.
+    parent: u32,
     from_parent: u32,
     from_others: u32,
+}
+
+impl Senders {
+    /// Counts a signal, and says whether it is a new wish.
+    fn count(&mut self, sender: u32) -> bool {
+        let before = self.from_parent.max(self.from_others);
+        let count = if sender == self.parent { &mut self.from_parent } else { &mut self.from_others };
+        *count = count.saturating_add(1);
+        *count > before
+    }
 }
 
 impl Signals {
@@ -51,13 +67,9 @@ impl Signals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor is new and belongs to nobody else.
-        Ok(Self {
-            fd: unsafe { OwnedFd::from_raw_fd(fd) },
-            control: Arc::clone(control),
-            asked: false,
-            from_parent: 0,
-            from_others: 0,
-        })
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let senders = Senders { parent: std::os::unix::process::parent_id(), from_parent: 0, from_others: 0 };
+        Ok(Self { fd, control: Arc::clone(control), asked: false, senders })
     }
 
     /// Takes one pending signal, if there is one. Says whether it is a new one.
@@ -71,13 +83,7 @@ impl Signals {
         }
         // SAFETY: the kernel has filled all of it.
         let sender = unsafe { info.assume_init() }.ssi_pid;
-        let before = self.from_parent.max(self.from_others);
-        if sender == std::os::unix::process::parent_id() {
-            self.from_parent = self.from_parent.saturating_add(1);
-        } else {
-            self.from_others = self.from_others.saturating_add(1);
-        }
-        Some(self.from_parent.max(self.from_others) > before)
+        Some(self.senders.count(sender))
     }
 }
 
@@ -125,6 +131,20 @@ impl Subscriber for Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_parent_hands_on_is_not_heard_twice() {
+        let heard = |senders: &[u32]| {
+            let mut counted = Senders { parent: 7, from_parent: 0, from_others: 0 };
+            senders.iter().filter(|sender| counted.count(**sender)).count()
+        };
+        assert_eq!(heard(&[7]), 1);
+        assert_eq!(heard(&[1, 7]), 1);
+        assert_eq!(heard(&[7, 1]), 1);
+        assert_eq!(heard(&[1, 7, 1, 7]), 2);
+        assert_eq!(heard(&[7, 7]), 2);
+        assert_eq!(heard(&[0, 9]), 2);
+    }
 
     #[test]
     fn what_the_parent_ignored_is_left_ignored() {

@@ -94,8 +94,6 @@ fn place() -> impl Strategy<Value = usize> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-
     #[test]
     fn no_byte_breaks_the_search(changes in proptest::collection::vec((place(), any::<u8>()), 1..12)) {
         let mut disk = DISK.clone();

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use rustix::mount::MountFlags;
+
 /// How much is read or written at a time.
 const PIECE: usize = 64 << 10;
 
@@ -63,4 +65,34 @@ pub fn discard(name: &str, bytes: usize) -> Result<(), String> {
     // SAFETY: the kernel reads two numbers from a valid pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
     if result < 0 { Err(failed(io::Error::last_os_error())) } else { Ok(()) }
+}
+
+/// Where a file system of a disk is mounted.
+const MOUNTED: &str = "/disk";
+/// Files of a directory that is made and removed: more than one block of names.
+const MOST_FILES: usize = 200;
+
+/// Copies the files of one kernel in the ext4 of a partition to those of another version, as a package manager leaves
+/// them. All of it is on the medium afterwards, some only in the journal: nothing is unmounted.
+pub fn install(partition: &str, old: &str, new: &str) -> Result<(), String> {
+    let (path, failed) = at(partition);
+    let work = || {
+        fs::create_dir_all(MOUNTED)?;
+        rustix::mount::mount(path.as_str(), MOUNTED, "ext4", MountFlags::empty(), None)?;
+        // Blocks that were a directory's are a file's afterwards: the journal has to take them back.
+        let directory = format!("{MOUNTED}/removed");
+        fs::create_dir(&directory)?;
+        for number in 0..MOST_FILES {
+            File::create(format!("{directory}/a-file-with-a-long-name-{number}"))?;
+        }
+        File::open(&directory)?.sync_all()?;
+        fs::remove_dir_all(&directory)?;
+        for name in ["vmlinuz", "initrd.img"] {
+            let copy = format!("{MOUNTED}/boot/{name}-{new}");
+            fs::copy(format!("{MOUNTED}/boot/{name}-{old}"), &copy)?;
+            File::open(copy)?.sync_all()?;
+        }
+        File::open(format!("{MOUNTED}/boot"))?.sync_all()
+    };
+    work().map_err(failed)
 }

@@ -20,6 +20,7 @@
 //! write-disk:DISK:SIZE:SEED fills the first SIZE of /dev/DISK with a pattern, and flushes it
 //! read-disk:DISK:SIZE:SEED  looks whether it is there, past the guest's cache
 //! discard-disk:DISK:SIZE    tells the disk that the first SIZE of it are not needed
+//! install:PARTITION:OLD:NEW  has a kernel's files in the ext4 of /dev/PARTITION a second time, with another version
 //! hog                       has another process take memory until the kernel kills it
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
@@ -160,13 +161,15 @@ impl Load {
             ["write-disk", name, bytes, seed] => disk::write(name, size(bytes)?, number(seed)?)?,
             ["read-disk", name, bytes, seed] => disk::read(name, size(bytes)?, number(seed)?)?,
             ["discard-disk", name, bytes] => disk::discard(name, size(bytes)?)?,
+            ["install", partition, old, new] => disk::install(partition, old, new)?,
             ["hog"] => hog()?,
             ["unbind" | "bind", driver] => hand_over(driver, parts[0])?,
             _ => {
                 return Err(format!(
                     "`{step}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                      hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
-                     forget, write-disk:DISK:SIZE:SEED, read-disk:DISK:SIZE:SEED, discard-disk:DISK:SIZE, hog, \
+                     forget, write-disk:DISK:SIZE:SEED, read-disk:DISK:SIZE:SEED, discard-disk:DISK:SIZE, \
+                     install:PARTITION:OLD:NEW, hog, \
                      unbind:DRIVER, bind:DRIVER, random:COUNT, kernel or show"
                 ));
             }

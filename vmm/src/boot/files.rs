@@ -10,6 +10,7 @@ use devices::virtio::queue::IoVectors;
 use image::BootFile;
 use image::disk::source::Source;
 use image::disk::{Finder, Found, SearchError};
+use tracing::subscriber::{NoSubscriber, with_default};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use crate::builder::open_disk;
@@ -103,7 +104,9 @@ impl BootFiles {
 /// [`BootFilesError`].
 pub fn search(options: &DiskOptions, finder: &Finder) -> Result<Found, BootFilesError> {
     let cache = Some(options.cache());
-    let disk = open_disk(&DiskOptions { readonly: true, cache, ..options.clone() })?;
+    let options = DiskOptions { readonly: true, cache, ..options.clone() };
+    // What there is to warn of is said when the VM's device opens it.
+    let disk = with_default(NoSubscriber::default(), || open_disk(&options))?;
     let failed = |why| BootFilesError::Search { disk: options.path.clone(), why };
     let source = OpenDisk::new(disk).map_err(|error| failed(SearchError::Memory(error)))?;
     finder.find(&source).map_err(failed)
@@ -160,5 +163,50 @@ impl Source for OpenDisk {
             offset = offset.saturating_add(piece.len() as u64);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn without_kernel_and_disk_there_is_nothing_to_boot() {
+        let error = BootFiles::find(None, None, None, None).expect_err("nothing is there").to_string();
+        assert!(error.contains("--kernel") && error.contains("--disk"), "{error}");
+    }
+
+    #[test]
+    fn a_disk_is_read_at_any_place() {
+        // No whole number of pages, and longer than the room that it is read through.
+        let contents: Vec<u8> = (0..(3 << 20) + 512_u32).map(|place| (place / 3 % 251) as u8).collect();
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(&contents).expect("written");
+        for cache in ["direct", "buffered"] {
+            let spec = format!("{},cache={cache}", file.path().display());
+            let options: DiskOptions = spec.parse().expect("a disk");
+            let disk = OpenDisk::new(open_disk(&options).expect("it opens")).expect("there is room");
+            assert_eq!(disk.size(), contents.len() as u64);
+            let last = contents.len() - 1;
+            for (offset, len) in [
+                (0, 512),
+                (1, 1),
+                (4095, 2),
+                (513, 2 << 20),
+                (0, contents.len()),
+                (last, 1),
+                (last - 700, 700),
+            ] {
+                let mut bytes = vec![0; len];
+                disk.read_at(offset as u64, &mut bytes).expect("it can be read");
+                assert!(bytes == contents[offset..][..len], "{len} bytes from {offset} on");
+            }
+            for (offset, len) in [(last as u64, 2), (u64::MAX, 1), (last as u64 + 1, 1)] {
+                let error = disk.read_at(offset, &mut vec![0; len]).expect_err("it ends before");
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            }
+        }
     }
 }

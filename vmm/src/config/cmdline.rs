@@ -191,6 +191,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_disk_says_comes_first_and_loses() {
+        let line = |words, users| behind_words(words, users);
+        assert_eq!(line("root=PARTUUID=1 ro console=tty0", "console=ttyS0"), {
+            "root=PARTUUID=1 ro console=tty0 console=ttyS0"
+        });
+        assert_eq!(line("root=PARTUUID=1 ro x", "quiet root=/dev/vdb1"), "ro x quiet root=/dev/vdb1");
+        assert!(line("root=x rootflags=y", DEFAULT_CMDLINE).contains(NO_SELF_TESTS));
+        assert!(!line("root=x fips=1", DEFAULT_CMDLINE).contains(NO_SELF_TESTS));
+    }
+
+    #[test]
     fn words_that_defeat_the_guest_are_told() {
         let told = |cmdline: &str, transport| {
             let config = VmConfig { transport, ..config(cmdline) };

@@ -105,7 +105,7 @@ fn hindrance(superblock: Fields<'_>, room: u64) -> Option<Reason> {
     let per_group = u64::from(superblock.word(0x20));
     let block_bits = superblock.word(0x18).saturating_add(10);
     let size = 1u64.checked_shl(block_bits).and_then(|block| blocks.checked_mul(block));
-    if block_bits > 16 || per_group < 8 || size.is_none_or(|size| size > room) {
+    if block_bits > 16 || per_group < 256 || size.is_none_or(|size| size > room) {
         return Some("that is damaged: its size is not that of its partition".to_owned());
     }
     None
