@@ -11,7 +11,7 @@ use api::units::Bytes;
 use tracing::{info, warn};
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
-    MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
+    MemoryOptions, Name, NetOptions, SerialOptions, Transport, VmConfig, with_words,
 };
 use vmm::machine::Machine;
 
@@ -37,6 +37,7 @@ Examples:
   ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --cpus 2 \\
       --memory 256M,min=128M,max=1G,buffer=20%,weight=100 --console file:web.log
   ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
+  ballast run --kernel vmlinuz --initrd web.cpio.gz --memory 512M --net user,forward=tcp:8080:80
 
 Exit codes:
    0  the guest powered off, or somebody stopped it
@@ -103,6 +104,19 @@ pub struct Args {
     /// cache is the only one; one that it may only read is, and guests that read the same file share that.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskOptions>,
+    /// A network: user, tap=NAME or fd=N, then with commas mac=, mtu= and more; once for each card
+    ///
+    /// `user` needs no privileges: the program passt makes the guest's connections, as any program of yours
+    /// could make them. The guest has 10.0.2.15 (by DHCP), and reaches what this host reaches, but not its
+    /// loopback. With user: forward=tcp:8080:80 leads port 8080 of the host to port 80 of the guest (udp:
+    /// too; tcp:127.0.0.1:8080:80 listens at one address), again for each port; dns=ADDRESS is the guest's
+    /// name server; loopback makes 10.0.2.2 this host's loopback.
+    /// `tap=NAME` is a tap that is there: `ip tuntap add dev NAME mode tap user $USER` as root makes one.
+    /// `fd=N` is a tap that is open as descriptor N, with IFF_VNET_HDR.
+    /// mac=52:54:00:12:34:56 is the card's address (by the VM's name, if not given), mtu=BYTES its largest packet.
+    /// The guest needs the module virtio_net.
+    #[arg(long = "net", value_name = "SPEC")]
+    nets: Vec<NetOptions>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -249,7 +263,10 @@ impl Args {
         let disks = (0..)
             .zip(&self.disks)
             .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
-        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks);
+        let nets =
+            (0..).zip(&self.nets).map(|(number, net)| (format!("net{number}"), Device::Net(net.clone())));
+        let devices =
+            devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks).chain(nets);
         devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }

@@ -64,6 +64,8 @@ pub struct Emulator {
     pub ballast: bool,
     /// Kernels whose images guests inside will need, below `/guest/SERIES`.
     pub guests: Vec<Kernel>,
+    /// Modules that it loads beside those that it needs.
+    pub modules: Vec<&'static str>,
     /// Files of this machine, and where they lie inside.
     pub files: Vec<(PathBuf, String)>,
     /// Paths inside that are brought back: files, or directories with all below them.
@@ -178,6 +180,7 @@ impl Default for Emulator {
             shell: true,
             ballast: true,
             guests: Vec::new(),
+            modules: Vec::new(),
             files: Vec::new(),
             bring: Vec::new(),
             environment: Vec::new(),
@@ -307,7 +310,8 @@ impl Emulator {
             }
             _ => program.to_string_lossy().into_owned(),
         };
-        let modules = kernel.modules(&[&qemu::MODULES[..], &[self.vendor.module()]].concat())?;
+        let modules =
+            kernel.modules(&[&qemu::MODULES[..], &[self.vendor.module()], &self.modules].concat())?;
         let path = |name: &str| format!("/lib/modules/{name}.ko");
         let loaded = modules.iter().map(|module| path(&module.name) + &self.parameters(&module.name));
         let job = self.job(loaded.collect(), program, arguments).text().map_err(Error::Failed)?;
@@ -322,7 +326,7 @@ impl Emulator {
                 archive.file(path, source)?;
             }
             if let Some(root) = &busybox {
-                add_busybox(&mut archive, &root.join("bin/busybox"))?;
+                archive.busybox(&root.join("bin/busybox"))?;
             }
             archive.finish()
         };
@@ -408,16 +412,6 @@ fn wait(
     child.kill()?;
     child.wait()?;
     Ok(reason)
-}
-
-/// A static shell with the usual commands, for people who look around.
-fn add_busybox(archive: &mut Archive, busybox: &Path) -> io::Result<()> {
-    archive.file("/bin/busybox", busybox)?;
-    let list = Command::new(busybox).arg("--list").output()?;
-    for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|name| *name != "busybox") {
-        archive.link(&format!("/bin/{applet}"), "busybox")?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

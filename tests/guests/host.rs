@@ -9,7 +9,7 @@ use api::units::Bytes;
 use lab::{Emulator, Execution, Kernel, inside};
 
 use crate::ballast;
-use crate::qemu::qemu_with_libraries;
+use crate::qemu::{qemu_with_libraries, with_libraries};
 
 /// A wait gives up after this many times what it usually takes.
 const PATIENCE: u32 = 10;
@@ -64,6 +64,25 @@ impl Host {
     pub fn qemu(mut self) -> Self {
         if !inside() {
             self.emulator.files.extend(qemu_with_libraries().expect("QEMU is installed"));
+        }
+        self
+    }
+
+    /// Loads these modules of the host's kernel too. A real host has what it has.
+    pub fn modules(mut self, names: &[&'static str]) -> Self {
+        self.emulator.modules.extend(names);
+        self
+    }
+
+    /// Puts this machine's passt into the emulated host.
+    ///
+    /// # Panics
+    /// Where it is not installed.
+    pub fn passt(mut self) -> Self {
+        if !inside() {
+            for program in ["/usr/bin/passt", "/usr/bin/passt.avx2"] {
+                self.emulator.files.extend(with_libraries(program, "passt").expect("passt is installed"));
+            }
         }
         self
     }

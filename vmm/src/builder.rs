@@ -3,6 +3,8 @@
 
 mod disk;
 mod memory;
+mod net;
+mod passt;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -34,6 +36,7 @@ use crate::console::{self, Console, ConsoleError};
 use crate::control::Control;
 use crate::events::Subscriber;
 use crate::exit::Exit;
+use crate::helper::Helper;
 use crate::memory::Ram;
 use crate::steering::Steered;
 use crate::vcpu_set::VcpuSet;
@@ -54,6 +57,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A network.
+    #[error(transparent)]
+    Network(#[from] net::NetworkError),
     /// The host gave no descriptors for one, or something else that it needs.
     #[error("the host refused {what}: {source}")]
     Host {
@@ -84,6 +90,8 @@ pub struct Devices {
     pub virtio: Vec<Virtio>,
     /// What they need of the sandbox.
     pub needs: SandboxNeeds,
+    /// Processes that work for them, to be ended with the VM.
+    pub helpers: Vec<Arc<Helper>>,
     /// What moves the guest's memory.
     pub steering: Steering,
     /// The line of the power button.
@@ -103,6 +111,7 @@ pub struct Builder<'a> {
     threads: Threads,
     virtio: Vec<Virtio>,
     needs: SandboxNeeds,
+    helpers: Vec<Arc<Helper>>,
     balloon: Option<Handle>,
     plug: Option<plug::Handle>,
     console: Option<Console>,
@@ -135,6 +144,7 @@ impl<'a> Builder<'a> {
             threads: Threads::new(),
             virtio: Vec::new(),
             needs: SandboxNeeds::default(),
+            helpers: Vec::new(),
             balloon: None,
             plug: None,
             console: None,
@@ -168,6 +178,11 @@ impl<'a> Builder<'a> {
                 let disk = disk::open(&config.id, options, self.control.cpus())?;
                 self.virtio(config, ThreadName::own(&config.id), disk)
             }
+            Device::Net(options) => {
+                let (net, helper) = net::open(self.control.name(), &config.id, options)?;
+                self.help(helper);
+                self.virtio(config, ThreadName::own(&config.id), net)
+            }
             Device::Agent => self.virtio(config, shared, self.control.agent().port()),
             #[cfg(test)]
             Device::Note(options) => {
@@ -188,6 +203,13 @@ impl<'a> Builder<'a> {
         self.virtio.push(Arc::clone(&device));
         self.serve(config.thread.clone().unwrap_or(usual), device);
         Ok(())
+    }
+
+    fn help(&mut self, helper: Option<Arc<Helper>>) {
+        if let Some(helper) = helper {
+            self.needs.add(helper.sandbox_needs());
+            self.helpers.push(helper);
+        }
     }
 
     fn serve(&mut self, thread: ThreadName, subscriber: Subscriber) {
@@ -249,6 +271,7 @@ impl<'a> Builder<'a> {
             threads: self.threads,
             virtio: self.virtio,
             needs: self.needs,
+            helpers: self.helpers,
             steering,
             power: self.power,
             console: self.console,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use devices::virtio::block::raw::Cache;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, NetOptions};
 
 text!(DeviceId, ThreadName, Console);
 
@@ -49,6 +49,8 @@ pub enum Device {
     Rng,
     /// virtio-blk: a disk.
     Disk(DiskOptions),
+    /// virtio-net: a network card.
+    Net(NetOptions),
     /// A virtio-console port for the guest's agent.
     Agent,
     /// A device that only tests know.
