@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use vmm::boot::files::BootFiles;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
-    MemoryOptions, Name, SerialOptions, Transport, VmConfig, with_words,
+    MemoryOptions, Name, NetOptions, SerialOptions, Transport, VmConfig, with_words,
 };
 use vmm::machine::Machine;
 
@@ -46,6 +46,7 @@ Examples:
   ballast run --kernel vmlinux --memory 1G --hugepages 2M --prefault
   ballast run --config web.toml --console file:web.log
   ballast run --disk debian.qcow2 --memory 1G
+  ballast run --kernel vmlinuz --initrd web.cpio.gz --memory 512M --net user,forward=tcp:8080:80
 
 Exit codes:
    0  the guest powered off, or somebody stopped it
@@ -133,6 +134,19 @@ pub struct Args {
     /// The process that starts this VM again
     #[arg(long, value_name = "PID", hide = true)]
     supervisor: Option<i32>,
+    /// A network: user, tap=NAME or fd=N, then with commas mac=, mtu= and more; once for each card
+    ///
+    /// `user` needs no privileges: the program passt makes the guest's connections, as any program of yours
+    /// could make them. The guest has 10.0.2.15 (by DHCP), and reaches what this host reaches, but not its
+    /// loopback. With user: forward=tcp:8080:80 leads port 8080 of the host to port 80 of the guest (udp:
+    /// too; tcp:127.0.0.1:8080:80 listens at one address), again for each port; dns=ADDRESS is the guest's
+    /// name server; loopback makes 10.0.2.2 this host's loopback.
+    /// `tap=NAME` is a tap that is there: `ip tuntap add dev NAME mode tap user $USER` as root makes one.
+    /// `fd=N` is a tap that is open as descriptor N, with IFF_VNET_HDR.
+    /// mac=52:54:00:12:34:56 is the card's address (by the VM's name, if not given), mtu=BYTES its largest packet.
+    /// The guest needs the module virtio_net.
+    #[arg(long = "net", value_name = "SPEC")]
+    nets: Vec<NetOptions>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -309,7 +323,10 @@ impl Args {
         let disks = (0..)
             .zip(&self.disks)
             .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
-        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks);
+        let nets =
+            (0..).zip(&self.nets).map(|(number, net)| (format!("net{number}"), Device::Net(net.clone())));
+        let devices =
+            devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks).chain(nets);
         devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use cpio::newc;
 
@@ -81,6 +82,16 @@ impl Archive {
         let path = path.trim_start_matches('/');
         self.parents(Path::new(path))?;
         self.entry(newc::Builder::new(path).mode(SYMLINK), target.as_bytes())
+    }
+
+    /// A static shell with the usual commands, in `/bin`.
+    pub fn busybox(&mut self, busybox: &Path) -> io::Result<()> {
+        self.file("/bin/busybox", busybox)?;
+        let list = Command::new(busybox).arg("--list").output()?;
+        for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|name| *name != "busybox") {
+            self.link(&format!("/bin/{applet}"), "busybox")?;
+        }
+        Ok(())
     }
 
     /// The finished archive.

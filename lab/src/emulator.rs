@@ -2,9 +2,8 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Component, Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,6 +71,8 @@ pub struct Emulator {
     pub ballast: bool,
     /// Kernels whose images guests inside will need, below `/guest/SERIES`.
     pub guests: Vec<Kernel>,
+    /// Modules that it loads beside those that it needs.
+    pub modules: Vec<&'static str>,
     /// Files of this machine, and where they lie inside.
     pub files: Vec<(PathBuf, String)>,
     /// Paths inside that are brought back: files, or directories with all below them.
@@ -179,6 +180,7 @@ impl Default for Emulator {
             shell: true,
             ballast: true,
             guests: Vec::new(),
+            modules: Vec::new(),
             files: Vec::new(),
             bring: Vec::new(),
             environment: Vec::new(),
@@ -310,7 +312,7 @@ impl Emulator {
             _ => program.to_string_lossy().into_owned(),
         };
         let wires = self.program().wires();
-        let modules = kernel.modules(&[wires.modules, &[self.vendor.module()]].concat())?;
+        let modules = kernel.modules(&[wires.modules, &[self.vendor.module()], &self.modules].concat())?;
         let path = |name: &str| format!("/lib/modules/{name}.ko");
         let loaded = modules.iter().map(|module| path(&module.name) + &self.parameters(&module.name));
         let job = self.job(loaded.collect(), program, arguments).text().map_err(Error::Failed)?;
@@ -325,7 +327,7 @@ impl Emulator {
                 archive.file(path, source)?;
             }
             if let Some(root) = &busybox {
-                add_busybox(&mut archive, &root.join("bin/busybox"))?;
+                archive.busybox(&root.join("bin/busybox"))?;
             }
             archive.finish()
         };
@@ -404,16 +406,6 @@ impl Emulator {
         drop(held);
         Ok((ended, output.map(Output::finish).unwrap_or_default()))
     }
-}
-
-/// A static shell with the usual commands, for people who look around.
-fn add_busybox(archive: &mut Archive, busybox: &Path) -> io::Result<()> {
-    archive.file("/bin/busybox", busybox)?;
-    let list = Command::new(busybox).arg("--list").output()?;
-    for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|name| *name != "busybox") {
-        archive.link(&format!("/bin/{applet}"), "busybox")?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

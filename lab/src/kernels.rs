@@ -25,6 +25,9 @@ const GUEST_MODULES: &[&str] = &[
 /// What the agent's port (built into 6.12) and disks need beside.
 const AGENT_MODULES: &[&str] = &["virtio_console", "virtio_blk"];
 
+/// What networks need beside.
+const NET_MODULES: &[&str] = &["virtio_net"];
+
 /// Where the agent lies in a guest.
 const AGENT_INSIDE: &str = "/bin/ballast-agent";
 
@@ -53,6 +56,8 @@ pub struct GuestImages {
     pub initrd: PathBuf,
     /// The same with `ballast-agent`, the module of its port, and that of disks.
     pub agent_initrd: PathBuf,
+    /// The same with the module of networks, and busybox with its commands.
+    pub net_initrd: PathBuf,
 }
 
 impl GuestImages {
@@ -63,6 +68,7 @@ impl GuestImages {
             (self.bzimage, inside.bzimage.clone()),
             (self.initrd, inside.initrd.clone()),
             (self.agent_initrd, inside.agent_initrd.clone()),
+            (self.net_initrd, inside.net_initrd.clone()),
         ];
         pairs.into_iter().chain(elf).map(|(here, path)| (here, path.to_string_lossy().into_owned()))
     }
@@ -101,6 +107,7 @@ impl Kernel {
             elf: (self == Self::V6_1).then(|| directory.join("vmlinux")),
             initrd: directory.join("initrd"),
             agent_initrd: directory.join("initrd-agent"),
+            net_initrd: directory.join("initrd-net"),
         }
     }
 
@@ -122,11 +129,18 @@ impl Kernel {
         Ok(GuestImages {
             bzimage: self.installed()?.image,
             elf,
-            initrd: self.initrd(self.name(), GUEST_MODULES, &[])?,
+            initrd: self.initrd(self.name(), GUEST_MODULES, &[], false)?,
             agent_initrd: self.initrd(
                 &format!("{}-agent", self.name()),
                 &[GUEST_MODULES, AGENT_MODULES].concat(),
                 &[(AGENT_INSIDE, artifacts::agent()?)],
+                false,
+            )?,
+            net_initrd: self.initrd(
+                &format!("{}-net", self.name()),
+                &[GUEST_MODULES, AGENT_MODULES, NET_MODULES].concat(),
+                &[(AGENT_INSIDE, artifacts::agent()?)],
+                true,
             )?,
         })
     }
@@ -166,11 +180,18 @@ impl Kernel {
         Ok(path)
     }
 
-    fn initrd(self, name: &str, modules: &[&str], more: &[(&str, PathBuf)]) -> Result<PathBuf, Error> {
+    fn initrd(
+        self,
+        name: &str,
+        modules: &[&str],
+        more: &[(&str, PathBuf)],
+        shell: bool,
+    ) -> Result<PathBuf, Error> {
         let modules = self.installed()?.modules(modules)?;
         let paths = modules.iter().map(|module| format!("/lib/modules/{}.ko", module.name));
         let paths: Vec<String> = paths.collect();
         let init = artifacts::guest_init()?;
+        let busybox = shell.then(|| packages::unpacked("busybox-static")).transpose()?;
         let build = || {
             let mut archive = Archive::with_program("/init", &fs::read(&init)?)?;
             for (path, module) in paths.iter().zip(&modules) {
@@ -179,6 +200,9 @@ impl Kernel {
             archive.contents(LIST, 0o644, paths.join("\n").as_bytes())?;
             for (inside, path) in more {
                 archive.file(inside, path)?;
+            }
+            if let Some(root) = &busybox {
+                archive.busybox(&root.join("bin/busybox"))?;
             }
             archive.finish()
         };

@@ -10,7 +10,7 @@ use api::units::Bytes;
 use lab::{Emulator, Execution, Kernel, Vendor, inside};
 
 use crate::ballast;
-use crate::qemu::qemu_with_libraries;
+use crate::qemu::{qemu_with_libraries, with_libraries};
 
 /// A wait gives up after this many times what it usually takes.
 const PATIENCE: u32 = 10;
@@ -96,6 +96,25 @@ impl Host {
     /// Puts a file of this machine into the emulated host.
     pub fn file(mut self, path: &Path, path_inside: &Path) -> Self {
         self.emulator.files.push((path.to_owned(), path_inside.to_string_lossy().into_owned()));
+        self
+    }
+
+    /// Loads these modules of the host's kernel too. A real host has what it has.
+    pub fn modules(mut self, names: &[&'static str]) -> Self {
+        self.emulator.modules.extend(names);
+        self
+    }
+
+    /// Puts this machine's passt into the emulated host.
+    ///
+    /// # Panics
+    /// Where it is not installed.
+    pub fn passt(mut self) -> Self {
+        if !inside() {
+            for program in ["/usr/bin/passt", "/usr/bin/passt.avx2"] {
+                self.emulator.files.extend(with_libraries(program, "passt").expect("passt is installed"));
+            }
+        }
         self
     }
 

@@ -26,7 +26,7 @@ mod vm;
 pub use daemon::Daemon;
 pub use host::{Host, kvm_boots_stock_kernels, unit_tests};
 pub use lines::Printed;
-pub use qemu::{Qemu, QemuSettings, qemu_with_libraries};
+pub use qemu::{Qemu, QemuSettings, qemu_with_libraries, with_libraries};
 pub use smaps::{Of, sum};
 pub use vm::{BOOT, Vm, VmSettings, wait_for, wait_looking_every};
 

@@ -25,14 +25,23 @@ const QEMU_FILES: &[&str] = &[
 /// # Errors
 /// Where it is not installed.
 pub fn qemu_with_libraries() -> Result<Vec<(PathBuf, String)>> {
-    let output = Command::new("ldd").arg(QEMU).output().context("ldd can't be run")?;
-    ensure!(output.status.success(), "{QEMU} is missing: install qemu-system-x86");
+    let files = QEMU_FILES.iter().copied().filter(|path| Path::new(path).exists());
+    let files = files.map(|path| (PathBuf::from(path), path.to_owned()));
+    Ok(with_libraries(QEMU, "qemu-system-x86")?.into_iter().chain(files).collect())
+}
+
+/// A program of this machine with its libraries, each file at its own path.
+///
+/// # Errors
+/// Where it is not installed, which `package` would do.
+pub fn with_libraries(program: &str, package: &str) -> Result<Vec<(PathBuf, String)>> {
+    let output = Command::new("ldd").arg(program).output().context("ldd can't be run")?;
+    ensure!(output.status.success(), "{program} is missing: install {package}");
     let libraries = String::from_utf8(output.stdout)?;
     // `name => /path (address)`, or `/path (address)` for the loader.
     let libraries =
         libraries.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
-    let files = QEMU_FILES.iter().copied().filter(|path| Path::new(path).exists());
-    let all = [QEMU].into_iter().chain(files).chain(libraries);
+    let all = [program].into_iter().chain(libraries);
     Ok(all.map(|path| (PathBuf::from(path), path.to_owned())).collect())
 }
 

@@ -3,6 +3,8 @@
 
 mod disk;
 mod memory;
+mod net;
+mod passt;
 
 pub(crate) use self::disk::open_disk;
 
@@ -33,6 +35,7 @@ use crate::console::{self, Console, ConsoleError};
 use crate::control::Control;
 use crate::events::Subscriber;
 use crate::exit::Exit;
+use crate::helper::Helper;
 use crate::memory::Ram;
 use crate::steering::Steered;
 use crate::vcpu_set::VcpuSet;
@@ -53,6 +56,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A network.
+    #[error(transparent)]
+    Network(#[from] net::NetworkError),
     /// The host gave no descriptors for one, or something else that it needs.
     #[error("the host refused {what}: {source}")]
     Host {
@@ -83,6 +89,8 @@ pub struct Devices {
     pub virtio: Vec<Virtio>,
     /// What they need of the sandbox.
     pub needs: SandboxNeeds,
+    /// Processes that work for them, to be ended with the VM.
+    pub helpers: Vec<Arc<Helper>>,
     /// What moves the guest's memory.
     pub steering: Steering,
     /// The line of the power button.
@@ -102,6 +110,7 @@ pub struct Builder<'a> {
     threads: Threads,
     virtio: Vec<Virtio>,
     needs: SandboxNeeds,
+    helpers: Vec<Arc<Helper>>,
     balloon: Option<Handle>,
     plug: Option<plug::Handle>,
     console: Option<Console>,
@@ -134,6 +143,7 @@ impl<'a> Builder<'a> {
             threads: Threads::new(),
             virtio: Vec::new(),
             needs: SandboxNeeds::default(),
+            helpers: Vec::new(),
             balloon: None,
             plug: None,
             console: None,
@@ -171,6 +181,11 @@ impl<'a> Builder<'a> {
                 let disk = disk::seed(&config.id, seed)?;
                 self.virtio(config, shared, disk)
             }
+            Device::Net(options) => {
+                let (net, helper) = net::open(self.control.name(), &config.id, options)?;
+                self.help(helper);
+                self.virtio(config, ThreadName::own(&config.id), net)
+            }
             Device::Agent => self.virtio(config, shared, self.control.agent().port()),
             #[cfg(test)]
             Device::Note(options) => {
@@ -191,6 +206,13 @@ impl<'a> Builder<'a> {
         self.virtio.push(Arc::clone(&device));
         self.serve(config.thread.clone().unwrap_or(usual), device);
         Ok(())
+    }
+
+    fn help(&mut self, helper: Option<Arc<Helper>>) {
+        if let Some(helper) = helper {
+            self.needs.add(helper.sandbox_needs());
+            self.helpers.push(helper);
+        }
     }
 
     fn serve(&mut self, thread: ThreadName, subscriber: Subscriber) {
@@ -250,6 +272,7 @@ impl<'a> Builder<'a> {
             threads: self.threads,
             virtio: self.virtio,
             needs: self.needs,
+            helpers: self.helpers,
             steering,
             power: self.power,
             console: self.console,

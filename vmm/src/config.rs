@@ -30,12 +30,14 @@ macro_rules! text {
 
 mod cmdline;
 mod device;
+mod net;
 
 pub use cmdline::{DEFAULT_CMDLINE, Hindrance, behind_words, with_words};
 pub use device::{
     BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
     ThreadName,
 };
+pub use net::{Forward, NetBackend, NetOptions, Protocol, UserNet};
 
 text!(Name);
 
@@ -156,6 +158,23 @@ pub enum ConfigError {
         /// What is wrong.
         what: String,
     },
+    /// Not a network card.
+    #[error(
+        "`{text}` is not a network ({what}): use user, tap=NAME or fd=N, then with commas mac=MAC, mtu=BYTES; with \
+         user also forward=tcp:PORT:PORT, dns=ADDRESS, loopback"
+    )]
+    Net {
+        /// As given.
+        text: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Not a forward.
+    #[error(
+        "`{0}` is not a forward: use tcp:PORT:PORT or udp:PORT:PORT, the host's port first, or \
+         tcp:ADDRESS:PORT:PORT to listen at one address of the host; an IPv6 address stands in brackets"
+    )]
+    Forward(String),
     /// Not a size of huge pages that is known.
     #[error("`{0}` is not a size of huge pages: use 2M")]
     HugePages(String),

@@ -84,6 +84,11 @@ impl Control {
         Arc::clone(&self.asleep)
     }
 
+    /// What it is called.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
     /// How many vCPUs it has.
     pub fn cpus(&self) -> Cpus {
         self.cpus

@@ -12,6 +12,7 @@ pub mod control;
 pub mod event_stream;
 mod events;
 pub mod exit;
+mod helper;
 pub mod host;
 pub mod inspect;
 pub mod kvm;

@@ -25,6 +25,7 @@ use crate::console::Console;
 use crate::control::{Control, Parts};
 use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
+use crate::helper::Helper;
 use crate::host::{self, HostCannot};
 use crate::kvm::{self, KvmError};
 use crate::memory::fault_guard::FaultGuard;
@@ -110,6 +111,7 @@ pub struct Machine {
     console: Option<Console>,
     api: Option<api_server::Server>,
     threads: Threads,
+    helpers: Vec<Arc<Helper>>,
     /// What stays possible; `None` is no sandbox.
     sandbox: Option<SandboxNeeds>,
     // Closed last: the vCPUs and the memory slots hang on it.
@@ -222,6 +224,7 @@ impl Machine {
             console: devices.console,
             api,
             threads: devices.threads,
+            helpers: devices.helpers,
             sandbox: config.sandbox.then_some(needs),
             _vm: vm,
         })
@@ -294,6 +297,7 @@ impl Machine {
             console.finish(&exit);
         }
         loops.into_iter().for_each(EventThread::stop);
+        self.helpers.iter().for_each(|helper| helper.end());
         // vCPU threads are not waited for. None can enter the guest again, and what they use stays until the process ends.
         let counts = self.buses.exits();
         tracing::debug!(

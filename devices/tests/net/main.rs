@@ -204,6 +204,17 @@ fn the_driver_is_told_that_the_other_end_has_gone() {
 }
 
 #[test]
+fn what_waits_to_be_sent_comes_back_once_the_other_end_has_gone() {
+    let (mut room, peer) = Room::at_stream(CARRIERS[0], 0);
+    while room.send(PLAIN, &frame(40_000, 1), &[]) {}
+    drop(peer);
+    room.guest.run();
+    assert!(!room.is_up());
+    assert_eq!(room.guest.used(TX), [(0, 0)]);
+    assert!(room.send(PLAIN, &frame(60, 2), &[]));
+}
+
+#[test]
 fn a_peer_that_breaks_the_stream_is_heard_no_more() {
     let (mut room, mut peer) = Room::at_stream(CARRIERS[0], 0);
     room.leave_all(0..4, 2048);

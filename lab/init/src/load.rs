@@ -25,13 +25,14 @@
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
 //! set:FILE:VALUE            writes a value into a file of the kernel's
+//! run:COMMAND               has the shell do it, where there is one; what it says is on the console
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,7 +57,8 @@ const BETWEEN_PASSES: Duration = Duration::from_millis(200);
 
 /// Virtio drivers of which a guest has one device each, with the device's number (virtio 1.2,
 /// section 5) as sysfs writes it.
-const DRIVERS: [(&str, &str); 2] = [("virtio_balloon", "0x0005"), ("virtio_mem", "0x0018")];
+const DRIVERS: [(&str, &str); 3] =
+    [("virtio_balloon", "0x0005"), ("virtio_mem", "0x0018"), ("virtio_net", "0x0001")];
 
 fn size(text: &str) -> Result<usize, String> {
     let wrong = || format!("`{text}` is no size: use a number with K, M or G");
@@ -85,6 +87,16 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
     let number = text.strip_suffix('s').ok_or_else(wrong)?;
     number.parse().map(Duration::from_secs).map_err(|_| wrong())
+}
+
+fn shell(command: &str) -> Result<(), String> {
+    let status =
+        Command::new("/bin/sh").args(["-c", command]).env("PATH", "/bin").stdin(Stdio::null()).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("`{command}` ended with {status}")),
+        Err(error) => Err(format!("there is no shell: {error}")),
+    }
 }
 
 fn ask_for_random(count: usize) -> io::Result<()> {
@@ -121,6 +133,9 @@ impl Load {
     /// # Errors
     /// As [`Load::run_all`].
     pub fn run(&mut self, step: &str) -> Result<(), String> {
+        if let Some(command) = step.strip_prefix("run:") {
+            return shell(command);
+        }
         let file = |error: io::Error| format!("{FILE}: {error}");
         let parts: Vec<&str> = step.split(':').collect();
         match parts.as_slice() {

@@ -9,7 +9,7 @@ use devices::virtio::block::raw::Cache;
 use disks::seed::Seed;
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, NetOptions};
 
 text!(DeviceId, ThreadName, Console);
 
@@ -52,6 +52,8 @@ pub enum Device {
     Disk(DiskOptions),
     /// virtio-blk: a small disk in memory that tells the guest's cloud-init how to set it up.
     CloudInit(Seed),
+    /// virtio-net: a network card.
+    Net(NetOptions),
     /// A virtio-console port for the guest's agent.
     Agent,
     /// A device that only tests know.

@@ -51,6 +51,9 @@ const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256; 2];
 
+/// Events' worth of frames that are dropped at once where the backend has gone: more than a queue holds.
+const DISCARDED: usize = 8;
+
 const DEVICE: &str = "the network device";
 
 /// What a driver is told: `struct virtio_net_config`, to `mtu` (section 5.1.4).
@@ -190,6 +193,9 @@ impl Net {
         self.link = Link::Down;
         (self.on_lost)();
         if let Some(active) = active {
+            // The driver need not notify of what waits to be sent, and the backend never wakes for it again.
+            let mut rounds = 0..DISCARDED;
+            while self.transmit(active) && rounds.next().is_some() {}
             active.config_interrupt.raise();
         }
     }
