@@ -39,8 +39,10 @@ const PROCESSOR: &str = "corei7_skylake_x";
 const USUAL_SPEED: u32 = 100_000_000;
 /// The same for counting: an instruction is a nanosecond, as under QEMU.
 const COUNTED_SPEED: u32 = 1_000_000_000;
-/// What only this emulator's hosts are told: nothing needs to be mitigated, and each mitigation is emulated.
-const MORE_WORDS: &str = " mitigations=off";
+/// What only this emulator's hosts are told. Nothing needs to be mitigated, and each mitigation is emulated. Its
+/// RDRAND gives the same numbers each time, and a kernel that takes them needs no other: it finds none in a clock
+/// that counts instructions, and whoever asks it for randomness would wait.
+const MORE_WORDS: &str = " mitigations=off random.trust_cpu=on";
 /// 2026-01-01T00:00:00Z.
 const BEGIN: u32 = 1_767_225_600;
 
@@ -154,4 +156,49 @@ fn configuration(boot: &Boot, directory: &Path, console: &str) -> String {
         let _ = writeln!(text, "{line}");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Vendor;
+    use api::units::Bytes;
+    use std::io::{Read, Write as _};
+
+    fn host(execution: Execution, cpus: usize) -> Boot<'static> {
+        let (vendor, memory, terminal) = (Vendor::Intel, Bytes::gib(2), Terminal::Kept);
+        let [kernel, initrd, log, results] = ["kernel", "initrd", "log", "results"].map(Path::new);
+        Boot { cpus, memory, vendor, execution, kernel, initrd, arguments: "more", log, results, terminal }
+    }
+
+    #[test]
+    fn a_counted_hosts_instruction_is_a_nanosecond() {
+        let text = |execution| configuration(&host(execution, 1), Path::new("/d"), "/dev/pts/7");
+        assert!(text(Execution::Counted).contains("ips=1000000000,"));
+        let usual = text(Execution::Emulated);
+        for word in ["guest=2048", "com2: enabled=1, mode=term, dev=/dev/pts/7", "path=/d/disc", "sync=none"]
+        {
+            assert!(usual.contains(word), "{word}: {usual}");
+        }
+        let line = kernel_line(&host(Execution::Emulated, 1));
+        assert!(line.contains("rdinit=/lab/init -- more nokaslr") && line.contains("norandmaps"), "{line}");
+    }
+
+    #[test]
+    fn a_host_with_more_processors_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let refused = machine(&host(Execution::Emulated, 2), directory.path()).expect_err("it has one");
+        assert!(refused.to_string().contains("one processor, not 2"), "{refused}");
+    }
+
+    #[test]
+    fn what_a_program_says_arrives_as_it_was_and_ends_with_the_machine() {
+        let (mut ours, theirs, name) = terminal().expect("pseudo terminals can be made");
+        let mut machine = File::options().write(true).open(name).expect("it opens");
+        machine.write_all(b"a\nb\x03\x04").expect("somebody reads");
+        drop((machine, theirs));
+        let mut said = Vec::new();
+        let end = ours.read_to_end(&mut said);
+        assert_eq!((said.as_slice(), end.is_err()), (&b"a\nb\x03\x04"[..], true), "its other end is closed");
+    }
 }

@@ -16,7 +16,7 @@ use crate::{Error, bochs, qemu};
 /// its timer for a broken one.
 pub const WORDS: &str = "console=ttyS0 reboot=t panic=1 quiet tsc=reliable no_timer_check";
 /// Words for one that is to do the same each time.
-pub const UNCHANGING: &str = " norandmaps random.trust_cpu=off";
+pub const UNCHANGING: &str = " norandmaps";
 
 /// Whose virtualisation a host's processor has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -40,6 +40,7 @@ pub fn command(boot: &Boot) -> Command {
         Execution::Nested => qemu.args(["-cpu", "host"]),
         Execution::Counted => {
             words += UNCHANGING;
+            words += " random.trust_cpu=off";
             last = " nokaslr";
             qemu.args(["-cpu", &format!("{PROCESSOR},-rdrand")]);
             qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"]);

@@ -1,6 +1,7 @@
 //! What the texts claim about SLAT, each against what was measured.
 
 mod material;
+mod tags;
 
 use serde::Serialize;
 
@@ -8,12 +9,13 @@ use crate::figure::{Comparison, Figure, compare, short};
 use crate::lab::{Findings, Pair};
 use crate::linux::density::{Density, LATEST};
 use crate::payload::memory::Backing;
-use crate::payload::{Between, Payload, Place, Setup};
+use crate::payload::{Payload, Place, Setup};
 use crate::probe::Verdict;
 use crate::run::{Measurement, Run, spaces, untouched};
 use crate::walk::Walk;
 use api::units::Bytes;
 pub use material::{Material, slat_of};
+use tags::tags;
 
 /// What came of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -143,7 +145,7 @@ pub fn claims(material: Material<'_>) -> Vec<Claim> {
                 "C6" => Some(model()),
                 "C7" => material.here.and_then(chase),
                 "C8" => material.of_lab(|l| scaling(l.scaling.as_ref()?)),
-                "C9" => material.here.and_then(switches),
+                "C9" => tags(material),
                 "C10" => Some(tested(material)),
                 "C11" => material.of_lab(|l| cold(&l.counted)),
                 _ => None,
@@ -387,48 +389,6 @@ fn scaling(pair: &Pair) -> Option<Found> {
     let outcome = if gain(last) > gain(first) { Outcome::Partly } else { Outcome::Fails };
     let gains: Vec<_> = points.iter().map(|p| format!("x{:.2} at {}", gain(p), p.0)).collect();
     Some((outcome, format!("{text} Churn, throughput with SLAT on over off: {}.", gains.join(", "))))
-}
-
-/// What laps cost more for what comes between them, as evidence of a flush.
-fn flush(without: &Figure, with: &Figure) -> Outcome {
-    match compare(without, with) {
-        Comparison::NoDifference | Comparison::Smaller => Outcome::Holds,
-        Comparison::Times(n) if n < 1.1 => Outcome::Holds,
-        Comparison::Times(n) if n < 2.0 => Outcome::Partly,
-        _ => Outcome::Fails,
-    }
-}
-
-fn switches(run: &Run) -> Option<Found> {
-    let lap = |between| run.find(&Setup { between, ..Setup::usual(Payload::Laps) });
-    let laps: Vec<_> = Between::ALL.into_iter().filter_map(lap).collect();
-    let [nothing, exit, page, set] = laps.as_slice() else { return None };
-    let tell = |lap: &&Measurement| {
-        let each = lap.ticks.median()? / lap.setup.links() as f64;
-        Some(format!("{} {}", lap.setup.between.name(), short(each)))
-    };
-    let list: Vec<_> = laps.iter().map(tell).collect::<Option<_>>()?;
-    let text = format!("Ticks a load in laps over 4 MiB: {}.", list.join(", "));
-    if let Some(why) = run.refusal() {
-        return Some((Outcome::NotMeasured, format!("{text} Says nothing of SLAT: {why}.")));
-    }
-    // Where each exit flushes, another VM's turn costs no more than an exit: that must be looked at first.
-    let (outcome, why) = match (flush(&nothing.ticks, &exit.ticks), flush(&exit.ticks, &page.ticks)) {
-        (Outcome::Fails, _) => {
-            (Outcome::Fails, "Each exit costs as much as a flush, another VM's turn or not")
-        }
-        (_, Outcome::Fails) => {
-            (Outcome::Fails, "Another VM's turn costs as much as a flush, however few its pages")
-        }
-        (Outcome::Holds, Outcome::Holds) => (Outcome::Holds, "Neither an exit nor another VM's turn flushes"),
-        _ => (Outcome::Partly, "Something is lost between laps, but less than a flush takes"),
-    };
-    let shared = match (outcome, flush(&page.ticks, &set.ticks)) {
-        (Outcome::Fails, _) => "",
-        (_, Outcome::Holds) => "; it has room for both VMs' sets",
-        _ => "; the VMs share its entries, and another's set takes some of them",
-    };
-    Some((outcome, format!("{text} {why}{shared}.")))
 }
 
 fn tested(material: Material<'_>) -> Found {

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use slat::lab::{self, Errand, Findings, Only, Pair, Vendor, Visit, inside, nested::Nested};
 use slat::linux::Guests;
 use slat::report::{Input, side_by_side};
-use slat::run::{Clock, Plan, Run};
+use slat::run::{self, Clock, Extent, Plan, Run};
 use slat::{host, interrupt, probe};
 
 use super::{Set, save, setups, writable};
@@ -72,6 +72,8 @@ enum Part {
     Vcpus,
     /// A Linux guest's exits by reason
     Reasons,
+    /// What KVM flushes where VMs take turns
+    Switches,
     /// How many sessions fit
     Density,
 }
@@ -83,6 +85,7 @@ impl Part {
             Self::Memory => Errand::Memory,
             Self::Vcpus => Errand::Scale,
             Self::Reasons => Errand::Reasons,
+            Self::Switches => Errand::Switches,
             Self::Density => Errand::Density,
         }
     }
@@ -206,6 +209,9 @@ fn whole(pair: &Pair) -> Result<(), Failure> {
     if faults.is_empty() { Ok(()) } else { Err(Failure::new(faults.join("; "))) }
 }
 
+/// vCPUs of the scaling series in the lab.
+const SCALING: u64 = 4;
+
 #[derive(clap::Args)]
 pub struct InsideArgs {
     /// The clock counts instructions
@@ -248,7 +254,11 @@ pub fn inside(args: &InsideArgs) -> Result<(), Failure> {
     };
     // The host's memory can be asked for only once its file systems are there.
     let plan = || Plan {
-        setups: setups(args.set),
+        setups: match args.set {
+            // Emulated processors take turns anyway, so that one serves as many vCPUs as several.
+            Set::Scaling => run::setups(Extent::Scaling, host::fingerprint().memory, SCALING),
+            set => setups(set),
+        },
         passes: 1,
         rounds: 3,
         limit: Duration::from_secs(600),

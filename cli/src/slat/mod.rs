@@ -142,6 +142,8 @@ enum Set {
     Scaling,
     /// What KVM's memory depends on
     Memory,
+    /// Laps of a chase with each thing between them
+    Switches,
     /// Everything
     Full,
     /// Nothing but Linux guests, in the lab
@@ -156,6 +158,7 @@ impl Set {
             Self::Lab => Extent::Lab,
             Self::Scaling => Extent::Scaling,
             Self::Memory => Extent::Memory,
+            Self::Switches => Extent::Switches,
             Self::Guests => Extent::Guests,
             Self::Full => Extent::Full,
         }

@@ -186,3 +186,33 @@ fn variable(pair: &str) -> Result<(String, String), String> {
     let (name, value) = pair.split_once('=').ok_or_else(|| format!("`{pair}` is not NAME=VALUE"))?;
     Ok((name.to_owned(), value.to_owned()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paging(words: &str) -> Result<(bool, Vec<(String, String)>), String> {
+        let words = format!("lab run {words} -- true");
+        match Arguments::try_parse_from(words.split_whitespace()).expect("it is understood").command {
+            Task::Run(run) => run.paging().map_err(|error| error.to_string()),
+            Task::Fetch => unreachable!("`run` was asked for"),
+        }
+    }
+
+    #[test]
+    fn each_vendor_has_its_own_switches() {
+        assert_eq!(paging(""), Ok((true, Vec::new())));
+        assert_eq!(paging("--npt 0"), Ok((false, Vec::new())));
+        assert_eq!(paging("--vendor intel --ept 0"), Ok((false, Vec::new())));
+        let vpid = vec![("vpid".to_owned(), "0".to_owned())];
+        assert_eq!(paging("--vendor intel --vpid 0"), Ok((true, vpid)));
+        for (words, sentence) in [
+            ("--ept 0", "what kvm_amd has instead is --npt"),
+            ("--vendor intel --npt 1", "what kvm_intel has instead is --ept"),
+            ("--eptad 0", "--eptad is of kvm_intel"),
+        ] {
+            let refused = paging(words).expect_err("it is the other vendor's");
+            assert!(refused.contains(sentence), "{refused}");
+        }
+    }
+}

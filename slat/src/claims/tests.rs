@@ -3,8 +3,10 @@
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::tags::{flushes, switches};
 use super::*;
 use crate::figure::Quality;
+use crate::payload::Between;
 use crate::run::{Clock, Plan, run};
 
 /// A run of these setups on a host of this kind, in which nothing was measured yet.
@@ -165,4 +167,24 @@ fn what_one_vendor_contradicts_holds_in_part() {
     let (outcome, text) = of(Some(&good), Some(&bad));
     assert_eq!(outcome, Outcome::Partly);
     assert!(text.starts_with("AMD (NPT): ") && text.contains("Intel (EPT): "), "{text}");
+}
+
+#[test]
+fn a_flush_at_another_vms_turn_contradicts_tags() {
+    let laps: Vec<_> =
+        Between::ALL.into_iter().map(|between| Setup { between, ..Setup::usual(Payload::Laps) }).collect();
+    let of = |flushes_a_lap: u64| {
+        let mut run = host(laps.clone(), Clock::Instructions, Verdict::Slat);
+        for measurement in &mut run.measurements {
+            measurement.exits = exact(1.0);
+            let flushes = flushes_a_lap * measurement.setup.operations;
+            measurement.counts.insert("tlb_flush".into(), flushes);
+        }
+        let pair = Pair { on: run.clone(), off: run.clone() };
+        flushes(&Findings { switches: Some(run), ..Findings::of(pair) })
+    };
+    assert_eq!(outcome(of(0)), Some(Outcome::Partly));
+    assert_eq!(outcome(of(1)), Some(Outcome::Fails));
+    let run = host(laps, Clock::Instructions, Verdict::Slat);
+    assert_eq!(flushes(&Findings::of(Pair { on: run.clone(), off: run })), None, "none was counted");
 }

@@ -33,6 +33,12 @@ pub struct Findings {
     /// KVM's memory with SLAT on and `kvm.tdp_mmu=0`.
     #[serde(default)]
     pub old_mmu: Option<Run>,
+    /// Laps of a chase with each thing between them, SLAT on.
+    #[serde(default)]
+    pub switches: Option<Run>,
+    /// The same with `vpid=0`.
+    #[serde(default)]
+    pub untagged: Option<Run>,
     /// How many sessions fit.
     #[serde(default)]
     pub density: Option<Pair>,
@@ -102,6 +108,8 @@ impl Findings {
             scaling: None,
             reasons: None,
             old_mmu: None,
+            switches: None,
+            untagged: None,
             density: None,
             twice: false,
             difference: None,

@@ -30,6 +30,8 @@ pub enum Paging {
     /// The same and `tdp_mmu=0`: SLAT by the code that also does shadow paging. What is left of the difference
     /// to [`Paging::Shadow`] is SLAT's own.
     NestedOldMmu,
+    /// `ept=1` and `vpid=0`: SLAT over a TLB whose entries bear no tag of their vCPU.
+    Untagged,
     /// `npt=0`, `ept=0`: shadow paging.
     Shadow,
 }
@@ -40,6 +42,7 @@ impl Paging {
         match self {
             Self::Nested => format!("{slat}=1"),
             Self::NestedOldMmu => format!("{slat}=1 tdp_mmu=0"),
+            Self::Untagged => format!("{slat}=1 vpid=0"),
             Self::Shadow => format!("{slat}=0"),
         }
     }
@@ -56,6 +59,8 @@ pub enum Errand {
     Density,
     /// Page-table work on more and more vCPUs, in emulated time.
     Scale,
+    /// What KVM flushes where VMs take turns, counted.
+    Switches,
     /// A Linux guest's exits by reason, on the clock of instructions.
     Reasons,
     /// Every payload and a Linux guest's workloads in real time, in a nested host.
@@ -70,6 +75,7 @@ impl Errand {
             Self::Memory => "memory",
             Self::Density => "density",
             Self::Scale => "vCPUs",
+            Self::Switches => "switches",
             Self::Reasons => "reasons",
             Self::Time => "time",
         }
@@ -82,6 +88,7 @@ impl Errand {
             Self::Memory => ["memory", "none"],
             Self::Density => ["guests", "density"],
             Self::Scale => ["scaling", "none"],
+            Self::Switches => ["switches", "none"],
             Self::Reasons => ["guests", "reasons"],
             Self::Time => ["full", "workloads"],
         }
@@ -89,7 +96,7 @@ impl Errand {
 
     const fn execution(self) -> Execution {
         match self {
-            Self::Count | Self::Memory | Self::Density | Self::Reasons => Execution::Counted,
+            Self::Count | Self::Memory | Self::Density | Self::Switches | Self::Reasons => Execution::Counted,
             Self::Scale => Execution::Emulated,
             Self::Time => Execution::Nested,
         }
@@ -100,7 +107,7 @@ impl Errand {
         match self {
             // An emulated Intel host has no more.
             Self::Scale if matches!(vendor, Vendor::Intel) => (1, Bytes::gib(2)),
-            Self::Count | Self::Memory | Self::Reasons => (1, Bytes::gib(2)),
+            Self::Count | Self::Memory | Self::Switches | Self::Reasons => (1, Bytes::gib(2)),
             // Room for as many guests as are to be started: this is about the processor.
             Self::Density => (1, Bytes::gib(3)),
             Self::Scale => (SCALING_CPUS, Bytes::gib(2)),
@@ -141,7 +148,7 @@ impl Host {
         let this = env::current_exe().map_err(files("this program's own file"))?;
         let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
         let mut placed = Vec::new();
-        if !matches!(self.errand, Errand::Memory | Errand::Scale) {
+        if !matches!(self.errand, Errand::Memory | Errand::Scale | Errand::Switches) {
             let initrd = directory.path().join("initrd");
             guest_image(&this)
                 .and_then(|image| fs::write(&initrd, image))
@@ -154,6 +161,10 @@ impl Host {
             vendor: self.vendor,
             execution: self.errand.execution(),
             nested_paging: self.paging != Paging::Shadow,
+            module_parameters: match self.paging {
+                Paging::Untagged => vec![("vpid".into(), "0".into())],
+                Paging::Nested | Paging::NestedOldMmu | Paging::Shadow => Vec::new(),
+            },
             tdp_mmu: self.paging != Paging::NestedOldMmu,
             cpus,
             memory,

@@ -158,6 +158,11 @@ impl Visit {
         if self.twice {
             places.extend(pair(Errand::Count, Round::Again));
         }
+        // Only kvm_intel can be told to leave tags out.
+        places.push_back((Paging::Nested, Errand::Switches, Round::First));
+        if self.vendor == Vendor::Intel {
+            places.push_back((Paging::Untagged, Errand::Switches, Round::First));
+        }
         places.extend(pair(Errand::Scale, Round::First));
         places.extend(pair(Errand::Reasons, Round::First));
         if self.density {
@@ -247,6 +252,11 @@ impl Visit {
         replace(&mut findings.density, Errand::Density);
         findings.old_mmu =
             find(Paging::NestedOldMmu, Errand::Memory, Round::First).or(findings.old_mmu.take());
+        for (paging, kept) in
+            [(Paging::Nested, &mut findings.switches), (Paging::Untagged, &mut findings.untagged)]
+        {
+            *kept = find(paging, Errand::Switches, Round::First).or(kept.take());
+        }
         findings.missing = not_redone.chain(failed).collect();
         // What an earlier visit did not come to is still not there.
         findings.interrupted = interrupted || findings.interrupted && !findings.is_whole();

@@ -17,6 +17,8 @@ pub enum Extent {
     Scaling,
     /// What KVM's memory for a guest depends on, alone.
     Memory,
+    /// Laps with each thing between them, for what is counted of switches, alone.
+    Switches,
     /// Nothing but Linux guests.
     Guests,
     /// All of it.
@@ -32,6 +34,7 @@ pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
         Extent::Memory => {
             return memory_series().filter(|s| touched(s) <= memory.0 / 4).collect();
         }
+        Extent::Switches => return laps().collect(),
         Extent::Guests => return Vec::new(),
         Extent::Quick | Extent::Lab | Extent::Full => {}
     }
@@ -119,8 +122,13 @@ fn timing() -> Vec<Setup> {
         let data = Bytes::mib(if backing == Backing::Hugetlb1G { 1024 } else { 64 });
         setups.push(Setup { guest_page: PageSize::Size2M, backing, data, ..chase(Place::Ring3) });
     }
-    setups.extend(Between::ALL.map(|between| Setup { between, ..Setup::usual(Payload::Laps) }));
+    setups.extend(laps());
     setups
+}
+
+/// Laps, with each thing between them.
+fn laps() -> impl Iterator<Item = Setup> {
+    Between::ALL.into_iter().map(|between| Setup { between, ..Setup::usual(Payload::Laps) })
 }
 
 /// Working sets of the pointer chase in the timing series.
