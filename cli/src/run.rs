@@ -141,8 +141,10 @@ pub struct Args {
     /// loopback. With user: forward=tcp:8080:80 leads port 8080 of the host to port 80 of the guest (udp:
     /// too; tcp:127.0.0.1:8080:80 listens at one address), again for each port; dns=ADDRESS is the guest's
     /// name server; loopback makes 10.0.2.2 this host's loopback.
+    ///
     /// `tap=NAME` is a tap that is there: `ip tuntap add dev NAME mode tap user $USER` as root makes one.
     /// `fd=N` is a tap that is open as descriptor N, with IFF_VNET_HDR.
+    ///
     /// mac=52:54:00:12:34:56 is the card's address (by the VM's name, if not given), mtu=BYTES its largest packet.
     /// The guest needs the module virtio_net.
     #[arg(long = "net", value_name = "SPEC")]

@@ -165,6 +165,7 @@ impl FromStr for NetOptions {
                 ("dns", NetBackend::User(user)) => {
                     user.dns = Some(value.parse().map_err(|_| wrong(format!("`{value}` is no IP address")))?);
                 }
+                ("loopback", NetBackend::User(_)) => return Err(wrong("`loopback` has no value".to_owned())),
                 ("forward" | "loopback" | "dns", _) => {
                     return Err(wrong(format!("`{key}` goes with `user` alone")));
                 }
@@ -214,7 +215,7 @@ mod tests {
             ("user,mtu=65522", "65521"),
             ("tap=a,forward=tcp:1:2", "`user` alone"),
             ("user,x=1", "`x`"),
-            ("user,loopback=1", "`user` alone"),
+            ("user,loopback=1", "no value"),
             ("user,dns=a", "`a`"),
         ] {
             let said = bad.parse::<NetOptions>().unwrap_err().to_string();
