@@ -17,8 +17,9 @@ fn guest(kernel: Kernel, transport: &str, disks: &[&str]) -> Vm {
     let mut settings = VmSettings::new("disks", &images, "256M", "ballast.console");
     settings.initrd = images.agent_initrd;
     let disks = disks.iter().flat_map(|&disk| ["--disk", disk]);
-    let mut vm =
-        settings.with(&["--cpus", "2", "--transport", transport]).with(&disks.collect::<Vec<_>>()).start();
+    // A test that kills the process kills the VM at once.
+    let settings = settings.with(&["--cpus", "2", "--transport", transport, "--on-reboot", "exit"]);
+    let mut vm = settings.with(&disks.collect::<Vec<_>>()).start();
     vm.wait_until_ready();
     vm
 }

@@ -60,6 +60,7 @@ pub fn run(named: bool) -> Result<ExitCode, Failure> {
 pub fn end_with(supervisor: i32) -> Result<(), Failure> {
     let gone = || Failure::new("the process that started this VM has ended");
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(Failure::new)?;
+    Signals::give_back().map_err(Failure::new)?;
     (getppid() == Pid::from_raw(supervisor)).then_some(()).ok_or_else(gone)
 }
 
@@ -99,22 +100,31 @@ impl Reboots {
 struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Takes the signals away from their default effect, but for those that this process was started to ignore. What
-    /// it starts has them back.
+    /// Takes the signals away from their default effect, but for those that this process was started to ignore.
     fn take() -> io::Result<Self> {
+        // A parent that ignores it would have ends of children go unheard.
+        // SAFETY: no handler is set.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+        Self::mask(libc::SIG_BLOCK).map(Self)
+    }
+
+    /// Gives them their effect again, in a process that was started by one that has taken them.
+    fn give_back() -> io::Result<()> {
+        Self::mask(libc::SIG_UNBLOCK).map(|_| ())
+    }
+
+    fn mask(how: libc::c_int) -> io::Result<libc::sigset_t> {
         let mut set = MaybeUninit::uninit();
-        // SAFETY: sigemptyset fills the whole set; the other calls read or change it in place. No handler is set.
+        // SAFETY: sigemptyset fills the whole set; the other calls read or change it in place.
         unsafe {
-            // A parent that ignores it would have ends of children go unheard.
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::sigemptyset(set.as_mut_ptr());
             let mut set = set.assume_init();
             libc::sigaddset(&raw mut set, libc::SIGCHLD);
             for signal in HANDED_ON.into_iter().filter(|&signal| !is_ignored(signal)) {
                 libc::sigaddset(&raw mut set, signal);
             }
-            match libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) {
-                0 => Ok(Self(set)),
+            match libc::pthread_sigmask(how, &raw const set, ptr::null_mut()) {
+                0 => Ok(set),
                 error => Err(io::Error::from_raw_os_error(error)),
             }
         }

@@ -3,13 +3,16 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use image::disk::source::Source;
 use image::disk::{Finder, SearchError};
 use image::helper::Helper;
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const BALLAST: &str = env!("CARGO_BIN_EXE_ballast");
@@ -239,4 +242,38 @@ fn a_process_that_is_given_up_ends() {
     shell(&script).find_within(&Zeros, Duration::from_millis(500)).expect_err("it says nothing");
     let pid = fs::read_to_string(pid).expect("it has started");
     assert!(!Path::new("/proc").join(pid.trim()).exists());
+}
+
+/// A balancer that hears a VM that starts, and never answers.
+fn start_and_wait(directory: &Path) -> (Child, UnixStream) {
+    let socket = directory.join("balancer/balancer.sock");
+    fs::create_dir(directory.join("balancer")).expect("made");
+    let listener = UnixListener::bind(socket).expect("bound");
+    let vm = Command::new(BALLAST)
+        .args(["run", "--memory", "64M", "--console", "none", "--disk", "disk.img"])
+        .env("BALLAST_RUNTIME_DIR", directory)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it runs");
+    let (connection, _) = listener.accept().expect("it asks for room");
+    let process = socket_peercred(&connection).expect("it has one").pid;
+    assert_ne!(process, Pid::from_child(&vm), "a VM with a disk has a process of its own");
+    (vm, connection)
+}
+
+/// Waits until the VM's process has ended, which closes what it has open.
+fn wait_for_end(mut connection: UnixStream) {
+    io::copy(&mut connection, &mut io::sink()).expect("it hangs up");
+}
+
+#[test]
+fn a_vm_ends_with_the_process_that_would_start_it_again() {
+    for (signal, code) in [(Signal::TERM, Some(128 + 15)), (Signal::KILL, None)] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (mut vm, connection) = start_and_wait(directory.path());
+        kill_process(Pid::from_child(&vm), signal).expect("sent");
+        wait_for_end(connection);
+        assert_eq!(vm.wait().expect("it ends").code(), code);
+    }
 }

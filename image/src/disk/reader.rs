@@ -62,8 +62,9 @@ impl Finder {
             // It may wait for an answer. It has ended by itself just now otherwise.
             let _ = line.socket.shutdown(Shutdown::Both);
         }
-        // What it has sent counts, however it ends.
-        if !has_ended(&child, if served.is_ok() { Duration::ZERO } else { GRACE }) {
+        // Only where it has hung up its end tells anything.
+        let patience = if matches!(served, Err(Lost::HungUp)) { GRACE } else { Duration::ZERO };
+        if !has_ended(&child, patience) {
             let _ = child.kill();
         }
         let status = child.wait().map_err(SearchError::Helper)?;
