@@ -22,6 +22,7 @@ pub mod archive;
 mod artifacts;
 mod cache;
 mod cores;
+mod debian;
 mod emulator;
 mod error;
 mod installed;
@@ -35,6 +36,7 @@ mod qemu;
 pub mod schemathesis;
 
 pub use artifacts::{agent, ballast, unit_tests};
+pub use debian::DebianImage;
 pub use emulator::{Attempt, Emulator, Init, Outcome, Terminal, inside};
 pub use error::Error;
 pub use installed::InstalledKernel;

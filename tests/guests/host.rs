@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs::File;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -64,6 +65,14 @@ impl Host {
     pub fn qemu(mut self) -> Self {
         if !inside() {
             self.emulator.files.extend(qemu_with_libraries().expect("QEMU is installed"));
+        }
+        self
+    }
+
+    /// Puts files of this machine into the emulated host, each at its place.
+    pub fn files(mut self, files: Vec<(PathBuf, String)>) -> Self {
+        if !inside() {
+            self.emulator.files.extend(files);
         }
         self
     }

@@ -24,6 +24,7 @@
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
 //! set:FILE:VALUE            writes a value into a file of the kernel's
+//! get:FILE                  prints what is in such a file
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
@@ -141,6 +142,10 @@ impl Load {
             ["remove"] => fs::remove_file(FILE).map_err(file)?,
             ["set", file, value] => {
                 fs::write(file, value).map_err(|error| format!("{file} can't be set to {value}: {error}"))?;
+            }
+            ["get", file] => {
+                let value = fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+                println!("GOT {file}={}", value.trim_end());
             }
             ["plugged"] => println!("PLUGGED places={}", plugged()?),
             ["random", count] => {
