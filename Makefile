@@ -45,7 +45,7 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 ignored: setup intel
-	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test intel --test plug -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test images --test intel --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
 
 fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)

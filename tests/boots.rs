@@ -10,6 +10,38 @@ use lab::Kernel;
 
 const TRANSPORTS: [&str; 2] = ["pci", "mmio"];
 
+#[test]
+fn a_guest_knows_what_it_runs_on() {
+    Host::new().guest(Kernel::V6_1).usually(BOOT * 3).run(|| {
+        let told = |name: &str| {
+            let mut vm = VmSettings::new(name, &images(Kernel::V6_1), "128M", "ballast.console").start();
+            vm.wait_until_ready();
+            let mut get = |what: &str| {
+                let file = format!("/sys/class/dmi/id/{what}");
+                vm.type_in(&format!("get:{file}\n"));
+                let line = vm.wait_for_line(&format!("GOT {file}="), BOOT);
+                line.split_once('=').map(|(_, value)| value.to_owned()).expect("a value")
+            };
+            let all =
+                ["sys_vendor", "product_name", "product_uuid", "product_serial", "bios_vendor"].map(&mut get);
+            vm.type_in("end\n");
+            assert_eq!(vm.wait_for_end(END), 0);
+            all
+        };
+        let [vendor, product, uuid, serial, bios] = told("web");
+        assert_eq!([&*vendor, &*product, &*bios], ["ballast", "ballast virtual machine", "ballast"]);
+        // Version 8 and its variant, where their digits are.
+        assert!(
+            uuid.len() == 36 && uuid[14..].starts_with('8') && uuid[19..].starts_with(['8', '9', 'a', 'b']),
+            "{uuid}"
+        );
+        let [_, _, same, ..] = told("web");
+        let [_, _, other, other_serial, _] = told("db");
+        assert_eq!(uuid, same);
+        assert!(uuid != other && serial != other_serial, "{uuid} {other}");
+    });
+}
+
 /// A host for guests of both kernels.
 fn host(nested_paging: bool) -> Host {
     Host::new().guest(Kernel::V6_1).guest(Kernel::V6_12).nested_paging(nested_paging)

@@ -3,9 +3,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
-use guests::{Host, Vm, VmSettings, images};
+use guests::{Host, Vm, VmSettings, ballast, images};
 use lab::Kernel;
 
 /// How long a step with a disk takes.
@@ -53,5 +54,34 @@ fn what_a_guest_writes_is_there_for_the_next_one() {
         vm.step("read-disk:vdb:4M:2", WORKING);
         vm.step("discard-disk:vda:4M", WORKING);
         assert_eq!(blocks(&first), 4 << 11);
+    });
+}
+
+#[test]
+fn an_image_keeps_what_a_guest_writes_over_another() {
+    Host::new().guest(Kernel::V6_1).usually(Duration::from_secs(90)).run(|| {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
+        let make = |arguments: &[&str]| {
+            let made = Command::new(ballast()).args(["disk", "create"]).args(arguments).output();
+            let made = made.expect("ballast runs");
+            assert!(made.status.success(), "{made:?}");
+        };
+        let (base, overlay) = (at("base.qcow2"), at("web.qcow2"));
+        make(&[&base, "--size", "64M"]);
+        let mut vm = guest(Kernel::V6_1, "pci", &[&base]);
+        vm.step("write-disk:vda:4M:1", WORKING);
+        drop(vm);
+        make(&[&overlay, "--backing", &base]);
+        let before = fs::read(&base).expect("read");
+        let over = format!("{overlay},backing=allow");
+        let mut vm = guest(Kernel::V6_1, "pci", &[&over]);
+        vm.step("read-disk:vda:4M:1", WORKING);
+        vm.step("write-disk:vda:4M:2", WORKING);
+        drop(vm);
+        let mut vm = guest(Kernel::V6_1, "pci", &[&over]);
+        vm.step("read-disk:vda:4M:2", WORKING);
+        drop(vm);
+        assert!(fs::read(&base).expect("read") == before, "the file behind it has changed");
     });
 }

@@ -10,6 +10,7 @@ mod client;
 mod cloud_init;
 mod completions;
 mod discovery;
+mod disk;
 mod duration;
 mod failure;
 mod growth;
@@ -101,6 +102,7 @@ enum Command {
     Balancer(balancer::Args),
     Sim(sim::Args),
     Record(record::Args),
+    Disk(disk::Args),
     Image(image_create::Args),
     Completions(completions::Args),
     #[command(hide = true)]
@@ -149,6 +151,7 @@ fn main() -> ExitCode {
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
+        Command::Disk(args) => done(disk::run(args)),
         Command::Image(args) => done(image_create::run(args)),
         Command::Completions(args) => done(completions::run(&args)),
         Command::ManualPages(args) => done(manual_pages::run(&args)),

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::env;
 use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const LAST_LINES: usize = 12;
 /// Bytes that are kept of a line.
 const LINE: usize = 500;
+
+/// Bytes that are taken of a program's answer.
+const MOST_ANSWER: u64 = 1 << 20;
 
 /// Whether the user has stopped it.
 pub type Stop = AtomicBool;
@@ -113,7 +116,42 @@ pub fn look_for<'a>(tools: impl IntoIterator<Item = &'a Tool>) -> Result<(), Too
 ///
 /// # Errors
 /// [`ToolError`].
-pub fn run(mut command: Command, stop: &Stop, mut say: impl FnMut(&str)) -> Result<(), ToolError> {
+pub fn run(mut command: Command, stop: &Stop, say: impl FnMut(&str)) -> Result<(), ToolError> {
+    command.stdout(Stdio::null());
+    let status = to_its_end(&mut command, stop, say)?;
+    status.map_err(|(status, said)| failed_with(&command, status, &said))
+}
+
+/// Runs a program to its end and gives what it writes on standard output, up to [`MOST_ANSWER`]. Codes in `fine` are
+/// success too.
+///
+/// # Errors
+/// [`ToolError`].
+pub fn ask(mut command: Command, stop: &Stop, fine: &[i32]) -> Result<Vec<u8>, ToolError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let failed = |source| ToolError::Start { program: program.clone(), source };
+    let mut answer = tempfile::tempfile().map_err(failed)?;
+    command.stdout(answer.try_clone().map_err(failed)?);
+    match to_its_end(&mut command, stop, |_| {})? {
+        Err((status, said)) if !status.code().is_some_and(|code| fine.contains(&code)) => {
+            return Err(failed_with(&command, status, &said));
+        }
+        _ => {}
+    }
+    let mut bytes = Vec::new();
+    answer.rewind().and_then(|()| answer.take(MOST_ANSWER).read_to_end(&mut bytes)).map_err(failed)?;
+    Ok(bytes)
+}
+
+fn failed_with(command: &Command, status: ExitStatus, said: &str) -> ToolError {
+    let program = command.get_program().to_string_lossy().into_owned();
+    ToolError::Failed { program, status, said: said.to_owned() }
+}
+
+/// How a program ended, with its last words where that is no success.
+type Ended = Result<(), (ExitStatus, String)>;
+
+fn to_its_end(command: &mut Command, stop: &Stop, mut say: impl FnMut(&str)) -> Result<Ended, ToolError> {
     let program = command.get_program().to_string_lossy().into_owned();
     if stop.load(Ordering::Relaxed) {
         return Err(ToolError::Stopped);
@@ -121,7 +159,7 @@ pub fn run(mut command: Command, stop: &Stop, mut say: impl FnMut(&str)) -> Resu
     let failed = |source| ToolError::Start { program: program.clone(), source };
     // A group of its own: a Ctrl-C of the terminal's reaches this process alone, which passes it on.
     command.env("PATH", search_path()).process_group(0);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(failed)?;
     let (lines, heard) = mpsc::channel();
     if let Some(errors) = child.stderr.take() {
@@ -163,11 +201,11 @@ pub fn run(mut command: Command, stop: &Stop, mut say: impl FnMut(&str)) -> Resu
         }
     };
     if status.success() {
-        return Ok(());
+        return Ok(Ok(()));
     }
     last.extend(heard.try_iter());
     let said = last.iter().map(|line| format!("  {}", line.trim_end())).collect::<Vec<_>>().join("\n");
-    Err(ToolError::Failed { program, status, said })
+    Ok(Err((status, said)))
 }
 
 /// Ends a program and all that it started. It may clean up first.

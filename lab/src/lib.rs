@@ -23,6 +23,7 @@ mod artifacts;
 mod bochs;
 mod cache;
 mod cores;
+mod debian;
 mod emulator;
 mod ending;
 mod error;
@@ -39,6 +40,7 @@ mod qemu;
 pub mod schemathesis;
 
 pub use artifacts::{agent, ballast, unit_tests};
+pub use debian::DebianImage;
 pub use emulator::{Attempt, Emulator, Init, Outcome, Terminal, inside, time_is_emulated};
 pub use error::Error;
 pub use installed::InstalledKernel;

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -114,6 +114,14 @@ impl Host {
             for program in ["/usr/bin/passt", "/usr/bin/passt.avx2"] {
                 self.emulator.files.extend(with_libraries(program, "passt").expect("passt is installed"));
             }
+        }
+        self
+    }
+
+    /// Puts files of this machine into the emulated host, each at its place.
+    pub fn files(mut self, files: Vec<(PathBuf, String)>) -> Self {
+        if !inside() {
+            self.emulator.files.extend(files);
         }
         self
     }

@@ -77,6 +77,14 @@ pub const SAMPLES: &[Sample] = &[
     // Its guest has told nothing.
     client("record", "-o recording.csv --interval 100ms --for 200ms", &[1]),
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
+    alone("run", "--kernel vmlinuz --memory 64M --console none --user me --ssh-key vmlinuz", &[2]),
+    alone("disk", "", &[2]),
+    alone("disk create", "new.qcow2 --size 1G", &[0]),
+    alone("disk create", "new.img --size 1G", &[0]),
+    alone("disk info", "disk.img --json", &[0]),
+    alone("disk resize", "disk.img +1G", &[0]),
+    // 1 where qemu-img is missing.
+    alone("disk check", "disk.img", &[0, 1]),
     alone("image", "", &[2]),
     alone("image create", "", &[2]),
     // Too small: it would take minutes otherwise.

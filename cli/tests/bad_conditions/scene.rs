@@ -70,6 +70,7 @@ impl Fixture {
         fs::write(files.path().join("vm.toml"), "kernel = 'vmlinuz'\nmemory = '64M'\n").unwrap();
         fs::write(files.path().join("initrd"), "nothing").unwrap();
         fs::write(files.path().join("balancer.toml"), "interval = \"1s\"\n").unwrap();
+        fs::write(files.path().join("disk.img"), [0; 4096]).unwrap();
         let run = files.path().join("run.json");
         let words = "slat run --payload warm-touch --passes 1 --rounds 1 --output";
         let words: Vec<&str> = words.split(' ').chain([run.to_str().unwrap()]).collect();

@@ -26,6 +26,7 @@
 //! bind:DRIVER               gives it back
 //! set:FILE:VALUE            writes a value into a file of the kernel's
 //! run:COMMAND               has the shell do it, where there is one; what it says is on the console
+//! get:FILE                  prints what is in such a file
 //! ```
 //! SIZE is a number with K, M or G; TIME a number with ms or s.
 
@@ -157,6 +158,10 @@ impl Load {
             ["remove"] => fs::remove_file(FILE).map_err(file)?,
             ["set", file, value] => {
                 fs::write(file, value).map_err(|error| format!("{file} can't be set to {value}: {error}"))?;
+            }
+            ["get", file] => {
+                let value = fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+                println!("GOT {file}={}", value.trim_end());
             }
             ["plugged"] => println!("PLUGGED places={}", plugged()?),
             ["random", count] => {

@@ -174,26 +174,54 @@ pub(super) fn open_direct(path: &Path, read_only: bool) -> Option<File> {
     open(path, read_only, libc::O_DIRECT).ok()
 }
 
+/// Opens the file of a disk and locks it, as a VM does; the locks go with the file. Others may read it meanwhile, and
+/// nobody may write it but who opens it here.
+///
+/// # Errors
+/// [`DiskError`]: [`DiskError::Locked`] where somebody else uses it.
+pub fn open_locked(path: &Path, read_only: bool) -> Result<File, DiskError> {
+    open_file(path, read_only)
+}
+
+/// Opens the file of a disk to look at it, whoever uses it.
+///
+/// # Errors
+/// [`DiskError`].
+pub fn open_to_read(path: &Path) -> Result<File, DiskError> {
+    let file = open(path, true, libc::O_NONBLOCK)?;
+    check_kind(path, &file)?;
+    Ok(file)
+}
+
 /// Opens and locks the file of a disk.
 pub(super) fn open_file(path: &Path, read_only: bool) -> Result<File, DiskError> {
     let failed = |source| DiskError::Open { path: path.to_owned(), source };
     // A pipe would keep its opener waiting.
     let mut file = open(path, read_only, libc::O_NONBLOCK)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    let no_disk = |what| Err(DiskError::NoDisk { path: path.to_owned(), what });
-    if kind.is_block_device() && !read_only {
+    check_kind(path, &file)?;
+    if file.metadata().map_err(failed)?.file_type().is_block_device() && !read_only {
         file = open(path, read_only, libc::O_NONBLOCK | libc::O_EXCL)?;
-    } else if kind.is_fifo() {
-        return no_disk("a pipe");
-    } else if kind.is_dir() {
-        return no_disk("a directory");
-    } else if !kind.is_file() && !kind.is_block_device() {
-        return no_disk("a device that has no blocks");
     }
     if !lock::lock(&file, read_only).map_err(failed)? {
         return Err(DiskError::Locked { path: path.to_owned() });
     }
     Ok(file)
+}
+
+/// Whether it can be a disk at all.
+fn check_kind(path: &Path, file: &File) -> Result<(), DiskError> {
+    let metadata = file.metadata().map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
+    let kind = metadata.file_type();
+    let what = if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_dir() {
+        "a directory"
+    } else if !kind.is_file() && !kind.is_block_device() {
+        "a device that has no blocks"
+    } else {
+        return Ok(());
+    };
+    Err(DiskError::NoDisk { path: path.to_owned(), what })
 }
 
 fn open(path: &Path, read_only: bool, flags: libc::c_int) -> Result<File, DiskError> {

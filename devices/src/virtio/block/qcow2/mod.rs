@@ -16,8 +16,7 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 use parking_lot::RwLock;
 
-pub use self::header::HeadError;
-use self::header::{Backing, Head};
+pub use self::header::{Backing, Head, HeadError};
 use self::ordered::Ordered;
 use super::disk::{ByteRange, Disk, DiskError, SECTOR, write_zeros};
 use super::raw::{Cache, open_direct, open_file};
