@@ -5,7 +5,7 @@ SHELL := /bin/sh
 CARGO ?= cargo
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the lab needs of Debian. Kernels and busybox are fetched into ~/.cache/ballast, not installed.
-PACKAGES := qemu-system-x86 qemu-utils e2fsprogs fdisk dosfstools mtools gcc libc6-dev python3-venv
+PACKAGES := qemu-system-x86 qemu-utils e2fsprogs fdisk dosfstools mtools passt gcc libc6-dev python3-venv
 # What packages are built and tried with.
 DEB_PACKAGES := debhelper dpkg-dev lintian python3
 DEB_TEST_PACKAGES := mmdebstrap systemd
@@ -45,6 +45,7 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 ignored: setup intel
+	@$(call need,mmdebstrap)
 	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test images --test intel --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
 

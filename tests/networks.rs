@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use guests::{Host, Vm, VmSettings, images, wait_for};
 use lab::Kernel;
-use rustix::mount::mount_bind_recursive;
+use rustix::mount::{mount_bind_recursive, mount_move};
 use rustix::process::{chdir, chroot};
 
 /// How long a step with a network takes.
@@ -124,7 +124,10 @@ fn a_pause_in_the_middle_of_a_transfer_loses_nothing() {
 fn leave_the_first_root() {
     fs::create_dir_all("/root-of-tests").expect("a directory");
     mount_bind_recursive("/", "/root-of-tests").expect("the host mounts it");
-    chroot("/root-of-tests").and_then(|()| chdir("/")).expect("this is root");
+    // Moved to the root of all mounts, as the kernel lets nobody who merely changed its root have a user namespace.
+    chdir("/root-of-tests").expect("it is there");
+    mount_move(".", "/").expect("the host moves it");
+    chroot(".").and_then(|()| chdir("/")).expect("this is root");
 }
 
 /// Processes of passt.
