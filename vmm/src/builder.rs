@@ -30,7 +30,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::Platform;
 use crate::bus::Buses;
-use crate::config::{Backing, BalloonOptions, ConfigError, Device, DeviceConfig, SerialOptions, ThreadName};
+use crate::config::{
+    Backing, BalloonOptions, ConfigError, Device, DeviceConfig, ENOUGH_FOR_THE_KERNEL, SerialOptions,
+    ThreadName,
+};
 use crate::console::{self, Console, ConsoleError};
 use crate::control::Control;
 use crate::events::Subscriber;
@@ -259,8 +262,10 @@ impl<'a> Builder<'a> {
         let steering = match self.plug.take() {
             None => Steering::by_balloon(balloon),
             Some(plug) => {
-                // Pages of a reserved huge page do not go back before all of it is in the balloon.
-                let cushioned = self.ram.backing() != Backing::HugePages2M;
+                // Pages of a reserved huge page do not go back before all of it is in the balloon. And memory
+                // that is kept movable is unplugged slowly while pages of a balloon come and go all over it.
+                let cushioned =
+                    self.ram.backing() != Backing::HugePages2M && self.ram.boot() < ENOUGH_FOR_THE_KERNEL;
                 Steering::by_plug(balloon, plug, self.ram.boot(), cushioned).map_err(refused("a timer"))?
             }
         };

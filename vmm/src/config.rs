@@ -32,7 +32,7 @@ mod cmdline;
 mod device;
 mod net;
 
-pub use cmdline::{DEFAULT_CMDLINE, Hindrance, behind_words, with_words};
+pub use cmdline::{DEFAULT_CMDLINE, ENOUGH_FOR_THE_KERNEL, Hindrance, behind_words, with_words};
 pub use device::{
     BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
     ThreadName,

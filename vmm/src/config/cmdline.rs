@@ -53,7 +53,7 @@ const FOR_THE_KERNEL_TOO: &str = "memory_hotplug.online_policy=contig-zones";
 
 /// With less than this at its start a guest's programs fill what its kernel could use before they fill movable memory:
 /// it then kills processes for want of a page for its kernel, with much memory free.
-const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
+pub const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
 
 /// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
 const NO_PCI_WORD: &str = "pci=off";
