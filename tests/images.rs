@@ -47,10 +47,10 @@ fn a_debian_image_boots_and_its_cloud_init_makes_a_user() {
         let mut vm = settings.with(&seed).start();
         vm.wait_for_line("Debian GNU/Linux 12 web-1 ttyS0", BOOTING);
         vm.wait_for_line("/home/me/.ssh/authorized_keys for user me", BOOTING);
+        // cloud-init's last part begins once multi-user.target is reached, of which a console with a login prompt is
+        // told no more.
+        vm.wait_for_line("running 'modules:final'", BOOTING);
         vm.wait_for_line("Datasource DataSourceNoCloud", BOOTING);
-        for reached in ["Reached target", "Multi-User System"] {
-            assert!(vm.heard(reached).is_some(), "no `{reached}`");
-        }
         // The prompt has no end of a line; what it asks has one when it is answered.
         vm.type_in("\n");
         vm.wait_for_line("web-1 login:", ENDING);

@@ -5,10 +5,8 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
-use guests::{Host, Vm, VmSettings, images, wait_for};
+use guests::{Host, Vm, VmSettings, images, leave_the_first_root, wait_for};
 use lab::Kernel;
-use rustix::mount::{mount_bind_recursive, mount_move};
-use rustix::process::{chdir, chroot};
 
 /// How long a step with a network takes.
 const WORKING: Duration = Duration::from_secs(30);
@@ -118,16 +116,6 @@ fn a_pause_in_the_middle_of_a_transfer_loses_nothing() {
             vm.step(&format!("run:echo '{hash_of_file}  /tmp/file' | sha256sum -c"), WORKING);
         }
     });
-}
-
-/// passt changes its root, which it can't where the root is the kernel's first one.
-fn leave_the_first_root() {
-    fs::create_dir_all("/root-of-tests").expect("a directory");
-    mount_bind_recursive("/", "/root-of-tests").expect("the host mounts it");
-    // Moved to the root of all mounts, as the kernel lets nobody who merely changed its root have a user namespace.
-    chdir("/root-of-tests").expect("it is there");
-    mount_move(".", "/").expect("the host moves it");
-    chroot(".").and_then(|()| chdir("/")).expect("this is root");
 }
 
 /// Processes of passt.

@@ -1,13 +1,15 @@
 //! What a test asks for: a host whose KVM can boot stock kernels.
 
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use api::units::Bytes;
 use lab::{Emulator, Execution, Kernel, Vendor, inside};
+use rustix::mount::{mount_bind_recursive, mount_move};
+use rustix::process::{chdir, chroot};
 
 use crate::ballast;
 use crate::qemu::{qemu_with_libraries, with_libraries};
@@ -211,4 +213,18 @@ pub fn kvm_boots_stock_kernels() -> bool {
         return false;
     }
     Command::new(ballast()).arg("check").output().is_ok_and(|output| output.status.success())
+}
+
+/// Makes room for passt in an emulated host: it changes its root, which it can't where the root is the kernel's
+/// first one.
+///
+/// # Panics
+/// Where this is not root, or the host refuses.
+pub fn leave_the_first_root() {
+    fs::create_dir_all("/root-of-tests").expect("a directory");
+    mount_bind_recursive("/", "/root-of-tests").expect("the host mounts it");
+    // Moved to the root of all mounts, as the kernel lets nobody who merely changed its root have a user namespace.
+    chdir("/root-of-tests").expect("it is there");
+    mount_move(".", "/").expect("the host moves it");
+    chroot(".").and_then(|()| chdir("/")).expect("this is root");
 }

@@ -24,7 +24,7 @@ mod smaps;
 mod vm;
 
 pub use daemon::Daemon;
-pub use host::{Host, kvm_boots_stock_kernels, unit_tests};
+pub use host::{Host, kvm_boots_stock_kernels, leave_the_first_root, unit_tests};
 pub use lines::Printed;
 pub use qemu::{Qemu, QemuSettings, qemu_with_libraries, with_libraries};
 pub use smaps::{Of, sum};
