@@ -1,6 +1,4 @@
-//! The process that looks through a disk: it can read and write one socket, and nothing else ([`protocol`]).
-//!
-//! [`protocol`]: super::protocol
+//! The process that looks through a disk: it can read and write one socket, and nothing else (`protocol`).
 
 use std::cell::RefCell;
 use std::io::{self, Write};

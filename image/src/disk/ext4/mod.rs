@@ -1,5 +1,5 @@
 //! ext2, ext3 and ext4, by the library ext4-view. What lies in the journal is put in its place before it looks
-//! ([`journal`]): the library takes back blocks that were revoked, and does not know all journals.
+//! (`journal`): the library takes back blocks that were revoked, and does not know all journals.
 
 mod journal;
 
