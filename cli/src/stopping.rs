@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use api::signals::is_ignored;
+
 static STOP: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn asked(_: libc::c_int) {
@@ -10,14 +12,11 @@ extern "C" fn asked(_: libc::c_int) {
 
 /// A flag that Ctrl-C and the other signals which ask a process to end set, where they are not ignored.
 pub fn by_signals() -> &'static AtomicBool {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+    let asking = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+    for signal in asking.into_iter().filter(|&signal| !is_ignored(signal)) {
         let handler = asked as extern "C" fn(libc::c_int) as libc::sighandler_t;
-        // SAFETY: the handler stores a flag, which a handler may; `signal` gives back what was set before.
-        unsafe {
-            if libc::signal(signal, handler) == libc::SIG_IGN {
-                libc::signal(signal, libc::SIG_IGN);
-            }
-        }
+        // SAFETY: the handler stores a flag, which a handler may.
+        unsafe { libc::signal(signal, handler) };
     }
     &STOP
 }
