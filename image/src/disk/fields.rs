@@ -45,23 +45,3 @@ impl<'a> Fields<'a> {
         u32::from_be_bytes(self.array(offset))
     }
 }
-
-/// A UUID as text, whose first three groups are little-endian as GPT has them, or not as file systems have them.
-pub fn uuid(bytes: [u8; 16], is_mixed: bool) -> String {
-    let mut ordered = bytes;
-    if is_mixed {
-        for group in [0..4, 4..6, 6..8] {
-            if let Some(group) = ordered.get_mut(group) {
-                group.reverse();
-            }
-        }
-    }
-    let mut text = String::with_capacity(36);
-    for (index, byte) in ordered.iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
-}

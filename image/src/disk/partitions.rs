@@ -3,9 +3,10 @@
 use std::rc::Rc;
 
 use crc::{CRC_32_ISO_HDLC, Crc};
+use uuid::Uuid;
 
 use super::SearchError;
-use super::fields::{Fields, uuid};
+use super::fields::Fields;
 use super::source::{Source, View};
 
 const CRC32: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
@@ -19,8 +20,8 @@ const SECTOR: u64 = 512;
 /// Bytes of a block that a GPT may count in.
 const BLOCKS: [u64; 2] = [512, 4096];
 
-/// `4f68bce3-e8cd-4db1-96e7-fbcaf984b709`: a root file system for x86-64 (Discoverable Partitions Specification).
-const ROOT_X86_64: &str = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709";
+/// A root file system for x86-64 (Discoverable Partitions Specification).
+const ROOT_X86_64: Uuid = Uuid::from_u128(0x4f68bce3_e8cd_4db1_96e7_fbcaf984b709);
 
 /// A part of a disk that may hold a file system.
 #[derive(Clone)]
@@ -174,11 +175,11 @@ fn gpt_at(disk: &View, block: u64, number: u64) -> Result<Result<Vec<Volume>, Wr
         }
         let blocks = last.saturating_sub(first).saturating_add(1);
         let view = disk.part(first.saturating_mul(block), blocks.saturating_mul(block));
-        let is_root = uuid(kind, true) == ROOT_X86_64;
+        let is_root = kind == ROOT_X86_64.to_bytes_le();
         (view.size() > 0).then(|| Volume {
             view,
             number: Some(number),
-            partuuid: Some(uuid(own, true)),
+            partuuid: Some(Uuid::from_bytes_le(own).to_string()),
             is_root,
         })
     });

@@ -4,10 +4,11 @@
 mod journal;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use uuid::Uuid;
 
 use self::journal::Journal;
 use super::SearchError;
-use super::fields::{Fields, uuid};
+use super::fields::Fields;
 use super::files::{Files, MOST_NAMES};
 use super::source::View;
 
@@ -78,7 +79,7 @@ impl Ext4Files {
         }
         let own: [u8; 16] = Fields(&reader.superblock).bytes(0x68, 16).try_into().unwrap_or_default();
         match Ext4::load(Box::new(reader)) {
-            Ok(fs) => Ok(Ok(Self { fs, place: place.to_owned(), uuid: uuid(own, false) })),
+            Ok(fs) => Ok(Ok(Self { fs, place: place.to_owned(), uuid: Uuid::from_bytes(own).to_string() })),
             Err(Ext4Error::Io(error)) => Err(SearchError::Read(std::io::Error::other(error.to_string()))),
             Err(error) => Ok(Err(format!("that can't be read ({error}): run `e2fsck` on it"))),
         }
