@@ -28,7 +28,7 @@ pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 const OWN_MEMORY: u64 = 96 << 20;
 
 /// Bytes of a sentence at most.
-pub(crate) const SENTENCE: u64 = 1024;
+const SENTENCE: u64 = 1024;
 
 /// The exit code for an output that can't be written; it says nothing of the kernel.
 const UNWRITTEN: u8 = 3;
@@ -39,7 +39,7 @@ const UNWRITTEN: u8 = 3;
 pub struct Helper {
     /// Its file.
     pub program: PathBuf,
-    /// Its arguments; the file's size and the kernel's `init_size` are added.
+    /// Its arguments; those of its work are added, such as a file's size.
     pub arguments: Vec<String>,
 }
 
@@ -65,15 +65,8 @@ impl Helper {
             let mut input = image.try_clone()?;
             let size = input.seek(SeekFrom::End(0))?;
             input.rewind()?;
-            let mut child = Command::new(&self.program)
-                .args(&self.arguments)
-                .args([size, header.init_size].map(|number| number.to_string()))
-                .env_clear()
-                .current_dir("/")
-                .stdin(input)
-                .stdout(to.try_clone()?)
-                .stderr(Stdio::piped())
-                .spawn()?;
+            let numbers = [size, header.init_size];
+            let mut child = self.spawn(&numbers, input.into(), to.try_clone()?.into())?;
             let pid = Pid::from_raw(child.id().cast_signed()).ok_or(io::ErrorKind::NotFound);
             match pid.map_err(io::Error::from).and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?)) {
                 Ok(end) => Ok((child, end)),
@@ -94,12 +87,30 @@ impl Helper {
         if !has_ended {
             return Err(Error::TooSlow(within.as_secs()));
         }
-        let mut said = Vec::new();
-        if let Some(errors) = child.stderr.take() {
-            errors.take(SENTENCE).read_to_end(&mut said).map_err(Error::Helper)?;
-        }
-        judge(status, &sentence(&said))
+        judge(status, &last_words(&mut child).map_err(Error::Helper)?)
     }
+
+    /// Starts it with `numbers` as further arguments; what it says on standard error is for [`last_words`].
+    pub(crate) fn spawn(&self, numbers: &[u64], input: Stdio, output: Stdio) -> io::Result<Child> {
+        Command::new(&self.program)
+            .args(&self.arguments)
+            .args(numbers.iter().map(u64::to_string))
+            .env_clear()
+            .current_dir("/")
+            .stdin(input)
+            .stdout(output)
+            .stderr(Stdio::piped())
+            .spawn()
+    }
+}
+
+/// The sentence of one that has ended.
+pub(crate) fn last_words(child: &mut Child) -> io::Result<String> {
+    let mut said = Vec::new();
+    if let Some(errors) = child.stderr.take() {
+        errors.take(SENTENCE).read_to_end(&mut said)?;
+    }
+    Ok(sentence(&said))
 }
 
 /// Whether the process has ended within this time.
@@ -126,7 +137,7 @@ fn judge(status: ExitStatus, said: &str) -> Result<(), Error> {
 }
 
 /// A line of text that is safe to print: it may come from a process that has been taken over.
-pub(crate) fn sentence(said: &[u8]) -> String {
+fn sentence(said: &[u8]) -> String {
     let said = String::from_utf8_lossy(said);
     let clean = |character: char| if character.is_control() { ' ' } else { character };
     said.chars().map(clean).collect::<String>().trim().to_owned()

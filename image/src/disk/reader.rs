@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
@@ -16,7 +16,7 @@ use super::helper::TIME_LIMIT;
 use super::protocol::{HEAD, LARGEST_PIECE, Message};
 use super::search::{LARGEST_INITRD, LARGEST_KERNEL, Plan};
 use super::source::Source;
-use crate::helper::{Helper, SENTENCE, sentence, wait};
+use crate::helper::{Helper, last_words, wait};
 
 /// Bytes of a command line at most: Linux takes no longer one.
 const LONGEST_LINE: usize = 2048;
@@ -68,11 +68,7 @@ impl Finder {
             let _ = child.kill();
         }
         let status = child.wait().map_err(SearchError::Helper)?;
-        let mut said = Vec::new();
-        if let Some(errors) = child.stderr.take() {
-            errors.take(SENTENCE).read_to_end(&mut said).map_err(SearchError::Helper)?;
-        }
-        let said = sentence(&said);
+        let said = last_words(&mut child).map_err(SearchError::Helper)?;
         match (served, status.code()) {
             (Ok(found), _) => Ok(found),
             (Err(Lost::HungUp), Some(1)) if !said.is_empty() => Err(SearchError::Refused(said)),
@@ -85,15 +81,7 @@ impl Finder {
 
     fn start(&self, size: u64, socket: UnixStream) -> io::Result<Child> {
         let output = OwnedFd::from(socket.try_clone()?);
-        Command::new(&self.helper.program)
-            .args(&self.helper.arguments)
-            .arg(size.to_string())
-            .env_clear()
-            .current_dir("/")
-            .stdin(OwnedFd::from(socket))
-            .stdout(output)
-            .stderr(Stdio::piped())
-            .spawn()
+        self.helper.spawn(&[size], OwnedFd::from(socket).into(), output.into())
     }
 }
 
