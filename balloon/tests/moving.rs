@@ -19,7 +19,7 @@ const NUM_PAGES: u32 = VIRTIO_MMIO_CONFIG;
 const ACTUAL: u32 = VIRTIO_MMIO_CONFIG + 4;
 const POISON: u32 = VIRTIO_MMIO_CONFIG + 12;
 /// Longer than any tick, in milliseconds.
-const SOON: i32 = 10_000;
+const SOON: u32 = 10_000;
 
 /// Pages of the upper region, which are made resident, as numbers.
 fn touched(guest: &Guest, first: u64, count: u64) -> Vec<u32> {

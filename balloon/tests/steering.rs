@@ -18,6 +18,8 @@ mod yard;
 use room::{MAP, config, guest};
 use yard::{ACK, BLOCK, PLUG, UNPLUG_ALL, Yard};
 
+const UNPLUG: u16 = 1;
+
 /// What the guest booted with; as much again can be plugged.
 const BOOT: Bytes = Bytes(REGION as u64);
 
@@ -268,10 +270,17 @@ fn a_cushion_lies_in_the_balloon_and_follows_the_target() {
     assert_eq!(bench.steering.cushion().unwrap().size, whole - more);
     bench.holds(192);
     assert_eq!((bench.steering.actual(), taken(&bench)), (BOOT + more, None), "it was told so");
-    // Less may be had altogether.
+    // Less may be had altogether: the balloon lets go, so that its pages are out of the way of what is unplugged.
     bench.steering.set_max(MAP - Bytes(2 * BLOCK));
     bench.run();
-    assert_eq!(bench.yard.handle.requested(), whole - Bytes(2 * BLOCK));
+    assert_eq!((bench.held(), bench.yard.handle.requested()), (Bytes::ZERO, whole));
+    bench.holds(100);
+    assert_eq!(bench.steering.actual(), BOOT + more, "what it lets go counts as there");
+    bench.holds(0);
+    assert_eq!((bench.held(), bench.yard.handle.requested()), (Bytes::ZERO, whole - Bytes(2 * BLOCK)));
+    assert_eq!(bench.yard.ask(UNPLUG, 14, 2), (ACK, 0));
+    bench.run();
+    assert_eq!((bench.held(), bench.steering.actual()), (whole - more - Bytes(2 * BLOCK), BOOT + more));
 }
 
 #[test]

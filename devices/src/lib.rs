@@ -1,5 +1,6 @@
 //! What a guest sees beside memory and CPUs. Nothing here knows KVM.
 
+pub mod bucket;
 pub mod events;
 pub mod pci;
 pub mod platform;

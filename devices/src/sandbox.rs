@@ -42,6 +42,8 @@ pub struct SandboxNeeds {
     pub read: Vec<PathBuf>,
     /// Its sockets, which it removes at the end, and makes again where somebody else has removed them.
     pub remove: Vec<PathBuf>,
+    /// Sockets of others that it connects to.
+    pub connect: Vec<PathBuf>,
     /// System calls.
     pub calls: Vec<Call>,
 }
@@ -56,6 +58,7 @@ impl SandboxNeeds {
     pub fn add(&mut self, other: Self) {
         self.read.extend(other.read);
         self.remove.extend(other.remove);
+        self.connect.extend(other.connect);
         self.calls.extend(other.calls);
     }
 }

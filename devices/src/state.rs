@@ -22,6 +22,14 @@ pub enum StateError {
         /// The device's number (virtio 1.2, section 5).
         device: u32,
     },
+    /// It has requests that are part of no state.
+    #[error(
+        "in {device} requests wait for the host, or for its limits: let the VM run on before it is saved"
+    )]
+    Waits {
+        /// Whose.
+        device: &'static str,
+    },
     /// It is not what this version writes.
     #[error("the saved state of {device} can't be read: {what}")]
     Unreadable {

@@ -48,7 +48,7 @@ fn disks_are_made_as_they_are_asked_for() {
     assert_eq!((check.corruptions, check.leaks, check.errors), (0, 0, 0));
     // As any new file: for others to read, where the user's mask lets them.
     assert_eq!(fs::metadata(at("data.img")).expect("there").mode() & 0o700, 0o600);
-    for size in [None, Some(0), Some(1000), Some(u64::MAX / 512 * 512)] {
+    for size in [None, Some(0), Some(511), Some(u64::MAX / 512 * 512)] {
         assert!(new(at("none.img"), size).run().is_err(), "{size:?}");
     }
     assert_eq!(fs::read_dir(directory.path()).expect("listed").count(), 2, "something was left behind");
@@ -88,6 +88,26 @@ fn an_overlay_shows_what_lies_behind_it_and_grows_with_zeros() {
     assert!(matches!(small.run(), Err(FileError::SmallerThanBacking { .. })));
     let raw = Create { format: Format::Raw, ..over(at("raw.img"), at("base.img")) };
     assert!(matches!(raw.run(), Err(FileError::RawBacking)));
+}
+
+/// People write 1.1G.
+#[test]
+fn sizes_are_rounded_down_to_sectors() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let whole = Bytes(1_181_116_006 / 512 * 512);
+    for (name, format) in [("a.img", Format::Raw), ("a.qcow2", Format::Qcow2)] {
+        let path = directory.path().join(name);
+        let asked: Bytes = "1.1G".parse().expect("a size");
+        assert_eq!(new(path.clone(), Some(asked.0)).run().expect("made").size, whole);
+        let grown = resize(&path, format, "+1.1G".parse().expect("a size")).expect("grown");
+        assert_eq!(grown.size, whole + whole);
+        let grown = resize(&path, format, "3.3G".parse().expect("a size")).expect("grown");
+        assert_eq!(grown.size, Bytes(3_543_348_019 / 512 * 512));
+    }
+    for nothing in [0, 511] {
+        let small = new(directory.path().join("small.img"), Some(nothing)).run();
+        assert!(matches!(small, Err(FileError::Size(_))), "{nothing}: {small:?}");
+    }
 }
 
 #[test]

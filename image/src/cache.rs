@@ -85,7 +85,8 @@ impl Cache {
         self.directory.join(format!("{key}.{KERNEL}"))
     }
 
-    /// The unpacked kernel of the bzImage with this key, if it is there and whole.
+    /// The unpacked kernel of the bzImage with this key, if it is there and whole. Its contents are checked as they are
+    /// loaded.
     pub fn get(&self, key: &Key) -> Option<PreparedKernel> {
         let path = self.path(key);
         let options = OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -99,7 +100,7 @@ impl Cache {
         }
         // The kernel that was used longest ago goes first. The time is a hint: where it can't be set nothing is lost.
         let _ = file.set_modified(SystemTime::now());
-        PreparedKernel::open(file, key).ok()
+        Some(PreparedKernel::open(file, key).ok()?.kept_in(path))
     }
 
     /// Waits for the right to change the cache.

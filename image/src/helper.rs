@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use api::text::clean;
 use api::units::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -110,7 +111,7 @@ pub(crate) fn last_words(child: &mut Child) -> io::Result<String> {
     if let Some(errors) = child.stderr.take() {
         errors.take(SENTENCE).read_to_end(&mut said)?;
     }
-    Ok(sentence(&said))
+    Ok(clean(&String::from_utf8_lossy(&said)))
 }
 
 /// Whether the process has ended within this time.
@@ -134,13 +135,6 @@ fn judge(status: ExitStatus, said: &str) -> Result<(), Error> {
         _ if said.is_empty() => Err(Error::BadEnd(status.to_string())),
         _ => Err(Error::BadEnd(format!("{status}: {said}"))),
     }
-}
-
-/// A line of text that is safe to print: it may come from a process that has been taken over.
-fn sentence(said: &[u8]) -> String {
-    let said = String::from_utf8_lossy(said);
-    let clean = |character: char| if character.is_control() { ' ' } else { character };
-    said.chars().map(clean).collect::<String>().trim().to_owned()
 }
 
 /// What the program does: confines itself, unpacks standard input to standard output, and gives its exit code. It has

@@ -152,7 +152,13 @@ fn a_prepared_kernel_that_has_changed_is_refused() {
     let image = TestKernel::default().bzimage();
     let mut made = Vec::new();
     prepared::prepare(&image, &mut made).expect("it is a kernel");
-    let refused = |contents: &[u8]| match PreparedKernel::open(file(contents), &key(&image)) {
+    let used = |contents: &[u8]| {
+        let kernel = PreparedKernel::open(file(contents), &key(&image))?;
+        let mut memory = vec![0; kernel.shape().size as usize];
+        kernel.load(&VolatileSlice::from(&mut memory[..]), 0)
+    };
+    used(&made).expect("it is as it was written");
+    let refused = |contents: &[u8]| match used(contents) {
         Err(Error::Prepared(_)) => true,
         other => panic!("{other:?}"),
     };
@@ -169,12 +175,15 @@ fn a_prepared_kernel_that_has_changed_is_refused() {
     assert!(matches!(other, Err(Error::Prepared(_))));
 }
 
-/// Bytes of a prepared kernel with other numbers, under a hash that is right.
-fn forged(numbers: [u64; 8], behind: &[u8], key: &prepared::Key) -> Vec<u8> {
-    let contents: Vec<u8> =
-        numbers.iter().flat_map(|number| number.to_le_bytes()).chain(behind.iter().copied()).collect();
-    let hash = prepared::key(&mut std::io::Cursor::new(&contents)).expect("memory can be read");
-    [b"ballast kernel\0\x01", &key.as_bytes()[..], hash.as_bytes(), &contents].concat()
+/// Bytes of a prepared kernel with other numbers, under hashes that are right.
+fn forged(numbers: [u64; 8], behind: &[u8], image: &prepared::Key) -> Vec<u8> {
+    let [.., extents, places_32, inverse_32, places_64] = numbers;
+    let places = places_32.saturating_add(inverse_32).saturating_add(places_64);
+    let tables = extents.saturating_mul(16).saturating_add(places.saturating_mul(4));
+    let (tables, contents) = behind.split_at(behind.len().min(usize::try_from(tables).unwrap_or(usize::MAX)));
+    let numbers: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    let tables = [key(contents).as_bytes(), &numbers[..], tables].concat();
+    [b"ballast kernel\0\x02", &image.as_bytes()[..], key(&tables).as_bytes(), &tables, contents].concat()
 }
 
 /// A number that comes to limits.

@@ -16,6 +16,7 @@
 //! nobody here does. Free page reporting is the safe way: there the driver keeps
 //! the pages until the device has answered.
 
+mod goal;
 pub(crate) mod handle;
 mod moves;
 pub mod pace;
@@ -28,11 +29,12 @@ use std::time::Duration;
 
 use devices::sandbox::SandboxNeeds;
 use devices::state::StateError;
-use devices::virtio::device::{Active, Progress, VirtioDevice};
+use devices::virtio::device::{Active, Progress, VirtioDevice, read_part};
 use devices::virtio::queue::{Budget, Faults, Verdict, serve};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
+use goal::free;
 use handle::{Answers, Driver, Shared};
 pub use handle::{Handle, SILENT_AFTER, TargetError};
 use moves::{Flow, move_pages};
@@ -88,16 +90,6 @@ const POISON: usize = 12;
 
 /// How often the device looks after a balloon on its way. Never while it rests.
 const TICK: Duration = Duration::from_millis(100);
-
-/// How long a report decides what the guest is asked for. After that it is asked for a step, and for
-/// another report.
-const NEWS_FOR: Duration = Duration::from_secs(2);
-
-/// A guest that took pages back is asked for none of them for so long.
-const REFILL_AFTER: Duration = Duration::from_secs(1);
-/// After that it is asked for this part of what it can spare, in percent, and left with so much of it.
-const REFILL_PERCENT: u64 = 75;
-const REFILL_LEAVES: Bytes = Bytes::mib(16);
 
 /// What a balloon is made with.
 #[derive(Clone, Debug)]
@@ -275,48 +267,6 @@ impl Balloon {
         config
     }
 
-    /// Takes up what the host has asked for since the last time; returns whether that is news.
-    fn take_request(&mut self) -> bool {
-        let (request, anew) = {
-            let mut state = self.shared.state();
-            (state.requests, std::mem::take(&mut state.asks_anew))
-        };
-        if request == self.request {
-            return false;
-        }
-        self.request = request;
-        let (wanted, free) = (self.shared.wanted(), free(&self.shared));
-        if anew {
-            self.pace.aim(wanted, free);
-        } else {
-            self.pace.adjust(wanted, free);
-        }
-        true
-    }
-
-    /// Goes for what the balloon shall hold by now: a guest may say that it manages more or less than before.
-    fn aim(&mut self) {
-        let wanted = self.shared.wanted();
-        if wanted != self.pace.wanted() {
-            self.pace.adjust(wanted, free(&self.shared));
-        }
-    }
-
-    /// Asks a guest that took pages back for what it says that it can spare again.
-    fn refill(&mut self) {
-        if !self.refills || !self.pace.has_taken_back() {
-            return;
-        }
-        let spare = {
-            let state = self.shared.state();
-            if state.took_back.is_some_and(|(at, _)| at.elapsed() < REFILL_AFTER) {
-                return;
-            }
-            state.report.as_ref().and_then(|received| received.report.spare()).unwrap_or_default()
-        };
-        self.pace.refill(spare.percent(REFILL_PERCENT).min(spare.saturating_sub(REFILL_LEAVES)));
-    }
-
     /// Whether somebody wants a report that is newer than the last.
     fn take_question(&self) -> bool {
         std::mem::take(&mut self.shared.state().report_wanted)
@@ -349,13 +299,6 @@ impl Balloon {
     }
 }
 
-/// What the guest has free, as far as it said so lately.
-fn free(shared: &Shared) -> Bytes {
-    let state = shared.state();
-    let received = state.report.as_ref().filter(|received| received.at.elapsed() < NEWS_FOR);
-    received.and_then(|received| received.report.free).unwrap_or_default()
-}
-
 /// Pages as a 32-bit little-endian register holds them; saturates.
 fn register(pages: Pages) -> [u8; 4] {
     u32::try_from(pages.0).unwrap_or(u32::MAX).to_le_bytes()
@@ -385,11 +328,7 @@ impl VirtioDevice for Balloon {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        let there = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(there) {
-            *byte = *value;
-        }
+        read_part(&config, offset, data);
     }
 
     /// Only `actual` and `poison_val` are the driver's to write.

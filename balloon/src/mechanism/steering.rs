@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Standing, cushion, steps};
+use super::{Phase, Standing, cushion, steps};
 use crate::device::{Handle, TargetError};
 use crate::plug;
 use api::status::{CushionStatus, DriverState, PlugStatus};
@@ -70,8 +70,7 @@ struct Course {
     /// What the balloon was last asked to hold.
     held: Bytes,
     plugged: Bytes,
-    /// What of the cushion is out of the balloon, and counts as there.
-    let_go: Bytes,
+    phase: Phase,
     /// When the guest last moved, was asked for something new, or ran again.
     since: Instant,
     /// Its processors stand still.
@@ -122,7 +121,7 @@ impl Steering {
             lacks_driver_since: None,
             held: Bytes::ZERO,
             plugged: Bytes::ZERO,
-            let_go: Bytes::ZERO,
+            phase: Phase::CALM,
             since: Instant::now(),
             resting: false,
         };
@@ -209,7 +208,7 @@ impl Steering {
         let Some(pluggable) = &self.pluggable else { return self.balloon.given() };
         let has = pluggable.boot.saturating_add(pluggable.plug.plugged());
         let in_balloon = self.balloon.map().saturating_sub(self.balloon.given());
-        has.saturating_sub(in_balloon.max(pluggable.course.lock().let_go))
+        has.saturating_sub(in_balloon.max(pluggable.course.lock().phase.let_go()))
     }
 
     /// What the guest has: what it was given, less what its kernel does not manage.
@@ -251,9 +250,9 @@ impl Steering {
     /// What is kept plugged beyond the target; `None` where the guest has a balloon alone.
     pub fn cushion(&self) -> Option<CushionStatus> {
         let pluggable = self.pluggable.as_ref()?;
-        let size = pluggable.cushion(&pluggable.course.lock(), &self.balloon);
+        let size = pluggable.cushion(&pluggable.course.lock(), &self.balloon).unwrap_or(Bytes::ZERO);
         let has_plugged = pluggable.boot.saturating_add(pluggable.plug.plugged());
-        Some(CushionStatus { size, held: has_plugged.saturating_sub(self.given()).min(size) })
+        Some(CushionStatus { size, held: has_plugged.saturating_sub(self.given()) })
     }
 
     /// Descriptors that an event loop shall watch for reading; none where there is nothing to steer.
@@ -279,7 +278,10 @@ impl Steering {
         }
         let mut course = pluggable.course.lock();
         let plugged = pluggable.plug.plugged();
-        if std::mem::replace(&mut course.plugged, plugged) != plugged {
+        let has_plugged = std::mem::replace(&mut course.plugged, plugged) != plugged;
+        // A guest whose balloon has let go of all begins to unplug now.
+        let is_empty = index == BALLOON_MOVED && matches!(course.phase, Phase::Unplugging { .. });
+        if has_plugged || is_empty {
             course.since = Instant::now();
         }
         pluggable.look_at_driver(&mut course, &self.balloon);
@@ -340,13 +342,11 @@ impl Pluggable {
     }
 
     /// What to keep plugged beyond the target.
-    fn cushion(&self, course: &Course, balloon: &Handle) -> Bytes {
-        // Without a balloon that gives it back, it would be the guest's already, or nobody's.
-        if self.cushioned && balloon.deflates_on_oom() {
-            cushion(course.target, course.max)
-        } else {
-            Bytes::ZERO
-        }
+    fn cushion(&self, course: &Course, balloon: &Handle) -> Option<Bytes> {
+        // Without a balloon that gives it back, it would be the guest's already, or nobody's. What is not on line
+        // can't lie in a balloon, and goes.
+        let can_hold = balloon.deflates_on_oom() && !balloon.stays_off_line();
+        (self.cushioned && can_hold).then(|| cushion(course.target, course.max))
     }
 
     /// Asks the guest for what it takes to get on from where it stands. What the balloon was asked
@@ -361,8 +361,9 @@ impl Pluggable {
             waited: if course.resting { Duration::ZERO } else { course.since.elapsed() },
             held: course.held,
             balloon: balloon.holds(),
+            max: course.max,
             cushion: self.cushion(course, balloon),
-            let_go: course.let_go,
+            phase: course.phase,
         };
         let steps = steps(standing, course.target);
         self.plug.request(steps.requested);
@@ -376,7 +377,7 @@ impl Pluggable {
         // A driver that is away finds it when it comes back: nobody looks again because of that.
         if asked.is_ok() {
             course.held = steps.held;
-            course.let_go = steps.let_go;
+            course.phase = steps.phase;
         }
         self.look_again(steps.look_again);
     }

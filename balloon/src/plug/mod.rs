@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use devices::sandbox::{Call, SandboxNeeds};
 use devices::state::StateError;
-use devices::virtio::device::{Active, Progress, VirtioDevice};
+use devices::virtio::device::{Active, Progress, VirtioDevice, read_part};
 use devices::virtio::queue::{Budget, Faults, Verdict, serve};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -301,11 +301,7 @@ impl VirtioDevice for Plug {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        let there = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(there) {
-            *byte = *value;
-        }
+        read_part(&config, offset, data);
     }
 
     /// All of it is the device's.

@@ -4,12 +4,14 @@
 //! of the three ever waits for another. Output goes through a bounded buffer, whose reader is
 //! called for whole lines, or after [`FLUSH_AFTER`]; input waits in a bounded queue. Where
 //! either is full, the other side is told to wait: the guest's driver by its transmitter, which
-//! is busy; whoever brings input by [`Port::enqueue`].
+//! is busy; whoever brings input by [`Port::enqueue`]. The last output is kept beside that, for
+//! whoever comes to look at it ([`Port::read_recent`]).
 
 mod burst;
 #[cfg(test)]
 mod driver_tests;
 mod output;
+mod recent;
 #[cfg(test)]
 mod tests;
 mod uart;
@@ -27,7 +29,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::output::Output;
-pub use self::output::{CHUNK, FLUSH_AFTER, FirstReader, MOST_UNREAD, MOST_WAITING, OutputCounts, PATIENCE};
+pub use self::output::{
+    CHUNK, FLUSH_AFTER, FirstReader, MOST_UNREAD, MOST_WAITING, OutputCounts, PATIENCE, missing,
+};
+pub use self::recent::{MOST_RECENT, RecentRead};
 use self::uart::{Effects, Uart};
 use crate::state::{StateError, Version};
 
@@ -86,6 +91,7 @@ pub struct Port {
     output: Arc<Output>,
     interrupt: EventFd,
     room: EventFd,
+    recent: EventFd,
 }
 
 struct Inner {
@@ -124,8 +130,9 @@ impl Port {
 
     fn with(interrupt: EventFd, uart: Uart, output: Arc<Output>) -> io::Result<Self> {
         let timer = TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { inner: Mutex::new(Inner { uart, timer, wake: None }), output, interrupt, room })
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let (room, recent) = (event()?, event()?);
+        Ok(Self { inner: Mutex::new(Inner { uart, timer, wake: None }), output, interrupt, room, recent })
     }
 
     /// Takes input for the guest and returns how many bytes there was room for.
@@ -214,9 +221,32 @@ impl Port {
         self.output.finish(patience);
     }
 
+    /// Appends at most `most` bytes of the last output to `into`, from `position` on, which counts the bytes since
+    /// the port was made. Whoever reads the output otherwise is not touched by this.
+    pub fn read_recent(&self, position: u64, most: usize, into: &mut Vec<u8>) -> RecentRead {
+        self.output.read_recent(position, most, into)
+    }
+
+    /// Makes [`recent_event`](Self::recent_event) readable, once, as soon as there is output at `position`.
+    pub fn await_recent(&self, position: u64) {
+        if self.output.await_recent(position) {
+            self.tell_of_recent();
+        }
+    }
+
+    /// Becomes readable when there is output that was waited for by [`await_recent`](Self::await_recent).
+    pub fn recent_event(&self) -> &EventFd {
+        &self.recent
+    }
+
     /// What has become of the output so far.
     pub fn output_counts(&self) -> OutputCounts {
         self.output.counts()
+    }
+
+    fn tell_of_recent(&self) {
+        // The one failure is a full counter, which is readable.
+        let _ = self.recent.write(1);
     }
 
     fn resume(&self, resumes: bool) {
@@ -232,6 +262,9 @@ impl Port {
         }
         if effects.room {
             let _ = self.room.write(1);
+        }
+        if effects.recent {
+            self.tell_of_recent();
         }
         if let Some(wake) = effects.wake
             && inner.wake != Some(wake)

@@ -11,6 +11,7 @@ mod ram;
 mod registers;
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_mmio::*;
 use virtio_queue::desc::RawDescriptor;
@@ -309,8 +310,16 @@ impl Guest {
     }
 
     /// Waits for an event of the device's own and lets it work; returns whether one came in `milliseconds`.
-    pub fn wait(&mut self, milliseconds: i32) -> bool {
-        self.events.run(milliseconds).unwrap() > 0
+    pub fn wait(&mut self, milliseconds: u32) -> bool {
+        let until = Instant::now() + Duration::from_millis(milliseconds.into());
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            // The kernel cuts a wait short when io_uring has done something.
+            let events = self.events.run(i32::try_from(left.as_millis()).unwrap_or(i32::MAX)).unwrap();
+            if events > 0 || left.is_zero() {
+                return events > 0;
+            }
+        }
     }
 
     /// Used buffers since the last call: the head and the bytes written, of queue `index`.

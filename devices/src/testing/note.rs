@@ -65,8 +65,8 @@ impl VirtioDevice for Note {
     fn sandbox_needs(&self) -> SandboxNeeds {
         SandboxNeeds {
             read: vec![self.0.file.clone()],
-            remove: Vec::new(),
             calls: vec![Call::any(libc::SYS_preadv)],
+            ..SandboxNeeds::default()
         }
     }
 }

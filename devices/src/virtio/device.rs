@@ -131,3 +131,13 @@ pub trait VirtioDevice: Send {
         Err(StateError::NotSaved { device: self.device_id() })
     }
 }
+
+/// Fills `data` with a device's configuration space from `offset` on, and with zeros past its end: the usual
+/// [`VirtioDevice::read_config`].
+pub fn read_part(config: &[u8], offset: u64, data: &mut [u8]) {
+    let there = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    data.fill(0);
+    for (byte, value) in data.iter_mut().zip(there) {
+        *byte = *value;
+    }
+}

@@ -4,6 +4,7 @@
 pub mod block;
 mod core;
 pub mod device;
+pub mod fs;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -14,6 +15,8 @@ mod proofs;
 pub mod queue;
 pub mod rng;
 pub mod saved;
+pub mod vhost_user;
+pub mod vsock;
 
 use crate::events::Subscriber;
 use crate::state::StateError;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vm_memory::GuestMemoryMmap;
 
-use super::device::{Active, Progress, VirtioDevice};
+use super::device::{Active, Progress, VirtioDevice, read_part};
 use super::queue::{Budget, Chain, Faults, Verdict, serve};
 use crate::state::{self, StateError, Version};
 
@@ -234,11 +234,7 @@ impl VirtioDevice for Port {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let there = usize::try_from(offset).ok().and_then(|offset| CONFIG.get(offset..)).unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(there) {
-            *byte = *value;
-        }
+        read_part(&CONFIG, offset, data);
     }
 
     /// An emergency write is not offered, and nothing else is the driver's to write.

@@ -1,7 +1,13 @@
 //! The block device: an honest driver and a hostile one, over real files and images.
 
+mod durable;
+mod errors;
+mod grow;
+mod images;
+mod limits;
 mod model;
 mod qcow2;
+mod ring;
 mod room;
 
 use std::fs::{self, File};
@@ -9,7 +15,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 use devices::testing::{CARRIERS, RUNNING};
 use devices::virtio::block::disk::{ByteRange, Disk, DiskError};
@@ -152,14 +158,23 @@ fn a_file_that_shrinks_is_an_error_of_the_disk() {
 }
 
 /// A disk whose host fails.
+#[derive(Default)]
 struct Failing {
     flushes: AtomicU32,
-    error: Option<i32>,
+    /// The host's error; 0 is none.
+    error: AtomicI32,
 }
 
 impl Failing {
+    fn with(error: i32) -> Arc<Self> {
+        Arc::new(Self { error: error.into(), ..Self::default() })
+    }
+
     fn result(&self) -> io::Result<()> {
-        self.error.map_or(Ok(()), |number| Err(io::Error::from_raw_os_error(number)))
+        match self.error.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            number => Err(io::Error::from_raw_os_error(number)),
+        }
     }
 }
 
@@ -189,12 +204,15 @@ impl Disk for Failing {
     fn write_zeroes(&self, _: ByteRange, _: bool) -> io::Result<()> {
         self.result()
     }
+    fn grow(&self, _: u64) -> io::Result<()> {
+        self.result()
+    }
 }
 
 #[test]
 fn errors_of_the_host_are_the_guests_to_see() {
     for number in [libc::ENOSPC, libc::EIO] {
-        let disk = Arc::new(Failing { flushes: 0.into(), error: Some(number) });
+        let disk = Failing::with(number);
         let mut room = Room::new(CARRIERS[0], disk, 0);
         assert_eq!(room.write(0, &[1; 512]), IO_ERROR);
         assert_eq!(room.request(0, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, VRING_DESC_F_WRITE)]).0, IO_ERROR);
@@ -207,7 +225,7 @@ fn errors_of_the_host_are_the_guests_to_see() {
 #[test]
 fn a_driver_that_can_not_flush_has_each_write_made_to_last() {
     for (refused, wce, flushes) in [(0, 1, 0), (1 << VIRTIO_BLK_F_FLUSH, 1, 2), (0, 0, 2)] {
-        let disk = Arc::new(Failing { flushes: 0.into(), error: None });
+        let disk = Failing::with(0);
         let mut room = Room::new(CARRIERS[0], disk.clone(), refused);
         room.guest.raw_write(0x100 + 32, &[wce]);
         assert_eq!(room.write(0, &[1; 512]), OK);

@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
+use std::thread;
 
-use devices::testing::CARRIERS;
+use devices::testing::{CARRIERS, GuestRam};
 use devices::virtio::block::disk::{Disk, DiskError};
 use devices::virtio::block::qcow2::{Qcow2Disk, Qcow2Options};
 use devices::virtio::block::raw::Cache;
+use devices::virtio::queue::IoVectors;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::room::*;
@@ -18,7 +21,7 @@ pub struct Image {
     directory: TempDir,
 }
 
-fn qemu_img(arguments: &[&str]) -> String {
+pub fn qemu_img(arguments: &[&str]) -> String {
     let output =
         Command::new("qemu-img").args(arguments).output().expect("qemu-img is installed (make setup)");
     assert!(output.status.success(), "{arguments:?}: {output:?}");
@@ -159,4 +162,35 @@ fn an_image_that_is_refused_does_not_change() {
     fs::write(&path, &bytes).unwrap();
     assert!(matches!(Qcow2Disk::open(&path, options(Cache::Buffered)), Err(DiskError::Image { .. })));
     assert!(fs::read(&path).unwrap() == bytes);
+}
+
+#[test]
+fn zeros_beside_a_write_in_one_cluster_lose_nothing_of_it() {
+    let image = Image::new();
+    let path = image.make("disk.qcow2", false, "cluster_size=64k");
+    let disk = open(&path, Cache::Buffered);
+    let ram = GuestRam::new();
+    let start = Barrier::new(2);
+    for round in 1..=200u8 {
+        disk.discard(0..65536).unwrap();
+        ram.memory.write_slice(&[round; 4096], GuestAddress(0)).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut bytes = IoVectors::new(Arc::clone(&ram.memory));
+                assert!(bytes.push(GuestAddress(0), 4096));
+                start.wait();
+                disk.write(&mut bytes, 32768).unwrap();
+            });
+            scope.spawn(|| {
+                start.wait();
+                disk.write_zeroes(8192..12288, false).unwrap();
+            });
+        });
+        let mut there = IoVectors::new(Arc::clone(&ram.memory));
+        assert!(there.push(GuestAddress(8192), 4096));
+        disk.read(&mut there, 32768).unwrap();
+        let mut bytes = [0; 4096];
+        ram.memory.read_slice(&mut bytes, GuestAddress(8192)).unwrap();
+        assert_eq!(bytes, [round; 4096], "round {round}");
+    }
 }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use devices::testing::{BUFFERS, Carrier, Guest};
 use devices::virtio::block::Block;
 use devices::virtio::block::disk::Disk;
+use devices::virtio::block::handle::Handle;
 use devices::virtio::block::raw::{Cache, RawDisk, RawOptions};
+use devices::virtio::block::ring;
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
@@ -35,16 +37,39 @@ pub fn raw(path: &Path, options: RawOptions) -> Arc<dyn Disk> {
     Arc::new(RawDisk::open(path, options).unwrap())
 }
 
+/// Whether the kernel does what it can by itself. All tests are there twice: so in the program `block`, and with
+/// threads alone in `block_on_threads`.
+pub fn with_ring() -> bool {
+    env!("CARGO_CRATE_NAME") == "block" && ring::look().is_ok()
+}
+
+/// A device, on the engine that this program is about.
+pub fn block(disk: Arc<dyn Disk>, id: &str, queues: u16) -> Block {
+    let block = Block::new(disk, id, queues).unwrap();
+    if with_ring() { block } else { block.on_threads() }
+}
+
+/// What a test of this module is called on the command line.
+pub fn this_test(module: &str, name: &str) -> String {
+    let (_, within) = module.split_once("::").unwrap();
+    format!("{within}::{name}")
+}
+
 pub struct Room {
     pub guest: Guest,
+    pub handle: Handle,
 }
 
 impl Room {
     pub fn new(carrier: Carrier, disk: Arc<dyn Disk>, refused: u64) -> Self {
-        let block = Block::new(disk, "disk-of-a-long-name-indeed", 2).unwrap();
+        Self::of(carrier, block(disk, "disk-of-a-long-name-indeed", 2), refused)
+    }
+
+    pub fn of(carrier: Carrier, block: Block, refused: u64) -> Self {
+        let handle = block.handle();
         let mut guest = Guest::on(carrier, |_| Box::new(block));
         guest.start(refused);
-        Self { guest }
+        Self { guest, handle }
     }
 
     pub fn memory(&self) -> &vm_memory::GuestMemoryMmap {
@@ -60,10 +85,14 @@ impl Room {
         sector: u64,
         data: &[(u64, u32, u32)],
     ) -> (Option<u8>, u32) {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.memory().write_slice(&header, GuestAddress(HEADER)).unwrap();
+        self.ask(queue, kind, sector, data);
+        let written = self.finished(queue);
+        (self.status(), written)
+    }
+
+    /// Sends a request, and does not wait.
+    pub fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[(u64, u32, u32)]) {
+        self.write_header(kind, sector);
         self.memory().write_obj(0xaa_u8, GuestAddress(STATUS)).unwrap();
         self.guest.describe(queue, 0, HEADER, 16, VRING_DESC_F_NEXT, 1);
         let mut place = 1;
@@ -73,9 +102,20 @@ impl Room {
         }
         self.guest.describe(queue, place, STATUS, 1, VRING_DESC_F_WRITE, 0);
         self.guest.send(queue, 0);
-        let written = self.finished(queue);
+    }
+
+    /// Writes a request's header.
+    pub fn write_header(&self, kind: u32, sector: u64) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.memory().write_slice(&header, GuestAddress(HEADER)).unwrap();
+    }
+
+    /// How the last request ended, if it did.
+    pub fn status(&self) -> Option<u8> {
         let status: u8 = self.memory().read_obj(GuestAddress(STATUS)).unwrap();
-        ((status != 0xaa).then_some(status), written)
+        (status != 0xaa).then_some(status)
     }
 
     pub fn finished(&mut self, queue: usize) -> u32 {

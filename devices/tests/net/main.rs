@@ -2,6 +2,7 @@
 
 mod attack;
 mod hostile;
+mod limits;
 mod room;
 mod tap;
 
@@ -34,7 +35,7 @@ fn frames_go_both_ways() {
             assert_eq!(peer.all(), [&frame[..]], "{len}");
             bytes += len as u64;
         }
-        let all = Traffic { frames: 7, bytes, dropped: 0 };
+        let all = Traffic { frames: 7, bytes, ..Traffic::default() };
         assert_eq!(room.traffic(Direction::Received), all);
         assert_eq!(room.traffic(Direction::Sent), all);
         assert!(room.guest.interrupts() > 0);

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use devices::bucket::RateLimits;
 use devices::testing::{BUFFERS, Carrier, Guest, HIGH};
 use devices::virtio::net::backend::Backend;
 use devices::virtio::net::counters::{Counters, Direction, Traffic};
@@ -55,8 +56,13 @@ pub fn stream() -> (Backend, Peer) {
 impl Room {
     /// A guest whose driver has set the NIC up with all features but `refused`.
     pub fn new(carrier: Carrier, backend: Backend, refused: u64) -> Self {
+        Self::limited(carrier, backend, refused, RateLimits::default())
+    }
+
+    /// The same with limits.
+    pub fn limited(carrier: Carrier, backend: Backend, refused: u64, limits: RateLimits) -> Self {
         let lost = Arc::new(AtomicU32::new(0));
-        let net = nic(backend, &lost);
+        let net = nic(backend, &lost).limited(limits);
         let counters = net.counters();
         let mut guest = Guest::on(carrier, |_| Box::new(net));
         guest.start(refused);

@@ -259,6 +259,29 @@ fn what_is_no_tap_is_refused_with_what_to_do() {
     });
 }
 
+#[test]
+fn a_tap_in_a_bridge_is_there_as_long_as_its_nic() {
+    in_own_network("tap::a_tap_in_a_bridge_is_there_as_long_as_its_nic", || {
+        let error = Tap::in_bridge("lo", mac()).map(drop).unwrap_err();
+        assert!(matches!(&error, NetError::NoBridge(name) if name == "lo"), "{error}");
+        let made = std::process::Command::new("ip").args(["link", "add", "br0", "type", "bridge"]).status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: this kernel has no bridges");
+            return;
+        }
+        ip("link set br0 mtu 1400 up");
+        let (first, second) = (Tap::in_bridge("br0", mac()).unwrap(), Tap::in_bridge("br0", mac()).unwrap());
+        assert_eq!((first.name(), second.name(), first.mtu()), ("ballast0", "ballast1", Some(1400)));
+        let seen = shown("ballast0");
+        for part in ["fe:54:00:12:34:56", " master br0 ", ",UP,"] {
+            assert!(seen.contains(part), "{part}: {seen}");
+        }
+        drop(first);
+        assert_eq!(shown("ballast0"), "", "it has gone");
+        assert!(shown("ballast1").contains(" master br0 "));
+    });
+}
+
 /// An interface's file as another program would hand it over.
 fn handed_over(name: &str, flags: libc::c_int) -> File {
     let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();

@@ -1,9 +1,9 @@
-# finish.sh ROOT IMAGE OFFSET KIB UUID PARTUUID SPREAD: makes a file system of the files in ROOT, at OFFSET bytes
-# of IMAGE, KIB large.
+# finish.sh ROOT IMAGE OFFSET KIB UUID PARTUUID SPREAD RULE TEXT: makes a file system of the files in ROOT, at OFFSET
+# bytes of IMAGE, KIB large, with a rule of udev's.
 set -eu
 umask 022
 export LC_ALL=C
-root=$1 image=$2 offset=$3 kib=$4 uuid=$5 partuuid=$6 spread=$7
+root=$1 image=$2 offset=$3 kib=$4 uuid=$5 partuuid=$6 spread=$7 rule=$8 text=$9
 cd "$root"
 
 # Each guest makes its own.
@@ -55,6 +55,8 @@ ln -sfn ../run/systemd/resolve/stub-resolv.conf etc/resolv.conf
 printf '%s\n' localhost > etc/hostname
 printf '%s\n' '127.0.0.1 localhost' '::1 localhost ip6-localhost ip6-loopback' 'ff02::1 ip6-allnodes' \
     'ff02::2 ip6-allrouters' > etc/hosts
+
+printf '%s' "$text" > "./$rule"
 
 # The newest file of a package is the newest of all: what came later was made here.
 newest=$(find usr/share/doc -name 'changelog*' -type f -printf '%T@\n' | cut -d. -f1 | sort -n | tail -n 1)

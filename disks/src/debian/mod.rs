@@ -181,7 +181,8 @@ impl Build {
         let Self { release, size, mirror, .. } = self;
         let mirror = mirror.as_deref().unwrap_or_default();
         let kind = if self.is_qcow2() { "qcow2" } else { "raw" };
-        format!("{release} {} {mirror} {kind} {} {}", size.0, PACKAGES.join(" "), work::FINISH)
+        let made_here = [work::FINISH, crate::WAKE_RULE_PATH, crate::WAKE_RULE].join(" ");
+        format!("{release} {} {mirror} {kind} {} {made_here}", size.0, PACKAGES.join(" "))
     }
 
     /// Looks at what can be known before the work begins.

@@ -101,7 +101,7 @@ impl Work {
             .arg(ROOT_START.0.to_string())
             .arg(kib(size));
         command.arg(identity.root.to_string()).arg(identity.partition.to_string());
-        command.arg(identity.spread.to_string());
+        command.arg(identity.spread.to_string()).arg(crate::WAKE_RULE_PATH).arg(crate::WAKE_RULE);
         command
     }
 }

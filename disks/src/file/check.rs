@@ -55,8 +55,8 @@ pub fn check(path: &Path, format: Format, stop: &Stop) -> Result<Check, FileErro
         return Err(devices::virtio::block::disk::DiskError::Locked { path }.into());
     }
     if format == Format::Raw {
-        super::whole(info.size)?;
-        return Ok(nothing);
+        let is_whole = super::whole(info.size)? == info.size;
+        return if is_whole { Ok(nothing) } else { Err(FileError::Size(info.size.0.to_string())) };
     }
     tool::look_for([&QEMU_IMG])?;
     let mut command = Command::new(QEMU_IMG.program);

@@ -156,8 +156,12 @@ fn io_of(path: &Path) -> impl Fn(io::Error) -> FileError {
     move |source| FileError::Io { path: path.to_owned(), source }
 }
 
-/// A size that a disk may have.
-fn whole(size: Bytes) -> Result<Bytes, FileError> {
-    let fits = size > Bytes::ZERO && size.0.is_multiple_of(SECTOR) && size <= MOST_SIZE;
-    if fits { Ok(size) } else { Err(FileError::Size(size.0.to_string())) }
+/// The size that a disk may have which is next below: people write 1.1G.
+///
+/// # Errors
+/// [`FileError::Size`] where no disk may have that, or less than a sector is left.
+pub fn whole(size: Bytes) -> Result<Bytes, FileError> {
+    let whole = Bytes(size.0 - size.0 % SECTOR);
+    let fits = whole > Bytes::ZERO && whole <= MOST_SIZE;
+    if fits { Ok(whole) } else { Err(FileError::Size(size.0.to_string())) }
 }

@@ -48,7 +48,7 @@ pub fn resize(path: &Path, format: Format, size: NewSize) -> Result<Info, FileEr
     let is = Info { in_use: false, ..Info::of(path, format)? };
     let asked = whole(match size {
         NewSize::To(size) => size,
-        NewSize::By(more) => is.size.saturating_add(more),
+        NewSize::By(more) => is.size.saturating_add(whole(more)?),
     })?;
     if asked < is.size {
         return Err(FileError::Smaller { is: is.size, asked });

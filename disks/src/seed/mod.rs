@@ -15,8 +15,8 @@ use serde_json::json;
 pub use self::text::SeedError;
 pub use self::user::{SshKeys, UserName};
 
-/// DHCP on each Ethernet, and no wait for one at boot: the names are those of the images' own configuration, with
-/// which this is merged.
+/// DHCP on each Ethernet: the names are those of the images' own configuration, with which this is merged. None is
+/// `optional`: where all are, Debian 12's systemd-networkd-wait-online waits for two minutes and fails.
 const NETWORK: &str = "\
 version: 2
 ethernets:
@@ -24,12 +24,36 @@ ethernets:
     match: {name: 'en*'}
     dhcp4: true
     dhcp6: true
-    optional: true
   all-eth:
     match: {name: 'eth*'}
     dhcp4: true
     dhcp6: true
-    optional: true
+";
+
+/// sshd for the host: systemd does the same by itself from version 256 on (systemd-ssh-generator(8)).
+const SSH_SOCKET: &str = "\
+[Unit]
+Description=OpenSSH server for this machine's host
+ConditionPathExists=!/usr/lib/systemd/system-generators/systemd-ssh-generator
+
+[Socket]
+ListenStream=vsock::22
+Accept=yes
+
+[Install]
+WantedBy=sockets.target
+";
+
+const SSH_SERVICE: &str = "\
+[Unit]
+Description=OpenSSH server for a connection of this machine's host
+After=ssh.service
+
+[Service]
+ExecStart=-/usr/sbin/sshd -i
+StandardInput=socket
+RuntimeDirectory=sshd
+RuntimeDirectoryPreserve=yes
 ";
 
 /// The files of a seed.
@@ -66,8 +90,9 @@ impl Seed {
         Ok(Self { meta_data, user_data: user_data.to_owned(), network_config: NETWORK.to_owned() })
     }
 
-    /// User-data for a guest that has one user more, who may become root and logs in with one of `keys`.
-    pub fn user_data_of(user: &UserName, keys: &SshKeys) -> String {
+    /// User-data for a guest that has one user more, who may become root and logs in with one of `keys`. `by_vsock` has
+    /// sshd listen for the host as well. The guest wakes by its power button.
+    pub fn user_data_of(user: &UserName, keys: &SshKeys, by_vsock: bool) -> String {
         let user = json!({
             "name": user.as_str(),
             "shell": "/bin/bash",
@@ -75,8 +100,20 @@ impl Seed {
             "lock_passwd": true,
             "ssh_authorized_keys": keys.lines(),
         });
+        let mut files = vec![json!({ "path": crate::WAKE_RULE_PATH, "content": crate::WAKE_RULE })];
+        let mut commands = vec![
+            json!(["udevadm", "control", "--reload"]),
+            json!(["udevadm", "trigger", "--sysname-match=ttyS0"]),
+        ];
+        if by_vsock {
+            let unit = |name: &str, content: &str| json!({ "path": format!("/etc/systemd/system/{name}"), "content": content });
+            files.extend([unit("ssh-vsock.socket", SSH_SOCKET), unit("ssh-vsock@.service", SSH_SERVICE)]);
+            commands.push(json!(["systemctl", "daemon-reload"]));
+            commands.push(json!(["systemctl", "enable", "--now", "ssh-vsock.socket"]));
+        }
+        let config = json!({ "users": [user], "write_files": files, "runcmd": commands });
         // What is JSON is YAML as well.
-        format!("#cloud-config\n{:#}\n", json!({ "users": [user] }))
+        format!("#cloud-config\n{config:#}\n")
     }
 
     /// User-data for a guest of which nothing but its host name is asked.
@@ -166,11 +203,15 @@ mod tests {
     fn a_user_is_put_in_whatever_the_key_says() {
         let keys = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBZk me: \"here\" # {x}\n";
         let keys: SshKeys = keys.parse().expect("a key");
-        let text = Seed::user_data_of(&"me".parse().expect("a name"), &keys);
+        let text = Seed::user_data_of(&"me".parse().expect("a name"), &keys, true);
         assert!(Seed::new(&text, None, None).is_ok(), "{text}");
         let read: serde_json::Value = serde_saphyr::from_str(&text).expect("YAML");
         let user = &read["users"][0];
         assert_eq!(user["name"], "me");
         assert_eq!(user["ssh_authorized_keys"][0].as_str(), keys.lines().first().map(String::as_str));
+        assert_eq!(read["write_files"][0]["content"].as_str(), Some(crate::WAKE_RULE));
+        assert_eq!(read["write_files"][1]["content"].as_str(), Some(SSH_SOCKET));
+        let without = Seed::user_data_of(&"me".parse().expect("a name"), &keys, false);
+        assert!(!without.contains("vsock"), "{without}");
     }
 }

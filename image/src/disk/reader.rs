@@ -228,7 +228,7 @@ fn serve(line: &mut Line, disk: &dyn Source) -> Result<Found, Lost> {
 fn check(plan: Plan) -> Result<Plan, SearchError> {
     let names = [&plan.place, &plan.by, &plan.kernel, &plan.cmdline];
     let is_clean = |text: &String| text.len() <= LONGEST_LINE && !text.chars().any(char::is_control);
-    if names.into_iter().chain(&plan.initrd).all(is_clean) {
+    if names.into_iter().chain(&plan.initrd).chain(&plan.memory_driver).all(is_clean) {
         Ok(plan)
     } else {
         Err(senseless("its plan has words that can't be used"))

@@ -4,14 +4,16 @@
 //! is zero already. So what is left of it is what has to be written.
 //!
 //! All numbers have their low byte first: 16 bytes that name the format, the hash of the bzImage, the hash of all that
-//! follows, then eight numbers of 64 bits ([`Shape`]), the extents (distance from the kernel's first byte, length), the places of
-//! the relocations in 32 bits each, and the bytes of the extents.
+//! follows up to the contents; the hash of the contents, eight numbers of 64 bits ([`Shape`]), the extents (distance
+//! from the kernel's first byte, length), the places of the relocations in 32 bits each; and the contents, which are
+//! the bytes of the extents.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::path::PathBuf;
 
-use vm_memory::{ReadVolatile, VolatileMemory, VolatileSlice, bitmap::BitmapSlice};
+use vm_memory::{VolatileMemory, VolatileSlice, bitmap::BitmapSlice};
 
 use super::elf::Kernel;
 use super::header::{SMALLEST_ALIGNMENT, SetupHeader};
@@ -20,13 +22,13 @@ use super::{IMAGE_SPACE, LARGEST_UNPACKED, part};
 use crate::Error;
 
 /// What files begin with; the last byte is the version.
-const MAGIC: [u8; 16] = *b"ballast kernel\0\x01";
+const MAGIC: [u8; 16] = *b"ballast kernel\0\x02";
 /// Bytes of a hash.
 const HASH: usize = blake3::OUT_LEN;
 /// Numbers before the extents.
 const NUMBERS: usize = 8;
 /// Bytes before the extents.
-const HEAD: usize = MAGIC.len() + 2 * HASH + NUMBERS * size_of::<u64>();
+const HEAD: usize = MAGIC.len() + 3 * HASH + NUMBERS * size_of::<u64>();
 /// What is looked at for zeros: a page, as the host gives memory by pages.
 const PAGE: usize = 4096;
 /// Read at a time.
@@ -111,20 +113,21 @@ pub fn prepare(image: &[u8], to: &mut impl Write) -> Result<(), Error> {
         relocations.subtract_32.len() as u64,
         relocations.add_64.len() as u64,
     ];
-    let mut tables: Vec<u8> = shape.iter().flat_map(|number| number.to_le_bytes()).collect();
+    let contents = || extents.iter().filter_map(|(_, extent)| part(&file, extent.clone()));
+    let mut hasher = blake3::Hasher::new();
+    for bytes in contents() {
+        hasher.update(bytes);
+    }
+    let mut tables = hasher.finalize().as_bytes().to_vec();
+    tables.extend(shape.iter().flat_map(|number| number.to_le_bytes()));
     for (place, extent) in &extents {
         tables.extend([*place, extent.end - extent.start].iter().flat_map(|number| number.to_le_bytes()));
     }
     for places in [&relocations.add_32, &relocations.subtract_32, &relocations.add_64] {
         tables.extend(places.iter().flat_map(|place| place.to_le_bytes()));
     }
-    let contents = || extents.iter().filter_map(|(_, extent)| part(&file, extent.clone()));
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&tables);
-    for bytes in contents() {
-        hasher.update(bytes);
-    }
-    let head = [&MAGIC[..], blake3::hash(image).as_bytes(), hasher.finalize().as_bytes(), &tables].concat();
+    let head =
+        [&MAGIC[..], blake3::hash(image).as_bytes(), blake3::hash(&tables).as_bytes(), &tables].concat();
     to.write_all(&head).map_err(Error::Write)?;
     contents().try_for_each(|bytes| to.write_all(bytes)).map_err(Error::Write)
 }
@@ -135,10 +138,15 @@ fn pages(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     range.step_by(PAGE).map(move |start| start..end.min(start + PAGE as u64))
 }
 
-/// A file of this kind that has been checked.
+/// A file of this kind whose tables have been checked. Its contents are checked when they are [loaded](Self::load), so
+/// that they are read once.
 #[derive(Debug)]
 pub struct PreparedKernel {
     file: File,
+    /// The hash of its contents.
+    expected: blake3::Hash,
+    /// Where it is kept for the next start.
+    kept: Option<PathBuf>,
     shape: Shape,
     /// Where in memory, from the kernel's first byte on, and how long.
     extents: Vec<(usize, usize)>,
@@ -150,7 +158,7 @@ impl PreparedKernel {
     /// Checks a file that was made of the bzImage with this `key`.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::Prepared`] where it is not as it was written, or says what no kernel has.
+    /// [`Error::Read`]; [`Error::Prepared`] where its tables are not as they were written, or say what no kernel has.
     pub fn open(mut file: File, key: &Key) -> Result<Self, Error> {
         let length = file.metadata().map_err(Error::Read)?.len();
         file.rewind().map_err(Error::Read)?;
@@ -158,32 +166,29 @@ impl PreparedKernel {
         file.read_exact(&mut head).map_err(|_| Error::Prepared("it is cut off"))?;
         let (magic, rest) = head.split_first_chunk().unwrap_or((&[0; 16], &[]));
         let (made_of, rest) = rest.split_first_chunk::<HASH>().unwrap_or((&[0; HASH], &[]));
-        let (expected, numbers) = rest.split_first_chunk::<HASH>().unwrap_or((&[0; HASH], &[]));
+        let (of_tables, rest) = rest.split_first_chunk::<HASH>().unwrap_or((&[0; HASH], &[]));
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(rest);
+        let (of_contents, numbers) = rest.split_first_chunk::<HASH>().unwrap_or((&[0; HASH], &[]));
         if *magic != MAGIC || made_of != key.as_bytes() {
             return Err(Error::Prepared("it was made of another kernel, or by another ballast"));
-        }
-        file.seek(SeekFrom::Start((MAGIC.len() + 2 * HASH) as u64)).map_err(Error::Read)?;
-        if hash(&mut file).map_err(Error::Read)? != *expected {
-            return Err(Error::Prepared("its contents have changed"));
         }
         let mut numbers = numbers.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
         let mut number = || numbers.next().unwrap_or_default();
         let shape = Shape { base: number(), alignment: number(), size: number(), entry: number() };
         shape.check()?;
-        let counts = [number(), number(), number(), number()];
-        file.seek(SeekFrom::Start(HEAD as u64)).map_err(Error::Read)?;
-        Self::read_tables(file, length, shape, counts)
-    }
-
-    fn read_tables(mut file: File, length: u64, shape: Shape, counts: [u64; 4]) -> Result<Self, Error> {
+        let [extents, places @ ..] = [number(), number(), number(), number()];
         let too_many = Error::Prepared("it has more parts than a kernel");
-        let [extents, places @ ..] = counts;
         let relocations: u64 = places.iter().fold(0, |sum, count| sum.saturating_add(*count));
         if extents > shape.size.div_ceil(PAGE as u64) || relocations > relocations::MOST as u64 {
             return Err(too_many);
         }
         let mut tables = vec![0; (extents * 16 + relocations * 4) as usize];
         file.read_exact(&mut tables).map_err(|_| Error::Prepared("it is cut off"))?;
+        hasher.update(&tables);
+        if hasher.finalize() != *of_tables {
+            return Err(Error::Prepared("its tables have changed"));
+        }
         let (spans, words) = tables.split_at_checked(extents as usize * 16).ok_or(too_many)?;
         let outside = || Error::Prepared("a part of it lies outside the kernel");
         let (mut extents, mut end, mut total) = (Vec::new(), 0, 0u64);
@@ -210,7 +215,21 @@ impl PreparedKernel {
         });
         let mut next = || places.next().unwrap_or_else(|| Err(outside()));
         let relocations = Relocations { add_32: next()?, subtract_32: next()?, add_64: next()? };
-        Ok(Self { file, shape, extents, contents, relocations })
+        let expected = blake3::Hash::from_bytes(*of_contents);
+        Ok(Self { file, expected, kept: None, shape, extents, contents, relocations })
+    }
+
+    /// It is kept in this file.
+    pub(crate) fn kept_in(self, path: PathBuf) -> Self {
+        Self { kept: Some(path), ..self }
+    }
+
+    /// Removes it from where it is kept, as it can't be [loaded](Self::load): the next start unpacks anew.
+    pub fn forget(&self) {
+        if let Some(path) = &self.kept {
+            // One that stays costs the next start as much as this one.
+            let _ = fs::remove_file(path);
+        }
     }
 
     /// Its numbers.
@@ -223,7 +242,7 @@ impl PreparedKernel {
         &self.relocations
     }
 
-    /// What of it is not zero, one part behind the other.
+    /// What of it is not zero, one part behind the other. Nobody has checked it.
     ///
     /// # Errors
     /// It can't be read.
@@ -237,14 +256,22 @@ impl PreparedKernel {
     /// for [`Shape::base`].
     ///
     /// # Errors
-    /// [`Error::Read`], and then `memory` holds a part of it.
+    /// [`Error::Read`]; [`Error::Prepared`] where it is not as it was written. Then `memory` holds a part of it.
     pub fn load<B: BitmapSlice>(&self, memory: &VolatileSlice<'_, B>, distance: u64) -> Result<(), Error> {
         let read = |error: vm_memory::VolatileMemoryError| Error::Read(io::Error::other(error.to_string()));
         let mut file = &self.file;
         file.seek(SeekFrom::Start(self.contents)).map_err(Error::Read)?;
+        let (mut hasher, mut chunk) = (blake3::Hasher::new(), vec![0; CHUNK]);
         for &(start, length) in &self.extents {
-            let mut part = memory.get_slice(start, length).map_err(read)?;
-            file.read_exact_volatile(&mut part).map_err(read)?;
+            for done in (0..length).step_by(CHUNK) {
+                let piece = chunk.get_mut(..CHUNK.min(length - done)).unwrap_or_default();
+                file.read_exact(piece).map_err(Error::Read)?;
+                hasher.update(piece);
+                memory.get_slice(start + done, piece.len()).map_err(read)?.copy_from(piece);
+            }
+        }
+        if hasher.finalize() != self.expected {
+            return Err(Error::Prepared("its contents have changed"));
         }
         self.relocations.apply(memory, distance).map_err(read)
     }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
+use super::recent::{Recent, RecentRead};
+
 /// The most output that waits for a reader who is slow, in bytes.
 pub const MOST_WAITING: usize = 1 << 20;
 /// The most that waits while there is no reader, in bytes: enough for what a kernel says as it boots.
@@ -85,6 +87,7 @@ pub(super) struct Output {
 
 pub(super) struct State {
     bytes: VecDeque<u8>,
+    recent: Recent,
     /// How much of the front is on its way to the reader.
     in_flight: usize,
     /// Bytes that are missing.
@@ -126,6 +129,7 @@ impl Output {
         };
         let state = State {
             bytes: VecDeque::new(),
+            recent: Recent::default(),
             in_flight: 0,
             gap: 0,
             gap_at: 0,
@@ -142,14 +146,17 @@ impl Output {
         Self { state: Mutex::new(state), more: Condvar::new(), less: Condvar::new() }
     }
 
-    /// Takes a byte from the guest. It never waits, and always has room.
-    pub(super) fn put(&self, byte: u8, now: Instant) {
+    /// Takes a byte from the guest. It never waits, and always has room. Returns whether somebody waits for
+    /// recent output.
+    #[must_use]
+    pub(super) fn put(&self, byte: u8, now: Instant) -> bool {
         let mut state = self.lock();
+        let awaited = state.recent.push(byte);
         match state.reader {
-            Reader::Unwanted => return,
+            Reader::Unwanted => return awaited,
             Reader::Gone => {
                 state.lost = state.lost.saturating_add(1);
-                return;
+                return awaited;
             }
             Reader::Present | Reader::Awaited | Reader::Refuses { .. } => {}
         }
@@ -171,6 +178,17 @@ impl Output {
             drop(state);
             self.more.notify_one();
         }
+        awaited
+    }
+
+    /// Appends at most `most` bytes of recent output from `position` on to `into`.
+    pub(super) fn read_recent(&self, position: u64, most: usize, into: &mut Vec<u8>) -> RecentRead {
+        self.lock().recent.read(position, most, into)
+    }
+
+    /// Has [`put`](Self::put) say when there is output at `position`. Returns whether there is some already.
+    pub(super) fn await_recent(&self, position: u64) -> bool {
+        self.lock().recent.wait(position)
     }
 
     /// Whether a driver that can be held back may go on at `now`.
@@ -330,6 +348,11 @@ impl Output {
     }
 }
 
+/// What stands in the stream where `count` bytes are missing.
+pub fn missing(count: u64) -> Vec<u8> {
+    format!("\r\n[ballast: {count} bytes of console output are missing here]\r\n").into_bytes()
+}
+
 /// What the thread does next that brings output to the reader.
 enum Step {
     Give,
@@ -382,8 +405,7 @@ impl State {
             most = most.min(self.gap_at);
         } else if self.gap > 0 && self.mark.is_empty() {
             let gap = std::mem::take(&mut self.gap);
-            self.mark =
-                format!("\r\n[ballast: {gap} bytes of console output are missing here]\r\n").into_bytes();
+            self.mark = missing(gap);
         }
         if !self.mark.is_empty() {
             chunk.extend_from_slice(&self.mark);

@@ -11,7 +11,7 @@ use super::*;
 
 fn put(output: &Output, text: &[u8]) {
     let now = Instant::now();
-    text.iter().for_each(|byte| output.put(*byte, now));
+    text.iter().for_each(|byte| _ = output.put(*byte, now));
 }
 
 /// Without waiting.

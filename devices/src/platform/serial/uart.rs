@@ -85,6 +85,8 @@ pub(super) struct Effects {
     pub(super) wake: Option<Instant>,
     /// Tell whoever brings input that there is room again.
     pub(super) room: bool,
+    /// Tell whoever waits for recent output that there is some.
+    pub(super) recent: bool,
 }
 
 pub(super) struct Uart {
@@ -215,10 +217,11 @@ impl Uart {
     /// The guest writes a register.
     pub(super) fn write(&mut self, register: u8, value: u8, now: Instant) -> Effects {
         self.polls = 0;
+        let mut recent = false;
         match register {
             DATA if self.is_divisor() => self.divisor[0] = value,
             IER if self.is_divisor() => self.divisor[1] = value,
-            DATA => self.transmit(value, now),
+            DATA => recent = self.transmit(value, now),
             IER => {
                 self.interrupt_enable = value & IER_BITS;
                 // It is empty, or soon will be. Told also where the bit stood already: a driver that believes it
@@ -239,7 +242,7 @@ impl Uart {
             SCR => self.scratch = value,
             _ => {}
         }
-        self.effects(now)
+        Effects { recent, ..self.effects(now) }
     }
 
     /// Takes input for the guest, as far as there is room, and returns how much that was.
@@ -320,18 +323,19 @@ impl Uart {
         }
     }
 
-    fn transmit(&mut self, byte: u8, now: Instant) {
+    /// Returns whether somebody waits for recent output.
+    fn transmit(&mut self, byte: u8, now: Instant) -> bool {
         self.transmitter_news = true;
         if self.is_looped() {
             if self.looped.len() < FIFO {
                 self.looped.push_back(byte);
             }
-            return;
+            return false;
         }
         if self.enables(IER_TRANSMITTER) {
             self.burst.spend(now);
         }
-        self.output.put(byte, now);
+        self.output.put(byte, now)
     }
 
     /// The interrupt that stands, as it is identified.
@@ -364,6 +368,6 @@ impl Uart {
         self.transmitter_news |= busy.is_some();
         let rests = self.burst.rest(now).filter(|_| self.enables(IER_RECEIVED) && !self.input.is_empty());
         let wake = busy.into_iter().chain(rests).min();
-        Effects { edge: self.stands && !stood, wake, room: false }
+        Effects { edge: self.stands && !stood, wake, room: false, recent: false }
     }
 }

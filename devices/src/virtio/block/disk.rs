@@ -2,7 +2,11 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+
+use parking_lot::RawRwLock;
+use parking_lot::lock_api::ArcRwLockReadGuard;
 
 use super::qcow2::HeadError;
 use crate::virtio::queue::IoVectors;
@@ -33,6 +37,17 @@ pub(super) fn write_zeros(
 
 /// Bytes that belong to a disk, from the first to the one past the last.
 pub type ByteRange = Range<u64>;
+
+/// Keeps others out of a disk's way as long as a request is on its way.
+pub type Hold = ArcRwLockReadGuard<RawRwLock, ()>;
+
+/// Where in a disk's [`file`](Disk::file) the host's kernel can do all of one read or write.
+pub struct Lane {
+    /// The first byte in the file.
+    pub offset: u64,
+    /// Is let go when the request is over.
+    pub hold: Option<Hold>,
+}
 
 /// What holds a disk's data. Its methods are called by several threads at once, for ranges within
 /// [`size`](Self::size) alone.
@@ -76,6 +91,25 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// The host's.
     fn write_zeroes(&self, range: ByteRange, unmap: bool) -> io::Result<()>;
+
+    /// Makes the disk larger, to `size` bytes, which are whole sectors and no fewer than it has. What is added
+    /// reads as zeros, and is there once this returns. One at a time.
+    ///
+    /// # Errors
+    /// The host's; the disk has the size that it had then.
+    fn grow(&self, size: u64) -> io::Result<()>;
+
+    /// The file that the host's kernel may read and write by itself for those requests that have a
+    /// [`lane`](Self::lane). The same for all of the disk's life.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Where a read or a write is that the kernel can do by itself, as it would by [`read`](Self::read) and
+    /// [`write`](Self::write). None where something else has to be done, or waited for.
+    fn lane(&self, _vectors: &IoVectors, _offset: u64) -> Option<Lane> {
+        None
+    }
 }
 
 /// Why a disk can't be used.

@@ -18,6 +18,9 @@ const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
+/// What others must not do.
+const DENY: [i64; 2] = [WRITE, RESIZE];
+
 /// Takes the locks of a process that reads the file, and writes it unless `read_only`. Others may only read it
 /// meanwhile. They go when the last descriptor of this opening of the file is closed. Returns false where
 /// another process does what is denied, or denies what is done.
@@ -25,19 +28,30 @@ const RESIZE: i64 = 3;
 /// # Errors
 /// The file system has no locks.
 pub fn lock(file: &File, read_only: bool) -> io::Result<bool> {
-    let done: &[i64] = if read_only { &[READ] } else { &[READ, WRITE] };
-    let denied: &[i64] = &[WRITE, RESIZE];
     // One's own first, then a look at others': of two that start at once, at least one sees the other.
-    for byte in done.iter().map(|thing| DONE + thing).chain(denied.iter().map(|thing| DENIED + thing)) {
-        share(file, byte)?;
-    }
-    let others = done.iter().map(|thing| DENIED + thing).chain(denied.iter().map(|thing| DONE + thing));
+    hold(file, read_only)?;
+    let others =
+        done(read_only).iter().map(|thing| DENIED + thing).chain(DENY.iter().map(|thing| DONE + thing));
     for byte in others {
         if is_held_by_other(file, byte)? {
             return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// Has another opening of a file keep the locks that this process has already by [`lock`]: they go with the last.
+///
+/// # Errors
+/// The file system has no locks.
+pub fn hold(file: &File, read_only: bool) -> io::Result<()> {
+    let mut bytes =
+        done(read_only).iter().map(|thing| DONE + thing).chain(DENY.iter().map(|thing| DENIED + thing));
+    bytes.try_for_each(|byte| share(file, byte))
+}
+
+fn done(read_only: bool) -> &'static [i64] {
+    if read_only { &[READ] } else { &[READ, WRITE] }
 }
 
 fn record(kind: libc::c_int, byte: i64) -> libc::flock {

@@ -1,19 +1,27 @@
 //! The block device (virtio 1.2, section 5.2).
 //!
-//! The device takes requests from its queues and checks them. Threads of its own (`workers`) do them, in any
-//! order, on a [`Disk`]: the device never waits for the host's disks, but where it is drained.
+//! The device takes requests from its queues and checks them. An `engine` has them done, in any order, on a
+//! [`Disk`]: the kernel by itself (`ring`), or threads (`workers`). The device never waits for the host's disks,
+//! but where it is drained.
 
+mod barrier;
 mod config;
 pub mod disk;
+mod engine;
+pub mod handle;
 mod lock;
 pub mod qcow2;
 pub mod raw;
 mod request;
+pub mod ring;
+mod waiting;
 mod workers;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,10 +34,14 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::Config;
 use self::disk::Disk;
-use self::request::{Bounds, Parsed};
-use self::workers::{Finished, Job, Workers};
-use super::device::{Active, Progress, VirtioDevice};
-use super::queue::{Budget, Faults, Verdict, complete, serve};
+use self::engine::Engine;
+use self::handle::{Handle, OnError, is_of_the_host};
+use self::request::{Bounds, Parsed, Status};
+use self::waiting::{Failed, Limited};
+use self::workers::{Finished, Job, Kind};
+use super::device::{Active, Progress, VirtioDevice, read_part};
+use super::queue::{ActiveQueue, Budget, Chain, Faults, Verdict, complete, serve};
+use crate::bucket::{Bucket, RateLimits};
 use crate::sandbox::{Call, SandboxNeeds};
 use crate::state::{self, StateError, Version};
 
@@ -37,6 +49,10 @@ use crate::state::{self, StateError, Version};
 pub const MOST_QUEUES: u16 = 16;
 
 const QUEUE_SIZE: u16 = 256;
+
+/// Sentences about failures in a second, and at once after a silence: a guest may ask for the same again and
+/// again.
+const SENTENCES: (u64, u64) = (1, 5);
 
 /// Requests that are taken in one event.
 const BUDGET: Budget = Budget { chains: QUEUE_SIZE, bytes: u64::MAX };
@@ -59,7 +75,7 @@ pub struct Block {
     disk: Arc<dyn Disk>,
     id: [u8; VIRTIO_BLK_ID_BYTES as usize],
     queue_sizes: Vec<u16>,
-    workers: Workers,
+    engine: Engine,
     faults: Faults,
     /// What the driver last asked for by the configuration space.
     writeback: bool,
@@ -68,6 +84,14 @@ pub struct Block {
     in_flight: usize,
     /// Room for what is submitted together.
     jobs: Vec<Job>,
+    /// Room for what is given back together, by queue.
+    done: Vec<Vec<(Chain, u32)>>,
+    limited: Limited,
+    on_error: OnError,
+    /// What the host could not do, to be tried again.
+    failed: Failed,
+    sentences: Bucket,
+    handle: Handle,
 }
 
 impl Block {
@@ -81,17 +105,56 @@ impl Block {
         for (byte, value) in bytes.iter_mut().zip(id.bytes()) {
             *byte = value;
         }
+        let queues = queues.clamp(1, MOST_QUEUES);
+        // As many as the queues hold.
+        let engine = Engine::new(Arc::clone(&disk), u32::from(queues) * u32::from(QUEUE_SIZE))?;
         Ok(Self {
-            workers: Workers::new(Arc::clone(&disk))?,
+            handle: Handle::new(id, Arc::clone(&disk), engine.entrance())?,
+            engine,
             disk,
             id: bytes,
-            queue_sizes: vec![QUEUE_SIZE; usize::from(queues.clamp(1, MOST_QUEUES))],
+            queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
+            done: (0..queues).map(|_| Vec::new()).collect(),
             faults: Faults::default(),
             writeback: true,
             flushes: false,
             in_flight: 0,
             jobs: Vec::new(),
+            limited: Limited::new(RateLimits::default())?,
+            on_error: OnError::default(),
+            failed: Failed::new(),
+            sentences: Bucket::new(SENTENCES.0, SENTENCES.1, Instant::now()),
         })
+    }
+
+    /// Holds the device to `limits`.
+    ///
+    /// # Errors
+    /// No timer can be had.
+    pub fn limited(self, limits: RateLimits) -> io::Result<Self> {
+        Ok(Self { limited: Limited::new(limits)?, ..self })
+    }
+
+    /// Has threads do all, as where io_uring is not to be had.
+    #[must_use]
+    pub fn on_threads(self) -> Self {
+        Self { engine: self.engine.on_threads(), ..self }
+    }
+
+    /// Whether the host's kernel does reads and writes by itself (io_uring), as far as the disk lets it.
+    pub fn has_ring(&self) -> bool {
+        self.engine.has_ring()
+    }
+
+    /// Says what becomes of requests that the host can't do.
+    #[must_use]
+    pub fn on_error(self, on_error: OnError) -> Self {
+        Self { on_error, ..self }
+    }
+
+    /// The disk, for its owner.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// Malformed chains handed back since the device was made.
@@ -111,25 +174,114 @@ impl Block {
         }
     }
 
-    /// Gives back what is over.
+    /// Gives back what is over, but for what is to be tried again.
     fn finish(&mut self, active: Option<&mut Active>, finished: Vec<Finished>) {
         self.in_flight = self.in_flight.saturating_sub(finished.len());
         let Some(active) = active else { return };
         let memory = Arc::clone(&active.memory);
-        let mut queues: Vec<Vec<_>> = self.queue_sizes.iter().map(|_| Vec::new()).collect();
-        for Finished { queue, chain, status, filled } in finished {
-            let data: u64 =
-                if filled { chain.writable().iter().map(|buffer| u64::from(buffer.len)).sum() } else { 1 };
+        for Finished { queue, chain, kind, bytes, done } in finished {
+            let status = match done {
+                Ok(()) => {
+                    self.handle.0.counters.done(kind, bytes);
+                    Status::Ok
+                }
+                Err(error) => {
+                    if self.waits_after(&error) {
+                        self.failed.push((queue, chain));
+                        continue;
+                    }
+                    Status::IoError
+                }
+            };
+            let data: u64 = if kind == Kind::Read {
+                chain.writable().iter().map(|buffer| u64::from(buffer.len)).sum()
+            } else {
+                1
+            };
             let written = if request::write_status(&memory, &chain, status) { data } else { 0 };
-            if let Some(queue) = queues.get_mut(queue) {
+            if let Some(queue) = self.done.get_mut(queue) {
                 queue.push((chain, u32::try_from(written).unwrap_or(u32::MAX)));
             }
         }
-        for (index, done) in queues.into_iter().enumerate().filter(|(_, done)| !done.is_empty()) {
-            complete(active, index, done);
+        for (index, done) in self.done.iter_mut().enumerate().filter(|(_, done)| !done.is_empty()) {
+            complete(active, index, done.drain(..));
         }
     }
+
+    /// Takes note of a failure; returns whether its request is to be tried again.
+    fn waits_after(&mut self, error: &io::Error) -> bool {
+        let shared = &self.handle.0;
+        shared.counters.failed();
+        let waits = self.on_error.waits(error);
+        if waits {
+            let mut failure = shared.failure.lock();
+            if failure.is_none() {
+                *failure = Some(format!("{error}: {}", handle::advice(error)));
+                // The one failure is a full counter, which is readable too.
+                let _ = shared.failed.write(1);
+            }
+        } else if !is_of_the_host(error) {
+            tracing::debug!("a request to the disk {} failed: {error}", shared.id);
+        } else if self.sentences.take(Instant::now()) {
+            tracing::warn!(
+                "the host failed the disk {}, and its guest is told (an I/O error): {error}",
+                shared.id
+            );
+        }
+        waits
+    }
+
+    /// Tries again what the host could not do.
+    fn retry(&mut self, active: Option<&mut Active>) {
+        let _ = self.handle.0.retry.read();
+        *self.handle.0.failure.lock() = None;
+        let failed = std::mem::take(&mut self.failed);
+        let Some(active) = active else { return };
+        let memory = Arc::clone(&active.memory);
+        for (index, chain) in failed {
+            // Its driver may have taken the queue back.
+            if !active.queues.get(index).is_some_and(ActiveQueue::is_ready) {
+                continue;
+            }
+            match request::parse(&memory, &chain, self.bounds(), &self.id) {
+                Parsed::Work(work) => {
+                    let write_through = self.is_write_through();
+                    self.jobs.push(Job::new(index, chain, work, write_through));
+                }
+                // The driver has changed it since.
+                Parsed::Answered(..) | Parsed::Malformed => complete(active, index, [(chain, 0)]),
+            }
+        }
+        self.submit();
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds { size: self.disk.size(), read_only: self.disk.is_read_only() }
+    }
+
+    fn is_write_through(&self) -> bool {
+        !(self.flushes && self.writeback)
+    }
+
+    /// Has done what stands in `jobs`.
+    fn submit(&mut self) {
+        self.in_flight = self.in_flight.saturating_add(self.jobs.len());
+        self.engine.submit(&mut self.jobs);
+    }
+
+    /// Has requests of `jobs` pass the limits, and those that wait for them.
+    fn pass(&mut self) {
+        self.limited.pass(&mut self.jobs, &self.handle.0.counters);
+        self.submit();
+    }
 }
+
+/// The device's own events.
+const WAKE: usize = 0;
+const RETRY: usize = 1;
+const MAY_PASS: usize = 2;
+/// Only with a ring.
+const RING: usize = 3;
 
 impl VirtioDevice for Block {
     fn device_id(&self) -> u32 {
@@ -156,10 +308,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let bytes = self.config().bytes();
-        let there = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
-        for (byte, value) in data.iter_mut().zip(there) {
-            *byte = *value;
-        }
+        read_part(&bytes, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -169,7 +318,7 @@ impl VirtioDevice for Block {
     }
 
     fn start(&mut self) -> io::Result<()> {
-        self.workers.start()
+        self.engine.start()
     }
 
     fn activate(&mut self, active: &mut Active) {
@@ -180,19 +329,21 @@ impl VirtioDevice for Block {
         self.faults.forgive();
         self.writeback = true;
         self.flushes = false;
+        self.failed.clear();
+        self.limited.clear();
+        *self.handle.0.failure.lock() = None;
     }
 
     fn drain(&mut self, active: &mut Active) {
         while self.in_flight > 0 {
-            let finished = self.workers.wait_finished();
+            let finished = self.engine.wait_finished();
             self.finish(Some(active), finished);
         }
     }
 
     fn queue_event(&mut self, index: usize, active: &mut Active) -> Progress {
         let memory = Arc::clone(&active.memory);
-        let bounds = Bounds { size: self.disk.size(), read_only: self.disk.is_read_only() };
-        let write_through = !(self.flushes && self.writeback);
+        let (bounds, write_through) = (self.bounds(), self.is_write_through());
         let Self { id, jobs, faults, .. } = self;
         let progress = serve(active, index, faults, BUDGET, |_, chain| {
             match request::parse(&memory, chain, bounds, id) {
@@ -202,23 +353,44 @@ impl VirtioDevice for Block {
                     Verdict::Used(if told { written.saturating_add(1) } else { 0 })
                 }
                 Parsed::Work(work) => {
-                    jobs.push(Job { queue: index, chain: chain.keep(), work, write_through });
+                    jobs.push(Job::new(index, chain.keep(), work, write_through));
                     Verdict::Kept
                 }
             }
         });
-        self.in_flight = self.in_flight.saturating_add(self.jobs.len());
-        self.workers.submit(&mut self.jobs);
+        self.pass();
+        // What is in the host's page cache is done already.
+        let finished = self.engine.take_from_ring();
+        self.finish(Some(active), finished);
         progress
     }
 
     fn own_events(&self) -> Vec<RawFd> {
-        vec![self.workers.wake().as_raw_fd()]
+        let mut events =
+            vec![self.engine.threads_event(), self.handle.0.retry.as_raw_fd(), self.limited.event()];
+        events.extend(self.engine.ring_event());
+        events
     }
 
-    fn own_event(&mut self, _index: usize, active: Option<&mut Active>) {
-        let finished = self.workers.take_finished();
-        self.finish(active, finished);
+    fn own_event(&mut self, index: usize, active: Option<&mut Active>) {
+        match index {
+            WAKE => {
+                let finished = self.engine.take_from_threads();
+                if self.handle.0.grown.swap(false, Ordering::AcqRel)
+                    && let Some(active) = active.as_deref()
+                {
+                    active.config_interrupt.raise();
+                }
+                self.finish(active, finished);
+            }
+            RETRY => self.retry(active),
+            MAY_PASS => self.pass(),
+            RING => {
+                let finished = self.engine.take_from_ring();
+                self.finish(active, finished);
+            }
+            _ => {}
+        }
     }
 
     fn sandbox_needs(&self) -> SandboxNeeds {
@@ -231,10 +403,17 @@ impl VirtioDevice for Block {
             libc::SYS_fsync,
             libc::SYS_ftruncate,
         ];
-        SandboxNeeds::calls(&calls.map(Call::any))
+        let mut calls = calls.map(Call::any).to_vec();
+        if self.has_ring() {
+            calls.extend(ring::CALLS);
+        }
+        SandboxNeeds::calls(&calls)
     }
 
     fn save(&self) -> Result<Value, StateError> {
+        if !self.failed.is_empty() || self.limited.any() {
+            return Err(StateError::Waits { device: DEVICE });
+        }
         let Self { faults, writeback, .. } = *self;
         state::to_value(&BlockState { version: Version, faults, writeback, size: self.disk.size() })
     }

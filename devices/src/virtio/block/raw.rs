@@ -2,16 +2,25 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use serde::{Deserialize, Serialize};
 
-use super::disk::{ByteRange, Disk, DiskError, SECTOR, write_zeros};
+use super::barrier::Barrier;
+use super::disk::{ByteRange, Disk, DiskError, Lane, SECTOR, write_zeros};
 use super::lock;
 use crate::virtio::queue::IoVectors;
+
+/// How long a disk may still be locked by a process that has ended, where its host's storage does what it should.
+const LEFT_BEHIND: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// What a qcow2 image begins with.
 const QCOW2: [u8; 4] = *b"QFI\xfb";
@@ -41,8 +50,9 @@ pub struct RawOptions {
 pub struct RawDisk {
     file: File,
     direct: Option<Direct>,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
+    barrier: Barrier,
 }
 
 /// The same, past the host's page cache.
@@ -52,7 +62,7 @@ struct Direct {
     alignment: u32,
     /// Requests that are aligned share it. Others go through the page cache in whole pages, in which a
     /// neighbour's write by the other way would be lost: they have it alone.
-    aligned: RwLock<()>,
+    aligned: Arc<RwLock<()>>,
 }
 
 impl RawDisk {
@@ -63,7 +73,7 @@ impl RawDisk {
     pub fn open(path: &Path, options: RawOptions) -> Result<Self, DiskError> {
         let RawOptions { read_only, cache, stated } = options;
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        let mut file = open_file(path, read_only)?;
+        let mut file = open_left(path, read_only)?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         match size {
             0 => return Err(DiskError::Empty { path: path.to_owned() }),
@@ -83,7 +93,8 @@ impl RawDisk {
                 path.display()
             );
         }
-        Ok(Self { file, direct, size, read_only })
+        let barrier = Barrier::new(direct.is_none());
+        Ok(Self { file, direct, size: size.into(), read_only, barrier })
     }
 
     /// A disk that may only be read, of a file that this process made and nobody else has: it is not locked.
@@ -92,17 +103,17 @@ impl RawDisk {
     /// The host can't tell its length.
     pub fn sealed(file: File) -> io::Result<Self> {
         let size = file.metadata()?.len();
-        Ok(Self { file, direct: None, size, read_only: true })
+        Ok(Self { file, direct: None, size: size.into(), read_only: true, barrier: Barrier::new(true) })
     }
 
     /// The descriptor that fits a request, with nobody in its way.
     fn way(&self, vectors: &IoVectors, offset: u64) -> Way<'_> {
         match &self.direct {
-            None => Way { file: &self.file, _guard: Guard::None },
+            None => Way { file: &self.file, guard: Guard::None },
             Some(direct) if direct.is_aligned(vectors, offset) => {
-                Way { file: &direct.file, _guard: Guard::Shared(direct.aligned.read()) }
+                Way { file: &direct.file, guard: Guard::Shared(direct.aligned.read()) }
             }
-            Some(direct) => Way { file: &self.file, _guard: Guard::Alone(direct.aligned.write()) },
+            Some(direct) => Way { file: &self.file, guard: Guard::Alone(direct.aligned.write()) },
         }
     }
 
@@ -127,7 +138,7 @@ impl RawDisk {
 /// A descriptor for one request.
 struct Way<'a> {
     file: &'a File,
-    _guard: Guard<'a>,
+    guard: Guard<'a>,
 }
 
 /// What keeps others out as long as a request is on its way.
@@ -142,7 +153,9 @@ impl Direct {
     fn open(path: &Path, read_only: bool) -> Option<Self> {
         let file = open_direct(path, read_only)?;
         let alignment = ALIGNMENTS.into_iter().find(|&alignment| can_read(&file, alignment))?;
-        Some(Self { file, alignment, aligned: RwLock::new(()) })
+        // Of a process that is killed, the kernel may still have writes to it: nobody else comes before their end.
+        lock::hold(&file, read_only).ok()?;
+        Some(Self { file, alignment, aligned: Arc::default() })
     }
 
     fn is_aligned(&self, vectors: &IoVectors, offset: u64) -> bool {
@@ -191,6 +204,18 @@ pub fn open_to_read(path: &Path) -> Result<File, DiskError> {
     let file = open(path, true, libc::O_NONBLOCK)?;
     check_kind(path, &file)?;
     Ok(file)
+}
+
+/// Opens and locks the file of a disk, which a process may have left just now: the kernel does its last requests
+/// (io_uring) and lets go of the file shortly after its end.
+fn open_left(path: &Path, read_only: bool) -> Result<File, DiskError> {
+    let until = Instant::now() + LEFT_BEHIND;
+    loop {
+        match open_file(path, read_only) {
+            Err(DiskError::Locked { .. }) if Instant::now() < until => thread::sleep(LOOK_AGAIN),
+            opened => return opened,
+        }
+    }
 }
 
 /// Opens and locks the file of a disk.
@@ -251,7 +276,7 @@ fn is_unsupported(error: &io::Error) -> bool {
 
 impl Disk for RawDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {
@@ -271,13 +296,16 @@ impl Disk for RawDisk {
 
     fn write(&self, vectors: &mut IoVectors, offset: u64) -> io::Result<()> {
         let way = self.way(vectors, offset);
+        if let Guard::Alone(_) = way.guard {
+            self.barrier.note_cached();
+        }
         let wanted = vectors.len();
         let written = vectors.write_to(way.file.as_fd(), offset)?;
         if written < wanted { Err(io::ErrorKind::WriteZero.into()) } else { Ok(()) }
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.read_only { Ok(()) } else { self.barrier.run(|| self.file.sync_data()) }
     }
 
     fn discard(&self, range: ByteRange) -> io::Result<()> {
@@ -302,6 +330,39 @@ impl Disk for RawDisk {
         }
         // Zeros that go through the page cache.
         let _alone = self.direct.as_ref().map(|direct| direct.aligned.write());
+        self.barrier.note_cached();
         write_zeros(range, |zeros, offset| self.file.write_all_at(zeros, offset))
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let there = (&self.file).seek(SeekFrom::End(0))?;
+        if there < size {
+            // A block device refuses.
+            self.file.set_len(size).map_err(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => io::Error::other(format!(
+                    "the block device has {there} bytes: make it larger on the host first"
+                )),
+                _ => error,
+            })?;
+            self.file.sync_all()?;
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.direct.as_ref().map_or(&self.file, |direct| &direct.file).as_fd())
+    }
+
+    fn lane(&self, vectors: &IoVectors, offset: u64) -> Option<Lane> {
+        let hold = match &self.direct {
+            None => None,
+            // Not aligned, or behind one that is not and waits for those before it: a thread can wait too.
+            Some(direct) => {
+                let aligned = Some(&direct.aligned).filter(|_| direct.is_aligned(vectors, offset))?;
+                Some(aligned.try_read_arc()?)
+            }
+        };
+        Some(Lane { offset, hold })
     }
 }

@@ -8,8 +8,8 @@ use std::thread::{Builder, JoinHandle};
 use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::disk::Disk;
-use super::request::{Status, Work};
+use super::disk::{ByteRange, Disk};
+use super::request::Work;
 use crate::virtio::queue::Chain;
 
 /// Requests that are on their way to the host at once, each on a thread.
@@ -20,14 +20,77 @@ const STACK: usize = 128 << 10;
 
 /// A request that has been taken from its queue.
 pub struct Job {
-    /// The queue.
-    pub queue: usize,
-    /// Its buffers, to be given back.
-    pub chain: Chain,
-    /// What to do.
+    queue: usize,
+    chain: Chain,
+    /// What is left to do.
     pub work: Work,
     /// What is written is made to last before it counts as written.
     pub write_through: bool,
+    kind: Kind,
+    bytes: u64,
+}
+
+impl Job {
+    /// A request of a queue, with its buffers, which are to be given back.
+    pub fn new(queue: usize, chain: Chain, work: Work, write_through: bool) -> Self {
+        let (kind, bytes) = work.size();
+        Self { queue, chain, work, write_through, kind, bytes }
+    }
+
+    /// Bytes that the request is about.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// It is over.
+    pub fn finish(self, done: io::Result<()>) -> Finished {
+        let Self { queue, chain, kind, bytes, .. } = self;
+        Finished { queue, chain, kind, bytes, done }
+    }
+
+    /// The host says how many bytes it has read or written of what is left. None where there is more to do.
+    pub fn advance(&mut self, transferred: io::Result<usize>) -> Option<io::Result<()>> {
+        let (Work::Read(vectors, offset) | Work::Write(vectors, offset)) = &mut self.work else {
+            return None;
+        };
+        match transferred {
+            Ok(0) if self.kind == Kind::Read => Some(Err(io::ErrorKind::UnexpectedEof.into())),
+            Ok(0) => Some(Err(io::ErrorKind::WriteZero.into())),
+            Ok(bytes) => {
+                vectors.advance(bytes);
+                *offset = offset.saturating_add(bytes as u64);
+                vectors.is_empty().then_some(Ok(()))
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
+/// What a request was about, as it is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Make last.
+    Flush,
+    /// Discard, or write zeros.
+    Clear,
+}
+
+impl Work {
+    /// What it is about, and how many bytes.
+    fn size(&self) -> (Kind, u64) {
+        let bytes = |range: &ByteRange| range.end.saturating_sub(range.start);
+        match self {
+            Self::Read(vectors, _) => (Kind::Read, vectors.len() as u64),
+            Self::Write(vectors, _) => (Kind::Write, vectors.len() as u64),
+            Self::Flush => (Kind::Flush, 0),
+            Self::Discard(range) | Self::WriteZeroes(range, _) => (Kind::Clear, bytes(range)),
+        }
+    }
 }
 
 /// A request that is over.
@@ -36,10 +99,32 @@ pub struct Finished {
     pub queue: usize,
     /// Its buffers.
     pub chain: Chain,
+    /// What it was about.
+    pub kind: Kind,
+    /// Bytes of it.
+    pub bytes: u64,
     /// How it ended.
-    pub status: Status,
-    /// Whether the host wrote into its buffers.
-    pub filled: bool,
+    pub done: io::Result<()>,
+}
+
+/// A disk that is to grow.
+pub struct Grown {
+    /// To so many bytes.
+    pub size: u64,
+    /// Hears what came of it.
+    pub done: Box<dyn FnOnce(io::Result<()>) + Send>,
+}
+
+/// A way to the threads for who is not the device.
+#[derive(Clone)]
+pub struct Entrance(Arc<Shared>);
+
+impl Entrance {
+    /// Has the disk grow.
+    pub fn grow(&self, grown: Grown) {
+        self.0.waiting.lock().growing.push(grown);
+        self.0.more.notify_one();
+    }
 }
 
 /// The threads of one disk, and what lies between them and the device.
@@ -61,6 +146,7 @@ struct Shared {
 #[derive(Default)]
 struct Waiting {
     jobs: VecDeque<Job>,
+    growing: Vec<Grown>,
     closed: bool,
 }
 
@@ -98,9 +184,17 @@ impl Workers {
         &self.shared.wake
     }
 
+    /// A way in for who is not the device.
+    pub fn entrance(&self) -> Entrance {
+        Entrance(Arc::clone(&self.shared))
+    }
+
     /// Hands over requests.
     pub fn submit(&self, jobs: &mut Vec<Job>) {
         let count = jobs.len();
+        if count == 0 {
+            return;
+        }
         self.shared.waiting.lock().jobs.extend(jobs.drain(..));
         for _ in 0..count.min(THREADS) {
             self.shared.more.notify_one();
@@ -139,7 +233,16 @@ impl Drop for Workers {
 
 impl Shared {
     fn work(&self, disk: &dyn Disk) {
-        while let Some(job) = self.next() {
+        while let Some(task) = self.next() {
+            let job = match task {
+                Task::Job(job) => job,
+                Task::Grow(Grown { size, done }) => {
+                    done(disk.grow(size));
+                    // The device tells the driver.
+                    let _ = self.wake.write(1);
+                    continue;
+                }
+            };
             let finished = run(disk, job);
             let mut all = self.finished.lock();
             all.push(finished);
@@ -151,39 +254,37 @@ impl Shared {
         }
     }
 
-    fn next(&self) -> Option<Job> {
+    fn next(&self) -> Option<Task> {
         let mut waiting = self.waiting.lock();
         loop {
             if waiting.closed {
                 return None;
             }
+            if let Some(grown) = waiting.growing.pop() {
+                return Some(Task::Grow(grown));
+            }
             match waiting.jobs.pop_front() {
                 None => self.more.wait(&mut waiting),
-                job => return job,
+                Some(job) => return Some(Task::Job(job)),
             }
         }
     }
 }
 
-fn run(disk: &dyn Disk, job: Job) -> Finished {
-    let Job { queue, chain, work, write_through } = job;
-    let is_write = matches!(work, Work::Write(..) | Work::WriteZeroes(..));
-    let filled = matches!(work, Work::Read(..));
-    let done = match work {
-        Work::Read(mut vectors, offset) => disk.read(&mut vectors, offset),
-        Work::Write(mut vectors, offset) => disk.write(&mut vectors, offset),
+enum Task {
+    Job(Job),
+    Grow(Grown),
+}
+
+fn run(disk: &dyn Disk, mut job: Job) -> Finished {
+    let is_write = matches!(job.work, Work::Write(..) | Work::WriteZeroes(..));
+    let done = match &mut job.work {
+        Work::Read(vectors, offset) => disk.read(vectors, *offset),
+        Work::Write(vectors, offset) => disk.write(vectors, *offset),
         Work::Flush => disk.flush(),
-        Work::Discard(range) => disk.discard(range),
-        Work::WriteZeroes(range, unmap) => disk.write_zeroes(range, unmap),
+        Work::Discard(range) => disk.discard(range.clone()),
+        Work::WriteZeroes(range, unmap) => disk.write_zeroes(range.clone(), *unmap),
     };
-    let done = if is_write && write_through { done.and_then(|()| disk.flush()) } else { done };
-    let status = match done {
-        Ok(()) => Status::Ok,
-        Err(error) => {
-            // A guest may ask the same again at once: each of a log's readers has seen the first.
-            tracing::debug!("a request to a disk failed: {error}");
-            Status::IoError
-        }
-    };
-    Finished { queue, chain, status, filled }
+    let done = if is_write && job.write_through { done.and_then(|()| disk.flush()) } else { done };
+    job.finish(done)
 }

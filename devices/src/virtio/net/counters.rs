@@ -1,6 +1,7 @@
 //! What passes a NIC, counted.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 /// Which way a frame goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +17,8 @@ struct Way {
     frames: AtomicU64,
     bytes: AtomicU64,
     dropped: AtomicU64,
+    limited: AtomicU64,
+    limited_nanoseconds: AtomicU64,
 }
 
 /// Counts since the device was made.
@@ -23,6 +26,8 @@ struct Way {
 pub struct Counters {
     received: Way,
     sent: Way,
+    /// The cable is cut: the backend has gone.
+    down: AtomicBool,
 }
 
 /// What went one way.
@@ -34,6 +39,10 @@ pub struct Traffic {
     pub bytes: u64,
     /// Frames that were lost here: the guest had no room for them or sent what is none, or the host refused them.
     pub dropped: u64,
+    /// Times that frames were held back by the limits.
+    pub limited: u64,
+    /// How long that was, up to the last look.
+    pub limited_for: Duration,
 }
 
 impl Counters {
@@ -42,6 +51,16 @@ impl Counters {
             Direction::Received => &self.received,
             Direction::Sent => &self.sent,
         }
+    }
+
+    /// Whether there is somebody at the other end.
+    pub fn is_up(&self) -> bool {
+        !self.down.load(Relaxed)
+    }
+
+    /// The backend has gone for good.
+    pub(super) fn cut(&self) {
+        self.down.store(true, Relaxed);
     }
 
     /// A frame of so many bytes passed.
@@ -56,9 +75,26 @@ impl Counters {
         self.way(direction).dropped.fetch_add(1, Relaxed);
     }
 
+    /// The limits hold frames back from now on.
+    pub(super) fn limited(&self, direction: Direction) {
+        self.way(direction).limited.fetch_add(1, Relaxed);
+    }
+
+    /// They did so for this time.
+    pub(super) fn limited_for(&self, direction: Direction, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.way(direction).limited_nanoseconds.fetch_add(nanoseconds, Relaxed);
+    }
+
     /// What went one way so far.
     pub fn traffic(&self, direction: Direction) -> Traffic {
-        let Way { frames, bytes, dropped } = self.way(direction);
-        Traffic { frames: frames.load(Relaxed), bytes: bytes.load(Relaxed), dropped: dropped.load(Relaxed) }
+        let way = self.way(direction);
+        Traffic {
+            frames: way.frames.load(Relaxed),
+            bytes: way.bytes.load(Relaxed),
+            dropped: way.dropped.load(Relaxed),
+            limited: way.limited.load(Relaxed),
+            limited_for: Duration::from_nanos(way.limited_nanoseconds.load(Relaxed)),
+        }
     }
 }

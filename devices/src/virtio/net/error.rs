@@ -27,6 +27,21 @@ pub enum NetError {
          your user: `ip tuntap add dev {0} mode tap user $USER`"
     )]
     NotYours(String),
+    /// There is no such bridge.
+    #[error(
+        "there is no bridge `{0}`: make it as root with `ip link add {0} type bridge` and `ip link set {0} up`, or name \
+         one of those that `ip link show type bridge` lists"
+    )]
+    NoBridge(String),
+    /// Taps and bridges are root's.
+    #[error(
+        "this process lacks the capability CAP_NET_ADMIN, which it takes to put a tap into the bridge `{bridge}`: run \
+         ballast as root, or use --net tap=NAME with a tap that root has put there for your user, or --net user"
+    )]
+    NoRight {
+        /// Into which it was to go.
+        bridge: String,
+    },
     /// Somebody has it.
     #[error("the tap `{0}` is in use: another VM or process has it open; each NIC needs a tap of its own")]
     InUse(String),

@@ -4,8 +4,10 @@
 //! backend's descriptor there, and nothing is in flight when an event is over.
 
 pub mod backend;
+mod bridge;
 pub mod counters;
 mod error;
+mod gate;
 pub mod mac;
 mod receive;
 pub mod stream;
@@ -25,13 +27,15 @@ use virtio_bindings::virtio_net::{
 use vmm_sys_util::epoll::EventSet;
 
 use self::backend::{Backend, Readiness};
-use self::counters::Counters;
+use self::counters::{Counters, Direction};
 pub use self::error::NetError;
+use self::gate::{Alarm, Gate};
 use self::mac::Mac;
 use self::receive::{Left, Receiver};
 use self::transmit::Transmitter;
-use super::device::{Active, Progress, VirtioDevice};
+use super::device::{Active, Progress, VirtioDevice, read_part};
 use super::queue::Faults;
+use crate::bucket::RateLimits;
 use crate::sandbox::{Call, SandboxNeeds};
 use crate::state::{self, StateError, Version};
 
@@ -50,6 +54,9 @@ pub const MTUS: std::ops::RangeInclusive<u16> = 68..=65_521;
 const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256; 2];
+
+/// The place of what wakes it for its limits among its own events.
+const ALARM: usize = 1;
 
 /// Events' worth of frames that are dropped at once where the backend has gone: more than a queue holds.
 const DISCARDED: usize = 8;
@@ -84,6 +91,9 @@ pub struct Net {
     receiver: Receiver,
     transmitter: Transmitter,
     counters: Arc<Counters>,
+    /// To the guest, and from it.
+    gates: (Gate, Gate),
+    alarm: Alarm,
     faults: Faults,
     link: Link,
     awaited: Awaited,
@@ -107,6 +117,8 @@ enum Awaited {
     Frame,
     /// The driver leaves room.
     Room,
+    /// The limits let frames pass again.
+    Time,
     /// The driver starts anew: it has broken the protocol, and is told so at its next notification.
     Reset,
 }
@@ -127,11 +139,19 @@ impl Net {
             backend,
             transmitter: Transmitter::default(),
             counters: Arc::default(),
+            gates: gates(RateLimits::default()),
+            alarm: Alarm::new()?,
             faults: Faults::default(),
             link: Link::Up,
             awaited: Awaited::Driver,
             on_lost,
         })
+    }
+
+    /// The same NIC that lets no more pass than `limits` say, each way.
+    #[must_use]
+    pub fn limited(self, limits: RateLimits) -> Self {
+        Self { gates: gates(limits), ..self }
     }
 
     /// What passes it.
@@ -157,9 +177,10 @@ impl Net {
     }
 
     fn receive(&mut self, active: &mut Active) {
-        let Self { receiver, backend, faults, counters, .. } = self;
-        self.awaited = match receiver.receive(active, backend, faults, counters) {
+        let Self { receiver, backend, faults, counters, gates: (gate, _), .. } = self;
+        self.awaited = match receiver.receive(active, backend, faults, counters, gate) {
             Left::Nothing => Awaited::Frame,
+            Left::Held => Awaited::Time,
             Left::Starved => Awaited::Room,
             Left::Broken => Awaited::Reset,
             Left::Lost => {
@@ -171,9 +192,9 @@ impl Net {
 
     /// Sends what the driver has, or drops it where there is nowhere to send it. Returns whether there is more.
     fn transmit(&mut self, active: &mut Active) -> bool {
-        let Self { transmitter, backend, faults, counters, .. } = self;
+        let Self { transmitter, backend, faults, counters, gates: (_, gate), .. } = self;
         let backend = (self.link == Link::Up).then_some(backend);
-        match transmitter.transmit(active, backend, faults, counters) {
+        match transmitter.transmit(active, backend, faults, counters, gate) {
             Ok(Progress::Done) => false,
             Ok(Progress::More) => true,
             Ok(Progress::Broken) => {
@@ -191,6 +212,7 @@ impl Net {
     /// The backend has gone.
     fn lose(&mut self, active: Option<&mut Active>) {
         self.link = Link::Down;
+        self.counters.cut();
         (self.on_lost)();
         if let Some(active) = active {
             // The driver need not notify of what waits to be sent, and the backend never wakes for it again.
@@ -207,6 +229,24 @@ impl Net {
         stream.flush().unwrap_or(true)
     }
 
+    /// The limits let frames pass again.
+    fn rings(&mut self, active: Option<&mut Active>) {
+        self.alarm.take();
+        if let Some(active) = active.filter(|_| self.awaited != Awaited::Reset && self.link == Link::Up) {
+            let Self { gates: (to_guest, from_guest), counters, .. } = self;
+            // Looked at here, as a driver may have taken its frames back: then nobody else looks.
+            let receives = self.awaited == Awaited::Time && to_guest.is_open(counters);
+            let transmits = from_guest.opens_at().is_some() && from_guest.is_open(counters);
+            if receives {
+                self.receive(active);
+            }
+            if transmits && self.transmit(active) {
+                self.transmitter.wait();
+            }
+        }
+        self.watch();
+    }
+
     /// Has what the device waits for watched.
     fn watch(&mut self) {
         let mut wanted = EventSet::empty();
@@ -219,10 +259,21 @@ impl Net {
                 wanted |= EventSet::OUT;
             }
         }
+        let (to_guest, from_guest) = &self.gates;
+        let is_up = self.link == Link::Up && self.awaited != Awaited::Reset;
+        self.alarm.set([
+            to_guest.opens_at().filter(|_| is_up && self.awaited == Awaited::Time),
+            from_guest.opens_at().filter(|_| is_up && self.awaited != Awaited::Driver),
+        ]);
         if let Err(error) = self.readiness.watch(&self.backend, wanted) {
             tracing::warn!("a guest's network can't be waited for: {error}");
         }
     }
+}
+
+/// To the guest, and from it.
+fn gates(limits: RateLimits) -> (Gate, Gate) {
+    (Gate::new(Direction::Received, limits), Gate::new(Direction::Sent, limits))
 }
 
 impl VirtioDevice for Net {
@@ -242,10 +293,7 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let bytes = self.config();
-        let there = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
-        for (byte, value) in data.iter_mut().zip(there) {
-            *byte = *value;
-        }
+        read_part(&bytes, offset, data);
     }
 
     /// The address is not the driver's to write since virtio 1.0.
@@ -292,10 +340,13 @@ impl VirtioDevice for Net {
     }
 
     fn own_events(&self) -> Vec<RawFd> {
-        vec![self.readiness.as_raw_fd()]
+        vec![self.readiness.as_raw_fd(), self.alarm.as_raw_fd()]
     }
 
-    fn own_event(&mut self, _index: usize, active: Option<&mut Active>) {
+    fn own_event(&mut self, index: usize, active: Option<&mut Active>) {
+        if index == ALARM {
+            return self.rings(active);
+        }
         let ready = self.readiness.ready();
         let ended = ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
         let flushed = ready.contains(EventSet::OUT) && self.flush();

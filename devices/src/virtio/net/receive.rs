@@ -13,6 +13,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::backend::Backend;
 use super::counters::{Counters, Direction};
+use super::gate::Gate;
 use super::stream::{Lost, Stream};
 use super::tap::Tap;
 use super::{ETHERNET, HEADER, MOST_FRAME, RX};
@@ -42,6 +43,8 @@ pub enum Left {
     Nothing,
     /// Frames wait, and the driver has left no room: its next notification says when to look again.
     Starved,
+    /// The limits let no more frames pass for now.
+    Held,
     /// The driver has broken the protocol.
     Broken,
     /// The backend is of no more use.
@@ -136,10 +139,11 @@ impl Receiver {
         backend: &mut Backend,
         faults: &mut Faults,
         counters: &Counters,
+        gate: &mut Gate,
     ) -> Left {
         let left = match backend {
-            Backend::Tap(tap) => self.take_from_tap(active, tap, faults, counters),
-            Backend::Stream(stream) => self.take_from_stream(active, stream, faults, counters),
+            Backend::Tap(tap) => self.take_from_tap(active, tap, faults, counters, gate),
+            Backend::Stream(stream) => self.take_from_stream(active, stream, faults, counters, gate),
         };
         complete_together(active, RX, self.filled.drain(..));
         left
@@ -151,8 +155,12 @@ impl Receiver {
         tap: &Tap,
         faults: &mut Faults,
         counters: &Counters,
+        gate: &mut Gate,
     ) -> Left {
         for _ in 0..FRAMES {
+            if !gate.is_open(counters) {
+                return Left::Held;
+            }
             if let Some((header, len)) = self.waiting {
                 let own = std::mem::take(&mut self.own);
                 let frame = own.get(..len).unwrap_or_default();
@@ -160,7 +168,11 @@ impl Receiver {
                 self.own = own;
                 match delivered {
                     Ok(Delivery::Waits) => return Left::Starved,
-                    Ok(_) => self.waiting = None,
+                    Ok(_) => {
+                        self.waiting = None;
+                        gate.passed(len);
+                        continue;
+                    }
                     Err(left) => return left,
                 }
             }
@@ -181,6 +193,7 @@ impl Receiver {
                 Ok(len) if room == 0 => self.waiting = Some((header, len)),
                 Ok(len) if (ETHERNET..=room).contains(&len) => {
                     self.fill(active, header, len, None);
+                    gate.passed(len);
                     counters.passed(Direction::Received, len);
                 }
                 // The interface may carry longer packets than when the guest was told.
@@ -211,6 +224,7 @@ impl Receiver {
         stream: &mut Stream,
         faults: &mut Faults,
         counters: &Counters,
+        gate: &mut Gate,
     ) -> Left {
         let lost = |error: Lost| {
             tracing::warn!("the other end of a guest's network is of no more use: {error}");
@@ -225,9 +239,15 @@ impl Receiver {
                     Err(error) => return lost(error),
                 };
                 let len = frame.len();
+                if !gate.is_open(counters) {
+                    return Left::Held;
+                }
                 match self.deliver(active, faults, [0; HEADER], frame, counters) {
                     Ok(Delivery::Waits) => return Left::Starved,
-                    Ok(_) => stream.taken(len),
+                    Ok(_) => {
+                        stream.taken(len);
+                        gate.passed(len);
+                    }
                     Err(left) => return left,
                 }
             }

@@ -41,19 +41,13 @@ impl Tap {
     /// # Errors
     /// [`NetError`] says what is missing and who can help.
     pub fn open(name: &str) -> Result<Self, NetError> {
-        let mut request = request(name).ok_or_else(|| NetError::Name(name.to_owned()))?;
+        request(name).ok_or_else(|| NetError::Name(name.to_owned()))?;
         // Who may do so would make a new one of the name, with no cable in it.
         if interface(name, libc::SIOCGIFINDEX).map_err(failed(name, "looked for"))?.is_none() {
             return Err(NetError::NoTap(name.to_owned()));
         }
-        let mut options = File::options();
-        options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
-        let file: OwnedFd = options.open(DEVICE).map_err(NetError::NoTun)?.into();
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-        // SAFETY: the kernel reads and writes one request.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-        result_of(result).map_err(|source| NetError::refused(name, source))?;
-        Self::ready(file, name.to_owned())
+        let (file, name) = take(name)?.map_err(|source| NetError::refused(name, source))?;
+        Self::ready(file, name)
     }
 
     /// A tap, or a macvtap, that whoever started this process has opened as descriptor `number`.
@@ -98,11 +92,10 @@ impl Tap {
             ))
         };
         result_of(set).map_err(|error| wrong(error.to_string()))?;
-        let name = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
-        Self::ready(file, String::from_utf8(name).unwrap_or_default())
+        Self::ready(file, name_of(&request))
     }
 
-    fn ready(file: OwnedFd, name: String) -> Result<Self, NetError> {
+    pub(super) fn ready(file: OwnedFd, name: String) -> Result<Self, NetError> {
         let size = HEADER as libc::c_int;
         // SAFETY: the kernel reads one number.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
@@ -186,20 +179,42 @@ impl AsFd for Tap {
 }
 
 /// `map_err` with what was to be done with the interface.
-fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> NetError {
+pub(super) fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> NetError {
     let name = name.to_owned();
     move |source| NetError::Tap { name, what, source }
 }
 
-fn result_of(result: libc::c_int) -> io::Result<()> {
+pub(super) fn result_of(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Opens a file for the tap `name`, or for a new one where there is none; a number of the kernel's choice stands for a
+/// `%d` in its name. The outer error is that there are no taps at all.
+pub(super) fn take(name: &str) -> Result<io::Result<(OwnedFd, String)>, NetError> {
+    let mut request = named(name).ok_or_else(|| NetError::Name(name.to_owned()))?;
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    let file: OwnedFd = options.open(DEVICE).map_err(NetError::NoTun)?.into();
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: the kernel reads and writes one request.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    Ok(result_of(result).map(|()| (file, name_of(&request))))
+}
+
+/// The name in a request.
+fn name_of(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0);
+    String::from_utf8(bytes.collect()).unwrap_or_default()
+}
+
 /// A request about the interface of this name, where it can be one.
-fn request(name: &str) -> Option<libc::ifreq> {
+pub(super) fn request(name: &str) -> Option<libc::ifreq> {
+    named(name).filter(|_| !name.contains(['/', ':', '%', ' ']))
+}
+
+fn named(name: &str) -> Option<libc::ifreq> {
     let bytes = CString::new(name).ok()?;
-    let fits = !name.is_empty() && bytes.as_bytes_with_nul().len() <= libc::IFNAMSIZ;
-    if !fits || name.contains(['/', ':', '%', ' ']) {
+    if name.is_empty() || bytes.as_bytes_with_nul().len() > libc::IFNAMSIZ {
         return None;
     }
     // SAFETY: a request of zeros is one.
@@ -210,14 +225,19 @@ fn request(name: &str) -> Option<libc::ifreq> {
     Some(request)
 }
 
-/// What the kernel says of an interface; none where there is no such.
-fn interface(name: &str, what: libc::Ioctl) -> io::Result<Option<libc::c_int>> {
-    let Some(mut request) = request(name) else { return Ok(None) };
-    // SAFETY: a new socket, which is closed below.
+/// What requests about interfaces are made with.
+pub(super) fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: makes a descriptor.
     let socket = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     result_of(socket)?;
     // SAFETY: it was just made, and is nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// What the kernel says of an interface; none where there is no such.
+pub(super) fn interface(name: &str, what: libc::Ioctl) -> io::Result<Option<libc::c_int>> {
+    let Some(mut request) = request(name) else { return Ok(None) };
+    let socket = socket()?;
     // SAFETY: the kernel reads and writes one request.
     match result_of(unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw mut request) }) {
         Ok(()) if what == libc::SIOCGIFFLAGS => {

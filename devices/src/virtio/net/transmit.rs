@@ -7,6 +7,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::backend::Backend;
 use super::counters::{Counters, Direction};
+use super::gate::Gate;
 use super::{ETHERNET, HEADER, MOST_FRAME, TX};
 use crate::virtio::device::{Active, Progress};
 use crate::virtio::queue::{Budget, Chain, Faults, IoVectors, Verdict, serve};
@@ -63,6 +64,7 @@ impl Transmitter {
         mut backend: Option<&mut Backend>,
         faults: &mut Faults,
         counters: &Counters,
+        gate: &mut Gate,
     ) -> Result<Progress, io::Error> {
         self.waits = false;
         let Some(mut vectors) = self.vectors.take() else { return Ok(Progress::Done) };
@@ -75,9 +77,14 @@ impl Transmitter {
             let len = len - HEADER;
             let backend = backend.as_deref_mut().filter(|_| (ETHERNET..=MOST_FRAME).contains(&len));
             let sent = match backend {
+                // The queue is looked at again when it opens.
+                Some(_) if lost.is_none() && !gate.is_open(counters) => return Verdict::Later,
                 Some(backend) if lost.is_none() => send(memory, chain, len, backend, &mut vectors),
                 _ => Sent::Dropped,
             };
+            if matches!(sent, Sent::Passed) {
+                gate.passed(len);
+            }
             match sent {
                 Sent::Passed => counters.passed(Direction::Sent, len),
                 Sent::Dropped => counters.dropped(Direction::Sent),

@@ -117,6 +117,11 @@ impl ActiveQueue {
         self.queue.size()
     }
 
+    /// What tells the driver of used buffers, for a device whose buffers somebody else uses.
+    pub(super) fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
     /// The driver stops the queue: what the device may still keep of it is void.
     pub(super) fn stop(&mut self) {
         self.queue.set_ready(false);

@@ -6,6 +6,7 @@
 
 pub mod entries;
 pub mod grub;
+pub mod modules;
 pub mod version;
 
 use std::rc::Rc;
@@ -43,6 +44,8 @@ pub struct Plan {
     pub initrd: Vec<String>,
     /// The kernel's command line as the distribution states it, with `root=` and `ro`.
     pub cmdline: String,
+    /// Where in the root file system this kernel has the driver with which it plugs memory.
+    pub memory_driver: Option<String>,
 }
 
 /// A file system of the disk.
@@ -201,7 +204,12 @@ fn plan(systems: &[FileSystem], others: &[String]) -> Result<(Plan, usize), Sear
         line.push("ro".to_owned());
     }
     line.extend((!words.is_empty()).then_some(words));
-    let plan = Plan { place: system.place.clone(), by, kernel, initrd, cmdline: line.join(" ") };
+    let memory_driver = match root {
+        Some(root) => modules::of_kernel(&*root.files, &kernel, "kernel/drivers/virtio/virtio_mem.ko")?,
+        None => None,
+    };
+    let plan =
+        Plan { place: system.place.clone(), by, kernel, initrd, cmdline: line.join(" "), memory_driver };
     Ok((plan, number))
 }
 

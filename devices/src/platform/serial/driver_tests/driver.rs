@@ -298,7 +298,7 @@ impl World {
 
     /// The kernel has printed this, with the driver's work for it left out.
     pub(super) fn has_printed(&mut self, text: &[u8]) {
-        text.iter().for_each(|byte| self.output.put(*byte, self.now));
+        text.iter().for_each(|byte| _ = self.output.put(*byte, self.now));
         self.sent.extend(text);
     }
 

@@ -8,6 +8,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use super::layout::Layout;
+
 /// What an image begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
@@ -92,13 +94,58 @@ pub struct Head {
     pub version: u32,
     /// Bytes of the disk in it.
     pub size: u64,
+    /// Bytes of a cluster.
+    pub cluster: u64,
     /// Where its first table (L1) lies in the file, in bytes.
     pub table: Range<u64>,
+    /// Where its table of reference counts lies.
+    pub counts: Range<u64>,
+    /// Bits of a reference count: 1, 2, 4 and so on to 64.
+    pub count_bits: u32,
     /// What shows where it has nothing.
     pub backing: Option<Backing>,
 }
 
 impl Head {
+    /// Where the parts of `file` lie.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn layout(&self, file: &File) -> io::Result<Layout> {
+        // Bounded by MOST_L1.
+        let mut entries = vec![0; usize::try_from(self.table.end - self.table.start).unwrap_or(0)];
+        let read = read_at(file, &mut entries, self.table.start)?;
+        entries.truncate(read);
+        Ok(Layout::new(self.cluster, self.table.clone(), self.counts.clone(), &entries))
+    }
+
+    /// Looks whether the image counts its own head as taken, without which a writer takes that room and has no
+    /// place for its counts.
+    ///
+    /// # Errors
+    /// [`HeadError`].
+    pub(super) fn check_counts(&self, file: &File) -> Result<(), HeadError> {
+        const WRONG: HeadError = HeadError::Wrong(
+            "it does not count its own first cluster as taken; look at it with `qemu-img check`, and mend it with \
+             `-r all`",
+        );
+        let mut entry = [0; 8];
+        if read_at(file, &mut entry, self.counts.start)? < entry.len() {
+            return Err(WRONG);
+        }
+        let block = Fields(&entry).long(0);
+        if block == 0 || !block.is_multiple_of(self.cluster) {
+            return Err(WRONG);
+        }
+        // A count has up to 8 bytes, or some low bits of one.
+        let mut count = [0; 8];
+        let bytes = self.count_bits.div_ceil(8).min(8) as usize;
+        let count = count.get_mut(..bytes).unwrap_or_default();
+        let read = read_at(file, count, block)?;
+        let mask = if self.count_bits < 8 { (1 << self.count_bits) - 1 } else { u8::MAX };
+        if read == bytes && count.iter().any(|byte| byte & mask != 0) { Ok(()) } else { Err(WRONG) }
+    }
+
     /// Reads and checks the head of `file`.
     ///
     /// # Errors
@@ -134,18 +181,25 @@ impl Head {
         if l1 > MOST_L1 || l1 / 8 < size.div_ceil(covered) {
             return Err(HeadError::Wrong("its table of tables (L1) does not fit its size"));
         }
-        if u64::from(head.word(56)) << cluster_bits > MOST_REFCOUNT_TABLE {
+        let cluster = 1 << cluster_bits;
+        let counts = u64::from(head.word(56)) << cluster_bits;
+        if counts > MOST_REFCOUNT_TABLE {
             return Err(HeadError::Wrong("its table of reference counts is too large"));
         }
         if head.word(60) != 0 {
             return Err(HeadError::Snapshots);
         }
         let header_length = if version == 2 { 72 } else { u64::from(head.word(100)) };
-        let backing = backing(file, &head, header_length, 1 << cluster_bits)?;
+        let order = if version == 2 { 4 } else { head.word(96) };
+        if order > 6 {
+            return Err(HeadError::Wrong("its reference counts have more than 64 bits"));
+        }
+        let backing = backing(file, &head, header_length, cluster)?;
         let table = head.long(40);
-        let end = table.checked_add(l1).filter(|_| table.is_multiple_of(1 << cluster_bits));
+        let end = table.checked_add(l1).filter(|_| table.is_multiple_of(cluster));
         let table = table..end.ok_or(HeadError::Wrong("its table of tables (L1) begins in no cluster"))?;
-        Ok(Self { version, size, table, backing })
+        let counts = head.long(48)..head.long(48).saturating_add(counts);
+        Ok(Self { version, size, cluster, table, counts, count_bits: 1 << order, backing })
     }
 }
 
@@ -268,6 +322,7 @@ mod tests {
         bytes[24..32].copy_from_slice(&(1u64 << 30).to_be_bytes());
         bytes[39] = 2;
         bytes[45] = 1;
+        bytes[99] = 4;
         bytes[103] = 104;
         bytes
     }
@@ -275,7 +330,16 @@ mod tests {
     #[test]
     fn a_plain_head_is_read() {
         let head = read(&head()).expect("it is good");
-        assert_eq!(head, Head { version: 3, size: 1 << 30, table: 0x1_0000..0x1_0010, backing: None });
+        let expected = Head {
+            version: 3,
+            size: 1 << 30,
+            cluster: 1 << 16,
+            table: 0x1_0000..0x1_0010,
+            counts: 0..0,
+            count_bits: 16,
+            backing: None,
+        };
+        assert_eq!(head, expected);
     }
 
     #[test]
@@ -298,6 +362,7 @@ mod tests {
             (31, 1, "512-byte sectors"),
             (47, 1, "begins in no cluster"),
             (63, 1, "snapshots"),
+            (99, 7, "64 bits"),
         ] {
             let mut bytes = head();
             bytes[byte] = value;
