@@ -147,6 +147,8 @@ pub enum EventKind {
     DeflatedOnOom,
     /// The agent has gone.
     AgentGone,
+    /// The host could not do what the guest asked of a disk, and the VM was paused for it.
+    DiskFailed,
 }
 
 impl EventKind {

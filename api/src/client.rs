@@ -13,11 +13,12 @@ mod vm;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde::Deserialize;
 
-pub use self::error::{Error, clean};
+use crate::{problem, version};
+
+pub use self::error::Error;
 pub use self::events::EventSource;
-pub use self::http::Http;
+pub use self::http::{Http, Upgraded};
 pub use self::peer::{Acquaintance, PeerProcess, PeerStream};
 pub use self::vm::Client;
 
@@ -33,6 +34,9 @@ pub const LARGEST_ANSWER: usize = 256 << 10;
 /// What is expected at the other end.
 #[derive(Debug)]
 pub struct Peer {
+    /// What its paths begin with. A server that knows none of them is asked without it: a VM that was started by the
+    /// release before runs on through an upgrade.
+    pub version: Option<&'static str>,
     /// The sentence in the body of a refusal, wherever it is put.
     pub sentence: fn(&[u8]) -> Option<String>,
     /// What to say where nobody listens.
@@ -43,7 +47,8 @@ pub struct Peer {
 
 /// A VM of ballast, or its balancer.
 pub static BALLAST: Peer = Peer {
-    sentence,
+    version: Some(version::PREFIX),
+    sentence: problem::detail,
     where_to_look: "; `ballast ps` lists those that run",
     should_be: "is it a ballast VM of this version?",
 };
@@ -56,14 +61,4 @@ pub fn raise_descriptor_limit() {
     if current != maximum {
         let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     }
-}
-
-/// The body of every refusal.
-#[derive(Deserialize)]
-struct ErrorBody {
-    error: String,
-}
-
-fn sentence(body: &[u8]) -> Option<String> {
-    serde_json::from_slice(body).ok().map(|body: ErrorBody| body.error)
 }

@@ -3,6 +3,7 @@
 //! `ballast run` puts a VM's API socket there, and everybody who looks for VMs
 //! (the command line, the balancer) looks there and nowhere else.
 
+use std::collections::HashSet;
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
@@ -200,7 +201,8 @@ pub fn name_of(socket: &Path) -> Option<&str> {
 }
 
 /// The VMs that have a socket in `directory`, living or dead, sorted by name.
-/// A directory that does not exist holds none.
+/// A directory that does not exist holds none. A socket with several names is
+/// one VM: links to it are left out.
 ///
 /// # Errors
 /// [`RuntimeError::Io`] where the directory can't be read.
@@ -218,6 +220,13 @@ pub fn sockets(directory: &Path) -> Result<Vec<(String, PathBuf)>, RuntimeError>
             found.push((name.to_owned(), path));
         }
     }
+    // Of several names for one socket the first counts, and a symbolic link only where it is alone.
+    found.sort_by_cached_key(|(name, path)| (path.is_symlink(), name.clone()));
+    let mut seen = HashSet::new();
+    found.retain(|(_, path)| {
+        // What is not there, or not to be seen, is told of by whoever connects.
+        fs::metadata(path).map_or(true, |metadata| seen.insert((metadata.dev(), metadata.ino())))
+    });
     found.sort();
     Ok(found)
 }
@@ -310,5 +319,21 @@ mod tests {
         let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["db", "web"]);
         assert!(sockets(&temporary.path().join("missing")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_socket_with_several_names_is_listed_once() {
+        let temporary = tempfile::tempdir().unwrap();
+        let path = |name: &str| temporary.path().join(name);
+        fs::write(path("web.sock"), "").unwrap();
+        fs::hard_link(path("web.sock"), path("web-2.sock")).unwrap();
+        // Sorted before what it leads to.
+        std::os::unix::fs::symlink("web.sock", path("latest.sock")).unwrap();
+        fs::write(path("elsewhere"), "").unwrap();
+        std::os::unix::fs::symlink("elsewhere", path("far.sock")).unwrap();
+        std::os::unix::fs::symlink("nowhere", path("gone.sock")).unwrap();
+        let found = sockets(temporary.path()).unwrap();
+        let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["far", "gone", "web"]);
     }
 }

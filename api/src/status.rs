@@ -1,9 +1,15 @@
-//! The memory of one VM as its API tells it: the words between a VM and whoever balances it.
+//! One VM as its API tells it: the words between a VM and whoever looks at it or balances it.
+
+mod devices;
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::devices::{
+    CONSOLE_PROTOCOL, ConsoleStatus, DiskCount, DiskStatus, NetCount, NetStatus, ResizeRequest,
+    VSOCK_PROTOCOL,
+};
 use crate::agent::AgentStatus;
 use crate::guest_memory::GuestMemory;
 use crate::limits::Limits;
@@ -237,7 +243,8 @@ pub struct OomDeflate {
 pub struct CushionStatus {
     /// How much there shall be.
     pub size: Bytes,
-    /// How much the balloon holds of it now.
+    /// How much the balloon holds now, which the guest can take at once. It may be more than there shall be: what the
+    /// target has fallen by is unplugged later.
     pub held: Bytes,
 }
 
@@ -309,6 +316,8 @@ pub enum Pauser {
     Operator,
     /// The balancer, as memory ran out.
     Balancer,
+    /// The VM itself, as the host could not do what its guest asked of a disk.
+    Disk,
 }
 
 /// The body of `POST /vm/pause` and `POST /vm/resume`: in whose name. No body is an operator's.
@@ -349,6 +358,21 @@ impl VmState {
     }
 }
 
+/// A directory of the host that a guest mounts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// What it is called in its VM.
+    pub id: String,
+    /// The directory, as it was named.
+    pub path: String,
+    /// What the guest mounts it by.
+    pub tag: String,
+    /// Whether the guest may not write.
+    pub readonly: bool,
+    /// Whether the process that does the work is there; without it the guest waits in vain.
+    pub serves: bool,
+}
+
 /// `GET /vm`: what this VM is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatus {
@@ -368,17 +392,15 @@ pub struct VmStatus {
     /// What has become of its console's output; `None` for a VM without one, or one that does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsoleStatus>,
-}
-
-/// What has become of a VM's console output since it started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConsoleStatus {
-    /// What its reader has taken.
-    pub written: Bytes,
-    /// What waits for a reader, or for one who is slow.
-    pub waiting: Bytes,
-    /// What nobody gets: there was no room for it any more, or no reader to come.
-    pub lost: Bytes,
+    /// Its disks; none for a VM of an older version.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
+    /// Its network cards; none for a VM of an older version.
+    #[serde(default)]
+    pub nets: Vec<NetStatus>,
+    /// Its shared directories; none for a VM of an older version.
+    #[serde(default)]
+    pub shares: Vec<ShareStatus>,
 }
 
 #[cfg(test)]
@@ -430,6 +452,9 @@ mod tests {
             uptime_ms: 1,
             version: "0".to_owned(),
             console: Some(ConsoleStatus::default()),
+            nets: vec![NetStatus::default()],
+            shares: vec![ShareStatus::default()],
+            disks: vec![DiskStatus { failure: Some("full".to_owned()), ..DiskStatus::default() }],
         };
         let json = serde_json::to_value(&vm).unwrap();
         assert_eq!((json["state"].as_str(), json.get("paused_by")), (Some("running"), None));

@@ -8,9 +8,6 @@ use rustix::io::Errno;
 
 use super::Peer;
 
-/// The longest text from a VM that is passed on in an error, in characters.
-const LONGEST_SENTENCE: usize = 300;
-
 /// Why a VM gave no answer that could be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -142,11 +139,6 @@ fn own_trouble(error: &io::Error) -> String {
     }
 }
 
-/// Text from a VM, made fit for a log line or a terminal: one line, no escapes, bounded.
-pub fn clean(text: &str) -> String {
-    text.chars().take(LONGEST_SENTENCE).map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,13 +156,5 @@ mod tests {
         assert!(error(Errno::MFILE).to_string().contains("ulimit -n"));
         assert_eq!(error(Errno::CONNREFUSED).word(), "gone");
         assert_eq!(error(Errno::CONNRESET).word(), "hung-up");
-    }
-
-    #[test]
-    fn text_from_a_vm_cannot_drive_a_terminal() {
-        let hostile = format!("a\x1b[2J\nb\r{}", "x".repeat(1000));
-        let cleaned = clean(&hostile);
-        assert!(!cleaned.chars().any(char::is_control), "{cleaned:?}");
-        assert_eq!(cleaned.chars().count(), LONGEST_SENTENCE);
     }
 }

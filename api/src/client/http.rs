@@ -1,12 +1,13 @@
 //! HTTP/1.1 and JSON over a Unix socket, as ballast, Firecracker and Cloud Hypervisor speak it.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderValue, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -14,9 +15,10 @@ use serde::de::DeserializeOwned;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-use super::error::{Error, clean};
+use super::error::Error;
 use super::peer::{Acquaintance, PeerProcess, PeerStream};
 use super::{LARGEST_ANSWER, Peer};
+use crate::text::clean;
 
 /// The largest response head that is read.
 const LARGEST_HEAD: usize = 16 << 10;
@@ -34,6 +36,15 @@ impl Drop for Connection {
     }
 }
 
+/// A connection that goes on in another protocol.
+#[derive(Debug)]
+pub struct Upgraded {
+    /// The connection. Reads and writes wait.
+    pub stream: UnixStream,
+    /// What has come already.
+    pub received: Bytes,
+}
+
 /// A client that keeps one connection open and makes a new one when that broke.
 pub struct Http {
     peer: &'static Peer,
@@ -41,6 +52,8 @@ pub struct Http {
     timeout: Duration,
     largest_answer: usize,
     connection: Option<Connection>,
+    /// What paths begin with, as far as is known.
+    version: &'static str,
     /// Who is at the other end of the last connection.
     acquaintance: Option<Acquaintance>,
 }
@@ -48,7 +61,9 @@ pub struct Http {
 impl Http {
     /// A client for the API of a `peer` at `socket`. Connects at the first request.
     pub fn new(peer: &'static Peer, socket: PathBuf, timeout: Duration) -> Self {
-        Self { peer, socket, timeout, largest_answer: LARGEST_ANSWER, connection: None, acquaintance: None }
+        let version = peer.version.unwrap_or_default();
+        let largest_answer = LARGEST_ANSWER;
+        Self { peer, socket, timeout, largest_answer, connection: None, version, acquaintance: None }
     }
 
     /// How long one request may take from now on.
@@ -116,7 +131,7 @@ impl Http {
     /// One request and its whole answer, within the time limit.
     async fn exchange(&mut self, method: Method, path: &str, body: Bytes) -> Result<(String, Bytes), Error> {
         let request = format!("{method} {path}");
-        let outcome = timeout(self.timeout, self.try_twice(&method, path, &request, body)).await;
+        let outcome = timeout(self.timeout, self.try_versions(&method, path, &request, body)).await;
         let (status, body) = match outcome.unwrap_or_else(|_| Err(self.too_late(&request))) {
             Ok(answer) => answer,
             Err(error) => {
@@ -149,12 +164,13 @@ impl Http {
     /// is held.
     pub(super) async fn open(&mut self, path: &str) -> Result<(Connection, Incoming), Error> {
         let request = format!("GET {path}");
-        let uri = self.uri(&request, path)?;
         let within = self.timeout;
         let opening = async {
-            let mut connection = self.connect(&request).await?;
-            let asked = connection.sender.send_request(build(&Method::GET, uri, Bytes::new())).await;
-            Ok((connection, asked.map_err(|error| self.broken(&request, &error))?))
+            let mut opened = self.opening(&request, &format!("{}{path}", self.version)).await?;
+            if opened.1.status() == StatusCode::NOT_FOUND && !self.version.is_empty() {
+                opened = self.opening(&request, path).await?;
+            }
+            Ok(opened)
         };
         let opened = timeout(within, opening).await.unwrap_or_else(|_| Err(self.too_late(&request)));
         let (connection, response) = opened?;
@@ -166,8 +182,80 @@ impl Http {
         }
     }
 
+    async fn opening(
+        &mut self,
+        request: &str,
+        path: &str,
+    ) -> Result<(Connection, Response<Incoming>), Error> {
+        let uri = self.uri(request, path)?;
+        let mut connection = self.connect(request).await?;
+        let asked = connection.sender.send_request(build(&Method::GET, uri, Bytes::new())).await;
+        Ok((connection, asked.map_err(|error| self.broken(request, &error))?))
+    }
+
+    /// `GET path`, after which the connection goes on in `protocol`: returns it, with what has come of that already.
+    pub(super) async fn upgrade(&mut self, path: &str, protocol: &'static str) -> Result<Upgraded, Error> {
+        let request = format!("GET {path}");
+        let within = self.timeout;
+        let upgrading = async {
+            let versioned = format!("{}{path}", self.version);
+            let (mut _connection, mut response) = self.ask_upgrade(&request, &versioned, protocol).await?;
+            if response.status() == StatusCode::NOT_FOUND && !self.version.is_empty() {
+                (_connection, response) = self.ask_upgrade(&request, path, protocol).await?;
+            }
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                let (status, body) = self.collect(&request, response).await?;
+                return Err(self.refused(request.clone(), status, &body));
+            }
+            hyper::upgrade::on(response).await.map_err(|error| self.broken(&request, &error))
+        };
+        let upgraded = timeout(within, upgrading).await.unwrap_or_else(|_| Err(self.too_late(&request)))?;
+        let parts = upgraded
+            .downcast::<TokioIo<PeerStream>>()
+            .map_err(|_| self.hung_up(&request, "its connection is of another kind"))?;
+        let stream =
+            parts.io.into_inner().into_std().map_err(|error| self.hung_up(&request, &error.to_string()))?;
+        Ok(Upgraded { stream, received: parts.read_buf })
+    }
+
+    async fn ask_upgrade(
+        &mut self,
+        request: &str,
+        path: &str,
+        protocol: &'static str,
+    ) -> Result<(Connection, Response<Incoming>), Error> {
+        let mut asked = build(&Method::GET, self.uri(request, path)?, Bytes::new());
+        asked.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        asked.headers_mut().insert(UPGRADE, HeaderValue::from_static(protocol));
+        let mut connection = self.connect(request).await?;
+        let answered = connection.sender.send_request(asked).await;
+        let response = answered.map_err(|error| self.broken(request, &error))?;
+        Ok((connection, response))
+    }
+
     fn uri(&self, request: &str, path: &str) -> Result<Uri, Error> {
         path.parse().map_err(|error| self.nonsense(request.to_owned(), &format!("{error}: {path}")))
+    }
+
+    /// With the version first. Where nothing is there, nothing was done, and an older server may have it without one.
+    async fn try_versions(
+        &mut self,
+        method: &Method,
+        path: &str,
+        request: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let versioned = format!("{}{path}", self.version);
+        let answer = self.try_twice(method, &versioned, request, body.clone()).await?;
+        if answer.0 != StatusCode::NOT_FOUND || self.version.is_empty() {
+            return Ok(answer);
+        }
+        let older = self.try_twice(method, path, request, body).await?;
+        if older.0 == StatusCode::NOT_FOUND {
+            return Ok(answer);
+        }
+        self.version = "";
+        Ok(older)
     }
 
     async fn try_twice(
@@ -233,7 +321,7 @@ impl Http {
             .await
             .map_err(|error| self.broken(request, &error))?;
         // Its error also reaches whoever waits for the response.
-        let task = tokio::spawn(async move { drop(driver.await) }).abort_handle();
+        let task = tokio::spawn(async move { drop(driver.with_upgrades().await) }).abort_handle();
         Ok(Connection { sender, task })
     }
 

@@ -96,6 +96,16 @@ impl PeerStream {
         Ok(Self { stream, acquaintance })
     }
 
+    /// The connection without the notes, whose reads and writes wait.
+    ///
+    /// # Errors
+    /// As fcntl(2).
+    pub fn into_std(self) -> io::Result<std::os::unix::net::UnixStream> {
+        let stream = self.stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    }
+
     /// What is known of the other end, now and later.
     pub fn acquaintance(&self) -> &Acquaintance {
         &self.acquaintance

@@ -8,11 +8,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::error::Error;
-use super::http::Http;
+use super::http::{Http, Upgraded};
 use super::peer::PeerProcess;
 use super::{BALLAST, DEFAULT_TIMEOUT};
 use crate::limits::Limits;
-use crate::status::{MemoryStatus, PauseRequest, Pauser, TargetRequest, VmStatus};
+use crate::status::{
+    CONSOLE_PROTOCOL, MemoryStatus, PauseRequest, Pauser, ResizeRequest, TargetRequest, VSOCK_PROTOCOL,
+    VmStatus,
+};
 use crate::units::Bytes;
 
 /// A client for one VM. Every request may fail as [`Error`] says.
@@ -124,6 +127,14 @@ impl Client {
         self.http.send(Method::POST, "/vm/resume", &PauseRequest { by }).await
     }
 
+    /// `POST /disks/resize`: makes a disk larger while its guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is no such disk, or it can't grow so.
+    pub async fn resize_disk(&mut self, request: &ResizeRequest) -> Result<(), Error> {
+        self.http.send(Method::POST, "/disks/resize", request).await
+    }
+
     /// `POST /vm/power-button`: asks the guest to shut down.
     pub async fn power_button(&mut self) -> Result<(), Error> {
         self.http.post("/vm/power-button").await
@@ -132,6 +143,23 @@ impl Client {
     /// `POST /vm/shutdown`: ends the VM without asking its guest.
     pub async fn shutdown(&mut self) -> Result<(), Error> {
         self.http.post("/vm/shutdown").await
+    }
+
+    /// `GET /vm/console`: the guest's output from its last 64 KiB on, and input for it. `mode` is `watch`, `write` or
+    /// `take-over`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where another client writes, or too many are attached.
+    pub async fn console(&mut self, mode: &str) -> Result<Upgraded, Error> {
+        self.http.upgrade(&format!("/vm/console?mode={mode}"), CONSOLE_PROTOCOL).await
+    }
+
+    /// `GET /vm/vsock`: a stream to the program that listens at `port` of the guest.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with 409 where the VM has no socket device, and with 502 where the guest refuses.
+    pub async fn vsock(&mut self, port: u32) -> Result<Upgraded, Error> {
+        self.http.upgrade(&format!("/vm/vsock?port={port}"), VSOCK_PROTOCOL).await
     }
 
     /// Any other question that a VM answers: `GET path`.
