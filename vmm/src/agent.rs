@@ -1,8 +1,6 @@
 //! The guest's agent as its VM hears it: what comes over the port is parsed,
 //! bounded in how often it counts, kept, and passed on to who waits for it.
 
-mod bucket;
-
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -11,15 +9,15 @@ use api::agent::wire::{Decoder, Frame, Kind};
 use api::agent::{AgentFigures, AgentStatus, EventKind, PORT, Version};
 use api::guest_memory::Had;
 use api::units::Bytes;
+use devices::bucket::Bucket;
 use devices::virtio::port::{Port, PortEvent};
 use parking_lot::Mutex;
 
-use self::bucket::Bucket;
 use crate::event_stream::EventStream;
 
 /// Words that count in a second, and at once after a silence. An agent sends two a second while
 /// its guest stalls; a guest that sends more is only heard less.
-const RATE: (u32, u32) = (10, 20);
+const RATE: (u64, u64) = (10, 20);
 
 /// What one agent has said.
 #[derive(Debug)]
@@ -232,9 +230,9 @@ mod tests {
         let flood = word(Kind::Distress, Bytes::ZERO).repeat(1000);
         agent.take(PortEvent::Data(&flood), start);
         let status = agent.status(start).unwrap();
-        assert_eq!((status.heard, status.dropped), (u64::from(RATE.1), 1000 - u64::from(RATE.1)));
+        assert_eq!((status.heard, status.dropped), (RATE.1, 1000 - RATE.1));
         agent.take(PortEvent::Data(&flood), start + Duration::from_secs(1));
-        assert_eq!(agent.status(start).unwrap().heard, u64::from(RATE.0 + RATE.1));
+        assert_eq!(agent.status(start).unwrap().heard, RATE.0 + RATE.1);
     }
 
     #[test]

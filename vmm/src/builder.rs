@@ -5,8 +5,12 @@ mod disk;
 mod memory;
 mod net;
 mod passt;
+mod share;
+mod virtiofsd;
+mod vsock;
 
 pub(crate) use self::disk::open_disk;
+pub(crate) use self::passt::GUEST as GUEST_OF_PASST;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,20 +26,20 @@ use devices::platform::OnEnd;
 use devices::sandbox::SandboxNeeds;
 #[cfg(test)]
 use devices::testing::note::Note;
-use devices::virtio::block::disk::DiskError;
+use devices::virtio::block::{self, disk::DiskError};
 use devices::virtio::device::VirtioDevice;
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::Incoming;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::Platform;
 use crate::bus::Buses;
-use crate::config::{
-    Backing, BalloonOptions, ConfigError, Device, DeviceConfig, ENOUGH_FOR_THE_KERNEL, SerialOptions,
-    ThreadName,
-};
+use crate::config::{Backing, BalloonOptions, ConfigError, Device, DeviceConfig, SerialOptions, ThreadName};
 use crate::console::{self, Console, ConsoleError};
 use crate::control::Control;
+use crate::control::nets::Nic;
+use crate::control::shares::Share;
 use crate::events::Subscriber;
 use crate::exit::Exit;
 use crate::helper::Helper;
@@ -62,6 +66,12 @@ pub enum BuildError {
     /// A network.
     #[error(transparent)]
     Network(#[from] net::NetworkError),
+    /// The socket of the socket device.
+    #[error(transparent)]
+    VsockSocket(#[from] crate::vsock_socket::VsockSocketError),
+    /// A shared directory.
+    #[error(transparent)]
+    Share(#[from] virtiofsd::ShareError),
     /// The host gave no descriptors for one, or something else that it needs.
     #[error("the host refused {what}: {source}")]
     Host {
@@ -90,6 +100,12 @@ pub struct Devices {
     pub threads: Threads,
     /// Those that have queues: they are held while the VM is paused.
     pub virtio: Vec<Virtio>,
+    /// Its disks, those in files.
+    pub disks: Vec<block::handle::Handle>,
+    /// Its network cards.
+    pub nets: Vec<Nic>,
+    /// Its shared directories.
+    pub shares: Vec<Share>,
     /// What they need of the sandbox.
     pub needs: SandboxNeeds,
     /// Processes that work for them, to be ended with the VM.
@@ -100,6 +116,8 @@ pub struct Devices {
     pub power: EventFd,
     /// Held until the end: the terminal and the socket are given back when it goes.
     pub console: Option<Console>,
+    /// Where programs on the host come that want to speak to the guest.
+    pub vsock: Option<Arc<Incoming>>,
 }
 
 /// Makes devices, one after the other.
@@ -112,11 +130,15 @@ pub struct Builder<'a> {
     power: EventFd,
     threads: Threads,
     virtio: Vec<Virtio>,
+    disks: Vec<block::handle::Handle>,
+    nets: Vec<Nic>,
+    shares: Vec<Share>,
     needs: SandboxNeeds,
     helpers: Vec<Arc<Helper>>,
     balloon: Option<Handle>,
     plug: Option<plug::Handle>,
     console: Option<Console>,
+    vsock: Option<Arc<Incoming>>,
 }
 
 impl<'a> Builder<'a> {
@@ -145,11 +167,15 @@ impl<'a> Builder<'a> {
             power,
             threads: Threads::new(),
             virtio: Vec::new(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            shares: Vec::new(),
             needs: SandboxNeeds::default(),
             helpers: Vec::new(),
             balloon: None,
             plug: None,
             console: None,
+            vsock: None,
         })
     }
 
@@ -178,6 +204,7 @@ impl<'a> Builder<'a> {
             Device::Rng => self.virtio(config, shared, Rng::new()),
             Device::Disk(options) => {
                 let disk = disk::open(&config.id, options, self.control.cpus())?;
+                self.disks.push(disk.handle());
                 self.virtio(config, ThreadName::own(&config.id), disk)
             }
             Device::CloudInit(seed) => {
@@ -187,7 +214,32 @@ impl<'a> Builder<'a> {
             Device::Net(options) => {
                 let (net, helper) = net::open(self.control.name(), &config.id, options)?;
                 self.help(helper);
+                self.nets.push(Nic {
+                    id: config.id.clone(),
+                    mac: options.mac(self.control.name(), &config.id).to_string(),
+                    options: options.clone(),
+                    counters: net.counters(),
+                });
                 self.virtio(config, ThreadName::own(&config.id), net)
+            }
+            Device::Vsock(options) => {
+                let (vsock, socket, needs) = vsock::open(options)?;
+                self.needs.add(needs);
+                if let Some(socket) = socket {
+                    self.serve(ThreadName::own(&config.id), Arc::new(Mutex::new(socket)));
+                }
+                self.vsock = Some(vsock.incoming());
+                self.virtio(config, ThreadName::own(&config.id), vsock)
+            }
+            Device::Share(options) => {
+                let (fs, helper) = share::open(&config.id, options, self.ram)?;
+                self.help(Some(helper));
+                self.shares.push(Share {
+                    id: config.id.clone(),
+                    options: options.clone(),
+                    serves: fs.serves(),
+                });
+                self.virtio(config, ThreadName::own(&config.id), fs)
             }
             Device::Agent => self.virtio(config, shared, self.control.agent().port()),
             #[cfg(test)]
@@ -262,10 +314,8 @@ impl<'a> Builder<'a> {
         let steering = match self.plug.take() {
             None => Steering::by_balloon(balloon),
             Some(plug) => {
-                // Pages of a reserved huge page do not go back before all of it is in the balloon. And memory
-                // that is kept movable is unplugged slowly while pages of a balloon come and go all over it.
-                let cushioned =
-                    self.ram.backing() != Backing::HugePages2M && self.ram.boot() < ENOUGH_FOR_THE_KERNEL;
+                // Pages of a reserved huge page do not go back before all of it is in the balloon.
+                let cushioned = self.ram.backing() != Backing::HugePages2M;
                 Steering::by_plug(balloon, plug, self.ram.boot(), cushioned).map_err(refused("a timer"))?
             }
         };
@@ -276,11 +326,15 @@ impl<'a> Builder<'a> {
             platform,
             threads: self.threads,
             virtio: self.virtio,
+            disks: self.disks,
+            nets: self.nets,
+            shares: self.shares,
             needs: self.needs,
             helpers: self.helpers,
             steering,
             power: self.power,
             console: self.console,
+            vsock: self.vsock,
         })
     }
 }

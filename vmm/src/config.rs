@@ -31,18 +31,23 @@ macro_rules! text {
 mod cmdline;
 mod device;
 mod net;
+mod share;
+mod vsock;
 
-pub use cmdline::{DEFAULT_CMDLINE, ENOUGH_FOR_THE_KERNEL, Hindrance, behind_words, with_words};
+pub use cmdline::{DEFAULT_CMDLINE, Hindrance, behind_words, with_words};
 pub use device::{
     BalloonOptions, Console, Device, DeviceConfig, DeviceId, DiskFormat, DiskOptions, SerialOptions,
     ThreadName,
 };
 pub use net::{Forward, NetBackend, NetOptions, Protocol, UserNet};
+pub use share::{ShareOptions, Tag};
+pub use vsock::{ServedPort, VsockOptions};
 
 text!(Name);
 
-/// The most vCPUs a VM may have: well below the 255 that xAPIC identifiers can name.
-pub const MOST_CPUS: u8 = 64;
+/// The most vCPUs a VM may have: as many as xAPIC identifiers can name, 0 to 254; 255 is everybody (SDM volume 3,
+/// 11.6.2.1). More would take x2APIC identifiers, and interrupts remapped to them.
+pub const MOST_CPUS: u8 = 255;
 
 /// Everything that makes one VM. Each part has been checked on its own; [`check`](Self::check) looks at
 /// whether they go together.
@@ -100,7 +105,18 @@ impl VmConfig {
                 return Err(ConfigError::Two(kind));
             }
         }
-        if kinds.contains("balloon") { Ok(()) } else { Err(ConfigError::NoBalloon) }
+        if !kinds.contains("balloon") {
+            return Err(ConfigError::NoBalloon);
+        }
+        if let Some(share) = self.devices.iter().find(|config| matches!(config.device, Device::Share(_))) {
+            if self.plugs_memory() {
+                return Err(ConfigError::ShareAndPlug(share.id.clone()));
+            }
+            if self.memory.backing == Backing::Anonymous {
+                return Err(ConfigError::ShareOfPrivate(share.id.clone()));
+            }
+        }
+        Ok(())
     }
 
     /// Whether the guest boots with its startup memory and plugs the rest.
@@ -150,7 +166,8 @@ pub enum ConfigError {
     /// Not a disk.
     #[error(
         "`{text}` is not a disk ({what}): use PATH, then with commas readonly, format=raw or format=qcow2, \
-         cache=direct or cache=buffered, backing=allow; a comma of the path is written twice"
+         cache=direct or cache=buffered, backing=allow, on-error=report, pause or pause-when-full, iops=N, \
+         iops-burst=N, bytes-per-second=SIZE, bytes-burst=SIZE; a comma of the path is written twice"
     )]
     Disk {
         /// As given.
@@ -160,8 +177,8 @@ pub enum ConfigError {
     },
     /// Not a network card.
     #[error(
-        "`{text}` is not a network ({what}): use user, tap=NAME or fd=N, then with commas mac=MAC, mtu=BYTES; with \
-         user also forward=tcp:PORT:PORT, dns=ADDRESS, loopback"
+        "`{text}` is not a network ({what}): use user, tap=NAME, bridge=NAME or fd=N, then with commas mac=MAC, mtu=BYTES, \
+         packets-per-second=N, packets-burst=N, bytes-per-second=SIZE, bytes-burst=SIZE; with user also forward=tcp:PORT:PORT, dns=ADDRESS, loopback"
     )]
     Net {
         /// As given.
@@ -175,6 +192,44 @@ pub enum ConfigError {
          tcp:ADDRESS:PORT:PORT to listen at one address of the host; an IPv6 address stands in brackets"
     )]
     Forward(String),
+    /// Not a port of the host with the socket that serves it.
+    #[error("`{0}` is no port with a socket: use PORT:PATH, such as 1024:/run/user/1000/app.sock")]
+    ServedPort(String),
+    /// A port of the host without a socket.
+    #[error(
+        "port {0} has no socket that serves it: name one, as {0}:PATH, or use --vsock-socket PATH, beside which it is \
+         PATH_{0}"
+    )]
+    ServedNowhere(u32),
+    /// Two sockets for one port.
+    #[error("port {0} is served twice: name each port once")]
+    ServedTwice(u32),
+    /// Not a shared directory.
+    #[error(
+        "`{text}` is not a shared directory ({what}): use DIR, then with commas tag=TAG, readonly; a comma of the \
+         path is written twice"
+    )]
+    Share {
+        /// As given.
+        text: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Not a tag.
+    #[error("`{0}` is not a tag of a shared directory: use 1 to 36 bytes, without spaces and commas")]
+    Tag(String),
+    /// A process that shares directories would see memory that was not given to the guest.
+    #[error(
+        "`{0}`, a shared directory, does not go with memory that is plugged: the process that shares it has the \
+         guest's memory mapped, and nothing would keep it from what is not plugged; use --grow balloon"
+    )]
+    ShareAndPlug(DeviceId),
+    /// Nobody else can map it.
+    #[error(
+        "`{0}`, a shared directory, needs guest memory that another process can map: use --memory-backing memfd, or \
+         --hugepages 2M"
+    )]
+    ShareOfPrivate(DeviceId),
     /// Not a size of huge pages that is known.
     #[error("`{0}` is not a size of huge pages: use 2M")]
     HugePages(String),
@@ -306,7 +361,7 @@ pub(super) mod tests {
             assert!(bad.parse::<Console>().is_err(), "{bad}");
         }
         assert_eq!("4".parse::<Cpus>().map(Cpus::get), Ok(4));
-        for bad in ["0", "65", "-1", "two"] {
+        for bad in ["0", "256", "-1", "two"] {
             assert!(bad.parse::<Cpus>().is_err(), "{bad}");
         }
     }
@@ -348,6 +403,12 @@ pub(super) mod tests {
                 ConfigError::SameId("balloon".parse().unwrap())
             }),
             (format!(r#"{balloon}, {{"id": "other", "type": "balloon"}}"#), ConfigError::Two("balloon")),
+            (
+                format!(
+                    r#"{balloon}, {{"id": "m", "type": "memory"}}, {{"id": "s", "type": "share", "path": "/"}}"#
+                ),
+                ConfigError::ShareAndPlug("s".parse().unwrap()),
+            ),
         ] {
             assert_eq!(config(&devices).expect("it can be read").check(), Err(error));
         }

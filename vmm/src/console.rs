@@ -1,14 +1,17 @@
 //! The guest's first serial port on a terminal, pipes, a file or a socket.
 //!
 //! A thread of its own waits for whoever reads the output: no vCPU does, nor does the event loop that
-//! hears the signals which end the VM.
+//! hears the signals which end the VM. Clients of the VM's API may look at the console beside that reader.
 
+mod attached;
+#[cfg(test)]
+mod attached_tests;
 mod client;
 mod escape;
 mod input;
 mod output;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::fs::File;
 use std::io;
@@ -22,8 +25,9 @@ use devices::sandbox::{Call, SandboxNeeds};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+pub use self::attached::{AttachError, Attachments, MOST_ATTACHED, Mode, Place};
 use self::client::Client;
-use self::escape::Escape;
+pub use self::escape::Escape;
 pub use self::input::Input;
 use self::input::Source;
 use self::output::Sink;
@@ -72,6 +76,8 @@ pub struct Console {
     pub port: Arc<Port>,
     /// Whoever brings input, for the event loop.
     pub input: Arc<Mutex<Input>>,
+    /// Where clients of the API are attached.
+    pub attachments: Arc<Attachments>,
     sink: Option<Sink>,
     /// Given back to the user when this goes.
     _terminal: Option<RawTerminal>,
@@ -122,9 +128,11 @@ impl Console {
             config::Console::None => (FirstReader::Nobody, None, Source::Nothing),
         };
         let port = Arc::new(Port::new(irq, reader).map_err(ConsoleError::Port)?);
-        let input = Input::new(source, Arc::clone(&port), Arc::clone(vcpu_set));
+        let input =
+            Input::new(source, Arc::clone(&port), Arc::clone(vcpu_set)).map_err(ConsoleError::Port)?;
+        let attachments = input.attachments();
         let input = Arc::new(Mutex::new(input));
-        Ok(Self { port, input, sink, _terminal: terminal })
+        Ok(Self { port, input, attachments, sink, _terminal: terminal })
     }
 
     /// Starts the thread that brings output to its reader.
@@ -147,6 +155,10 @@ impl Console {
             Exit::Stopped | Exit::ConsoleQuit => IMPATIENCE,
             _ => PATIENCE,
         });
+        // Poisoned by a panic, which has ended the process.
+        if let Ok(mut input) = self.input.lock() {
+            input.finish();
+        }
     }
 }
 

@@ -1,11 +1,14 @@
 //! What can be asked of a running VM from outside: the API and signals end up here.
 
+pub mod disks;
 mod error;
+pub mod nets;
+pub mod shares;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use api::agent::AgentStatus;
 use api::limits::Limits;
@@ -13,12 +16,15 @@ use api::status::{ConsoleStatus, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balloon::mechanism::steering::{Steering, SteeringError};
 use devices::platform::serial::Port;
+use devices::virtio::block::handle::Handle as Disk;
+use devices::virtio::vsock::Incoming;
 use kvm_ioctls::VcpuFd;
 use parking_lot::{Mutex, MutexGuard};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::agent::Agent;
 use crate::config::{Cpus, Name};
+use crate::console::{Attachments, Mode, Place};
 use crate::event_stream::{EventStream, Subscription};
 use crate::exit::Exit;
 use crate::inspect::{self, MemoryMap, TranslateRequest, Translation};
@@ -37,12 +43,22 @@ pub struct Parts {
     pub ram: Arc<Ram>,
     /// Its devices that have queues.
     pub virtio: Vec<Virtio>,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+    /// Its network cards.
+    pub nets: Vec<nets::Nic>,
+    /// Its shared directories.
+    pub shares: Vec<shares::Share>,
     /// What moves its memory.
     pub steering: Steering,
     /// The interrupt line of the power button.
     pub power: EventFd,
     /// Its serial port, where it has one.
     pub console: Option<Arc<Port>>,
+    /// Where programs on the host come that want to speak to the guest, where it has a socket device.
+    pub vsock: Option<Arc<Incoming>>,
+    /// Where clients are attached to that.
+    pub attachments: Option<Arc<Attachments>>,
 }
 
 /// One VM, as seen by whoever steers it. Shared by the API, signals and the machine.
@@ -54,6 +70,10 @@ pub struct Control {
     /// A VM that is to be paused counts as paused here from the moment on in which that was decided.
     state: Mutex<VmState>,
     limits: Mutex<Limits>,
+    /// How often the limits were changed.
+    limits_changes: AtomicU64,
+    /// When this VM was made, in nanoseconds of the epoch: no other of its name was then.
+    life: u64,
     /// The guest says that it sleeps.
     asleep: Arc<AtomicBool>,
     events: Arc<EventStream>,
@@ -72,6 +92,8 @@ impl Control {
             started: Instant::now(),
             state: Mutex::new(VmState::Created),
             limits: Mutex::new(limits),
+            limits_changes: AtomicU64::new(0),
+            life: UNIX_EPOCH.elapsed().map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)),
             asleep: Arc::new(AtomicBool::new(false)),
             agent: Agent::new(Arc::clone(&events)),
             events,
@@ -180,6 +202,9 @@ impl Control {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             console: self.console(),
+            disks: self.disks(),
+            nets: self.nets(),
+            shares: self.shares(),
         }
     }
 
@@ -190,6 +215,23 @@ impl Control {
             waiting: Bytes(counts.waiting),
             lost: Bytes(counts.lost),
         })
+    }
+
+    /// A place for one more client at the console.
+    ///
+    /// # Errors
+    /// There is none, or not yet, or another client writes.
+    pub fn attach_to_console(&self, mode: Mode) -> Result<Place, ControlError> {
+        let parts = self.parts.get().and_then(|parts| parts.attachments.as_ref());
+        Ok(parts.ok_or(ControlError::NoConsole)?.place(mode)?)
+    }
+
+    /// Where programs on the host come that want to speak to the guest.
+    ///
+    /// # Errors
+    /// It has no socket device.
+    pub fn vsock(&self) -> Result<&Arc<Incoming>, ControlError> {
+        self.parts.get().and_then(|parts| parts.vsock.as_ref()).ok_or(ControlError::NoVsock)
     }
 
     /// Everything about this VM's memory now.
@@ -285,6 +327,16 @@ impl Control {
         })
     }
 
+    /// What its administrator allows it.
+    pub fn limits(&self) -> Limits {
+        *self.limits.lock()
+    }
+
+    /// Which life of the VM this is, and how often its limits were changed in it.
+    pub fn limits_generation(&self) -> (u64, u64) {
+        (self.life, self.limits_changes.load(Ordering::Relaxed))
+    }
+
     /// Asks the guest to have `target`.
     ///
     /// # Errors
@@ -313,6 +365,9 @@ impl Control {
             return Err(ControlError::BeyondMap { max: limits.max(), map: self.map });
         }
         let mut current = self.limits.lock();
+        if *current != limits {
+            self.limits_changes.fetch_add(1, Ordering::Relaxed);
+        }
         *current = limits;
         if let Some(parts) = self.parts.get() {
             parts.steering.set_max(limits.max());
@@ -431,6 +486,7 @@ impl Control {
                 parts.vcpu_set.run();
                 // Last: until they run, the last vCPU to come out may still have it rest.
                 parts.steering.rest(false);
+                parts.disks.iter().for_each(Disk::retry);
             }
             Change::TakeOver { .. } | Change::Nothing => {}
         }

@@ -1,12 +1,13 @@
 //! A process beside the VM's that does one thing for it, with less power than the VM has, and ends with it.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 use devices::sandbox::{Argument, Call, SandboxNeeds};
 use parking_lot::Mutex;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -95,6 +96,39 @@ impl Helper {
 impl Drop for Helper {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Bytes of what one says that are looked at.
+const MOST_WORDS: usize = 2048;
+
+/// What a helper wrote to its standard error. It is read when somebody wants to know; what finds no room until then
+/// is lost, and keeps nobody waiting.
+#[derive(Debug)]
+pub struct Words(PipeReader);
+
+impl Words {
+    /// A place for words, and the end that becomes a helper's standard error.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub fn new() -> io::Result<(Self, PipeWriter)> {
+        let (said, errors) = io::pipe()?;
+        for end in [said.as_fd(), errors.as_fd()] {
+            fcntl_setfl(end, OFlags::NONBLOCK)?;
+        }
+        Ok((Self(said), errors))
+    }
+
+    /// What it said since the last call, on one line.
+    pub fn take(&mut self) -> String {
+        let mut bytes = vec![0; MOST_WORDS];
+        let count = self.0.read(&mut bytes).unwrap_or(0);
+        let text = String::from_utf8_lossy(bytes.get(..count).unwrap_or_default());
+        // passt can't reach the system's log from where it has shut itself in, and says so each time.
+        let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with("Failed to send "));
+        let line = lines.collect::<Vec<_>>().join("; ").replace(char::is_control, " ");
+        if line.is_empty() { "it said nothing".to_owned() } else { line }
     }
 }
 

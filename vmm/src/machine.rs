@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use api::units::Bytes;
 use devices::pci::access::ECAM_SIZE;
 use devices::sandbox::SandboxNeeds;
+use devices::virtio::block::handle::Handle;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VmFd;
 
@@ -23,6 +24,7 @@ use crate::bus::Buses;
 use crate::config::{ConfigError, ThreadName, Transport, VmConfig};
 use crate::console::Console;
 use crate::control::{Control, Parts};
+use crate::disk_failures::DiskFailures;
 use crate::events::{self, EventThread};
 use crate::exit::{self, Exit};
 use crate::helper::Helper;
@@ -112,6 +114,7 @@ pub struct Machine {
     api: Option<api_server::Server>,
     threads: Threads,
     helpers: Vec<Arc<Helper>>,
+    disks: Vec<Handle>,
     /// What stays possible; `None` is no sandbox.
     sandbox: Option<SandboxNeeds>,
     // Closed last: the vCPUs and the memory slots hang on it.
@@ -153,6 +156,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         config.check()?;
         let kvm_fd = host::open_for_guests()?;
+        vcpu::check(config.cpus, kvm_fd.get_max_vcpus())?;
         let files = files.map_or_else(|| BootFiles::of(&config), Ok)?;
         config.cmdline = files.cmdline(&config.cmdline);
         let supported = kvm_fd
@@ -201,7 +205,7 @@ impl Machine {
 
         let buses = Arc::new(devices.buses);
         let vcpus = vcpu::create_all(&vm, &supported, config.cpus, ram.guest(), entry)?;
-        let vcpus = (0..)
+        let vcpus = (0..=u8::MAX)
             .zip(vcpus)
             .map(|(index, fd)| Vcpu { fd, index, buses: Arc::clone(&buses), vcpu_set: Arc::clone(&vcpu_set) })
             .collect();
@@ -209,9 +213,14 @@ impl Machine {
             vcpu_set: Arc::clone(&vcpu_set),
             ram: Arc::clone(&ram),
             virtio: devices.virtio,
+            disks: devices.disks.clone(),
             steering: devices.steering,
             power: devices.power,
             console: devices.console.as_ref().map(|console| Arc::clone(&console.port)),
+            vsock: devices.vsock,
+            nets: devices.nets,
+            shares: devices.shares,
+            attachments: devices.console.as_ref().map(|console| Arc::clone(&console.attachments)),
         });
         let mut needs = devices.needs;
         needs.remove.extend(config.socket);
@@ -225,6 +234,7 @@ impl Machine {
             api,
             threads: devices.threads,
             helpers: devices.helpers,
+            disks: devices.disks,
             sandbox: config.sandbox.then_some(needs),
             _vm: vm,
         })
@@ -258,6 +268,7 @@ impl Machine {
         let shared = self.threads.entry(ThreadName::shared()).or_default();
         shared.push(Arc::new(Mutex::new(signals)));
         shared.push(Arc::new(Mutex::new(fault_guard)));
+        shared.push(Arc::new(Mutex::new(DiskFailures::new(&self.control, self.disks))));
         let vcpu_set = &self.vcpu_set;
         let mut loops = Vec::new();
         for (name, subscribers) in self.threads {

@@ -15,6 +15,7 @@ pub use self::accounts::Held;
 use self::mapping::{ALIGNMENT, Use, advise, map, memfd};
 pub use self::mapping::{MemoryError, Region};
 use api::units::Bytes;
+use devices::virtio::vhost_user::{SharedMemory, SharedRegion};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
@@ -134,6 +135,21 @@ impl Ram {
         self.file.as_ref().map(AsRawFd::as_raw_fd)
     }
 
+    /// The memory as another process can map it; `None` where it is of this process alone, or not all of it is the
+    /// guest's to reach.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub fn shared(&self) -> io::Result<Option<SharedMemory>> {
+        let Some(file) = self.file.as_ref().filter(|_| self.pluggable.is_none()) else { return Ok(None) };
+        let regions = self.regions.iter().map(|region| SharedRegion {
+            guest: region.guest,
+            size: region.size.0,
+            offset: region.offset.0,
+        });
+        Ok(Some(SharedMemory { file: file.try_clone()?, regions: regions.collect() }))
+    }
+
     /// Has a thread count what the host holds, so that [`held`](Self::held) never takes long.
     ///
     /// # Errors
@@ -245,6 +261,23 @@ mod tests {
         let size = Bytes::mib(64);
         let ram = Ram::new(size, MemoryOptions { prefault: true, ..Default::default() }).expect("mapped");
         assert_eq!(held(&ram).resident, size);
+    }
+
+    #[test]
+    fn what_another_process_can_map_is_all_that_the_guest_has_and_stays_as_large() {
+        let memfd = MemoryOptions { backing: Backing::Memfd, ..Default::default() };
+        let ram = Ram::new(Bytes::gib(6), memfd).expect("mapped");
+        let shared = ram.shared().expect("descriptors").expect("it can be shared");
+        let sizes: u64 = shared.regions.iter().map(|region| region.size).sum();
+        assert_eq!((shared.regions.len(), sizes), (2, Bytes::gib(6).0));
+        let size = shared.file.metadata().expect("a file").len();
+        for wrong in [0, size - 4096, size + 4096] {
+            assert!(shared.file.set_len(wrong).is_err(), "{wrong}");
+        }
+        let plugs = Ram::with_pluggable(Bytes::mib(64), Bytes::mib(64), memfd).expect("mapped");
+        assert!(plugs.shared().expect("descriptors").is_none());
+        let private = Ram::new(Bytes::mib(64), MemoryOptions::default()).expect("mapped");
+        assert!(private.shared().expect("descriptors").is_none());
     }
 
     /// A huge page of the host backs one of the guest only where both begin at such an address

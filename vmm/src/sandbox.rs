@@ -22,7 +22,7 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetStatus,
 };
 
-pub(crate) use paths::{absolute, bind, kept};
+pub(crate) use paths::{absolute, bind, connect, kept};
 
 /// Rights to files that a kernel must know: all of the first Landlock, of Linux 5.13. What later ones added is
 /// to move, to cut off and to control files, for which seccomp leaves no call.
@@ -134,7 +134,7 @@ pub fn close_files(needs: &SandboxNeeds) -> Result<(), SandboxError> {
 /// # Errors
 /// [`SandboxError::Calls`] where the kernel has no seccomp; [`SandboxError::Host`].
 pub fn close_calls(needs: &SandboxNeeds) -> Result<(), SandboxError> {
-    let kept = paths::keep(&needs.remove)?;
+    let kept = paths::keep(&needs.remove, &needs.connect)?;
     let program = calls::filter(needs, kept)?;
     refused::tell_of()?;
     // SAFETY: a number for the allocator, at any time.

@@ -188,7 +188,7 @@ impl VcpuSet {
     /// Brings a hold to its end where all are out, or where time is over. Whoever looks does that.
     fn settle(&self, state: &mut State) {
         let Order::Hold { until: Some(until) } = state.order else { return };
-        match (0..).zip(&state.places).find(|(_, place)| place.inside) {
+        match (0..=u8::MAX).zip(&state.places).find(|(_, place)| place.inside) {
             None => {
                 state.order = Order::Hold { until: None };
                 self.tell(Standing::Held);

@@ -204,6 +204,49 @@ fn a_vm_removes_its_own_socket_and_no_other() {
     }
 }
 
+/// The sockets of other VMs, of the balancer and of the user's other services are no concern of a guest's.
+#[test]
+fn a_vm_connects_to_those_who_serve_it_and_to_nobody_else() {
+    in_child("a_vm_connects_to_those_who_serve_it_and_to_nobody_else", |directory| {
+        let (served, other) = (directory.join("served.sock"), directory.join("other.sock"));
+        let listener = UnixListener::bind(&served).unwrap();
+        let _other = UnixListener::bind(&other).unwrap();
+        let needs = SandboxNeeds { connect: vec![served.clone()], ..needs() };
+        sandbox::close_files(&needs).unwrap();
+        sandbox::close_calls(&needs).unwrap();
+
+        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let connect = |address: *const libc::c_void, length: usize| {
+            // SAFETY: so many bytes lie at the address; the descriptor stays open until the process ends.
+            done(
+                unsafe {
+                    let socket = libc::socket(libc::AF_UNIX, kind, 0);
+                    assert!(socket >= 0, "a socket of the one kind can be made");
+                    libc::connect(socket, address.cast(), length as libc::socklen_t)
+                }
+                .into(),
+            )
+        };
+        let address_of = |path: PathBuf| {
+            let mut address = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
+            address.extend(path.into_os_string().into_vec());
+            address.push(0);
+            address
+        };
+        let (served, other) = (address_of(served), address_of(other));
+        assert_kept_back("another's socket", connect(other.as_ptr().cast(), other.len()));
+        assert_kept_back("a path that could be changed", connect(served.as_ptr().cast(), served.len()));
+        let kept = ptr::without_provenance(1 << 20);
+        assert_kept_back("a part of the path", connect(kept, served.len() - 1));
+        connect(kept, served.len()).expect("the one that serves it");
+        listener.accept().expect("it came");
+        // SAFETY: a string with its end.
+        let removed =
+            done(unsafe { libc::unlinkat(libc::AT_FDCWD, kept.cast::<libc::c_char>().add(2), 0) }.into());
+        assert_kept_back("removing it", removed);
+    });
+}
+
 /// What somebody outside does: removes the socket, and then its directory, and waits for it each time.
 const REMOVE: &str = r#"
 there() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::epoll::EventSet;
 
-use super::http::{self, Answer, Later, Parsed, Request, Response};
+use super::http::{self, Answer, HandOver, Later, Parsed, Request, Response};
 use super::stream::Stream;
 
 /// How long a client may say nothing between two requests.
@@ -42,6 +42,8 @@ pub enum Next {
     Again,
     /// It has ended.
     Close,
+    /// Somebody else goes on with it: [`Connection::hand_over`].
+    HandOver,
 }
 
 enum State {
@@ -50,6 +52,8 @@ enum State {
     /// The last request can't be answered yet; its answer is asked for when something has come, or its
     /// time is over.
     Waiting { since: Instant, later: Later, framing: Framing },
+    /// Somebody else is to go on with it.
+    HandingOver(HandOver),
     /// Sending a response.
     Writing { response: Vec<u8>, sent: usize, keep_alive: bool },
     /// Sending lines as they come; `unsent` is what the socket has not taken yet.
@@ -100,7 +104,7 @@ impl Connection {
         match self.state {
             State::Reading | State::Draining => EventSet::IN,
             // What it sends meanwhile has time. That it has gone is told unasked (EPOLLHUP).
-            State::Waiting { .. } => EventSet::empty(),
+            State::Waiting { .. } | State::HandingOver(_) => EventSet::empty(),
             State::Writing { .. } => EventSet::OUT,
             // Input is the word that the client has gone.
             State::Streaming { ref unsent, .. } if unsent.is_empty() => EventSet::IN,
@@ -137,6 +141,7 @@ impl Connection {
                 State::Writing { .. } => self.write(now),
                 State::Streaming { .. } => self.stream(now),
                 State::Draining => self.drain(),
+                State::HandingOver(_) => Ok(Next::HandOver),
             };
             match step {
                 Ok(Next::Again) => {}
@@ -148,6 +153,13 @@ impl Connection {
             }
         }
         Next::Again
+    }
+
+    /// Has whoever answers go on with it. Its socket must be watched no longer.
+    pub fn hand_over(self) {
+        if let State::HandingOver(hand_over) = self.state {
+            hand_over(self.stream, self.input);
+        }
     }
 
     /// Sends what is left of a response; for the moment when the server ends.
@@ -183,6 +195,10 @@ impl Connection {
                 self.state = State::Waiting { since, later, framing };
                 (self.deadline, self.turn_ends) = (since + limit, None);
                 Ok(Next::Wait)
+            }
+            Answer::HandOver(hand_over) => {
+                self.state = State::HandingOver(hand_over);
+                Ok(Next::HandOver)
             }
         }
     }

@@ -9,8 +9,9 @@ use api::agent::{AgentFigures, AgentStatus, EventKind, MemoryEvent, Version};
 use api::limits::Limits;
 use api::report::Report;
 use api::status::{
-    AgedReport, BalloonCounters, ConsoleStatus, CushionStatus, DriverState, MemoryStatus, OomDeflate,
-    PauseRequest, Pauser, PlugCounters, PlugStatus, VmState, VmStatus,
+    AgedReport, BalloonCounters, ConsoleStatus, CushionStatus, DiskCount, DiskStatus, DriverState,
+    MemoryStatus, NetCount, NetStatus, OomDeflate, PauseRequest, Pauser, PlugCounters, PlugStatus,
+    ShareStatus, VmState, VmStatus,
 };
 use api::units::Bytes;
 use serde_json::{Value, json};
@@ -62,9 +63,12 @@ fn described<'a>(document: &'a Value, method: &str, path: &str, status: u16) -> 
 /// The answer of a VM that is not started, for which nobody has to wait.
 fn at_once(control: &Arc<Control>, method: &str, target: &str, body: &str) -> Response {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    match route(Request { method, path, query, body: body.as_bytes() }, control) {
+    let path = &format!("{}{path}", api::version::PREFIX);
+    let request = Request { method, path, query, body: body.as_bytes(), upgrade: "", if_match: None };
+    match route(request, control) {
         Answer::Now(response) => response,
         Answer::Later(limit, _) => panic!("{method} {target} may take {limit:?}"),
+        Answer::HandOver(_) => panic!("{method} {target} goes on in another protocol"),
     }
 }
 
@@ -114,7 +118,7 @@ fn every_answer_is_as_described() {
     }
     let limits = r#"{"startup":134217728,"min":134217728,"max":268435456,"buffer_percent":5,"weight":1}"#;
     statuses.insert(ask(&document, &control, "PUT", "/memory/limits", limits).status.as_u16());
-    assert_eq!(statuses, BTreeSet::from([200, 204, 400, 409]));
+    assert_eq!(statuses, BTreeSet::from([200, 204, 400, 409, 426]));
 }
 
 #[test]
@@ -148,10 +152,10 @@ fn what_may_be_asked_of_a_reports_age_is_as_described() {
 #[test]
 fn paths_and_methods_that_are_not_served_get_the_error_that_is_described() {
     let document = document();
-    for (method, path) in [("GET", "/"), ("POST", "/vm"), ("GET", "/memory/target"), ("get", "/vm")] {
+    for (method, path) in [("GET", "/"), ("POST", "/vm"), ("POST", "/memory/target"), ("get", "/vm")] {
         let answer = at_once(&control(), method, path, "");
         assert!([404, 405].contains(&answer.status.as_u16()), "{method} {path}");
-        check(&document, named(&document, "Error"), &serde_json::from_slice(&answer.body).unwrap());
+        check(&document, named(&document, "Problem"), &serde_json::from_slice(&answer.body).unwrap());
     }
 }
 
@@ -184,11 +188,46 @@ fn every_line_of_the_events_is_as_described() {
         EventKind::Stalls,
         EventKind::DeflatedOnOom,
         EventKind::AgentGone,
+        EventKind::DiskFailed,
     ] {
         for agent in [None, Some(agent())] {
             let line = serde_json::to_value(MemoryEvent { sequence: u64::MAX, event, agent }).unwrap();
             check(&document, named(&document, "MemoryEvent"), &line);
         }
+    }
+}
+
+/// A disk that has counted all that it can.
+pub fn full_disk() -> DiskStatus {
+    let count = DiskCount { operations: u64::MAX, bytes: Bytes(u64::MAX) };
+    DiskStatus {
+        id: "disk0".to_owned(),
+        size: Bytes(u64::MAX),
+        read_only: true,
+        reads: count,
+        writes: count,
+        cleared: count,
+        flushes: u64::MAX,
+        errors: u64::MAX,
+        limited: u64::MAX,
+        limited_ms: u64::MAX,
+        failure: Some("No space left on device (os error 28): make room where its file lies".to_owned()),
+    }
+}
+
+/// A network card of which there is something to say in each place.
+pub fn full_net() -> NetStatus {
+    let most = u64::MAX;
+    let count = NetCount { frames: most, bytes: Bytes(most), dropped: most, limited: most, limited_ms: most };
+    NetStatus {
+        id: "net0".to_owned(),
+        mac: "52:54:00:12:34:56".to_owned(),
+        backend: "user".to_owned(),
+        address: Some("10.0.2.15".to_owned()),
+        forwards: vec!["tcp:127.0.0.1:2222:22".to_owned()],
+        up: false,
+        received: count,
+        sent: count,
     }
 }
 
@@ -246,10 +285,12 @@ fn a_full_answer_is_as_described() {
         VmState::Sleeping,
         paused(Pauser::Operator),
         paused(Pauser::Balancer),
+        paused(Pauser::Disk),
         VmState::Stopped,
     ] {
         let console = Some(ConsoleStatus { written: Bytes(u64::MAX), ..ConsoleStatus::default() });
-        let vm = VmStatus { state, console, ..control().status() };
+        let (disks, nets, shares) = (vec![full_disk()], vec![full_net()], vec![ShareStatus::default()]);
+        let vm = VmStatus { state, console, disks, nets, shares, ..control().status() };
         check(&document, named(&document, "VmStatus"), &serde_json::to_value(vm).unwrap());
     }
 }

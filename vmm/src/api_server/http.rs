@@ -5,9 +5,11 @@
 //! [`LONGEST_BODY`], [`MOST_HEADERS`] header lines.
 
 use std::fmt::Write;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use ::http::StatusCode;
+use api::problem::{self, Problem};
 use serde::Serialize;
 
 use super::stream::Stream;
@@ -32,6 +34,10 @@ pub struct Request<'a> {
     pub query: &'a str,
     /// The body; empty where none was sent.
     pub body: &'a [u8],
+    /// The protocol that the client wants to go on in; empty where it names none.
+    pub upgrade: &'a str,
+    /// The generations of what it is about with one of which it is to be carried out (RFC 9110, section 13.1.1).
+    pub if_match: Option<&'a [u8]>,
 }
 
 /// What the bytes received so far are.
@@ -59,7 +65,12 @@ pub enum Answer {
     /// Nothing yet. It is to be asked for when something has come that it may wait for, and at the latest
     /// when the request has waited for so long.
     Later(Duration, Later),
+    /// The connection goes on in another protocol, with somebody else.
+    HandOver(HandOver),
 }
+
+/// Takes a connection over, with what the client has sent after its request. To answer the request is its own.
+pub type HandOver = Box<dyn FnOnce(UnixStream, Vec<u8>)>;
 
 /// The answer to a request that has waited for so long; `None` where there is none yet.
 pub type Later = Box<dyn FnMut(Duration) -> Option<Response>>;
@@ -84,17 +95,12 @@ pub struct Response {
     pub status: StatusCode,
     /// What the body is; `None` where there is none.
     pub content_type: Option<&'static str>,
-    /// Methods that the path does take, for [`StatusCode::METHOD_NOT_ALLOWED`].
-    pub allow: Option<String>,
+    /// Headers besides those that each has.
+    pub headers: Vec<(&'static str, String)>,
     /// The body.
     pub body: Vec<u8>,
     /// What follows the body for as long as the client listens; the connection ends with it.
     pub stream: Option<Stream>,
-}
-
-#[derive(Serialize)]
-struct ErrorBody<'a> {
-    error: &'a str,
 }
 
 impl Response {
@@ -103,7 +109,7 @@ impl Response {
         Self {
             status: StatusCode::NO_CONTENT,
             content_type: None,
-            allow: None,
+            headers: Vec::new(),
             body: Vec::new(),
             stream: None,
         }
@@ -130,15 +136,29 @@ impl Response {
         Self { stream: Some(stream), ..Self::with_body(StatusCode::OK, "application/jsonl", Vec::new()) }
     }
 
-    /// An error with its sentence as `{"error": "..."}`.
+    /// An error with its sentence as problem details (RFC 9457).
     pub fn error(status: StatusCode, sentence: &str) -> Self {
-        // A struct with one string can always be encoded; an empty body would still be valid HTTP.
-        let body = serde_json::to_vec(&ErrorBody { error: sentence }).unwrap_or_default();
-        Self::with_body(status, "application/json", body)
+        let title = status.canonical_reason().unwrap_or_default();
+        let problem = Problem::new(status.as_u16(), title, sentence);
+        Self::with_body(status, problem::CONTENT_TYPE, problem.to_json())
+    }
+
+    /// The same with another header. Neither has a line end.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
     }
 
     const fn with_body(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Self {
-        Self { status, content_type: Some(content_type), allow: None, body, stream: None }
+        Self { status, content_type: Some(content_type), headers: Vec::new(), body, stream: None }
+    }
+
+    /// All of its bytes; the connection ends with them.
+    pub fn whole(&self) -> Vec<u8> {
+        let mut bytes = self.head(false);
+        bytes.extend_from_slice(&self.body);
+        bytes
     }
 
     /// The bytes to send before the body.
@@ -152,8 +172,8 @@ impl Response {
         if let Some(content_type) = self.content_type {
             let _ = write!(head, "Content-Type: {content_type}\r\n");
         }
-        if let Some(allow) = &self.allow {
-            let _ = write!(head, "Allow: {allow}\r\n");
+        for (name, value) in &self.headers {
+            let _ = write!(head, "{name}: {value}\r\n");
         }
         // A 204 must not carry a length (RFC 9110, section 8.6). What has no end known beforehand
         // ends with the connection (RFC 9112, section 6.3).
@@ -167,6 +187,12 @@ impl Response {
         });
         head.into_bytes()
     }
+}
+
+/// The head of the answer after which the connection goes on in `protocol` (RFC 9110, section 15.2.2).
+pub fn switching_to(protocol: &str) -> Vec<u8> {
+    format!("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n")
+        .into_bytes()
 }
 
 fn malformed<'a>(status: StatusCode, sentence: &str) -> Parsed<'a> {
@@ -218,7 +244,9 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     };
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let keep_alive = framing.keep_alive.unwrap_or(version == 1);
-    Parsed::Complete { request: Request { method, path, query, body }, length, keep_alive }
+    let (upgrade, if_match) = (framing.upgrade, framing.if_match);
+    let request = Request { method, path, query, body, upgrade, if_match };
+    Parsed::Complete { request, length, keep_alive }
 }
 
 /// The path and query of a target, which may name the server before them (RFC 9112, section 3.2.2).
@@ -235,15 +263,20 @@ fn without_origin(target: &str) -> Option<&str> {
 }
 
 /// What the headers say about where a request ends and what comes after it.
-struct Framing {
+struct Framing<'a> {
     body: usize,
     keep_alive: Option<bool>,
+    upgrade: &'a str,
+    if_match: Option<&'a [u8]>,
 }
 
-impl Framing {
-    fn of(method: &str, headers: &[httparse::Header<'_>]) -> Result<Self, Response> {
+impl<'a> Framing<'a> {
+    fn of(method: &str, headers: &[httparse::Header<'a>]) -> Result<Self, Response> {
         let mut length = None;
         let mut keep_alive = None;
+        let mut protocol = "";
+        let mut upgrades = false;
+        let mut if_match = None;
         for header in headers {
             let is = |name| header.name.eq_ignore_ascii_case(name);
             if is("transfer-encoding") {
@@ -264,11 +297,18 @@ impl Framing {
                     return Err(Response::error(StatusCode::BAD_REQUEST, sentence));
                 }
                 length = Some(value);
+            } else if is("upgrade") {
+                protocol = str::from_utf8(header.value).unwrap_or_default();
+            } else if is("if-match") {
+                // Of several lines one counts: more is refused then, and not less.
+                if_match = Some(header.value);
             } else if is("connection") {
                 let options = header.value.split(|&byte| byte == b',');
                 for option in options.map(<[u8]>::trim_ascii) {
                     if option.eq_ignore_ascii_case(b"close") {
                         keep_alive = Some(false);
+                    } else if option.eq_ignore_ascii_case(b"upgrade") {
+                        upgrades = true;
                     } else if option.eq_ignore_ascii_case(b"keep-alive") && keep_alive.is_none() {
                         keep_alive = Some(true);
                     }
@@ -279,7 +319,10 @@ impl Framing {
             None if method == "PUT" => {
                 Err(Response::error(StatusCode::LENGTH_REQUIRED, "send the body with a Content-Length"))
             }
-            length => Ok(Self { body: length.unwrap_or(0), keep_alive }),
+            length => {
+                let upgrade = if upgrades { protocol } else { "" };
+                Ok(Self { body: length.unwrap_or(0), keep_alive, upgrade, if_match })
+            }
         }
     }
 }
@@ -311,7 +354,14 @@ mod tests {
     #[test]
     fn a_request_is_read_up_to_its_end() {
         let bytes = b"PUT /memory/target?x=1 HTTP/1.1\r\nhost: vm\r\ncontent-length: 4\r\n\r\nbodyGET";
-        let request = Request { method: "PUT", path: "/memory/target", query: "x=1", body: b"body" };
+        let request = Request {
+            method: "PUT",
+            path: "/memory/target",
+            query: "x=1",
+            body: b"body",
+            upgrade: "",
+            if_match: None,
+        };
         assert_eq!(parse(bytes), Parsed::Complete { request, length: bytes.len() - 3, keep_alive: true });
         for cut in 0..bytes.len() - 3 {
             assert_eq!(parse(&bytes[..cut]), Parsed::Incomplete, "{cut}");
@@ -351,6 +401,20 @@ mod tests {
     }
 
     #[test]
+    fn another_protocol_is_wanted_where_the_connection_says_so() {
+        for (headers, expected) in [
+            ("Connection: Upgrade\r\nUpgrade: x", "x"),
+            ("upgrade: x\r\nconnection: keep-alive, upgrade", "x"),
+            ("Upgrade: x", ""),
+            ("Connection: upgrade", ""),
+        ] {
+            let head = format!("GET / HTTP/1.1\r\n{headers}\r\n\r\n");
+            let Parsed::Complete { request, .. } = parse(head.as_bytes()) else { panic!("{head}") };
+            assert_eq!(request.upgrade, expected, "{head}");
+        }
+    }
+
+    #[test]
     fn what_can_not_be_framed_is_refused() {
         let put = "PUT /memory/target HTTP/1.1\r\n";
         for (bytes, status) in [
@@ -385,8 +449,9 @@ mod tests {
         let text = String::from_utf8([error.head(false), error.body].concat()).unwrap();
         assert_eq!(
             text,
-            "HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length: 28\r\n\
-             Connection: close\r\n\r\n{\"error\":\"no \\\"such\\\" path\"}"
+            "HTTP/1.1 404 Not Found\r\nContent-Type: application/problem+json\r\nContent-Length: 83\r\n\
+             Connection: close\r\n\r\n{\"type\":\"about:blank\",\"title\":\"Not Found\",\"status\":404,\
+             \"detail\":\"no \\\"such\\\" path\"}"
         );
         assert!(!String::from_utf8(Response::done().head(true)).unwrap().contains("Content-Length"));
     }

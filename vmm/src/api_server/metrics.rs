@@ -5,7 +5,9 @@ use std::time::Duration;
 use api::agent::AgentStatus;
 use api::metrics::{CONTENT_TYPE, Kind, Page, Value};
 use api::report::Report;
-use api::status::{DriverState, MemoryStatus, Pauser, PlugStatus, VmState, VmStatus};
+use api::status::{
+    DiskStatus, DriverState, MemoryStatus, NetStatus, Pauser, PlugStatus, ShareStatus, VmState, VmStatus,
+};
 
 use super::http::Response;
 
@@ -16,12 +18,13 @@ const DRIVER_STATES: [(&str, DriverState); 4] = [
     ("broken", DriverState::Broken),
 ];
 
-const VM_STATES: [(&str, VmState); 6] = [
+const VM_STATES: [(&str, VmState); 7] = [
     ("created", VmState::Created),
     ("running", VmState::Running),
     ("sleeping", VmState::Sleeping),
     ("paused", VmState::Paused { by: Pauser::Operator }),
     ("paused-by-balancer", VmState::Paused { by: Pauser::Balancer }),
+    ("paused-by-disk", VmState::Paused { by: Pauser::Disk }),
     ("stopped", VmState::Stopped),
 ];
 
@@ -29,6 +32,9 @@ const VM_STATES: [(&str, VmState); 6] = [
 pub fn response(vm: &VmStatus, memory: &MemoryStatus) -> Response {
     let mut page = Page::new("ballast", Some(("vm", &vm.name)));
     vm_figures(vm, &mut page);
+    disk_figures(&vm.disks, &mut page);
+    net_figures(&vm.nets, &mut page);
+    share_figures(&vm.shares, &mut page);
     memory_figures(memory, &mut page);
     balloon_figures(memory, &mut page);
     if let Some(plug) = &memory.plug {
@@ -61,6 +67,69 @@ fn vm_figures(vm: &VmStatus, page: &mut Page) {
     states(page, "vm_state", "1 for the state that the VM is in.", vm.state, &VM_STATES);
 }
 
+fn disk_figures(disks: &[DiskStatus], page: &mut Page) {
+    let mut of_each = |kind, name: &str, help: &str, value: fn(&DiskStatus) -> Value| {
+        page.family(kind, name, help, "disk", disks.iter().map(|disk| (disk.id.as_str(), value(disk))));
+    };
+    let help = "Bytes of the disk.";
+    of_each(Kind::Gauge, "disk_size_bytes", help, |disk| disk.size.into());
+    let help = "1 where requests wait that the host could not do.";
+    of_each(Kind::Gauge, "disk_waits", help, |disk| disk.failure.is_some().into());
+    of_each(Kind::Counter, "disk_reads", "Reads that were done.", |disk| disk.reads.operations.into());
+    of_each(Kind::Counter, "disk_read_bytes", "Bytes that were read.", |disk| disk.reads.bytes.into());
+    of_each(Kind::Counter, "disk_writes", "Writes that were done.", |disk| disk.writes.operations.into());
+    of_each(Kind::Counter, "disk_written_bytes", "Bytes that were written.", |disk| disk.writes.bytes.into());
+    let help = "Discards and writes of zeros that were done.";
+    of_each(Kind::Counter, "disk_clears", help, |disk| disk.cleared.operations.into());
+    let help = "Bytes that were discarded, or zeroed without being sent.";
+    of_each(Kind::Counter, "disk_cleared_bytes", help, |disk| disk.cleared.bytes.into());
+    of_each(Kind::Counter, "disk_flushes", "Flushes that were done.", |disk| disk.flushes.into());
+    let help = "Times that the host could not do what the guest asked for.";
+    of_each(Kind::Counter, "disk_errors", help, |disk| disk.errors.into());
+    let help = "Requests that waited for the disk's limits.";
+    of_each(Kind::Counter, "disk_limited", help, |disk| disk.limited.into());
+    let help = "Time in which some request waited for the disk's limits.";
+    of_each(Kind::Counter, "disk_limited_seconds", help, |disk| {
+        Duration::from_millis(disk.limited_ms).into()
+    });
+}
+
+fn net_figures(nets: &[NetStatus], page: &mut Page) {
+    let mut of_each = |kind, name: &str, help: &str, value: fn(&NetStatus) -> Value| {
+        page.family(kind, name, help, "net", nets.iter().map(|net| (net.id.as_str(), value(net))));
+    };
+    of_each(Kind::Gauge, "net_up", "1 while there is somebody at the cable's other end.", |net| {
+        net.up.into()
+    });
+    let help = "Frames that came to the guest.";
+    of_each(Kind::Counter, "net_received_frames", help, |net| net.received.frames.into());
+    of_each(Kind::Counter, "net_received_bytes", "Bytes in them.", |net| net.received.bytes.into());
+    let help = "Frames to the guest that were lost: it had no room for them.";
+    of_each(Kind::Counter, "net_received_dropped", help, |net| net.received.dropped.into());
+    of_each(Kind::Counter, "net_sent_frames", "Frames that the guest sent.", |net| net.sent.frames.into());
+    of_each(Kind::Counter, "net_sent_bytes", "Bytes in them.", |net| net.sent.bytes.into());
+    let help = "Frames of the guest that were lost: they were none, or the host refused them.";
+    of_each(Kind::Counter, "net_sent_dropped", help, |net| net.sent.dropped.into());
+    let help = "Times that frames to the guest were held back by the card's limits.";
+    of_each(Kind::Counter, "net_received_limited", help, |net| net.received.limited.into());
+    let help = "Times that frames of the guest were held back by the card's limits.";
+    of_each(Kind::Counter, "net_sent_limited", help, |net| net.sent.limited.into());
+    let help = "Time in which frames to the guest were held back by the card's limits.";
+    of_each(Kind::Counter, "net_received_limited_seconds", help, |net| {
+        Duration::from_millis(net.received.limited_ms).into()
+    });
+    let help = "Time in which frames of the guest were held back by the card's limits.";
+    of_each(Kind::Counter, "net_sent_limited_seconds", help, |net| {
+        Duration::from_millis(net.sent.limited_ms).into()
+    });
+}
+
+fn share_figures(shares: &[ShareStatus], page: &mut Page) {
+    let values = shares.iter().map(|share| (share.id.as_str(), Value::from(share.serves)));
+    let help = "1 while the process that shares the directory is there.";
+    page.family(Kind::Gauge, "share_serves", help, "share", values);
+}
+
 fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     let limits = &memory.limits;
     page.gauge("memory_startup_bytes", "Memory that the guest has when it starts.", limits.startup());
@@ -82,7 +151,7 @@ fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     page.gauge("memory_weight", help, u64::from(limits.weight()));
     let help = "Memory that is kept plugged for a guest that runs out of memory.";
     page.gauge("memory_cushion_bytes", help, memory.cushion.map(|cushion| cushion.size));
-    let help = "What of that the balloon holds.";
+    let help = "What the balloon holds that the guest can take at once, which may be more.";
     page.gauge("memory_cushion_held_bytes", help, memory.cushion.map(|cushion| cushion.held));
     let help = "Memory that the guest took of its balloon rather than run out of memory, and has still.";
     page.gauge("memory_taken_bytes", help, memory.oom_deflate.map(|deflate| deflate.taken));
@@ -219,17 +288,20 @@ fn report_figures(report: &Report, page: &mut Page) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::document::{control, full_memory};
+    use super::super::document::{control, full_disk, full_memory, full_net};
     use super::*;
 
     #[test]
     fn prometheus_itself_has_no_remark() {
-        let response = response(&control().status(), &full_memory(DriverState::Active));
+        let (disks, nets, shares) = (vec![full_disk()], vec![full_net()], vec![ShareStatus::default()]);
+        let vm = VmStatus { disks, nets, shares, ..control().status() };
+        let response = response(&vm, &full_memory(DriverState::Active));
         let page = String::from_utf8(response.body).unwrap();
         assert!(
             page.contains("\nballast_guest_oom_kills_total{vm=\"test\"} 18446744073709552000\n"),
             "{page}"
         );
+        assert!(page.contains("\nballast_disk_waits{vm=\"test\",disk=\"disk0\"} 1\n"), "{page}");
         lab::promtool::check_metrics(&page).unwrap();
     }
 }

@@ -14,12 +14,14 @@ mod connection;
 #[cfg(test)]
 mod document;
 pub mod fresh;
+mod generation;
 pub mod http;
 pub mod metrics;
 pub mod routes;
 mod server;
 mod socket;
 mod stream;
+mod unversioned;
 
 pub use server::{MOST_CONNECTIONS, Server};
 pub use socket::BindError;

@@ -281,6 +281,17 @@ impl<'a> Clients<'a> {
             });
         if gone {
             self.close(index);
+        } else if next == Next::HandOver {
+            self.hand_over(index);
+        }
+    }
+
+    /// Lets go of a connection that lives on.
+    fn hand_over(&mut self, index: usize) {
+        let Some(client) = self.slots.get_mut(index).and_then(Option::take) else { return };
+        let none = EpollEvent::default();
+        if self.epoll.ctl(ControlOperation::Delete, client.connection.fd(), none).is_ok() {
+            client.connection.hand_over();
         }
     }
 

@@ -18,7 +18,8 @@ use balloon::mechanism::steering::Steering;
 use super::super::http::{Answer, Response};
 use super::tests::{Running, ask, receive, sentence};
 use super::*;
-use crate::config::MemoryOptions;
+use crate::config::{self, MemoryOptions};
+use crate::console::{self, Attachments};
 use crate::control::Parts;
 use crate::memory::Ram;
 use crate::vcpu_set::{Admission, PATIENCE, Standing, VcpuSet};
@@ -162,6 +163,10 @@ fn clients_that_wait_keep_their_places_until_they_hang_up() {
 
 /// A VM whose guest runs, on one vCPU that nobody runs: the test does what its thread would do.
 fn running_guest() -> (Running, Arc<VcpuSet>) {
+    running_guest_with(None)
+}
+
+fn running_guest_with(attachments: Option<Arc<Attachments>>) -> (Running, Arc<VcpuSet>) {
     let server = Running::start();
     let map = Bytes::mib(64);
     let ram = Arc::new(Ram::new(map, MemoryOptions::default()).unwrap());
@@ -180,20 +185,25 @@ fn running_guest() -> (Running, Arc<VcpuSet>) {
     server.control.attach(Parts {
         vcpu_set: Arc::clone(&vcpu_set),
         ram,
+        disks: Vec::new(),
         virtio: Vec::new(),
         steering: Steering::by_balloon(handle),
         power: EventFd::new(EFD_NONBLOCK).unwrap(),
         console: None,
+        attachments,
+        vsock: None,
+        nets: Vec::new(),
+        shares: Vec::new(),
     });
     server.control.start();
     assert!(matches!(vcpu_set.admit(0), Admission::Enter { .. }));
     (server, vcpu_set)
 }
 
-const PAUSE: &str = "POST /vm/pause HTTP/1.1\r\n\r\n";
+const PAUSE: &str = "POST /v1/vm/pause HTTP/1.1\r\n\r\n";
 
 fn state(server: &Running) -> VmState {
-    let (status, _, body) = ask(&mut server.connect(), "GET /vm HTTP/1.1\r\n\r\n");
+    let (status, _, body) = ask(&mut server.connect(), "GET /v1/vm HTTP/1.1\r\n\r\n");
     assert_eq!(status, 200);
     serde_json::from_slice::<VmStatus>(&body).unwrap().state
 }
@@ -218,7 +228,7 @@ fn a_vcpu_that_takes_its_time_to_stop_keeps_nobody_else_waiting() {
     });
     assert_eq!(receive(&mut client).0, 204);
     assert_eq!(state(&server), VmState::Paused { by: Pauser::Operator });
-    assert_eq!(ask(&mut client, "POST /vm/resume HTTP/1.1\r\n\r\n").0, 204);
+    assert_eq!(ask(&mut client, "POST /v1/vm/resume HTTP/1.1\r\n\r\n").0, 204);
     assert!(vcpu.join().unwrap());
 
     // A signal that ends the VM resumes it first, and is as little kept waiting.
@@ -273,7 +283,7 @@ fn a_vm_whose_vcpu_does_not_stop_runs_on_and_says_which_one_it_was() {
 #[test]
 fn a_vcpu_that_can_not_be_looked_at_keeps_nobody_else_waiting() {
     let (server, _vcpu_set) = running_guest();
-    let translate = "POST /vm/translate HTTP/1.1\r\nContent-Length: 16\r\n\r\n{\"address\":4096}";
+    let translate = "POST /v1/vm/translate HTTP/1.1\r\nContent-Length: 16\r\n\r\n{\"address\":4096}";
     let (mut patient, mut other) = (server.connect(), server.connect());
     patient.write_all(translate.as_bytes()).unwrap();
     assert_eq!(state(&server), VmState::Running);
@@ -287,4 +297,50 @@ fn a_vcpu_that_can_not_be_looked_at_keeps_nobody_else_waiting() {
     let (status, _, body) = receive(&mut other);
     assert_eq!(status, 409);
     assert!(sentence(&body).contains("is stopped"), "{}", sentence(&body));
+}
+
+/// The head of an answer without a body.
+fn head(stream: &mut UnixStream) -> String {
+    receive(stream).1
+}
+
+#[test]
+fn a_connection_goes_on_as_the_consoles() {
+    let console = console::tests::Running::open(&config::Console::None);
+    let (server, _vcpu_set) = running_guest_with(Some(Arc::clone(&console.console.attachments)));
+    console.say(b"login: ");
+    let upgrade = |query: &str| {
+        format!(
+            "GET /v1/vm/console{query} HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: ballast-console\r\n\r\n"
+        )
+    };
+    let mut client = server.connect();
+    // Input that is not held back until the answer.
+    client.write_all((upgrade("?mode=write") + "root\n").as_bytes()).unwrap();
+    let answer = head(&mut client);
+    assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    assert!(answer.contains("Upgrade: ballast-console\r\n"), "{answer}");
+    assert_eq!(console.hear(5), b"root\n");
+    console.say(b"Password: ");
+    let mut output = [0; 17];
+    client.read_exact(&mut output).unwrap();
+    assert_eq!(&output, b"login: Password: ");
+
+    let mut second = server.connect();
+    let (status, _, body) = ask(&mut second, &upgrade("?mode=write"));
+    assert_eq!(status, 409);
+    assert!(sentence(&body).contains("another client writes"), "{}", sentence(&body));
+    assert_eq!(ask(&mut second, &upgrade("?mode=shout")).0, 400);
+    let (status, head_of_refusal, _) = ask(&mut second, "GET /v1/vm/console HTTP/1.1\r\n\r\n");
+    assert_eq!(status, 426);
+    assert!(head_of_refusal.contains("Upgrade: ballast-console\r\n"), "{head_of_refusal}");
+    assert!(
+        head({
+            second.write_all(upgrade("?mode=watch").as_bytes()).unwrap();
+            &mut second
+        })
+        .starts_with("HTTP/1.1 101 ")
+    );
+    assert_eq!(state(&server), VmState::Running, "the API goes on");
+    console.devices.stop();
 }

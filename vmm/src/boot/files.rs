@@ -42,6 +42,8 @@ pub struct BootFiles {
     pub kernel: BootFile,
     /// The initramfs.
     pub initrd: Option<BootFile>,
+    /// Where the disk's root file system has the driver with which this kernel plugs memory.
+    pub memory_driver: Option<PathBuf>,
     /// What the disk says for the kernel's command line.
     words: Option<String>,
 }
@@ -60,7 +62,7 @@ impl BootFiles {
     ) -> Result<Self, BootFilesError> {
         let initrd = initrd.map(BootFile::at);
         if let Some(kernel) = kernel {
-            return Ok(Self { kernel: BootFile::at(kernel), initrd, words: None });
+            return Ok(Self { kernel: BootFile::at(kernel), initrd, memory_driver: None, words: None });
         }
         let (disk, finder) = disk.zip(finder).ok_or(BootFilesError::Nothing)?;
         let Found { plan, kernel, initrd: found } = search(disk, finder)?;
@@ -76,6 +78,7 @@ impl BootFiles {
         Ok(Self {
             kernel: BootFile::taken(name(&plan.kernel), kernel),
             initrd: initrd.or(found),
+            memory_driver: plan.memory_driver.as_deref().map(name),
             words: Some(plan.cmdline),
         })
     }

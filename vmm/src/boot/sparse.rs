@@ -8,17 +8,22 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
+use elf::ElfStream;
+use elf::abi::{PT_LOAD, SHF_ALLOC, SHT_NOBITS, SHT_NULL, SHT_PROGBITS};
+use elf::endian::LittleEndian;
+use elf::file::Class;
+use elf::section::SectionHeader;
+use elf::segment::ProgramHeader;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 use crate::arch::x86_64::layout;
 
 /// More headers than any kernel has (6.1: 5 of segments, 39 of sections).
-const MOST_SEGMENTS: u16 = 64;
+const MOST_SEGMENTS: usize = 64;
 /// The same for sections.
-const MOST_SECTIONS: u16 = 512;
+const MOST_SECTIONS: usize = 512;
 
 /// What sections are aligned to at most, and so more than is filled up between two of them: a huge page.
 const MOST_ALIGN: u64 = 2 << 20;
@@ -26,20 +31,9 @@ const MOST_ALIGN: u64 = 2 << 20;
 /// What is shorter is read: a system call to pass over it costs more.
 const SHORTEST: u64 = 64 << 10;
 
-// Sizes and values of the ELF header, its program headers and its section headers, for 64 bits.
-const HEADER: usize = 64;
-const PROGRAM_HEADER: usize = 56;
-const SECTION_HEADER: usize = 64;
-const CLASS_64: u8 = 2;
-const PT_LOAD: u32 = 1;
-const SHT_NULL: u32 = 0;
-const SHT_PROGBITS: u32 = 1;
-const SHT_NOBITS: u32 = 8;
-const SHF_ALLOC: u64 = 2;
-
 /// Memory that Linux works in while it encrypts itself with SME (arch/x86/kernel/vmlinux.lds.S), which is hidden
 /// from guests: 4 MiB that nothing else reads or writes.
-const SCRATCH: &[u8] = b".init.scratch\0";
+const SCRATCH: &str = ".init.scratch";
 
 /// A kernel's file, from which a read into guest memory passes over zeros.
 pub(super) struct SparseElf<'a> {
@@ -106,40 +100,39 @@ struct Segment {
     align: u64,
 }
 
+/// A section, and whether it is [`SCRATCH`].
 struct Section {
-    kind: u32,
-    flags: u64,
-    address: u64,
-    offset: u64,
-    size: u64,
+    header: SectionHeader,
     is_scratch: bool,
 }
 
 impl Section {
     fn is_zero(&self) -> bool {
-        self.kind == SHT_NOBITS || self.is_scratch
+        self.header.sh_type == SHT_NOBITS || self.is_scratch
     }
 
     /// Where it is in the file, if it is there.
     fn in_file(&self) -> Option<Range<u64>> {
-        let is_there = !matches!(self.kind, SHT_NULL | SHT_NOBITS) && self.size > 0;
+        let SectionHeader { sh_type, sh_offset, sh_size, .. } = self.header;
+        let is_there = !matches!(sh_type, SHT_NULL | SHT_NOBITS) && sh_size > 0;
         // What runs past the end of all numbers runs to it.
-        is_there.then(|| self.offset..self.offset.saturating_add(self.size))
+        is_there.then(|| sh_offset..sh_offset.saturating_add(sh_size))
     }
 }
 
 /// Where the file has zeros that need not be read. `None` is a file whose headers make no sense.
 fn zeros(file: &File) -> Option<Vec<Range<u64>>> {
     let length = file.metadata().ok()?.len();
-    let header: [u8; HEADER] = at(file, 0)?;
-    if header[4] != CLASS_64 {
+    // It holds no more than there is in the file.
+    let mut elf = ElfStream::<LittleEndian, _>::open_stream(file).ok()?;
+    if elf.ehdr.class != Class::ELF64 {
         return None;
     }
-    let segments = segments(file, &header)?;
-    let sections = sections(file, &header)?;
+    let segments = segments(elf.segments())?;
+    let sections = sections(&mut elf)?;
     let mut zeros: Vec<Range<u64>> = sections
         .iter()
-        .filter(|section| section.flags & SHF_ALLOC != 0 && section.is_zero())
+        .filter(|section| section.header.sh_flags & u64::from(SHF_ALLOC) != 0 && section.is_zero())
         .filter_map(|section| place(section, &segments, &sections))
         .filter(|zeros| zeros.end - zeros.start >= SHORTEST && zeros.end <= length)
         .collect();
@@ -156,27 +149,21 @@ fn zeros(file: &File) -> Option<Vec<Range<u64>>> {
 }
 
 /// The segments that are loaded; `None` where one could have to do with another's memory, or the boot data's.
-fn segments(file: &File, header: &[u8; HEADER]) -> Option<Vec<Segment>> {
-    let (start, count) = (u64_in(header, 32)?, u16_in(header, 56)?);
-    if usize::from(u16_in(header, 54)?) != PROGRAM_HEADER || count > MOST_SEGMENTS {
+fn segments(headers: &[ProgramHeader]) -> Option<Vec<Segment>> {
+    if headers.len() > MOST_SEGMENTS {
         return None;
     }
     let mut segments = Vec::new();
-    for index in 0..u64::from(count) {
-        let header: [u8; PROGRAM_HEADER] = at(file, start.checked_add(index * PROGRAM_HEADER as u64)?)?;
-        let (offset, size) = (u64_in(&header, 8)?, u64_in(&header, 32)?);
-        if u32_in(&header, 0)? != PT_LOAD || size == 0 {
-            continue;
-        }
-        let physical = u64_in(&header, 24)?;
-        if physical < layout::HIGH_MEMORY.0 {
+    for header in headers.iter().filter(|header| header.p_type == PT_LOAD && header.p_filesz > 0) {
+        let ProgramHeader { p_offset, p_vaddr, p_paddr, p_filesz, p_align, .. } = *header;
+        if p_paddr < layout::HIGH_MEMORY.0 {
             return None;
         }
         segments.push(Segment {
-            file: offset..offset.checked_add(size)?,
-            address: u64_in(&header, 16)?,
-            memory: physical..physical.checked_add(size)?,
-            align: u64_in(&header, 48)?,
+            file: p_offset..p_offset.checked_add(p_filesz)?,
+            address: p_vaddr,
+            memory: p_paddr..p_paddr.checked_add(p_filesz)?,
+            align: p_align,
         });
     }
     let apart = |range: fn(&Segment) -> &Range<u64>| {
@@ -187,42 +174,31 @@ fn segments(file: &File, header: &[u8; HEADER]) -> Option<Vec<Segment>> {
     (apart(|segment| &segment.file) && apart(|segment| &segment.memory)).then_some(segments)
 }
 
-fn sections(file: &File, header: &[u8; HEADER]) -> Option<Vec<Section>> {
-    let (start, count, names) = (u64_in(header, 40)?, u16_in(header, 60)?, u16_in(header, 62)?);
-    if usize::from(u16_in(header, 58)?) != SECTION_HEADER || count > MOST_SECTIONS || names >= count {
+fn sections(elf: &mut ElfStream<LittleEndian, &File>) -> Option<Vec<Section>> {
+    if elf.section_headers().len() > MOST_SECTIONS {
         return None;
     }
-    let header_at = |index: u16| -> Option<[u8; SECTION_HEADER]> {
-        at(file, start.checked_add(u64::from(index) * SECTION_HEADER as u64)?)
+    let (headers, names) = elf.section_headers_with_strtab().ok()?;
+    let section = |header: &SectionHeader| {
+        let is_scratch = header.sh_type == SHT_PROGBITS
+            && header.sh_size >= SHORTEST
+            && names
+                .as_ref()
+                .is_some_and(|names| names.get(header.sh_name as usize).is_ok_and(|name| name == SCRATCH));
+        Section { header: *header, is_scratch }
     };
-    let names = u64_in(&header_at(names)?, 24)?;
-    let read = |index: u16| {
-        let header = header_at(index)?;
-        let (kind, size) = (u32_in(&header, 4)?, u64_in(&header, 32)?);
-        let name = || at(file, names.checked_add(u64::from(u32_in(&header, 0)?))?);
-        Some(Section {
-            kind,
-            flags: u64_in(&header, 8)?,
-            address: u64_in(&header, 16)?,
-            offset: u64_in(&header, 24)?,
-            size,
-            is_scratch: kind == SHT_PROGBITS
-                && size >= SHORTEST
-                && name().is_some_and(|name: [u8; SCRATCH.len()]| name == SCRATCH),
-        })
-    };
-    (0..count).map(read).collect()
+    Some(headers.iter().map(section).collect())
 }
 
 /// Where the zeros of `section` are in the file: its addresses in the one segment that has them, and what the
 /// linker filled up behind them. `None` where any other section has contents there.
 fn place(section: &Section, segments: &[Segment], sections: &[Section]) -> Option<Range<u64>> {
     let (segment, start) = segments.iter().find_map(|segment| {
-        let inside = section.address.checked_sub(segment.address)?;
+        let inside = section.header.sh_addr.checked_sub(segment.address)?;
         let start = segment.file.start.checked_add(inside)?;
         (start < segment.file.end).then_some((segment, start))
     })?;
-    let end = start.checked_add(section.size)?.min(segment.file.end);
+    let end = start.checked_add(section.header.sh_size)?.min(segment.file.end);
     let mut contents = sections.iter().filter(|other| !other.is_zero()).filter_map(Section::in_file);
     if contents.any(|other| other.start < end && start < other.end) {
         return None;
@@ -231,24 +207,6 @@ fn place(section: &Section, segments: &[Segment], sections: &[Section]) -> Optio
     let next = others.filter(|other| *other >= end).min();
     let filled = next.unwrap_or(segment.file.end).min(segment.file.end);
     Some(start..if filled - end < segment.align.min(MOST_ALIGN) { filled } else { end })
-}
-
-fn at<const N: usize>(file: &File, offset: u64) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    file.read_exact_at(&mut bytes, offset).ok()?;
-    Some(bytes)
-}
-
-fn u16_in(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..)?.first_chunk().copied().map(u16::from_le_bytes)
-}
-
-fn u32_in(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..)?.first_chunk().copied().map(u32::from_le_bytes)
-}
-
-fn u64_in(bytes: &[u8], at: usize) -> Option<u64> {
-    bytes.get(at..)?.first_chunk().copied().map(u64::from_le_bytes)
 }
 
 #[cfg(test)]

@@ -74,6 +74,7 @@ pub(super) fn load(
     let room = memory.get_slice(start, room).map_err(write_error)?;
     if let Err(why) = kernel.load(&room, place.distance) {
         tracing::debug!("the kernel is booted as it is: {why}");
+        kernel.forget();
         wipe(&room);
         return Ok(None);
     }

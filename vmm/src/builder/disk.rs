@@ -17,7 +17,8 @@ const MOST_QUEUES: u8 = 4;
 /// The disk of `options` as a device, with a queue for each vCPU as far as that helps.
 pub fn open(id: &DeviceId, options: &DiskOptions, cpus: Cpus) -> Result<Block, BuildError> {
     let queues = u16::from(cpus.get().min(MOST_QUEUES));
-    Block::new(open_disk(options)?, id.as_str(), queues).map_err(refused("a disk"))
+    let block = Block::new(open_disk(options)?, id.as_str(), queues).map_err(refused("a disk"))?;
+    Ok(block.limited(options.limits()).map_err(refused("a timer"))?.on_error(options.on_error()))
 }
 
 /// What holds the data of the disk of `options`.
@@ -40,5 +41,6 @@ pub fn open_disk(options: &DiskOptions) -> Result<Arc<dyn Disk>, DiskError> {
 /// The disk of a seed for cloud-init, which is in memory and can't be written.
 pub fn seed(id: &DeviceId, seed: &Seed) -> Result<Block, BuildError> {
     let disk = seed.disk().and_then(RawDisk::sealed).map_err(refused("a seed for cloud-init"))?;
-    Block::new(Arc::new(disk), id.as_str(), 1).map_err(refused("a disk"))
+    // It is read once, from memory.
+    Ok(Block::new(Arc::new(disk), id.as_str(), 1).map_err(refused("a disk"))?.on_threads())
 }

@@ -34,6 +34,11 @@ pub fn open(
         NetBackend::Tap(tap) => {
             (Backend::Tap(Tap::open(tap).map_err(NetworkError::from)?), options.mtu, None)
         }
+        NetBackend::Bridge(bridge) => {
+            let tap = Tap::in_bridge(bridge, mac).map_err(NetworkError::from)?;
+            tracing::debug!("{id} is {} in {bridge}", tap.name());
+            (Backend::Tap(tap), options.mtu, None)
+        }
         NetBackend::Fd(number) => {
             // SAFETY: the user says that it is for this card, and no other device of ours takes descriptors by number.
             let tap = unsafe { Tap::from_descriptor(*number) };
@@ -52,12 +57,17 @@ pub fn open(
             let of_device = Arc::clone(&helper);
             let on_lost = move || {
                 of_device.end();
-                tracing::error!("passt has ended, and the guest has no network: {}", words.take());
+                tracing::error!(
+                    event = "network-lost",
+                    "passt has ended, and the guest has no network: {}",
+                    words.take()
+                );
             };
             (Some(helper), Box::new(on_lost))
         }
     };
-    let net = Net::new(mac, mtu, backend, on_lost).map_err(refused("a network card"))?;
+    let net =
+        Net::new(mac, mtu, backend, on_lost).map_err(refused("a network card"))?.limited(options.limits());
     tracing::debug!("{id} has the address {mac}");
     Ok((net, helper))
 }

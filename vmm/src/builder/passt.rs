@@ -2,18 +2,19 @@
 //! (<https://passt.top>). It needs no privileges, shuts itself in (namespaces, seccomp), and ends with its socket.
 
 use std::fs;
-use std::io::{self, PipeReader, Read};
+use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{OFlags, fcntl_setfl};
-
 use crate::config::{Forward, Protocol, UserNet};
-use crate::helper::Helper;
+use crate::helper::{Helper, Words};
+
+/// The guest's address, of which passt tells it by DHCP.
+pub const GUEST: &str = "10.0.2.15";
 
 /// The largest packet by default: the fewer there are of a stream, the faster it is. passt's own choice too.
 pub const MTU: u16 = 65_520;
@@ -21,9 +22,6 @@ pub const MTU: u16 = 65_520;
 /// How long its start may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
-
-/// Bytes of what it says that are looked at.
-const MOST_WORDS: usize = 2048;
 
 /// Why there is no passt.
 #[derive(Debug, thiserror::Error)]
@@ -55,31 +53,10 @@ pub struct Passt {
     pub words: Words,
 }
 
-/// What passt wrote to its standard error. It is read when somebody wants to know; what finds no room until then is
-/// lost, and keeps nobody waiting.
-pub struct Words(PipeReader);
-
-impl Words {
-    /// What it said since the last call, on one line.
-    pub fn take(&mut self) -> String {
-        let mut bytes = vec![0; MOST_WORDS];
-        let count = self.0.read(&mut bytes).unwrap_or(0);
-        let text = String::from_utf8_lossy(bytes.get(..count).unwrap_or_default());
-        // It can't reach the system's log from where it has shut itself in, and says so each time.
-        let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with("Failed to send "));
-        let line = lines.collect::<Vec<_>>().join("; ").replace(char::is_control, " ");
-        if line.is_empty() { "it said nothing".to_owned() } else { line }
-    }
-}
-
 /// Starts one for a guest, and returns once it serves.
 pub fn start(user: &UserNet, mtu: u16) -> Result<Passt, PasstError> {
     let (ours, its) = UnixStream::pair()?;
-    let (said, errors) = io::pipe()?;
-    for end in [said.as_fd(), errors.as_fd()] {
-        fcntl_setfl(end, OFlags::NONBLOCK).map_err(io::Error::from)?;
-    }
-    let mut words = Words(said);
+    let (mut words, errors) = Words::new()?;
     let its = OwnedFd::from(its);
     let mut command = Command::new("passt");
     command.args(arguments(user, mtu, its.as_raw_fd()));
@@ -119,7 +96,7 @@ fn arguments(user: &UserNet, mtu: u16, socket: RawFd) -> Vec<String> {
         "--one-off",
         // The guest's network is its own, whatever that of the host looks like: QEMU's numbers.
         "--address",
-        "10.0.2.15",
+        GUEST,
         "--netmask",
         "24",
         "--gateway",
@@ -178,7 +155,7 @@ fn usable_server(text: &str) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
 
     use super::*;
@@ -248,8 +225,8 @@ mod tests {
         let (mac, here, gateway) = ([0x52, 0x54, 0, 1, 2, 3], [10, 0, 2, 15], [10, 0, 2, 2]);
         let request =
             [&[0xff; 6][..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac, &here, &[0; 6], &gateway].concat();
-        socket.write_all(&(request.len() as u32).to_be_bytes()).unwrap();
-        socket.write_all(&request).unwrap();
+        // In one piece: passt of Debian 12 forgets a length that comes by itself.
+        socket.write_all(&[&(request.len() as u32).to_be_bytes(), &request[..]].concat()).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut reply = [0; 46];
         socket.read_exact(&mut reply).unwrap();

@@ -53,7 +53,7 @@ const FOR_THE_KERNEL_TOO: &str = "memory_hotplug.online_policy=contig-zones";
 
 /// With less than this at its start a guest's programs fill what its kernel could use before they fill movable memory:
 /// it then kills processes for want of a page for its kernel, with much memory free.
-pub const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
+const ENOUGH_FOR_THE_KERNEL: Bytes = Bytes::mib(192);
 
 /// Keeps a guest from looking for a PCI bus that is not there, which would be some 300 exits.
 const NO_PCI_WORD: &str = "pci=off";
@@ -83,6 +83,10 @@ const NO_DEVICES: &str =
     "hides all of the guest's devices: take it off the kernel's command line, or use --transport mmio";
 const NO_VECTORS: &str = "takes away the interrupts of the guest's devices: take it off the kernel's command line, or use --transport \
      mmio";
+
+const NO_DUMP: &str = "sets memory apart for a kernel that dumps a crashed one, which needs virtio_mem in an initramfs of its own \
+     here: without it, reading the dump touches memory that is not plugged, which ends the VM; put virtio_mem into the \
+     initramfs that kdump makes, or use --grow balloon";
 
 /// Words that no guest works with here, each with what comes of it.
 const HINDRANCES: [(&str, &str); 6] = [
@@ -120,7 +124,8 @@ impl VmConfig {
             let known =
                 HINDRANCES.iter().find(|(known, _)| *known == word).map(|(_, consequence)| *consequence);
             let by_pci = (self.transport == Transport::Pci).then(|| consequence_on_pci(word)).flatten();
-            let consequence = known.or(by_pci)?;
+            let dumps = self.plugs_memory() && name_of(word) == "crashkernel" && word != "crashkernel=0";
+            let consequence = known.or(by_pci).or(dumps.then_some(NO_DUMP))?;
             Some(Hindrance { word: word.to_owned(), consequence })
         };
         self.cmdline.split_whitespace().filter_map(hindered).collect()
@@ -217,6 +222,13 @@ mod tests {
                 assert_eq!(told(fine, transport), [""; 0]);
             }
         }
+        let mut plugs = config("quiet crashkernel=256M");
+        assert_eq!(plugs.hindrances(), []);
+        plugs.devices.push(DeviceConfig::new("memory".parse().unwrap(), Device::Memory));
+        let of_dumps = plugs.hindrances().iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert!(of_dumps.len() == 1 && of_dumps[0].contains("virtio_mem"), "{of_dumps:?}");
+        plugs.cmdline = "crashkernel=0".to_owned();
+        assert_eq!(plugs.hindrances(), []);
         for word in ["pci=off", "pci=noaer,nomsi"] {
             assert_eq!(both.map(|transport| told(word, transport).len()), [1, 0], "{word}");
         }

@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use api::units::Bytes;
+use devices::bucket::{Rate, RateLimits};
+use devices::virtio::block::handle::OnError;
 use devices::virtio::block::raw::Cache;
 use disks::seed::Seed;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, NetOptions};
+use super::{ConfigError, NetOptions, ShareOptions, VsockOptions};
 
 text!(DeviceId, ThreadName, Console);
 
@@ -54,6 +57,10 @@ pub enum Device {
     CloudInit(Seed),
     /// virtio-net: a network card.
     Net(NetOptions),
+    /// virtio-vsock: streams between programs in the guest and on the host.
+    Vsock(VsockOptions),
+    /// virtio-fs: a directory of the host, which a process beside the VM's shares.
+    Share(ShareOptions),
     /// A virtio-console port for the guest's agent.
     Agent,
     /// A device that only tests know.
@@ -70,6 +77,7 @@ impl Device {
             Self::Memory => Some("memory"),
             Self::Agent => Some("agent"),
             Self::CloudInit(_) => Some("cloud-init"),
+            Self::Vsock(_) => Some("vsock"),
             _ => None,
         }
     }
@@ -207,6 +215,16 @@ pub struct DiskOptions {
     /// A qcow2 image may show other files, which it names, where it has nothing of its own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub backing: bool,
+    /// What becomes of requests that the host can't do; without a word of the user the VM waits where the host
+    /// has no room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_error: Option<OnError>,
+    /// How many operations the guest may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operations: Option<Rate>,
+    /// How many bytes the guest may read and write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Rate>,
 }
 
 impl DiskOptions {
@@ -220,9 +238,32 @@ impl DiskOptions {
     pub fn cache(&self) -> Cache {
         self.cache.unwrap_or(if self.readonly { Cache::Buffered } else { Cache::Direct })
     }
+
+    /// What becomes of requests that the host can't do.
+    pub fn on_error(&self) -> OnError {
+        self.on_error.unwrap_or(OnError::PauseWhenFull)
+    }
+
+    /// What the guest may ask for.
+    pub const fn limits(&self) -> RateLimits {
+        RateLimits { operations: self.operations, bytes: self.bytes }
+    }
 }
 
-/// `PATH[,readonly][,format=raw|qcow2][,cache=direct|buffered][,backing=allow]`: a comma of the path itself is written twice.
+/// A rate, with what passes at once after a silence: a tenth of a second's, unless said otherwise.
+pub(super) fn rate(per_second: Option<u64>, burst: Option<u64>) -> Result<Option<Rate>, String> {
+    match (per_second, burst) {
+        (Some(per_second), burst) => {
+            Ok(Some(Rate { per_second, burst: burst.unwrap_or_else(|| (per_second / 10).max(1)) }))
+        }
+        (None, Some(_)) => Err("a burst needs the rate that it is of".to_owned()),
+        (None, None) => Ok(None),
+    }
+}
+
+/// `PATH[,readonly][,format=raw|qcow2][,cache=direct|buffered][,backing=allow]
+/// [,on-error=report|pause|pause-when-full][,iops=N[,iops-burst=N]][,bytes-per-second=SIZE[,bytes-burst=SIZE]]`: a
+/// comma of the path itself is written twice.
 impl FromStr for DiskOptions {
     type Err = ConfigError;
     fn from_str(text: &str) -> Result<Self, ConfigError> {
@@ -231,7 +272,19 @@ impl FromStr for DiskOptions {
         let mut parts = marked.split(',').map(|part| part.replace('\0', ","));
         let path =
             parts.next().filter(|path| !path.is_empty()).ok_or_else(|| wrong("it names no file".into()))?;
-        let mut disk = Self { path: path.into(), readonly: false, format: None, cache: None, backing: false };
+        let mut disk = Self {
+            path: path.into(),
+            readonly: false,
+            format: None,
+            cache: None,
+            backing: false,
+            on_error: None,
+            operations: None,
+            bytes: None,
+        };
+        let (mut operations, mut bytes) = ((None, None), (None, None));
+        let count = |text: &str| text.parse().ok().filter(|count| *count > 0);
+        let size = |text: &str| text.parse().ok().map(|Bytes(size)| size).filter(|size| *size > 0);
         for part in parts {
             match part.split_once('=').unwrap_or((&part, "")) {
                 ("readonly", "") => disk.readonly = true,
@@ -240,9 +293,18 @@ impl FromStr for DiskOptions {
                 ("cache", "direct") => disk.cache = Some(Cache::Direct),
                 ("cache", "buffered") => disk.cache = Some(Cache::Buffered),
                 ("backing", "allow") => disk.backing = true,
+                ("on-error", "report") => disk.on_error = Some(OnError::Report),
+                ("on-error", "pause") => disk.on_error = Some(OnError::Pause),
+                ("on-error", "pause-when-full") => disk.on_error = Some(OnError::PauseWhenFull),
+                ("iops", text) if count(text).is_some() => operations.0 = count(text),
+                ("iops-burst", text) if count(text).is_some() => operations.1 = count(text),
+                ("bytes-per-second", text) if size(text).is_some() => bytes.0 = size(text),
+                ("bytes-burst", text) if size(text).is_some() => bytes.1 = size(text),
                 _ => return Err(wrong(format!("`{part}` is not known"))),
             }
         }
+        disk.operations = rate(operations.0, operations.1).map_err(wrong)?;
+        disk.bytes = rate(bytes.0, bytes.1).map_err(wrong)?;
         Ok(disk)
     }
 }
@@ -289,5 +351,30 @@ mod milliseconds {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         u64::deserialize(deserializer).map(Duration::from_millis)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disks_words_say_what_it_may_do() {
+        let disk: DiskOptions =
+            "a,,b.img,on-error=pause,iops=1000,bytes-per-second=20M,bytes-burst=64K".parse().unwrap();
+        assert_eq!((disk.path.to_str(), disk.on_error()), (Some("a,b.img"), OnError::Pause));
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(
+            disk.limits(),
+            RateLimits { operations: rate(1000, 100), bytes: rate(20 << 20, 64 << 10) }
+        );
+        let disk: DiskOptions = "a.img,iops=3".parse().unwrap();
+        assert_eq!((disk.limits().operations, disk.on_error()), (rate(3, 1), OnError::PauseWhenFull));
+        for wrong in
+            ["iops=0", "iops=x", "iops-burst=5", "bytes-per-second=-1", "bytes-burst=1M", "on-error=stop"]
+        {
+            let error = format!("a.img,{wrong}").parse::<DiskOptions>().unwrap_err().to_string();
+            assert!(error.contains("iops-burst=N"), "{error}");
+        }
     }
 }

@@ -5,10 +5,13 @@ use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::str::FromStr;
 
+use api::units::Bytes;
+use devices::bucket::{Rate, RateLimits};
 use devices::virtio::net::MTUS;
 use devices::virtio::net::mac::Mac;
 use serde::{Deserialize, Serialize};
 
+use super::device::rate;
 use super::{ConfigError, DeviceId, Name};
 
 text!(Forward);
@@ -25,9 +28,25 @@ pub struct NetOptions {
     /// The largest packet, in bytes; what the backend carries where nothing is said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// How many packets may pass each way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packets: Option<Rate>,
+    /// How many bytes of them may pass each way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Rate>,
 }
 
 impl NetOptions {
+    /// A card at this cable, with all else as usual.
+    pub const fn new(backend: NetBackend) -> Self {
+        Self { backend, mac: None, mtu: None, packets: None, bytes: None }
+    }
+
+    /// What may pass, each way.
+    pub const fn limits(&self) -> RateLimits {
+        RateLimits { operations: self.packets, bytes: self.bytes }
+    }
+
     /// The address of the card `id` of the VM `name`: the same at each start, and hardly one that another VM has.
     pub fn mac(&self, name: &Name, id: &DeviceId) -> Mac {
         self.mac.unwrap_or_else(|| {
@@ -46,6 +65,8 @@ pub enum NetBackend {
     User(UserNet),
     /// In a tap of the host, by its name.
     Tap(String),
+    /// In a bridge of the host, by its name: a tap is made for that, and goes with the VM.
+    Bridge(String),
     /// In a tap that is open as a descriptor.
     Fd(RawFd),
 }
@@ -136,7 +157,7 @@ impl fmt::Display for Forward {
     }
 }
 
-/// `user`, `tap=NAME` or `fd=N`, then with commas `mac=`, `mtu=`, and of `user` `forward=`, `dns=` and `loopback`.
+/// `user`, `tap=NAME`, `bridge=NAME` or `fd=N`, then with commas `mac=`, `mtu=`, limits, and of `user` `forward=`, `dns=` and `loopback`.
 impl FromStr for NetOptions {
     type Err = ConfigError;
 
@@ -146,12 +167,16 @@ impl FromStr for NetOptions {
         let backend = match parts.next().unwrap_or_default() {
             ("user", "") => NetBackend::User(UserNet::default()),
             ("tap", name) if !name.is_empty() => NetBackend::Tap(name.to_owned()),
+            ("bridge", name) if !name.is_empty() => NetBackend::Bridge(name.to_owned()),
             ("fd", number) => {
                 NetBackend::Fd(number.parse().map_err(|_| wrong(format!("`{number}` is no descriptor")))?)
             }
             _ => return Err(wrong("it begins with no network".to_owned())),
         };
-        let mut net = Self { backend, mac: None, mtu: None };
+        let mut net = Self::new(backend);
+        let (mut packets, mut bytes) = ((None, None), (None, None));
+        let count = |text: &str| text.parse().ok().filter(|count| *count > 0);
+        let size = |text: &str| text.parse().ok().map(|Bytes(size)| size).filter(|size| *size > 0);
         for (key, value) in parts {
             match (key, &mut net.backend) {
                 ("mac", _) => net.mac = Some(value.parse().map_err(|error| wrong(format!("{error}")))?),
@@ -159,6 +184,13 @@ impl FromStr for NetOptions {
                     let mtu = value.parse().ok().filter(|mtu| MTUS.contains(mtu));
                     let (least, most) = (MTUS.start(), MTUS.end());
                     net.mtu = Some(mtu.ok_or_else(|| wrong(format!("an MTU is {least} to {most}")))?);
+                }
+                ("packets-per-second", _) if count(value).is_some() => packets.0 = count(value),
+                ("packets-burst", _) if count(value).is_some() => packets.1 = count(value),
+                ("bytes-per-second", _) if size(value).is_some() => bytes.0 = size(value),
+                ("bytes-burst", _) if size(value).is_some() => bytes.1 = size(value),
+                ("packets-per-second" | "packets-burst" | "bytes-per-second" | "bytes-burst", _) => {
+                    return Err(wrong(format!("`{key}={value}` is no limit")));
                 }
                 ("forward", NetBackend::User(user)) => user.forwards.push(value.parse()?),
                 ("loopback", NetBackend::User(user)) if value.is_empty() => user.loopback = true,
@@ -172,6 +204,8 @@ impl FromStr for NetOptions {
                 _ => return Err(wrong(format!("`{key}` is not known"))),
             }
         }
+        net.packets = rate(packets.0, packets.1).map_err(wrong)?;
+        net.bytes = rate(bytes.0, bytes.1).map_err(wrong)?;
         Ok(net)
     }
 }
@@ -193,9 +227,17 @@ mod tests {
         assert_eq!((net.mtu, user.loopback, user.dns), (Some(1400), true, "9.9.9.9".parse().ok()));
         let text = serde_json::to_string(&net).unwrap();
         assert_eq!(serde_json::from_str::<NetOptions>(&text).unwrap(), net);
-        for (text, backend) in [("tap=tap0", NetBackend::Tap("tap0".into())), ("fd=7", NetBackend::Fd(7))] {
-            assert_eq!(text.parse(), Ok(NetOptions { backend, mac: None, mtu: None }));
+        for (text, backend) in [
+            ("tap=tap0", NetBackend::Tap("tap0".into())),
+            ("bridge=br0", NetBackend::Bridge("br0".into())),
+            ("fd=7", NetBackend::Fd(7)),
+        ] {
+            assert_eq!(text.parse(), Ok(NetOptions::new(backend)));
         }
+        let net: NetOptions =
+            "user,packets-per-second=1000,bytes-per-second=20M,bytes-burst=64K".parse().unwrap();
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(net.limits(), RateLimits { operations: rate(1000, 100), bytes: rate(20 << 20, 64 << 10) });
     }
 
     #[test]
@@ -214,6 +256,9 @@ mod tests {
             ("user,mtu=10", "68 to"),
             ("user,mtu=65522", "65521"),
             ("tap=a,forward=tcp:1:2", "`user` alone"),
+            ("user,packets-per-second=0", "no limit"),
+            ("user,bytes-per-second=x", "no limit"),
+            ("user,packets-burst=5", "burst"),
             ("user,x=1", "`x`"),
             ("user,loopback=1", "no value"),
             ("user,dns=a", "`a`"),

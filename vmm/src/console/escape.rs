@@ -1,21 +1,21 @@
 //! Ctrl-A on standard input, which starts a command to ballast instead of the guest.
 
-use crate::exit::Exit;
-use crate::vcpu_set::VcpuSet;
-
 const CTRL_A: u8 = 0x01;
 
-/// Where standard input stands between the guest and ballast.
+/// Where standard input stands between a guest and ballast.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Escape {
+pub enum Escape {
+    /// What comes is the guest's.
     Plain,
+    /// The next byte is a command.
     AfterCtrlA,
 }
 
 impl Escape {
-    /// Hands what of `input` is the guest's to `through`: Ctrl-A x ends the VM, Ctrl-A Ctrl-A is one Ctrl-A,
-    /// anything else after Ctrl-A is dropped with it.
-    pub(super) fn filter(&mut self, input: &[u8], vcpu_set: &VcpuSet, through: &mut Vec<u8>) {
+    /// Hands what of `input` is the guest's to `through`, and returns whether the user quits: by Ctrl-A x. Ctrl-A
+    /// Ctrl-A is one Ctrl-A, anything else after Ctrl-A is dropped with it.
+    pub fn filter(&mut self, input: &[u8], through: &mut Vec<u8>) -> bool {
+        let mut quits = false;
         for &byte in input {
             *self = match (*self, byte) {
                 (Self::Plain, CTRL_A) => Self::AfterCtrlA,
@@ -24,7 +24,7 @@ impl Escape {
                     Self::Plain
                 }
                 (Self::AfterCtrlA, b'x' | b'X') => {
-                    vcpu_set.end(Exit::ConsoleQuit);
+                    quits = true;
                     Self::Plain
                 }
                 (Self::AfterCtrlA, CTRL_A) => {
@@ -34,6 +34,7 @@ impl Escape {
                 (Self::AfterCtrlA, _) => Self::Plain,
             };
         }
+        quits
     }
 }
 
@@ -43,15 +44,12 @@ mod tests {
 
     #[test]
     fn ctrl_a_is_for_ballast() {
-        let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let mut escape = Escape::Plain;
         let mut through = Vec::new();
-        escape.filter(b"a\x01\x01b\x01c", &vcpu_set, &mut through);
-        escape.filter(b"d\x01", &vcpu_set, &mut through);
+        assert!(!escape.filter(b"a\x01\x01b\x01c", &mut through));
+        assert!(!escape.filter(b"d\x01", &mut through));
         assert_eq!(through, b"a\x01bd");
-        assert!(!vcpu_set.has_ended());
-        escape.filter(b"x", &vcpu_set, &mut through);
+        assert!(escape.filter(b"x", &mut through));
         assert_eq!(through, b"a\x01bd");
-        assert_eq!(vcpu_set.wait_for_end(), Exit::ConsoleQuit);
     }
 }

@@ -1,7 +1,7 @@
 //! What comes in from the console's other end, on the event loop of the devices.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -11,9 +11,11 @@ use devices::platform::serial::Port;
 use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::attached::{Attached, Attachments};
 use super::client::{self, Client};
 use super::escape::Escape;
 use crate::api_server::Listening;
+use crate::exit::Exit;
 use crate::vcpu_set::VcpuSet;
 
 /// Bytes read at a time.
@@ -46,6 +48,8 @@ pub(super) enum Source {
 /// Brings input to the port, as far as the guest takes it, and lets the port go on after a rest.
 pub struct Input {
     source: Source,
+    /// Clients that look at the console beside the source.
+    attached: Attached,
     port: Arc<Port>,
     vcpu_set: Arc<VcpuSet>,
     /// Input that the port had no room for: at most one chunk, but for what is typed.
@@ -59,8 +63,22 @@ pub struct Input {
 }
 
 impl Input {
-    pub(super) fn new(source: Source, port: Arc<Port>, vcpu_set: Arc<VcpuSet>) -> Self {
-        Self { source, port, vcpu_set, left: Vec::new(), watched: None, ended: false, is_file: false }
+    /// # Errors
+    /// No descriptors can be had.
+    pub(super) fn new(source: Source, port: Arc<Port>, vcpu_set: Arc<VcpuSet>) -> io::Result<Self> {
+        let attached = Attached::new(Attachments::new()?, Arc::clone(&port))?;
+        let (left, watched) = (Vec::new(), None);
+        Ok(Self { source, attached, port, vcpu_set, left, watched, ended: false, is_file: false })
+    }
+
+    /// Where clients of the API are attached.
+    pub(crate) fn attachments(&self) -> Arc<Attachments> {
+        Arc::clone(self.attached.attachments())
+    }
+
+    /// The VM has ended: whoever is attached gets the last output.
+    pub(super) fn finish(&mut self) {
+        self.attached.finish();
     }
 
     fn is_typed(&self) -> bool {
@@ -122,7 +140,11 @@ impl Input {
             Ok(count @ 1..) => {
                 let bytes = chunk.get(..count).unwrap_or_default();
                 match &mut self.source {
-                    Source::Stdin { escape, .. } => escape.filter(bytes, &self.vcpu_set, &mut self.left),
+                    Source::Stdin { escape, .. } => {
+                        if escape.filter(bytes, &mut self.left) {
+                            self.vcpu_set.end(Exit::ConsoleQuit);
+                        }
+                    }
                     Source::Socket { .. } | Source::Nothing => self.left.extend_from_slice(bytes),
                 }
                 self.deliver();
@@ -181,11 +203,15 @@ impl Subscriber for Input {
             ops.add(Events::new(socket.listener(), EventSet::IN))?;
             ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN))?;
         }
+        self.attached.init(ops)?;
         self.watch(ops);
         Ok(())
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) -> EventResult<()> {
+        if self.attached.process(&events, ops) {
+            return Ok(());
+        }
         let fd = events.fd();
         let room = self.port.room_event();
         let (is_listener, is_look) = match &self.source {
@@ -199,6 +225,7 @@ impl Subscriber for Input {
         } else if fd == room.as_raw_fd() {
             let _ = room.read();
             self.deliver();
+            self.attached.has_room(ops);
             if self.is_file {
                 self.read_file();
             }

@@ -18,7 +18,7 @@ use super::*;
 use crate::events::EventThread;
 
 /// Longer than anything here takes.
-const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 const COM1: PioAddress = PioAddress(0x3f8);
 const MODEM_CONTROL: u16 = 4;
@@ -30,14 +30,14 @@ fn interrupt() -> EventFd {
 }
 
 /// A console that runs, and the loop that serves it.
-struct Running {
-    console: Console,
+pub(crate) struct Running {
+    pub(crate) console: Console,
     vcpu_set: Arc<VcpuSet>,
-    devices: EventThread,
+    pub(crate) devices: EventThread,
 }
 
 impl Running {
-    fn open(config: &config::Console) -> Self {
+    pub(crate) fn open(config: &config::Console) -> Self {
         let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let console = Console::open(config, interrupt(), &vcpu_set).expect("a console");
         Self::run(console, vcpu_set)
@@ -48,10 +48,11 @@ impl Running {
         let vcpu_set = VcpuSet::new(1).expect("a vcpu_set");
         let port = Arc::new(Port::new(interrupt(), FirstReader::Present).expect("a port"));
         let source = Source::Stdin { input, escape: Escape::Plain, typed };
-        let input = Input::new(source, Arc::clone(&port), Arc::clone(&vcpu_set));
+        let input = Input::new(source, Arc::clone(&port), Arc::clone(&vcpu_set)).expect("descriptors");
+        let attachments = input.attachments();
         let input = Arc::new(Mutex::new(input));
         let sink = Some(Sink::File(output));
-        Self::run(Console { port, input, sink, _terminal: None }, vcpu_set)
+        Self::run(Console { port, input, attachments, sink, _terminal: None }, vcpu_set)
     }
 
     fn run(mut console: Console, vcpu_set: Arc<VcpuSet>) -> Self {
@@ -62,12 +63,12 @@ impl Running {
     }
 
     /// The kernel prints.
-    fn say(&self, text: &[u8]) {
+    pub(crate) fn say(&self, text: &[u8]) {
         text.iter().for_each(|byte| self.console.port.pio_write(COM1, 0, &[*byte]));
     }
 
     /// What a guest reads that expects so much.
-    fn hear(&self, count: usize) -> Vec<u8> {
+    pub(crate) fn hear(&self, count: usize) -> Vec<u8> {
         let port = &self.console.port;
         let read = |register| {
             let mut data = [0];
@@ -114,7 +115,7 @@ fn null() -> File {
     File::options().write(true).open("/dev/null").expect("it is everywhere")
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < LONG, "waited for {what}");
@@ -122,7 +123,7 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn text(count: usize) -> Vec<u8> {
+pub(crate) fn text(count: usize) -> Vec<u8> {
     (0..).flat_map(|number| format!("{number}\n").into_bytes()).take(count).collect()
 }
 

@@ -4,6 +4,7 @@ use api::status::{Pauser, VmState};
 use api::units::Bytes;
 use balloon::mechanism::steering::SteeringError;
 
+use crate::console::AttachError;
 use crate::vcpu_set::VisitError;
 
 /// Why a request was not carried out.
@@ -44,6 +45,26 @@ pub enum ControlError {
     /// Somebody resumed the VM before it was paused. A conflict.
     #[error("the VM was resumed before all of its vCPUs stood still")]
     Resumed,
+    /// The VM has no console that clients could be attached to. A conflict: it may have one once it has started.
+    #[error("this VM has no console, or none yet")]
+    NoConsole,
+    /// The VM has no socket device. A conflict: it may have one once it has started.
+    #[error("this VM has no socket device: start it with --vsock")]
+    NoVsock,
+    /// The console takes no such client now. A conflict: another one may go.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// There is no such disk.
+    #[error("the VM has no disk `{asked}`: it has {}", if known.is_empty() { "none" } else { known })]
+    NoSuchDisk {
+        /// As asked.
+        asked: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// A disk can't become as large.
+    #[error("{0}")]
+    DiskSize(String),
     /// There is no such vCPU.
     #[error("{0}")]
     NoSuchVcpu(VisitError),
@@ -62,6 +83,9 @@ impl ControlError {
                 | Self::CanNotGrow(_)
                 | Self::OutsideLimits { .. }
                 | Self::Resumed
+                | Self::NoConsole
+                | Self::NoVsock
+                | Self::Attach(_)
         )
     }
 }
@@ -74,6 +98,7 @@ const fn word(state: VmState) -> &'static str {
         VmState::Sleeping => "asleep",
         VmState::Paused { by: Pauser::Operator } => "paused",
         VmState::Paused { by: Pauser::Balancer } => "paused by the balancer",
+        VmState::Paused { by: Pauser::Disk } => "paused by a disk that the host failed",
         VmState::Stopped => "stopped",
     }
 }

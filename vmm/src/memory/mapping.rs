@@ -6,6 +6,7 @@ use std::os::fd::{FromRawFd, RawFd};
 use std::ptr;
 
 use api::units::Bytes;
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use vm_memory::GuestAddress;
 
 use crate::config::{Backing, MemoryOptions};
@@ -90,13 +91,18 @@ unsafe impl Sync for Region {}
 pub(crate) fn memfd(size: Bytes, flags: libc::c_uint) -> Result<File, MemoryError> {
     let failed = |source| MemoryError::Memfd { size, source };
     // SAFETY: the name is a valid C string, and the call touches nothing else.
-    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let fd = unsafe {
+        libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags)
+    };
     if fd < 0 {
         return Err(failed(io::Error::last_os_error()));
     }
     // SAFETY: the descriptor is new and belongs to nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size.0).map_err(failed)?;
+    // Whoever is handed it can neither cut it off under the guest nor put more into it than the guest may have.
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).map_err(|error| failed(error.into()))?;
     Ok(file)
 }
 

@@ -154,10 +154,16 @@ fn rules(needs: &SandboxNeeds, kept: &Kept) -> Result<Rules, BackendError> {
         let (start, length) = address_of(path);
         allow(libc::SYS_bind, vec![address(1, Eq, start)?, number(2, Eq, length as u64)?])?;
     }
-    if !kept.paths.is_empty() {
+    for path in &kept.others {
+        let (start, length) = address_of(path);
+        allow(libc::SYS_connect, vec![address(1, Eq, start)?, number(2, Eq, length as u64)?])?;
+    }
+    if !(kept.paths.is_empty() && kept.others.is_empty()) {
         let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         let (unix, stream) = (number(0, Eq, libc::AF_UNIX as u64)?, number(1, Eq, kind as u64)?);
         allow(libc::SYS_socket, vec![unix, stream])?;
+    }
+    if !kept.paths.is_empty() {
         allow(libc::SYS_fchmod, vec![number(1, Eq, u64::from(libc::S_IRUSR | libc::S_IWUSR))?])?;
         allow(libc::SYS_listen, vec![number(1, Eq, u64::from(BACKLOG.unsigned_abs()))?])?;
     }

@@ -20,6 +20,7 @@ use std::sync::OnceLock;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// Where they lie: above what the kernel keeps free (`vm.mmap_min_addr`), and below where it puts anything.
 const START: usize = 1 << 20;
@@ -30,8 +31,10 @@ const PAGE: usize = 4096;
 /// Paths that can't be changed.
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// Each with its final zero.
+    /// This VM's own, each with its final zero.
     pub(super) paths: Vec<&'static CStr>,
+    /// Sockets of others.
+    pub(super) others: Vec<&'static CStr>,
     /// The first address behind them.
     pub(super) end: usize,
 }
@@ -65,8 +68,36 @@ pub(super) fn address_of(path: &CStr) -> (usize, usize) {
 /// # Errors
 /// As bind(2); [`Errno::INVAL`] for a path that is too long.
 pub(crate) fn bind(socket: &OwnedFd, path: &CStr) -> Result<(), Errno> {
-    let mut own = Vec::new();
     let kept = KEPT.get().and_then(|kept| kept.paths.iter().find(|kept| **kept == path));
+    with_address(path, kept.copied(), |address, length| {
+        // SAFETY: so many bytes of an address lie there, which the kernel reads.
+        unsafe { libc::bind(socket.as_raw_fd(), address, length) }
+    })
+}
+
+/// A stream to the socket at `path`, whose reads and writes don't wait, in the way in which the sandbox lets it be
+/// made.
+///
+/// # Errors
+/// As connect(2).
+pub(crate) fn connect(path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let kept = KEPT.get().and_then(|kept| kept.others.iter().find(|kept| **kept == path));
+    with_address(path, kept.copied(), |address, length| {
+        // SAFETY: so many bytes of an address lie there, which the kernel reads.
+        unsafe { libc::connect(socket.as_raw_fd(), address, length) }
+    })?;
+    Ok(socket)
+}
+
+/// Calls with the address of the socket at `path`, in the place where it is kept if it is.
+fn with_address(
+    path: &CStr,
+    kept: Option<&'static CStr>,
+    call: impl FnOnce(*const libc::sockaddr, libc::socklen_t) -> libc::c_int,
+) -> Result<(), Errno> {
+    let mut own = Vec::new();
     let (address, length) = match kept {
         Some(kept) => address_of(kept),
         None => {
@@ -76,24 +107,25 @@ pub(crate) fn bind(socket: &OwnedFd, path: &CStr) -> Result<(), Errno> {
         }
     };
     let address = ptr::with_exposed_provenance::<libc::sockaddr>(address);
-    // SAFETY: so many bytes of an address lie there, which the kernel reads.
-    let bound = unsafe { libc::bind(socket.as_raw_fd(), address, length as libc::socklen_t) };
-    if bound == 0 {
+    // The kernel refuses one that is too long.
+    if call(address, length as libc::socklen_t) == 0 {
         Ok(())
     } else {
         Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL))
     }
 }
 
-/// Keeps `paths` from now on.
+/// Keeps this VM's own `paths`, and those of `others` that it connects to, from now on.
 ///
 /// # Errors
 /// The kernel refuses, or there are some already.
-pub(super) fn keep(paths: &[PathBuf]) -> io::Result<&'static Kept> {
-    let paths = paths.iter().map(|path| absolute(path)).collect::<io::Result<Vec<_>>>()?;
+pub(super) fn keep(paths: &[PathBuf], others: &[PathBuf]) -> io::Result<&'static Kept> {
+    let count = paths.len();
+    let paths: Vec<CString> =
+        paths.iter().chain(others).map(|path| absolute(path)).collect::<io::Result<_>>()?;
     let text: Vec<u8> =
         paths.iter().flat_map(|path| FAMILY.iter().chain(path.as_bytes_with_nul())).copied().collect();
-    let mut kept = Kept { paths: Vec::new(), end: START };
+    let mut kept = Kept { paths: Vec::new(), others: Vec::new(), end: START };
     if !text.is_empty() {
         let mut rest = map(&text)?;
         kept.end = START + text.len().next_multiple_of(PAGE);
@@ -101,6 +133,7 @@ pub(super) fn keep(paths: &[PathBuf]) -> io::Result<&'static Kept> {
             kept.paths.push(path);
             rest = rest.get(address_of(path).1..).unwrap_or_default();
         }
+        kept.others = kept.paths.split_off(count.min(kept.paths.len()));
     }
     KEPT.set(kept).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
     KEPT.get().ok_or_else(|| io::ErrorKind::NotFound.into())

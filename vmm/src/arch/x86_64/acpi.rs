@@ -217,6 +217,12 @@ fn panic_device(body: &mut Vec<u8>) {
 }
 
 /// A generic event device (ACPI 6.5, section 5.6.9) whose one event is the power button.
+///
+/// It wakes no Linux guest that sleeps (suspend-to-idle): the driver arms no interrupt for that, whatever the
+/// descriptor says of `ExclusiveAndWake` (drivers/acpi/evged.c), and acpi_s2idle_prepare() arms the SCI alone, which
+/// hardware-reduced ACPI has not. With an SCI, Linux would look for the legacy interrupt controller and
+/// timer too, at each boot (acpi_generic_reduced_hw_init() leaves them out). So the button pulls the serial port's
+/// line as well, by which a guest wakes that was told to.
 fn power_button(irq: u32, body: &mut Vec<u8>) {
     let interrupt = Interrupt::new(true, true, false, false, irq);
     Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_aml_bytes(body);
@@ -287,9 +293,35 @@ fn sleep_note(body: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MOST_CPUS;
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// One entry for each (ACPI 6.5, section 5.2.12.2), whose identifier is that of its CPUID. None is 255, which is
+    /// everybody, or above, which takes an entry of another kind (section 5.2.12.12).
+    #[test]
+    fn each_vcpu_of_any_number_is_in_the_table_by_its_identifier() {
+        for count in 1..=MOST_CPUS {
+            let table = madt(count.try_into().expect("a number of vCPUs"));
+            // Behind the header, the local APICs' address and flags.
+            let (mut rest, mut ids, mut others) = (&table[44..], Vec::new(), Vec::new());
+            while let [kind, length, ..] = *rest {
+                let (entry, behind) = rest.split_at(length.into());
+                match (kind, entry) {
+                    (0, [_, 8, uid, id, flags @ ..]) => {
+                        assert_eq!((uid, flags), (id, &[1, 0, 0, 0][..]), "{count}");
+                        ids.push(*id);
+                    }
+                    _ => others.push(kind),
+                }
+                rest = behind;
+            }
+            assert_eq!(ids, (0..count).collect::<Vec<_>>());
+            assert!(!ids.contains(&255));
+            assert_eq!(others, [1], "an I/O APIC");
+        }
     }
 
     #[test]

@@ -230,6 +230,7 @@ fn extended_topology(index: u8, cpus: Cpus) -> [kvm_cpuid_entry2; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MOST_CPUS;
 
     fn entry(function: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, eax: ALL, ebx: ALL, ecx: ALL, edx: ALL, ..Default::default() }
@@ -249,6 +250,67 @@ mod tests {
             assert_eq!(find(0xb, 0).edx, u32::from(index));
             assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx), (2, 4));
             assert_eq!(find(0x8000_001e, 0).eax, u32::from(index));
+        }
+    }
+
+    /// Reads identifiers as a kernel does (Linux: arch/x86/kernel/cpu/topology.c, intel.c, amd.c and cacheinfo.c; SDM
+    /// volume 3, 9.9; APM volume 3, appendix E), from the leaves of both vendors, for each number of vCPUs.
+    #[test]
+    fn any_number_of_vcpus_is_one_socket_of_as_many_cores() {
+        let leaf = |function, index, eax| kvm_cpuid_entry2 { index, eax, ..entry(function) };
+        // Caches: data, instructions, level 2, level 3, and the end of the list.
+        let caches = [0x21, 0x22, 0x43, 0x63, 0].into_iter().zip(0..);
+        let caches =
+            caches.flat_map(|(kind, sub)| [4, 0x8000_001d].map(|function| leaf(function, sub, kind)));
+        let plain = [0, 1, 0xb, 0x8000_0001, 0x8000_0008, 0x8000_001e].map(entry);
+        let offered: Vec<_> = plain.into_iter().chain(caches).collect();
+        let offered = CpuId::from_entries(&offered).expect("fits");
+        for count in 1..=MOST_CPUS {
+            let cpus = Cpus::try_from(count).expect("a number of vCPUs");
+            let mut seen = Vec::new();
+            for index in 0..count {
+                let cpuid = of_vcpu(&offered, index, cpus, false);
+                let find = |function: u32, sub: u32| {
+                    let found = cpuid.as_slice().iter().find(|e| e.function == function && e.index == sub);
+                    *found.expect("the leaf is there")
+                };
+                let (one, id) = (find(1, 0), find(0xb, 0).edx);
+                let count = u32::from(count);
+                seen.push(id);
+                assert!(id < 255, "255 is everybody");
+                assert_eq!([one.ebx >> 24, find(0xb, 1).edx, find(0x8000_001e, 0).eax], [id; 3]);
+                // Leaf 1: how many, where several are there.
+                assert_eq!((one.ebx >> 16 & 0xff, one.edx >> 28 & 1 == 1), (count, count > 1));
+
+                // Leaf 0BH: one thread a core; above the bits of the cores the socket's, which are 0.
+                let (threads, cores, end) = (find(0xb, 0), find(0xb, 1), find(0xb, 2));
+                assert_eq!((threads.eax & 0x1f, threads.ebx, threads.ecx >> 8 & 0xff), (0, 1, 1));
+                assert_eq!((cores.ebx, cores.ecx >> 8 & 0xff), (count, 2));
+                let bits = cores.eax & 0x1f;
+                assert_eq!((id >> bits, 1 << bits >= count, 1 << bits < 2 * count), (0, true, true));
+                assert_eq!((end.ebx, end.ecx >> 8 & 0xff), (0, 0), "the list's end");
+
+                // Leaf 4: room for all cores, as far as its 6 bits go; own caches of levels 1 and 2, one of level 3.
+                let room = |field: u32| (field + 1).next_power_of_two();
+                for sub in 0..4 {
+                    for (function, mask) in [(4, 0xfff), (0x8000_001d, 0xfff)] {
+                        let cache = find(function, sub);
+                        let sharing = room(cache.eax >> 14 & mask).trailing_zeros();
+                        let shared = if sub == 3 { 0 } else { id };
+                        assert_eq!(id >> sharing, shared, "leaf {function:#x}, {sub}, of {count}");
+                    }
+                    assert_eq!(room(find(4, sub).eax >> 26), count.next_power_of_two().min(64));
+                }
+                assert_eq!(find(4, 4).eax, 0, "the list's end");
+
+                // AMD: cores and the bits of their identifiers; a core for each, on one node.
+                let (size, core) = (find(0x8000_0008, 0).ecx, find(0x8000_001e, 0));
+                assert_eq!((size & 0xff) + 1, count);
+                assert!(1 << (size >> 12 & 0xf) >= count);
+                assert_eq!((core.ebx & 0xff, core.ebx >> 8 & 0xff, core.ecx), (id, 0, 0));
+                assert_eq!(find(0x8000_0001, 0).ecx >> 1 & 1 == 1, count > 1);
+            }
+            assert_eq!(seen, (0..u32::from(count)).collect::<Vec<_>>());
         }
     }
 

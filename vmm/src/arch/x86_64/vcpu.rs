@@ -22,9 +22,26 @@ pub enum VcpuError {
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// KVM gives fewer to a VM.
+    #[error("a VM can't have {asked} vCPUs here: this host's KVM gives it {most} at most (--cpus)")]
+    TooMany {
+        /// How many it should have.
+        asked: u8,
+        /// How many it can have.
+        most: usize,
+    },
     /// Guest memory has no place for a table.
     #[error("boot data could not be written to guest memory: {0}")]
     Tables(#[from] GuestMemoryError),
+}
+
+/// Whether KVM gives a VM so many vCPUs, of which it gives `most`.
+///
+/// # Errors
+/// [`VcpuError::TooMany`].
+pub const fn check(cpus: Cpus, most: usize) -> Result<(), VcpuError> {
+    let asked = cpus.get();
+    if asked as usize <= most { Ok(()) } else { Err(VcpuError::TooMany { asked, most }) }
 }
 
 /// All vCPUs of a VM, of what KVM has `supported`. The first starts at `entry`, with its tables in `memory`; the others wait in their
@@ -67,4 +84,17 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_vcpus_than_kvm_gives_are_refused_by_both_numbers() {
+        let cpus = |count: u8| Cpus::try_from(count).expect("a number of vCPUs");
+        assert!(check(cpus(16), 16).is_ok());
+        let refused = check(cpus(17), 16).expect_err("one too many").to_string();
+        assert!(refused.contains("17 vCPUs") && refused.contains("16 at most"), "{refused}");
+    }
 }

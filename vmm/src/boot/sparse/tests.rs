@@ -1,5 +1,6 @@
 use std::io::Write;
 
+use elf::abi::SHT_STRTAB;
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use proptest::collection::vec;
@@ -16,6 +17,10 @@ const HEADERS: u64 = 128;
 /// Where the first segment is in these files, and in memory.
 const BEGIN: u64 = 64 * KIB;
 const MEMORY: u64 = 4096 * KIB;
+// Sizes of headers for 64 bits.
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const SECTION_HEADER: usize = 64;
 
 #[derive(Clone, Debug)]
 struct Load {
@@ -55,21 +60,23 @@ fn file(loads: &[Load], parts: &[Part], length: u64, rest: u8) -> Vec<u8> {
     put(24, &(1024 * KIB).to_le_bytes());
     put(32, &HEADERS.to_le_bytes());
     put(40, &sections.to_le_bytes());
-    for (at, value) in [(54, 56), (56, loads.len()), (58, 64), (60, parts.len() + 1), (62, 0)] {
+    for (at, value) in [(54, 56), (56, loads.len()), (58, 64), (60, parts.len() + 2), (62, 1)] {
         put(at, &(value as u16).to_le_bytes());
     }
     put(NAMES, &[0; 64]);
-    put(NAMES + 1, SCRATCH);
+    put(NAMES + 1, SCRATCH.as_bytes());
     for (at, load) in (HEADERS..).step_by(PROGRAM_HEADER).zip(loads) {
         put(at, &[PT_LOAD.to_le_bytes(), [0; 4]].concat());
         let fields = [load.offset, load.address, load.physical, load.size, load.size, MOST_ALIGN];
         fields.iter().zip((at + 8..).step_by(8)).for_each(|(field, at)| put(at, &field.to_le_bytes()));
     }
-    put(sections, &[0; SECTION_HEADER]);
-    put(sections + 24, &NAMES.to_le_bytes());
-    for (at, part) in (sections + section..).step_by(SECTION_HEADER).zip(parts) {
+    put(sections, &[0; 2 * SECTION_HEADER]);
+    put(sections + section + 4, &SHT_STRTAB.to_le_bytes());
+    put(sections + section + 24, &NAMES.to_le_bytes());
+    put(sections + section + 32, &64_u64.to_le_bytes());
+    for (at, part) in (sections + 2 * section..).step_by(SECTION_HEADER).zip(parts) {
         put(at, &[u32::from(part.is_scratch).to_le_bytes(), part.kind.to_le_bytes()].concat());
-        let fields = [SHF_ALLOC, part.address, part.offset, part.size, 0, 0, 0];
+        let fields = [u64::from(SHF_ALLOC), part.address, part.offset, part.size, 0, 0, 0];
         fields.iter().zip((at + 8..).step_by(8)).for_each(|(field, at)| put(at, &field.to_le_bytes()));
     }
     file

@@ -82,7 +82,7 @@ fn every_call_is_judged_as_if_looked_up_one_after_the_other() {
         ],
         ..SandboxNeeds::default()
     };
-    let kept = Kept { paths: vec![c"/run/web.sock"], end: 1 << 20 };
+    let kept = Kept { paths: vec![c"/run/web.sock"], others: Vec::new(), end: 1 << 20 };
     for needs in [SandboxNeeds::default(), own] {
         let rules = rules(&needs, &kept).unwrap();
         let edges = [X32, X32 + 1, i32::MAX as u32, u32::MAX];
@@ -92,7 +92,7 @@ fn every_call_is_judged_as_if_looked_up_one_after_the_other() {
 
 #[test]
 fn a_call_with_no_look_at_its_arguments_is_judged_after_few_comparisons() {
-    let kept = Kept { paths: Vec::new(), end: 0 };
+    let kept = Kept { paths: Vec::new(), others: Vec::new(), end: 0 };
     let program = filter(&SandboxNeeds::default(), &kept).unwrap();
     for number in [libc::SYS_read, libc::SYS_futex, libc::SYS_getrandom, libc::SYS_execve, 450] {
         let (_, taken) = run(&program, ARCHITECTURES[0], number as u32, [0; 6]);
