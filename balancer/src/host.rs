@@ -80,9 +80,12 @@ impl HostReader {
     }
 
     /// What the control groups of a process allow it, if one of them has a limit.
-    pub fn cgroup_limit(&self, pid: u32) -> Option<Bytes> {
+    ///
+    /// # Errors
+    /// It can't be read now.
+    pub fn cgroup_limit(&self, pid: u32) -> io::Result<Option<Bytes>> {
         let file = self.sources.processes.join(format!("{pid}/cgroup"));
-        Groups::of(&file, &self.sources.groups).limit()
+        Groups::limit_of(&file, &self.sources.groups)
     }
 
     /// How much of the last ten seconds some task on the host waited for memory, if the kernel tells

@@ -86,10 +86,10 @@ impl Policy {
     /// rule is [`Rule::Swap`], [`Rule::Pause`] or [`Rule::Resume`] leaves the target as it is:
     /// it asks the caller for something else or advises it, see [`last_resort`].
     ///
-    /// It is called once a tick, and may be called at any moment in between, when a guest
-    /// pushes that it is in distress: with all VMs as they were last seen, and that one's
-    /// news in its `observed`. All guards count time, not calls, so that such a round serves
-    /// who is in need and otherwise decides nothing that the next tick would not.
+    /// It is called once a tick. It may also be called at any moment in between, when a guest tells that it
+    /// is in distress: with all VMs as they were last seen, and the news of that one in its `observed`. All
+    /// guards count time, not calls. So such a round serves the VM in need, and otherwise decides nothing
+    /// that the next tick would not.
     pub fn decide(
         &mut self,
         now: Duration,
@@ -126,7 +126,7 @@ impl Policy {
         let Granted { left, unserved, mut postponed } = self.grow(now, to_give, vms, decisions);
         self.waiting = unserved > Bytes::ZERO;
         let owed = self.owed(now, guards::COUNTED_ON, vms);
-        // Buffers that wait are paid for by who has more than it may, once nothing presses.
+        // VMs that have more than they may pay for buffers that wait, once nothing presses.
         if self.state > HostState::Normal {
             postponed = Bytes::ZERO;
         }
@@ -153,8 +153,8 @@ impl Policy {
         vms.iter().map(|vm| vm.owes(now, time, &self.settings.guards)).sum()
     }
 
-    /// Whether an emergency has lasted. It is not over in the moment in which someone has
-    /// paid a part: that is granted at once, and the next part would have to wait anew.
+    /// Whether an emergency has lasted. It does not end at the moment at which a VM has paid a part: that is
+    /// granted at once, and the next part would have to wait anew.
     fn emergency_lasts(&mut self, now: Duration) -> bool {
         match (self.state, self.emergency) {
             (HostState::Emergency, None) => self.emergency = Some(now),
@@ -168,14 +168,14 @@ impl Policy {
 
     /// What each VM may have.
     ///
-    /// If everyone's need fits, each has it, and the rest is shared as comfort. If not, in this
-    /// order: what can't wait within fair shares; what can't wait beyond them, as far as that is
-    /// believed ([`Vm::borrows`]); the buffers of those within theirs; and the rest. So buffers are
-    /// lent to who uses more than its share, and who only says so for long keeps nobody from one.
-    /// For what can't wait the pool is there too.
+    /// If everyone's need fits, each VM has it, and the rest is shared as comfort. If not, the order is: what
+    /// can't wait within fair shares; what can't wait beyond them, as far as that is believed
+    /// ([`Vm::borrows`]); the buffers of VMs within their shares; and the rest. So buffers are lent to a VM
+    /// that uses more than its share, and a VM that only says so for long keeps nobody from a buffer. For
+    /// what can't wait the pool is there too.
     ///
-    /// Returns the room that is to be made for a VM that was laid down. It comes before comfort, and
-    /// after all needs of those that run.
+    /// Returns the room that is to be made for a VM that was paused. It comes before comfort, and after all
+    /// needs of VMs that run.
     fn entitle(&mut self, now: Duration, budget: Bytes, pool: Bytes, vms: &mut [Vm]) -> Bytes {
         let mut returning = Bytes::ZERO;
         let (capacity, all) = (budget.saturating_sub(pool).pages(), budget.pages());

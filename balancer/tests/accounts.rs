@@ -121,6 +121,8 @@ fn charge(state: &State, name: &str) -> Bytes {
 }
 
 const ACTIVATED: &str = "BALLAST_TEST_ACTIVATED";
+/// The value of that with which it keeps no connection.
+const HANGS_UP: &str = "hangs up";
 
 /// What [`Activated`] runs in a process of its own; without its word there is nothing to do.
 #[tokio::test]
@@ -133,6 +135,9 @@ async fn the_activated_vm() {
     let listener = tokio::net::UnixListener::from_std(listener).unwrap();
     let vm = FakeVm::listening(listener, PathBuf::from("/nowhere"), "activated", LIMITS, Bytes::mib(100));
     vm.state().memory.host_rss = None;
+    if std::env::var(ACTIVATED).unwrap() == HANGS_UP {
+        vm.state().manner = Manner::OneAnswerAConnection;
+    }
     std::future::pending::<()>().await;
 }
 
@@ -141,9 +146,13 @@ struct Activated(Child);
 
 impl Activated {
     fn start(directory: &Path) -> Self {
+        Self::start_with(directory, "keeps connections")
+    }
+
+    fn start_with(directory: &Path, manner: &str) -> Self {
         let listener = StdListener::bind(directory.join("activated.sock")).unwrap();
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "the_activated_vm", "--nocapture"]).env(ACTIVATED, "1");
+        command.args(["--exact", "the_activated_vm", "--nocapture"]).env(ACTIVATED, manner);
         command.stdin(OwnedFd::from(listener)).stdout(Stdio::null());
         Self(command.spawn().unwrap())
     }
@@ -168,6 +177,48 @@ async fn a_vm_whose_socket_another_process_made_is_counted_once() {
     assert_eq!(state.host.budget, Bytes::mib(200 + 1024 - 512), "{:?}", state.host);
     let memory = view(&state, "activated").unwrap().memory.clone().unwrap();
     assert_eq!((memory.host_rss, memory.holder), (Some(Bytes::mib(200)), Holder::Known));
+}
+
+#[tokio::test]
+async fn a_vm_whose_socket_was_removed_is_charged_until_its_process_ends() {
+    for manner in ["keeps connections", HANGS_UP] {
+        let host = HostFiles::new();
+        let vm = Activated::start_with(host.path(), manner);
+        host.holds_for_process(vm.0.id(), Bytes::mib(200));
+        host.balance(Some(Bytes::gib(1)));
+        let known = host.until("it is known", |state| charge(state, "activated") > Bytes::ZERO).await;
+        fs::remove_file(host.path().join("activated.sock")).unwrap();
+        let state = host.goes_on().await;
+        assert_eq!(charge(&state, "activated"), charge(&known, "activated"), "{manner}");
+        let standing = view(&state, "activated").unwrap().standing;
+        assert_eq!(standing == Standing::NotAnswering, manner == HANGS_UP, "{standing:?}");
+
+        // Another VM comes to have its name, and both count.
+        let _other = host.vm("activated", LIMITS, Bytes::mib(100));
+        let old = format!("activated-{}", vm.0.id());
+        let both = |state: &State| [&old, "activated"].iter().all(|name| charge(state, name) > Bytes::ZERO);
+        host.until("both are known", both).await;
+        let state = host.goes_on().await;
+        assert!(both(&state), "{:?}", state.vms);
+        assert!(state.host.charged >= charge(&state, &old) + charge(&state, "activated"));
+        drop(vm);
+        let state = host.until("that is seen", |state| view(state, &old).is_none()).await;
+        assert!(charge(&state, "activated") > Bytes::ZERO);
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_moves_its_socket_is_counted_once() {
+    let host = HostFiles::new();
+    let vm = Activated::start(host.path());
+    host.holds_for_process(vm.0.id(), Bytes::mib(200));
+    host.balance(Some(Bytes::gib(1)));
+    host.until("it is known", |state| charge(state, "activated") > Bytes::ZERO).await;
+    fs::rename(host.path().join("activated.sock"), host.path().join("moved.sock")).unwrap();
+    let state = host.until("it is known anew", |state| charge(state, "moved") > Bytes::ZERO).await;
+    assert_eq!(view(&state, "activated").map(|_| ()), None);
+    let state = host.goes_on().await;
+    assert_eq!(state.host.charged, charge(&state, "moved"));
 }
 
 #[tokio::test]

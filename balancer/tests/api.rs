@@ -47,11 +47,16 @@ fn client(directory: &Path) -> client::Client {
 struct Answer {
     status: u16,
     content_type: Option<String>,
+    head: String,
     body: String,
 }
 
-/// One request as bytes, so that any can be made.
+/// One request to version 1 as bytes, so that any can be made.
 async fn ask(directory: &Path, method: &str, path: &str, body: &str) -> Answer {
+    ask_at(directory, method, &format!("/v1{path}"), body).await
+}
+
+async fn ask_at(directory: &Path, method: &str, path: &str, body: &str) -> Answer {
     let mut stream = UnixStream::connect(daemon::socket_in(directory)).await.unwrap();
     let length = body.len();
     let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
@@ -68,6 +73,7 @@ async fn ask(directory: &Path, method: &str, path: &str, body: &str) -> Answer {
                 return Answer {
                     status,
                     content_type: field("content-type").map(str::to_owned),
+                    head: head.to_owned(),
                     body: body.to_owned(),
                 };
             }
@@ -208,7 +214,7 @@ async fn what_somebody_asked_for_who_has_gone_is_not_done() {
     let mut stream = UnixStream::connect(daemon::socket_in(path)).await.unwrap();
     let length = FIXED.len();
     let request =
-        format!("PUT /vms/web/limits HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{FIXED}");
+        format!("PUT /v1/vms/web/limits HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{FIXED}");
     stream.write_all(request.as_bytes()).await.unwrap();
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(rounds().await, before, "the round was over before anybody could go");
@@ -340,6 +346,19 @@ async fn whoever_waits_for_room_asks_the_next_daemon() {
 }
 
 /// As when a host with many VMs has booted.
+/// No daemon could ever listen there: a path of a socket has 107 bytes at most.
+#[tokio::test]
+async fn where_nobody_can_be_asked_nobody_is_asked_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let length = 96 - directory.path().as_os_str().len();
+    let long = directory.path().join("d".repeat(length - 1));
+    let begun = tokio::time::Instant::now();
+    let error = client(&long).reserve(&wanted("new", "512M")).await.unwrap_err();
+    assert!(matches!(error, Error::Failed(_)), "{error}");
+    assert!(error.to_string().contains("this process could not ask it"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "it asked again for {:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn however_many_wait_for_room_others_are_answered() {
     const WAITING: usize = 200;
@@ -458,7 +477,7 @@ async fn what_is_not_served_gets_a_sentence() {
     let directory = tempfile::tempdir().unwrap();
     let _daemon = start(directory.path());
     until("it serves", || async { client(directory.path()).state().await.is_ok() }).await;
-    let error = document()["components"]["schemas"]["Error"].clone();
+    let error = document()["components"]["schemas"]["Problem"].clone();
     for (method, path, status) in [
         ("GET", "/", 404),
         ("POST", "/state", 405),
@@ -472,6 +491,29 @@ async fn what_is_not_served_gets_a_sentence() {
     let answer = ask(directory.path(), "PUT", "/vms/web/limits", &"x".repeat(70_000)).await;
     assert_eq!(answer.status, 413, "a large body is not read");
     check(&document(), &error, &serde_json::from_str(&answer.body).unwrap());
+}
+
+#[tokio::test]
+async fn paths_without_a_version_are_answered_as_before_and_say_that_they_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let _daemon = start(directory.path());
+    until("it serves", || async { client(directory.path()).state().await.is_ok() }).await;
+    for (path, status) in [("/state", 200), ("/vms/nobody/why", 404)] {
+        let now = ask(directory.path(), "GET", path, "").await;
+        let before = ask_at(directory.path(), "GET", path, "").await;
+        assert_eq!((now.status, before.status), (status, status), "{path}");
+        assert!(!now.head.contains("deprecation: "), "{}", now.head);
+        let link = format!("link: </v1{path}>; rel=\"successor-version\"");
+        for header in ["deprecation: @1796083200", "sunset: Tue, 01 Jun 2027 00:00:00 GMT", &link] {
+            assert!(before.head.contains(header), "{header} is not in {}", before.head);
+        }
+        assert_eq!(before.content_type.as_deref(), Some("application/json"));
+        if status == 404 {
+            let error: Value = serde_json::from_str(&before.body).unwrap();
+            let problem: Value = serde_json::from_str(&now.body).unwrap();
+            assert_eq!(error, json!({ "error": problem["detail"] }));
+        }
+    }
 }
 
 #[tokio::test]

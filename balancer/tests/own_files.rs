@@ -161,3 +161,29 @@ async fn a_directory_that_others_can_write_to_is_refused() {
     assert!(error.to_string().contains("mode 777"), "{error}");
     assert!(!directory.join("balancer").exists(), "nothing was made in it");
 }
+
+#[tokio::test]
+async fn promises_that_cannot_be_read_hold_memory_back_until_they_are_over() {
+    let place = tempfile::tempdir().unwrap();
+    let directory = place.path().join("run");
+    let file = directory.join("balancer/reservations.json");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    for private in [&directory, &directory.join("balancer")] {
+        fs::set_permissions(private, fs::Permissions::from_mode(0o700)).unwrap();
+    }
+    fs::write(&file, "[{\"name\": \"web\", \"si").unwrap();
+    // It wants more, and all there is may be promised to others.
+    let vm = FakeVm::start(&directory, "needy", LIMITS, Bytes::mib(900));
+    let daemon = start(&directory);
+    until(&directory, "rounds go on", |state| state.rounds > 10 && knows("needy")(state)).await;
+    assert_eq!(vm.state().targets, [], "nothing is given away");
+    assert!(file.exists(), "nor is the file lost");
+    daemon.abort();
+    assert!(daemon.await.unwrap_err().is_cancelled());
+
+    // What was promised an hour ago is over.
+    let old = std::time::SystemTime::now() - Duration::from_secs(3600);
+    fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
+    let _daemon = start(&directory);
+    until(&directory, "it grows", |_| vm.state().memory.target > Bytes::mib(900)).await;
+}

@@ -277,7 +277,8 @@ impl Guest {
             down += (wanted - down).min(in_a_step(speeds.swap)).min(space);
         }
         self.actual -= down;
-        self.resident = self.resident.min(self.actual);
+        // What the balloon takes was its kernel's.
+        self.resident = self.resident.min(self.has());
     }
 
     fn live(&mut self, demand: Bytes, cache: Bytes, speeds: &Speeds) -> (bool, bool) {
@@ -295,7 +296,7 @@ impl Guest {
         let killed = short > SWAP && self.swapped == SWAP;
         let room = capacity.saturating_sub(self.used);
         self.cache = cache.min(self.cache.saturating_add(in_a_step(speeds.read))).min(room);
-        self.resident = self.resident.max(self.used.saturating_add(self.cache)).min(self.actual);
+        self.resident = self.resident.max(self.used.saturating_add(self.cache)).min(self.has());
         (stalled, killed)
     }
 }
@@ -317,10 +318,23 @@ mod tests {
             stalled += u64::from(happened.stalled);
             killed += u64::from(happened.killed);
             assert!(guest.used + guest.cache <= guest.actual, "memory appears from nowhere");
-            assert!(guest.resident <= guest.actual);
+            assert!(guest.resident <= guest.has());
             assert!(guest.actual <= guest.limits.max());
         }
         (stalled, killed)
+    }
+
+    #[test]
+    fn what_a_balloon_takes_is_given_back_whatever_the_kernel_does_not_manage() {
+        for fault in [None, Some(Fault::Mem), Some(Fault::Crashkernel)] {
+            let mut guest = Guest::running(limits(), Bytes::gib(2), fault, 0);
+            guest.target = guest.most();
+            run(&mut guest, 10, 60, Bytes::mib(1500));
+            assert!(guest.resident > Bytes::mib(1500), "{fault:?}: {}", guest.resident);
+            guest.target = Bytes::gib(1);
+            run(&mut guest, 70, 120, Bytes::mib(700));
+            assert!(guest.resident <= Bytes::gib(1), "{fault:?}: {}", guest.resident);
+        }
     }
 
     #[test]

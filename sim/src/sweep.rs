@@ -164,14 +164,15 @@ impl Sweep {
         let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let work = || {
             let (mut scores, mut bounds) = (Vec::new(), Vec::new());
-            while let Some(&(seed, vms)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            while let Some(&(seed, vms)) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                && !stop.load(Ordering::Relaxed)
+            {
                 let trace = self.trace(seed, vms);
                 bounds.push(((vms, seed), bound::bound(&trace, &self.setup)));
                 for &policy in &self.policies {
-                    if stop.load(Ordering::Relaxed) {
-                        return (scores, bounds);
-                    }
-                    let score = world::run(&trace, &self.setup, &mut *policy.make(), &mut |_| ());
+                    let mut policy_made = policy.make();
+                    let score = world::run_until(&trace, &self.setup, &mut *policy_made, &mut |_| (), stop);
+                    let Some(score) = score else { return (scores, bounds) };
                     scores.push(((policy, vms, seed), score));
                     done(finished.fetch_add(1, Ordering::Relaxed) + 1);
                 }
@@ -215,10 +216,17 @@ fn serve(most: &mut Option<usize>, vms: usize, score: &Score, all: &[usize]) {
     }
 }
 
-/// One run with its snapshots, for a plot.
-pub fn watch(sweep: &Sweep, policy: PolicyName, vms: usize, seed: u64) -> (Trace, Vec<world::Snapshot>) {
+/// One run with its snapshots, for a plot; `None` where `stop` was set before its end.
+pub fn watch(
+    sweep: &Sweep,
+    policy: PolicyName,
+    vms: usize,
+    seed: u64,
+    stop: &AtomicBool,
+) -> Option<(Trace, Vec<world::Snapshot>)> {
     let trace = sweep.trace(seed, vms);
     let mut snapshots = Vec::new();
-    world::run(&trace, &sweep.setup, &mut *policy.make(), &mut |snapshot| snapshots.push(snapshot.clone()));
-    (trace, snapshots)
+    let mut keep = |snapshot: &world::Snapshot| snapshots.push(snapshot.clone());
+    world::run_until(&trace, &sweep.setup, &mut *policy.make(), &mut keep, stop)?;
+    Some((trace, snapshots))
 }

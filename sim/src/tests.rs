@@ -264,7 +264,9 @@ fn the_report_counts_vms_at_equal_service_and_pictures_are_drawn() {
     let host = SimulatedHost::default();
     let picture = plot::service(&outcome, &sweep.policies, &host, &report.about()).unwrap();
     assert!(picture.contains("ballast") && picture.trim_end().ends_with("</svg>"), "{picture}");
-    let (trace, snapshots) = sweep::watch(&sweep, PolicyName::Ballast, 6, 1);
+    let go_on = std::sync::atomic::AtomicBool::new(false);
+    let (trace, snapshots) =
+        sweep::watch(&sweep, PolicyName::Ballast, 6, 1, &go_on).expect("it is not stopped");
     assert_eq!(snapshots.len(), 900);
     assert_eq!(snapshots[1].now, Duration::from_secs(1));
     let picture = plot::memory(PolicyName::Ballast, &trace, &snapshots, &host).unwrap();

@@ -1,5 +1,6 @@
 //! Guests, demand and one policy on one host, step by step.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use api::units::Bytes;
@@ -47,7 +48,19 @@ pub fn run(
     policy: &mut dyn MemoryPolicy,
     watch: &mut dyn FnMut(&Snapshot),
 ) -> Score {
-    World::new(trace, setup).run(policy, watch)
+    World::new(trace, setup).run(policy, watch, &AtomicBool::new(false))
+}
+
+/// The same; `None` where `stop` was set before its end.
+pub fn run_until(
+    trace: &Trace,
+    setup: &Setup,
+    policy: &mut dyn MemoryPolicy,
+    watch: &mut dyn FnMut(&Snapshot),
+    stop: &AtomicBool,
+) -> Option<Score> {
+    let score = World::new(trace, setup).run(policy, watch, stop);
+    (!stop.load(Ordering::Relaxed)).then_some(score)
 }
 
 struct World<'a> {
@@ -90,7 +103,12 @@ impl<'a> World<'a> {
         Self { setup, vms, waiting: Vec::new(), seconds: trace.seconds, score: Score::default() }
     }
 
-    fn run(mut self, policy: &mut dyn MemoryPolicy, watch: &mut dyn FnMut(&Snapshot)) -> Score {
+    fn run(
+        mut self,
+        policy: &mut dyn MemoryPolicy,
+        watch: &mut dyn FnMut(&Snapshot),
+        stop: &AtomicBool,
+    ) -> Score {
         let steps = Duration::from_secs(self.seconds).as_millis() / STEP.as_millis();
         let mut next = Duration::ZERO;
         let (mut seen, mut targets, mut snapshot) = (Vec::new(), Vec::new(), Snapshot::default());
@@ -106,6 +124,9 @@ impl<'a> World<'a> {
                 self.decide(now, policy, &mut seen, &mut targets);
             }
             self.judge(now);
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
             if now.subsec_millis() == 0 {
                 self.show(now, &mut snapshot);
                 watch(&snapshot);

@@ -125,8 +125,12 @@ impl Account {
         self.held = Held::by(self.process, host);
         self.reserved |= self.held.known().is_some_and(|memory| memory.reserved > Bytes::ZERO);
         if self.limit_read.is_none_or(|then| now.saturating_sub(then) >= READ_LIMIT_EVERY) {
-            self.cgroup_limit = self.process.pid().and_then(|pid| host.cgroup_limit(pid));
-            self.limit_read = Some(now);
+            // What can't be read now is no limit that has gone.
+            match self.process.pid().map(|pid| host.cgroup_limit(pid)) {
+                Some(Ok(limit)) => (self.cgroup_limit, self.limit_read) = (limit, Some(now)),
+                Some(Err(_)) => {}
+                None => self.cgroup_limit = None,
+            }
         }
     }
 

@@ -59,7 +59,7 @@ pub struct Incarnation {
 
 impl Incarnation {
     /// The socket at `path`, if there is one.
-    fn of(path: &Path) -> Option<Self> {
+    pub fn of(path: &Path) -> Option<Self> {
         let metadata = fs::symlink_metadata(path).ok()?;
         let born = metadata.created().ok();
         metadata.file_type().is_socket().then(|| Self {

@@ -296,6 +296,10 @@ fn explain_standing(vm: &VmView) -> String {
                      `ballast resume {}`.",
                     vm.name
                 ),
+                Some(Pauser::Disk) => format!(
+                    "It paused itself, as the host could not do what its guest asked of a disk: `ballast ps` says what \
+                     to do. It may run on at any moment, so it is charged {charge}."
+                ),
                 Some(Pauser::Operator) | None => format!(
                     "It is paused, and not by the balancer, which leaves it so: it may run on at any moment, \
                      so it is charged {charge}."

@@ -1,7 +1,9 @@
 //! One VM as the daemon knows it: its driver, what it reported, and what was logged about it.
 
+mod presence;
 mod view;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use api::client::PeerProcess;
@@ -11,10 +13,12 @@ use api::status::Pauser;
 use api::units::Bytes;
 use tracing::{info, warn};
 
+use self::presence::Socket;
 use super::account::Account;
 use super::discovery::{Found, Incarnation};
 use super::last_resort::LastResortState;
 use super::log_limiter::LogLimiter;
+use super::reservation::Process;
 use super::response_times::ResponseTimes;
 use super::target_watch::TargetWatch;
 use crate::driver::{Driver, Error, Kind, Status};
@@ -47,6 +51,7 @@ struct Logs {
     standing: LogLimiter,
     usage: LogLimiter,
     twin: LogLimiter,
+    socket: LogLimiter,
     plug: LogLimiter,
 }
 
@@ -54,7 +59,9 @@ struct Logs {
 pub struct ManagedVm {
     pub name: String,
     pub vmm: Kind,
-    pub incarnation: Incarnation,
+    path: PathBuf,
+    incarnation: Incarnation,
+    socket: Socket,
     /// `None` while a request is under way.
     pub driver: Option<Box<dyn Driver>>,
     /// What the configuration allows it, if its VMM keeps no limits.
@@ -74,6 +81,8 @@ pub struct ManagedVm {
     huge_percent: Option<u8>,
     id: u64,
     pid: Option<u32>,
+    /// The process that answers.
+    process_seen: Option<Process>,
     started: Duration,
     answered: Option<Duration>,
     errs: bool,
@@ -92,12 +101,14 @@ impl ManagedVm {
     /// The VM of a socket that was just found.
     pub fn new(id: u64, found: Found) -> Self {
         let driver = found.driver();
-        let Found { name, kind: vmm, incarnation, memory, .. } = found;
+        let Found { name, socket: path, kind: vmm, incarnation, memory } = found;
         Self {
             id,
             name,
             vmm,
+            path,
             incarnation,
+            socket: Socket::default(),
             driver: Some(driver),
             memory,
             unconfigured: false,
@@ -109,6 +120,7 @@ impl ManagedVm {
             told_apart: false,
             huge_percent: None,
             pid: None,
+            process_seen: None,
             started: Duration::ZERO,
             answered: None,
             errs: false,
@@ -122,11 +134,6 @@ impl ManagedVm {
             shrinks: 0,
             errors: 0,
         }
-    }
-
-    /// Whether this is still the VM that was found.
-    pub fn is(&self, found: &Found) -> bool {
-        self.name == found.name && self.incarnation == found.incarnation && self.vmm == found.kind
     }
 
     /// Takes over what the configuration allows it now.
@@ -143,33 +150,6 @@ impl ManagedVm {
         self.account.process()
     }
 
-    /// Its process answers for the VM called `other` too: it is left alone, and tried again now and then.
-    pub fn is_twin_of(&mut self, now: Duration, other: &str) {
-        let name = &self.name;
-        if self.logs.twin.is_due(now, "twin") {
-            warn!(
-                vm = name,
-                "one process answers at the sockets of {name} and of {other}: that counts as one VM, called {other}; \
-                 name one socket of each VM in the configuration"
-            );
-        }
-        // It may serve one client at a time, and be somebody else's.
-        if let Some(driver) = &mut self.driver {
-            driver.hang_up();
-        }
-        self.forget();
-    }
-
-    /// Forgets all that it said.
-    fn forget(&mut self) {
-        self.gone = true;
-        self.vm = None;
-        self.pid = None;
-        self.overhead = Bytes::ZERO;
-        self.account = Account::default();
-        self.target_watch = TargetWatch::default();
-    }
-
     /// Its driver for one request; `None` while another request is under way.
     pub fn take_driver(&mut self) -> Option<Box<dyn Driver>> {
         let mut driver = self.driver.take()?;
@@ -182,6 +162,7 @@ impl ManagedVm {
     /// Puts the driver back after a request, and looks at the process that it found.
     pub fn put_back(&mut self, now: Duration, driver: Box<dyn Driver>, host: &HostReader) {
         self.account.look(now, driver.process(), host);
+        self.see_process(&*driver);
         self.driver = Some(driver);
     }
 
@@ -225,11 +206,12 @@ impl ManagedVm {
         self.account.reserves();
     }
 
-    /// Takes in what came of a request, on a host with `total` memory.
-    pub fn take(&mut self, now: Duration, total: Bytes, outcome: RequestOutcome) {
+    /// Takes in what came of a request, on a host with `total` memory. If its process is `shared` with another
+    /// VM, that runs on by itself.
+    pub fn take(&mut self, now: Duration, total: Bytes, outcome: RequestOutcome, shared: bool) {
         match outcome {
             RequestOutcome::Reported(Ok(status)) => self.answered(now, total, &status),
-            RequestOutcome::Reported(Err(error)) => self.failed(now, &error),
+            RequestOutcome::Reported(Err(error)) => self.failed(now, &error, shared),
             RequestOutcome::LimitsSet => {}
             RequestOutcome::PauseSet(reason, Ok(())) => {
                 let vcpus =
@@ -243,7 +225,7 @@ impl ManagedVm {
                 if reason.rule == Rule::Pause && matches!(error, Error::Refused { .. }) {
                     self.last_resort.refused(now);
                 }
-                self.failed(now, &error);
+                self.failed(now, &error, shared);
             }
             RequestOutcome::TargetSet(reason, Ok(())) => self.took(&reason),
             RequestOutcome::TargetSet(reason, Err(error)) => {
@@ -252,7 +234,7 @@ impl ManagedVm {
                 if let (Error::Refused { .. }, Some(vm)) = (&error, &mut self.vm) {
                     vm.observed.target = reason.old;
                 }
-                self.failed(now, &error);
+                self.failed(now, &error, shared);
             }
         }
     }
@@ -325,10 +307,11 @@ impl ManagedVm {
         }
     }
 
-    fn failed(&mut self, now: Duration, error: &Error) {
+    fn failed(&mut self, now: Duration, error: &Error, shared: bool) {
         self.errs = true;
         let name = &self.name;
-        if matches!(error, Error::NoSuchVm { .. }) {
+        let runs_on = !self.gone && !shared && self.process_runs();
+        if matches!(error, Error::NoSuchVm { .. }) && !runs_on {
             // A stale socket is tried again and again.
             if self.answered.take().is_some() && self.logs.errors.is_due(now, error.word()) {
                 info!(vm = name, "{name} has ended");
@@ -338,7 +321,8 @@ impl ManagedVm {
         }
         self.errors += 1;
         let kind = error.word();
-        if self.logs.errors.is_due(now, kind) {
+        // One that ends removes its socket first. Of one that does not end, [`Self::remind_of_socket`] tells.
+        if self.socket == Socket::There && self.logs.errors.is_due(now, kind) {
             match &self.vm {
                 Some(vm) => {
                     let charge = vm.observed.target.max(vm.observed.actual);

@@ -141,6 +141,8 @@ pub struct Taken {
 pub struct Reservations {
     of: BTreeMap<String, Reservation>,
     store: Option<ReservationStore>,
+    /// Until when promises may stand that nobody knows of: the file could not be read.
+    unknown_until: Option<Duration>,
 }
 
 impl Reservations {
@@ -148,8 +150,17 @@ impl Reservations {
     /// numbers them as VMs of the policy.
     pub fn in_directory(own: &Path, now: Duration, mut next_id: impl FnMut() -> u64) -> Self {
         let store = ReservationStore::in_directory(own);
+        let mut unknown_until = None;
         let kept = store.read().unwrap_or_else(|error| {
-            warn!("{}: {error}: nothing is known of VMs that were about to start", store.path().display());
+            let left = store.longest_left();
+            warn!(
+                "can't read {}: {error}: memory may be promised to VMs that are about to start, so no memory is \
+                 moved or promised for {} s, when such promises are over; if no VM was about to start, remove the \
+                 file and start the balancer again",
+                store.path().display(),
+                left.as_secs()
+            );
+            unknown_until = Some(now + left);
             Vec::new()
         });
         let mut of = BTreeMap::new();
@@ -171,7 +182,12 @@ impl Reservations {
             };
             of.insert(kept.name, reservation);
         }
-        Self { of, store: Some(store) }
+        Self { of, store: Some(store), unknown_until }
+    }
+
+    /// Whether all promises of the daemon before this one are known, or over.
+    pub fn are_known(&self, now: Duration) -> bool {
+        self.unknown_until.is_none_or(|until| now >= until)
     }
 
     /// Writes what was granted to the file.

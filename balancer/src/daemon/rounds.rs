@@ -254,6 +254,7 @@ impl Daemon {
         let began = Instant::now();
         let asked = self.ask(PATIENCE, |_, managed| !managed.response_times.is_slow());
         self.gather(asked, self.tick / 2).await;
+        self.drop_those_over();
         self.read_host();
         if self.knows_enough() {
             let deciding = Instant::now();
@@ -272,12 +273,12 @@ impl Daemon {
         self.notify.round(|| format!("{vms} VMs may hold {charged} of {budget}"));
     }
 
-    /// Whether every VM that was there at the start has answered. Before that, its memory would count as
-    /// free. No VM delays the others for long.
+    /// Whether every VM that was there at the start has answered, and what was promised before is known. Before
+    /// that, its memory would count as free. No VM delays the others for long.
     fn knows_enough(&self) -> bool {
-        self.decided
-            || self.began.elapsed() >= FIRST_ANSWERS
-            || self.managed_vms.values().all(ManagedVm::is_heard)
+        let are_heard =
+            || self.began.elapsed() >= FIRST_ANSWERS || self.managed_vms.values().all(ManagedVm::is_heard);
+        self.decided || (self.reservations.are_known(self.now()) && are_heard())
     }
 
     /// Asks VMs how they stand; returns those that were asked.
@@ -285,7 +286,7 @@ impl Daemon {
         let mut asked = BTreeSet::new();
         let now = self.now();
         for (&id, managed) in &mut self.managed_vms {
-            if managed.gone || !whom(id, managed) {
+            if !managed.can_be_asked() || !whom(id, managed) {
                 continue;
             }
             // Without a driver, its last request is still under way.
@@ -336,11 +337,15 @@ impl Daemon {
                 self.shared.timings().grant.observe(now.saturating_sub(since));
             }
         }
-        managed.take(now, self.host.total, outcome);
+        let shared = self.shares_process(id);
+        let Some(managed) = self.managed_vms.get_mut(&id) else { return };
+        managed.take(now, self.host.total, outcome, shared);
         self.find_twin(now, id);
+        self.find_moved(id);
         let Some(managed) = self.managed_vms.get(&id) else { return };
         if managed.gone {
             self.waiting.remove(&id);
+            self.drop_those_over();
         }
         if owes {
             self.ask(PATIENCE, |asked, _| asked == id);

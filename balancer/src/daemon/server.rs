@@ -4,20 +4,21 @@ use std::path::Path;
 use std::time::Duration;
 
 use api::limits::Limits;
-use api::runtime;
+use api::problem::{self, Problem};
+use api::{runtime, version};
 use axum::Extension;
 use axum::Json;
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Bytes, to_bytes};
 use axum::extract::{
     DefaultBodyLimit, FromRequest, FromRequestParts, Path as InPath, Request, State as Given,
 };
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use axum::http::{Method, StatusCode, Uri};
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -70,10 +71,33 @@ pub const ROUTES: [Route; 7] = [
 
 /// What is served to the daemon's user.
 pub fn private(api: Api) -> Router {
-    let router = ROUTES
-        .iter()
-        .fold(Router::new(), |router, route| router.route(route.path, (route.handler)(route.method)));
-    finish(router, api)
+    let under = |prefix: &str| {
+        ROUTES.iter().fold(Router::new(), |router, route| {
+            router.route(&format!("{prefix}{}", route.path), (route.handler)(route.method))
+        })
+    };
+    finish(under(version::PREFIX).merge(under("").layer(from_fn(unversioned))), api)
+}
+
+/// Answers a path without a version as the release before did, and says until when.
+async fn unversioned(request: Request, next: Next) -> Response {
+    let announcement = version::announcement(request.uri().path());
+    let mut response = next.run(request).await;
+    if response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == problem::CONTENT_TYPE) {
+        let status = response.status();
+        let (_, body) = response.into_parts();
+        let body = to_bytes(body, LARGEST_BODY).await.unwrap_or_default();
+        let error = serde_json::from_slice(&body).map(|problem: Problem| problem.to_unversioned_json());
+        let json = [(CONTENT_TYPE, "application/json")];
+        response = (status, json, error.unwrap_or_default()).into_response();
+    }
+    for (name, value) in announcement {
+        // A path has no byte that a header does not take.
+        if let Ok(value) = HeaderValue::try_from(value) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    response
 }
 
 /// What is served over TCP, to anyone who can connect.
@@ -93,14 +117,11 @@ fn finish(router: Router<Api>, api: Api) -> Router {
         .with_state(api)
 }
 
-/// The body of every answer that is not what was asked for.
-#[derive(Serialize)]
-struct ErrorBody {
-    error: String,
-}
-
+/// Every answer that is not what was asked for.
 fn refuse(status: StatusCode, error: impl ToString) -> Response {
-    (status, Json(ErrorBody { error: error.to_string() })).into_response()
+    let title = status.canonical_reason().unwrap_or_default();
+    let problem = Problem::new(status.as_u16(), title, error.to_string());
+    (status, [(CONTENT_TYPE, problem::CONTENT_TYPE)], problem.to_json()).into_response()
 }
 
 impl IntoResponse for ApiError {

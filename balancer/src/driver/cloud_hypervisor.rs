@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::client::{DEFAULT_TIMEOUT, Http, Peer, PeerProcess, clean};
+use api::client::{DEFAULT_TIMEOUT, Http, Peer, PeerProcess};
 use api::limits::Wanted;
 use api::status::{AgedReport, DriverState};
+use api::text::clean;
 use api::units::Bytes;
 use hyper::Method;
 use serde::Deserialize;
@@ -106,8 +107,12 @@ fn sentence(body: &[u8]) -> Option<String> {
     }
 }
 
-static PEER: Peer =
-    Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Cloud Hypervisor VM?" };
+static PEER: Peer = Peer {
+    version: None,
+    sentence,
+    where_to_look: "",
+    should_be: "is it the API socket of a Cloud Hypervisor VM?",
+};
 
 /// The driver of one Cloud Hypervisor VM.
 pub struct CloudHypervisor {

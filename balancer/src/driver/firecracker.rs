@@ -74,8 +74,12 @@ fn sentence(body: &[u8]) -> Option<String> {
     serde_json::from_slice(body).ok().map(|fault: Fault| fault.fault_message)
 }
 
-static PEER: Peer =
-    Peer { sentence, where_to_look: "", should_be: "is it the API socket of a Firecracker VM?" };
+static PEER: Peer = Peer {
+    version: None,
+    sentence,
+    where_to_look: "",
+    should_be: "is it the API socket of a Firecracker VM?",
+};
 
 /// The driver of one Firecracker VM.
 pub struct Firecracker {

@@ -8,6 +8,7 @@
 //! memory.current, memory.stat) and version 1 (cgroup-v1/memory.rst).
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use api::units::Bytes;
@@ -44,16 +45,26 @@ impl Groups {
     /// Without control groups, or without a memory controller, there are none.
     pub fn beside(file: &Path, root: &Path) -> Self {
         let innermost = |path: &Path| path.extension().is_some_and(|kind| kind == "service");
-        Self::find(file, root, |path| usize::from(innermost(path)))
+        let text = fs::read_to_string(file).unwrap_or_default();
+        Self::find(&text, root, |path| usize::from(innermost(path)))
     }
 
     /// Those that limit the very process whose `/proc/PID/cgroup` is `file`.
     pub fn of(file: &Path, root: &Path) -> Self {
-        Self::find(file, root, |_| 0)
+        Self::find(&fs::read_to_string(file).unwrap_or_default(), root, |_| 0)
     }
 
-    fn find(file: &Path, root: &Path, skipped: impl Fn(&Path) -> usize) -> Self {
-        let text = fs::read_to_string(file).unwrap_or_default();
+    /// What [`of`](Self::of) and [`limit`](Self::limit) say of a process.
+    ///
+    /// # Errors
+    /// A file is there and can't be read now: whether there is a limit is not known.
+    pub fn limit_of(file: &Path, root: &Path) -> io::Result<Option<Bytes>> {
+        let groups = Self::find(&fs::read_to_string(file)?, root, |_| 0);
+        let limits = groups.0.iter().map(|(version, group)| version.read_limit(group));
+        limits.filter_map(Result::transpose).reduce(|a, b| Ok(a?.min(b?))).transpose()
+    }
+
+    fn find(text: &str, root: &Path, skipped: impl Fn(&Path) -> usize) -> Self {
         let mut groups = Vec::new();
         for line in text.lines() {
             let mut parts = line.splitn(3, ':');
@@ -93,19 +104,27 @@ impl Groups {
 impl Version {
     /// What all in `group` may have together, less a margin.
     fn limit(self, group: &Path) -> Option<Bytes> {
+        self.read_limit(group).unwrap_or(None)
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// A file is there and can't be read.
+    fn read_limit(self, group: &Path) -> io::Result<Option<Bytes>> {
         let limit = match self {
             // `max` is no number and no limit.
             Self::Two => {
-                let files = ["memory.max", "memory.high"];
-                files.into_iter().filter_map(|file| number(&group.join(file))).min()?
+                let [most, high] = ["memory.max", "memory.high"].map(|file| read_number(&group.join(file)));
+                most?.into_iter().chain(high?).min()
             }
             // The largest number of pages, in bytes, is how version 1 says that there is none.
             Self::One => {
                 let none = (i64::MAX as u64) & !0xfff;
-                number(&group.join("memory.limit_in_bytes")).filter(|limit| *limit < none)?
+                read_number(&group.join("memory.limit_in_bytes"))?.filter(|limit| *limit < none)
             }
         };
-        Some(Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT)))
+        Ok(limit.map(|limit| Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT))))
     }
 
     fn memory(self, group: &Path) -> Option<GroupMemory> {
@@ -132,7 +151,16 @@ impl Version {
 }
 
 fn number(file: &Path) -> Option<u64> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
+    read_number(file).unwrap_or(None)
+}
+
+/// The number in a file; `None` where there is no such file, or no number in it.
+fn read_number(file: &Path) -> io::Result<Option<u64>> {
+    match fs::read_to_string(file) {
+        Ok(text) => Ok(text.trim().parse().ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// A field of a `memory.stat`.

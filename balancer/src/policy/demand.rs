@@ -21,10 +21,10 @@ pub const SLOW: Duration = Duration::from_secs(60);
 /// Steady use that varies by 1 % either way must not move anything.
 pub const FALL_PERCENT: u64 = 4;
 
-/// The part of its buffer without which a guest can't do, in percent of its use.
+/// The part of its buffer that a guest can't do without, in percent of its use.
 pub const MINIMUM_BUFFER_PERCENT: u64 = 5;
 
-/// The most of it: how fast use can rise until more is granted does not grow with the guest.
+/// The largest such part: how fast use can rise until more is granted does not grow with the guest.
 pub const MINIMUM_BUFFER_MOST: Bytes = Bytes::mib(128);
 
 /// How far ahead rising use is followed: the age of a report, the time to the next
@@ -45,8 +45,8 @@ const SAMPLES: usize = 16;
 /// which there may be many, must not push out what is as old as a report.
 const SAMPLES_APART: Duration = Duration::from_millis(250);
 
-/// A report made within this before `actual` was read was made of that: a VM that asks its guest
-/// when it is asked itself answers as soon as the guest has.
+/// A report that was made at most this long before `actual` was read tells of that `actual`: a VM that asks
+/// its guest when it is asked itself answers as soon as the guest has.
 const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What is remembered of one guest's use.
@@ -71,7 +71,7 @@ pub struct Demand {
     uncertainty: Bytes,
 }
 
-/// What of a report is followed.
+/// Which parts of a report are followed.
 #[derive(Clone, Copy, Debug)]
 pub struct Follow {
     /// Small falls are not.
@@ -119,8 +119,8 @@ impl Demand {
         self.seen += 1;
     }
 
-    /// Takes in a report. `follow` is [`super::Guards`]' say: whether small falls are not
-    /// followed, and whether distress and rises are.
+    /// Takes in a report. `follow` comes from [`super::Guards`]: whether small falls are not followed, and
+    /// whether distress and rises are.
     pub fn report(&mut self, now: Duration, news: &News, follow: Follow) {
         let (had, most) = self.had(news, follow.hold);
         self.uncertainty = most.saturating_sub(had);
@@ -148,7 +148,7 @@ impl Demand {
         }
     }
 
-    /// Use that rises is followed to where it will be when the guest has what it is granted.
+    /// Rising use is followed to where it will be when the guest has what it is granted.
     fn rise(&mut self, now: Duration, used: Bytes, news: &News) {
         let (seen, _) = self.peak_forecast;
         if now.saturating_sub(seen) > FORECAST_HOLD {
@@ -191,7 +191,7 @@ impl Demand {
         self.distress.is_long()
     }
 
-    /// How much more it may use than is taken for its use, as memory went while it reported.
+    /// How much more it may use than it is counted for: memory went while it reported.
     pub fn uncertainty(&self) -> Bytes {
         self.uncertainty
     }
@@ -219,8 +219,8 @@ impl Demand {
         self.recent().need(limits)
     }
 
-    /// What the newest report asks for. What a guest used a moment ago is a reason to leave it
-    /// memory, and none to give it more: a burst may be over before there is memory for it.
+    /// What the newest report asks for. What a guest used a moment ago is a reason to leave it memory, but
+    /// not to give it more: a burst may be over before there is memory for it.
     pub fn asks(&self, limits: &Limits) -> Bytes {
         self.newest().need(limits)
     }
@@ -246,12 +246,12 @@ impl Demand {
 
     /// What the guest had when it made this report, and what it had at most.
     ///
-    /// Use is the difference of what it had and what it could spare at the same moment. Where its VMM tells what
-    /// it had then, that is it. Else a report that comes by the guest's own
-    /// clock is up to a statistics interval old, and while memory moves the guest has another amount
-    /// by now: what it had then lies between what was had before the report and after it. While memory
-    /// goes, that is taken which changes use least: an error would seem a rise, and be answered
-    /// by giving it back. While memory comes, a fall is doubted likewise, and a rise is not.
+    /// Use is what it had less what it could spare at the same moment. A VMM may tell what it had then.
+    /// Elsewhere the report comes by a clock of the guest's, and is up to a statistics interval old. While
+    /// memory moves, the guest has another amount by now: what it had then lies between the amounts before
+    /// the report and after it. While memory goes, the amount is taken that changes use least: an error would
+    /// look like a rise, and memory would be given back for it. While memory comes, a fall is doubted in the
+    /// same way, and a rise is not.
     fn had(&self, news: &News, hold: bool) -> (Bytes, Bytes) {
         if let Some(had) = news.had {
             return (had, had);
@@ -317,7 +317,7 @@ fn between(a: Sample, b: Sample, then: Duration) -> Bytes {
     Bytes((a.1.0 as f64 + (b.1.0 as f64 - a.1.0 as f64) * part) as u64)
 }
 
-/// The part of its buffer without which a guest that uses so much can't do.
+/// The part of its buffer that a guest with such use can't do without.
 fn minimum_buffer(used: Bytes, limits: &Limits) -> Bytes {
     used.percent(u64::from(limits.buffer_percent()).min(MINIMUM_BUFFER_PERCENT)).min(MINIMUM_BUFFER_MOST)
 }

@@ -1,10 +1,9 @@
 //! Who may have how much: weighted sharing of what is there.
 //!
-//! Each VM keeps its floor. What is left is shared so that everyone gets the
-//! smaller of what it wants and `floor + l x weight x range`, with the largest
-//! `l` for which the sum fits. `l` has no upper limit: a limit would leave
-//! memory idle where weights are small. All in whole pages, exactly, so that
-//! the order of the VMs can't matter.
+//! Each VM keeps its floor. What is left is shared so that everyone gets the smaller of what it wants and
+//! `floor + l x weight x range`, with the largest `l` for which the sum fits. `l` has no upper limit: a limit
+//! would leave memory idle where weights are small. Sums are exact and in whole pages, so the order of the
+//! VMs does not matter.
 
 use api::units::Pages;
 

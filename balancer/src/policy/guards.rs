@@ -21,7 +21,8 @@ pub const PROGRESS: Bytes = Bytes::mib(4);
 /// How fast a guest gives up memory is measured over this long, and half as long at least.
 pub const PACE_OVER: Duration = Duration::from_secs(4);
 
-/// What a guest will have given up within this time is counted on: others are not asked for it too.
+/// Memory that a guest will have given up within this time counts as given: no other guest is asked for it
+/// too.
 pub const COUNTED_ON: Duration = STUCK_AFTER;
 
 /// How long a stuck guest is left alone the first time; doubled each time after.
@@ -34,9 +35,9 @@ pub const LONGEST_REST: Duration = Duration::from_secs(3600);
 /// counts in 4 KiB pages and fills its balloon in batches of 256 of them.
 pub const THERE: Bytes = Bytes::mib(1);
 
-/// How far `actual` may lie above the target of a guest that gives up no more, and count as followed. So much
-/// is not worth another move in either direction ([`DEADBAND`](super::DEADBAND)), and the guest is charged what
-/// it has: nothing is gained by leaving it alone for a minute, as one that gives up nothing.
+/// A guest that gives up no more counts as following if its `actual` lies above its target by no more than
+/// this. Another move would not be worth it ([`DEADBAND`](super::DEADBAND)). The guest is charged what it
+/// has, so leaving it alone for a minute, as one that gives up nothing, would gain nothing.
 pub const NEARLY_THERE: Bytes = super::DEADBAND;
 
 /// How long after its start a guest may take to bring its balloon to the first
@@ -44,8 +45,8 @@ pub const NEARLY_THERE: Bytes = super::DEADBAND;
 /// has not touched the rest yet.
 pub const BOOT: Duration = Duration::from_secs(120);
 
-/// How long a guest whose driver goes for the first time is taken for one that shuts down, and charged
-/// what the host holds for it: Linux resets its devices before it powers off. Not the second time, or
+/// A guest whose driver goes for the first time counts for so long as one that shuts down, and is charged
+/// what the host holds for it: Linux resets its devices before it powers off. The second time it does not, or
 /// a guest could have more than its target by coming and going.
 pub const LEAVING: Duration = Duration::from_secs(10);
 
@@ -74,13 +75,12 @@ pub const UNHURRIED_PART: u64 = 8;
 /// bursts are over before, and what guests swap out meanwhile they swap in again.
 pub const EMERGENCY_DWELL: Duration = Duration::from_secs(60);
 
-/// How long a VM is believed that claims more than its fair share, and may have what is kept as
-/// others' buffers: 88 % of published bursts are over by then. After that, it is believed what the
-/// host holds for it.
+/// A VM that claims more than its fair share is believed for so long, and may have what is kept as buffers of
+/// others: 88 % of published bursts are over by then. After that, it is believed what the host holds for it.
 pub const LOAN: Duration = Duration::from_secs(120);
 
-/// So many times as long as it was lent to, a VM does with its share before it is believed as long again.
-/// If one moment's modesty were enough, who claims all there is could borrow nearly always.
+/// A VM that was lent memory is believed again once it has lived on its share for this many times as long. If
+/// a moment were enough, a VM that claims all there is could borrow nearly always.
 pub const PAID_BACK: u32 = 4;
 
 /// How a VM stands with the balancer.
@@ -160,7 +160,7 @@ impl ShrinkWatch {
     /// Takes in what the guest has; true at the moment when it is found stuck.
     pub fn look(&mut self, now: Duration, observed: &Observation) -> bool {
         if observed.driver == DriverState::Absent {
-            // Nobody is there to follow; the balloon begins anew when someone is.
+            // Without a driver nobody follows; the balloon begins anew with the next one.
             self.let_go();
             self.settled = false;
             if let SeenDriver::Running = self.driver {
@@ -171,8 +171,8 @@ impl ShrinkWatch {
         if let SeenDriver::Never = self.driver {
             self.driver = SeenDriver::Running;
         }
-        // Its VMM knows better than whoever has just met it: a guest whose balancer was started
-        // anew may be in the middle of a shrink, and may hold all that it has not given up yet.
+        // The VMM knows better than a balancer that was just started: the guest may be in the middle of a
+        // shrink, and may hold all that it has not given up yet.
         self.settled = observed.followed.unwrap_or(self.settled);
         let pending = observed.pending();
         self.measure(now, pending, observed.actual);
@@ -267,8 +267,8 @@ pub fn charge(standing: Standing, observed: &Observation) -> Bytes {
     }
 }
 
-/// Whether the host holds so much more for a VM than its guest says to manage that the guest is not believed:
-/// it touches what it is said not to have.
+/// Whether the guest is not believed about what it manages: the host holds so much more for the VM that it
+/// touches what it is said not to have.
 pub fn is_overrun(observed: &Observation) -> bool {
     observed.unmanaged > Bytes::ZERO
         && observed.host_rss.is_some_and(|held| held > one_step_beyond(observed.actual.max(observed.target)))
@@ -282,8 +282,8 @@ pub fn headroom(size: Bytes) -> Bytes {
     Bytes::mib(16).max(Bytes(size.0 / 32))
 }
 
-/// What a guest that uses `used` of `size`, and can't do with less than `working_set`, is not
-/// shrunk below in this state. `lasts` is whether EMERGENCY has lasted for [`EMERGENCY_DWELL`].
+/// The size below which a guest is not shrunk in this state. It uses `used` of `size`, and needs
+/// `working_set` at least. `lasts` is whether EMERGENCY has lasted for [`EMERGENCY_DWELL`].
 pub fn floor(state: HostState, lasts: bool, used: Bytes, working_set: Bytes, size: Bytes) -> Bytes {
     match state {
         HostState::Normal | HostState::Soft => working_set.max(used.saturating_add(headroom(size))),
@@ -292,7 +292,7 @@ pub fn floor(state: HostState, lasts: bool, used: Bytes, working_set: Bytes, siz
     }
 }
 
-/// What a guest has touched, and one step more: as far as its claim is no mere word.
+/// What a guest has touched, and one step more: so much of its claim is more than a word.
 pub fn touched(observed: &Observation) -> Bytes {
     one_step_beyond(observed.host_rss.unwrap_or_default())
 }

@@ -11,9 +11,9 @@ use super::observation::{HostObservation, Pressure};
 /// above where it was entered, in hundredths of the pool.
 const LEAVE_ABOVE: u64 = 16;
 
-/// The host's own pressure from which it is at least SOFT, HARD and EMERGENCY, in percent of
-/// time in which some task waits for memory. Ours; systemd-oomd kills at 60 % of `full`, which
-/// is far too late to begin.
+/// The host's own pressure from which it is at least SOFT, HARD and EMERGENCY, in percent of time in which
+/// some task waits for memory. The figures are ours: systemd-oomd kills at 60 % of `full`, which is far too
+/// late to begin.
 const PRESSED: [(f64, HostState); 3] =
     [(40.0, HostState::Emergency), (20.0, HostState::Hard), (10.0, HostState::Soft)];
 
@@ -41,10 +41,10 @@ pub enum HostState {
 }
 
 impl HostState {
-    /// The state that follows this one when `free` of `pool` is free: the worse of what that asks for
-    /// and what the host's own pressure does. The pressure asks for no more than [`HostState::Soft`]
-    /// where a whole pool is available: then some program waits at its own limit (memory.max and
-    /// memory.high count too, Documentation/accounting/psi.rst), and what guests give would not help it.
+    /// The state that follows this one when `free` of `pool` is free: the worse of what that asks for and
+    /// what the host's own pressure asks for. The pressure asks for no more than [`HostState::Soft`] where a
+    /// whole pool is available. Then some program waits at its own limit (memory.max and memory.high count
+    /// too, Documentation/accounting/psi.rst), and what guests give would not help it.
     #[must_use]
     pub fn next(self, free: Bytes, pool: Bytes, host: &HostObservation) -> Self {
         let pressed = self.by_pressure(host.pressure);

@@ -1,21 +1,18 @@
-//! What is left when nothing is left to move: to swap from VMs, or to pause some.
+//! What can be done where no memory can be moved any more: swap from VMs, or pause some.
 //!
-//! VMs hold more than the budget, an emergency has lasted, and no guest can give anything
-//! more: all are at their entitlement, or don't follow, or not in time. Then the host is advised
-//! to swap from the VM of the least weight, while it has swap for all that is over; and where it
-//! has not, or nobody knows, a VM is to be paused: of those that whoever carries this out can
-//! pause, the one of the least weight; where it can pause none, of all, as advice. Who keeps what
-//! it was asked for comes before all others, whatever its weight: it is why there is too little.
+//! It comes to this where VMs hold more than the budget, an emergency has lasted, and no guest can give more
+//! in time. While the host has swap for all that is over, it is advised to swap from the VM of the least
+//! weight. Where it has not, or nobody knows, a VM is to be paused: the one of the least weight among those
+//! that the caller can pause, or among all, as advice, where it can pause none. A VM that keeps what it was
+//! asked for comes first, whatever its weight: it is why there is too little.
 //!
-//! A paused VM touches nothing more, so it is charged no more than what the host holds for
-//! it. So one that has touched all that it may is not paused: that would help nobody. One VM
-//! always goes on. An operator's pause is none of this: it may end at any moment, so that VM
-//! stays charged in full.
+//! A paused VM touches nothing more, so it is charged what the host holds for it. A VM that has touched all
+//! that it may is not paused: that would help nobody. One VM always goes on. An operator's pause is
+//! different: it may end at any moment, so that VM stays charged in full.
 //!
-//! The VM of the most weight is resumed first, of those that there is room for. While all
-//! needs fit, room is made for it: it comes before what others have beyond their needs.
-//! Who was paused is what VMs say where they tell by whom, so that a policy that has just
-//! begun resumes whom another had paused. It begins with [`PATIENCE`].
+//! The VM of the most weight is resumed first, among those that there is room for. While all needs fit, room
+//! is made for it: it comes before what others have beyond their needs. VMs tell who paused them, so a policy
+//! that has just begun resumes a VM that another one had paused. It waits for [`PATIENCE`] first.
 
 use std::time::Duration;
 
@@ -78,8 +75,9 @@ impl Policy {
     }
 }
 
-/// Of the running VMs for which `counts` one that keeps what it was asked for, if there is any; of those
-/// the one of the least weight, of those the one that holds most. None where only one runs.
+/// The running VM to choose, among those for which `counts` is true: one that keeps what it was asked for, if
+/// there is any; else the one of the least weight, and among equals the one that holds most. `None` where
+/// only one runs.
 fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
     if vms.iter().filter(|vm| vm.is_running()).count() < 2 {
         return None;
@@ -89,7 +87,7 @@ fn lightest(vms: &[Vm], counts: impl Fn(&Vm) -> bool) -> Option<usize> {
     chosen.min_by_key(|(_, vm)| of(vm)).map(|(index, _)| index)
 }
 
-/// Of the VMs that are laid down the one of the most weight that fits into `free`.
+/// The VM of the most weight among the paused ones that fit into `free`.
 fn resumable(vms: &[Vm], free: Bytes) -> Option<usize> {
     vms.iter()
         .enumerate()
@@ -98,7 +96,7 @@ fn resumable(vms: &[Vm], free: Bytes) -> Option<usize> {
         .map(|(index, _)| index)
 }
 
-/// What the next VM that is to be resumed needs, where `spare` is beyond the needs of all others.
+/// What the next VM to be resumed needs, where `spare` is beyond the needs of all others.
 pub(super) fn room_to_return(vms: &[Vm], spare: Bytes) -> Bytes {
     resumable(vms, spare).map_or(Bytes::ZERO, |index| vms[index].untouched())
 }

@@ -46,7 +46,7 @@ impl Policy {
             }
         }
         self.gaps.sort_unstable_by(|a, b| {
-            // gap / target of one against the other's, without dividing.
+            // Compares gap / target of both without a division.
             let (a_target, b_target) = (vms[a.1].observed.target.0.max(1), vms[b.1].observed.target.0.max(1));
             let of_a = u128::from(a.0.whole.0) * u128::from(b_target);
             let of_b = u128::from(b.0.whole.0) * u128::from(a_target);

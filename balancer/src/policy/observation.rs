@@ -3,11 +3,11 @@
 //! All of it is measured or said elsewhere and may be missing. What nobody knows
 //! is `None` and never guessed: the policy then does without it.
 //!
-//! Of a VM's memory there are five amounts, each with its own source. What it was *given* is its VMM's word
-//! ([`Observation::given`]), and what it *has* of that is what its kernel manages ([`Observation::actual`]).
-//! What it *used* is its kernel's word, all of one moment ([`GuestMemory`]). What is *resident* is the host's
-//! ([`Observation::host_rss`]). What it is *allowed* is its operator's, as far as its kernel, its control
-//! groups and the host go ([`Observation::limits`]).
+//! A VM's memory has five amounts, each with its own source. What it was *given* is its VMM's word
+//! ([`Observation::given`]). What it *has* of that is what its kernel manages ([`Observation::actual`]). What
+//! it *used* is its kernel's word, all of one moment ([`GuestMemory`]). What is *resident* is the host's word
+//! ([`Observation::host_rss`]). What it is *allowed* is its operator's word, within what its kernel, its
+//! control groups and the host allow ([`Observation::limits`]).
 
 use std::time::Duration;
 
@@ -48,8 +48,8 @@ impl Pressure {
     /// No waiting at all.
     pub const NONE: Self = Self(0);
 
-    /// From percent as the kernel prints them, such as `12.34`. What is no share (below 0,
-    /// not a number) counts as none, what is more than all as all.
+    /// From percent as the kernel prints them, such as `12.34`. What is no share (below 0, not a number)
+    /// counts as none, and more than all counts as all.
     pub fn percent(percent: f64) -> Self {
         // `clamp` leaves what is not a number as it is, and the cast takes that as 0.
         Self((percent * 100.0).round().clamp(0.0, 10_000.0) as u16)

@@ -8,8 +8,8 @@ use super::Observation;
 use super::demand::{Demand, FORECAST_HORIZON, RISE_PERCENT};
 use super::guards::{STEADY_PERCENT, STILL_PERCENT, TURN};
 
-/// Use beyond this part of what a guest has can't be seen to rise, in percent: it is no measure
-/// of whether a guest stands still.
+/// Use above this part of what a guest has, in percent, can't be seen to rise: it does not tell whether the
+/// guest stands still.
 const SEEN_PERCENT: u64 = 94;
 
 /// The last moves of one guest.
@@ -40,8 +40,8 @@ struct Shrunk {
 }
 
 impl Shrunk {
-    /// Whether a report tells what was used when the move was made. The one that it followed is
-    /// older, and while memory moves nobody knows the use exactly.
+    /// Whether a report tells what was used when the move was made. The report that led to it is older, and
+    /// nobody knows the use exactly while memory moves.
     fn is_told(&self, reported: Duration) -> bool {
         (self.at..self.arrives + FORECAST_HORIZON).contains(&reported)
     }
@@ -91,13 +91,13 @@ impl Rest {
         })
     }
 
-    /// Whether it was shrunk so short a time ago that growing it would be a turn.
+    /// Whether it was shrunk so recently that growing it would be a move back.
     pub fn just_shrunk(&self, now: Duration, rest: Duration) -> bool {
         self.shrunk.is_some_and(|shrunk| is_within(now, shrunk.at, rest.min(TURN)))
     }
 
-    /// Whether it uses no more than when it was last shrunk. Little shows of a rise where little was left:
-    /// but one that was left what it used, and has waited for some seconds, uses more.
+    /// Whether it uses no more than when it was last shrunk. A rise hardly shows where little was left. But a
+    /// guest that was left what it used, and has waited for some seconds, uses more.
     pub fn stands_still(&self, demand: &Demand) -> bool {
         let used = demand.used().unwrap_or_default();
         self.shrunk.is_some_and(|shrunk| {

@@ -33,8 +33,8 @@ pub struct Settings {
     pub rest: Duration,
 }
 
-/// The part of the budget that nobody is entitled to but for what can't wait, in percent: what a
-/// guest in need is served from before others have paid.
+/// The part of the budget, in percent, that is kept for what can't wait: a guest in need is served from it
+/// before others have paid.
 pub const DEFAULT_POOL_PERCENT: u64 = 3;
 
 /// The largest pool that makes sense, in percent of the budget.

@@ -1,11 +1,10 @@
 //! Whether a guest waits for memory, concluded from counters that it sends.
 //!
-//! Use is capped by what a guest has: one that is short seems to use what it has and no
-//! more. How much it lacks nobody can say, only that it waits. So while it waits its
-//! demand is boosted, more each time that it still does, and the boost fades when it
-//! stops. The boost is a part of the demand: it is bounded by what the VM is entitled to,
-//! as any demand is, and a guest that lies in its counters gains no more than one that
-//! lies about its use.
+//! Use is capped by what a guest has: one that is short seems to use what it has and no more. Nobody can say
+//! how much it lacks, only that it waits. So its demand is boosted while it waits, more each time that it
+//! still does. The boost fades when it stops. It is a part of the demand, and bounded by what the VM is
+//! entitled to, as any demand is. A guest that lies in its counters gains no more than one that lies about
+//! its use.
 
 use std::time::Duration;
 
@@ -35,8 +34,8 @@ pub const APART: Duration = Duration::from_millis(200);
 /// A boost below this is none, in percent of use.
 const LEAST_BOOST: f64 = 5.0;
 
-/// A guest that could spare more than this part of what it has is not short: what waits
-/// in it waits for something else, such as a limit of its own on a group of programs.
+/// A guest that could spare more than this part of what it has is not short. What waits in it waits for
+/// something else, such as a limit of its own on a group of programs.
 pub const SPARE_PERCENT: u64 = 10;
 
 /// What was last seen of one guest's counters, and the boost that came of it.
@@ -51,7 +50,7 @@ pub struct Distress {
 }
 
 impl Distress {
-    /// Takes in the counters and what the guest could spare, and what it has by the same news.
+    /// Takes in the counters, what the guest could spare, and what it has by the same news.
     pub fn look(&mut self, now: Duration, news: &News, has: Bytes) {
         let News { reported, spare, stalls, ran_out, .. } = *news;
         self.reported = reported;

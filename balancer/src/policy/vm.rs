@@ -67,7 +67,7 @@ struct Memory {
     entitlement: Bytes,
     /// What it would have if all claimed all there is.
     share: Bytes,
-    /// For how long it could not do with that; what it waits meanwhile in between is taken off.
+    /// For how long it needed more than that. Time in which it needed clearly less is taken off, in part.
     borrowed: Duration,
     /// When that was last brought up to date.
     shared: Option<Duration>,
@@ -140,8 +140,10 @@ impl Vm {
             memory.standing = if self.answers { Standing::Paused } else { Standing::NotAnswering };
             match (memory.paused_by, paused_by) {
                 (_, Some(Pauser::Balancer)) => memory.paused_by_balancer = true,
-                // An operator took the pause over.
-                (Some(Pauser::Balancer), Some(Pauser::Operator)) => memory.paused_by_balancer = false,
+                // An operator took the pause over, or a disk did.
+                (Some(Pauser::Balancer), Some(Pauser::Operator | Pauser::Disk)) => {
+                    memory.paused_by_balancer = false
+                }
                 _ => {}
             }
             memory.paused_by = paused_by.or(memory.paused_by);
@@ -285,8 +287,8 @@ impl Vm {
         self.urgent().min(self.memory.share)
     }
 
-    /// What can't wait, where the others' buffers may be lent for it: for a while all that it says,
-    /// and then no more than the host sees it use.
+    /// What can't wait, where buffers of others may be lent for it: all that it says for a while, and then no
+    /// more than the host sees it use.
     pub(super) fn borrows(&self) -> Bytes {
         if self.memory.borrowed >= guards::LOAN {
             self.urgent().min(guards::touched(&self.observed)).max(self.urgent_in_share())
@@ -320,14 +322,14 @@ impl Vm {
     /// How far the target lies below what it may have, where that is worth moving.
     pub(super) fn gap(&self, now: Duration, settings: &Settings) -> Option<Gap> {
         let Observation { target, limits, .. } = self.observed;
-        // Comfort is a reason to leave memory with a guest, none to give it more. And where it
-        // is held it is entitled to what it has, which is no reason to call a shrink back.
+        // Comfort is a reason to leave memory with a guest, but not to give it more. A guest that is held is
+        // entitled to what it has, which is no reason to call a shrink back.
         let mut may = self.memory.entitlement.min(self.want());
         if settings.guards.news_counts {
             may = may.min(self.memory.demand.asks(&limits));
         }
-        // What it is assured of within its fair share waits for nobody's ease, or a guest
-        // that claims all there is would keep the others from their buffers.
+        // What it is assured of within its fair share does not wait for the ease of others. Else a guest that
+        // claims all there is would keep them from their buffers.
         let mut urgent = may.min(self.urgent().max(self.memory.assured));
         if settings.guards.moves_rest {
             let Memory { demand, rest, .. } = &self.memory;
@@ -345,7 +347,7 @@ impl Vm {
         let half_the_buffer = Bytes(self.memory.need.saturating_sub(used).0 / 2);
         let pressed = target < used.saturating_add(half_the_buffer);
         let worth = |gap: Bytes| {
-            // Nothing will ever be added to the last piece up to its max, that it might be wider.
+            // The last piece up to its max never becomes larger.
             let last = target.saturating_add(gap) >= limits.max();
             let counts =
                 target < limits.min() || ((pressed || last) && gap >= PIECE) || gap > deadband(target);
@@ -367,7 +369,7 @@ impl Vm {
         if settings.guards.moves_rest && self.memory.rest.after_grow(now, rest, &self.memory.demand) {
             return Bytes::ZERO;
         }
-        // Where another waits, the band of each VM would be a pool that serves nobody.
+        // Where another VM waits, the bands of all would be a pool that serves nobody.
         let band = if paying { PIECE } else { DEADBAND.max(target.percent(BAND_PERCENT)) };
         let most = self.memory.entitlement;
         if target <= most.saturating_add(band) {
@@ -378,7 +380,7 @@ impl Vm {
         } else {
             Bytes::ZERO
         };
-        // What nobody can tell now is not taken before the next report.
+        // What nobody can judge now is not taken before the next report.
         let spared = settings.guards.uncertainty_is_spared && !lasts;
         let uncertainty = if spared { self.memory.demand.uncertainty() } else { Bytes::ZERO };
         let lowest =
@@ -401,8 +403,8 @@ impl Vm {
         Bytes(surplus.0 / guards::UNHURRIED_PART).max(DEADBAND).min(surplus)
     }
 
-    /// What its guest may take back on its own: Linux opens its balloon by so much where an
-    /// allocation finds nothing else (`virtballoon_oom_notify`).
+    /// What its guest may take back by itself: Linux opens its balloon by so much where an allocation finds
+    /// nothing else (`virtballoon_oom_notify`).
     pub(super) fn slack(&self) -> Bytes {
         if self.memory.standing.is_movable() { guards::THERE } else { Bytes::ZERO }
     }
@@ -455,7 +457,7 @@ impl Vm {
         self.memory.paused_by_balancer = down;
     }
 
-    /// Where it was to be paused and runs when the emergency is over, it need not be paused any more: a later
+    /// A VM that was to be paused and runs when the emergency is over need not be paused any more: a later
     /// pause is its operator's own.
     pub(super) fn forget_advice(&mut self) {
         if self.is_running() {

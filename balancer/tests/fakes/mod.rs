@@ -277,6 +277,8 @@ async fn serve(mut stream: UnixStream, shared: Arc<Mutex<State>>, name: String) 
             }
             _ => {}
         }
+        // As a VM does.
+        let head = head.replacen(" /v1/", " /", 1);
         if head.starts_with("get /memory/events ") {
             return tell_events(&mut stream, &shared).await;
         }
@@ -352,6 +354,9 @@ fn answer(shared: &Mutex<State>, manner: Manner, name: &str, head: &str, body: &
             cpus: 1,
             uptime_ms: 1,
             version: "0".to_owned(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            shares: Vec::new(),
             console: None,
         };
         return http(200, &serde_json::to_string(&status).unwrap());

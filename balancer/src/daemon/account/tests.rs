@@ -192,6 +192,31 @@ fn a_vm_gets_no_more_than_its_control_group_allows() {
 }
 
 #[test]
+fn a_limit_that_can_not_be_read_for_a_while_stands() {
+    let kernel = Kernel::says(100);
+    kernel.limits("536870912\n");
+    let mut account = kernel.account();
+    let allowed = account.cgroup_limit();
+    assert!(allowed.is_some());
+    let max = kernel.0.path().join("groups/vms.slice/web.service/memory.max");
+    // A directory is there and can't be read, whoever tries it.
+    fs::remove_file(&max).unwrap();
+    fs::create_dir(&max).unwrap();
+    account.look_again(READ_LIMIT_EVERY, &kernel.reader());
+    assert_eq!(account.cgroup_limit(), allowed);
+    let groups = kernel.0.path().join("1/cgroup");
+    fs::rename(&groups, kernel.0.path().join("aside")).unwrap();
+    account.look_again(READ_LIMIT_EVERY * 2, &kernel.reader());
+    assert_eq!(account.cgroup_limit(), allowed);
+    // It is read again as soon as it can be.
+    fs::rename(kernel.0.path().join("aside"), &groups).unwrap();
+    fs::remove_dir(&max).unwrap();
+    kernel.limits("max\n");
+    account.look_again(READ_LIMIT_EVERY * 2, &kernel.reader());
+    assert_eq!(account.cgroup_limit(), None);
+}
+
+#[test]
 fn a_vm_whose_process_grows_is_not_paused() {
     let kernel = Kernel::says(300);
     let mut account = kernel.account();

@@ -25,8 +25,17 @@ pub struct Process {
 impl Process {
     /// This process; `None` if `/proc` does not tell.
     pub fn own() -> Option<Self> {
-        let pid = std::process::id();
+        Self::numbered(std::process::id())
+    }
+
+    /// The one that has this number now, if there is one.
+    pub fn numbered(pid: u32) -> Option<Self> {
         Some(Self { pid, started_ticks: process::started(pid).ok()?? })
+    }
+
+    /// Whether it has not ended, as far as is known.
+    pub fn runs(self) -> bool {
+        process::started(self.pid).map_or(true, |started| started == Some(self.started_ticks))
     }
 
     /// What the kernel says of it.
@@ -130,7 +139,8 @@ mod tests {
     fn who_has_ended_is_gone_also_while_nobody_asks_how() {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         let pid = child.id();
-        let process = Process { pid, started_ticks: process::started(pid).unwrap().unwrap() };
+        let process = Process::numbered(pid).unwrap();
+        assert!(process.runs());
         let mut starting = StartingProcess::new(process);
         assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Same);
         child.kill().unwrap();
@@ -138,6 +148,7 @@ mod tests {
         while process.held() != ProcessMemory::Gone {
             thread::yield_now();
         }
+        assert!(!process.runs());
         assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Ended);
         child.wait().unwrap();
         assert_eq!(starting.look(Bytes::mib(1), Process::held), Growth::Ended);

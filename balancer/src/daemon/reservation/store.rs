@@ -72,6 +72,14 @@ impl ReservationStore {
         }
     }
 
+    /// How long a promise in the file may still stand, whatever it says: [`LIFE`] from when it was last written.
+    pub fn longest_left(&self) -> Duration {
+        let written = fs::metadata(&self.path).and_then(|metadata| metadata.modified());
+        // A clock that was set tells nothing.
+        let age = written.ok().and_then(|written| written.elapsed().ok()).unwrap_or_default();
+        LIFE.saturating_sub(age)
+    }
+
     /// Replaces the file as a whole: a daemon that is killed meanwhile leaves the old one.
     ///
     /// # Errors
@@ -117,6 +125,22 @@ mod tests {
         assert!(!store.path().exists());
         fs::write(store.path(), "[{").unwrap();
         assert!(store.read().is_err());
+    }
+
+    #[test]
+    fn what_an_unreadable_file_promises_is_over_after_a_while() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = ReservationStore::in_directory(directory.path());
+        fs::write(store.path(), "[{").unwrap();
+        let left = store.longest_left();
+        assert!(left > LIFE - Duration::from_secs(10) && left <= LIFE, "{left:?}");
+        let file = fs::File::options().write(true).open(store.path()).unwrap();
+        let now = std::time::SystemTime::now();
+        file.set_modified(now - LIFE).unwrap();
+        assert_eq!(store.longest_left(), Duration::ZERO);
+        // The clock was set back since.
+        file.set_modified(now + 100 * LIFE).unwrap();
+        assert_eq!(store.longest_left(), LIFE);
     }
 
     #[test]

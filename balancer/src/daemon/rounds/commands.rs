@@ -43,11 +43,7 @@ impl Daemon {
         }
         match command {
             Command::Reserve { request, answer } => {
-                if self
-                    .managed_vms
-                    .values()
-                    .any(|managed| managed.name == request.name && managed.vm.is_some())
-                {
+                if self.managed_vms.values().any(|managed| managed.goes_by(&request.name)) {
                     // The client may have hung up, here and below.
                     let _ = answer.send(Err(ApiError::RunsAlready(request.name)));
                     return false;

@@ -23,8 +23,7 @@ impl Daemon {
             }
         }
         let managed_vms = &self.managed_vms;
-        let has_come =
-            |name: &str| managed_vms.values().any(|managed| managed.name == name && managed.vm.is_some());
+        let has_come = |name: &str| managed_vms.values().any(|managed| managed.goes_by(name));
         self.reservations.expire(now, has_come);
         // What VMMs hold beside guest memory can't be given to guests.
         let overhead: Bytes = self.managed_vms.values().map(ManagedVm::overhead).sum();

@@ -6,7 +6,7 @@ use api::client::PeerProcess;
 use rustix::process::{Resource, getrlimit};
 use tracing::{debug, info, warn};
 
-use super::{Daemon, RESCAN};
+use super::{Daemon, PATIENCE, RESCAN};
 use crate::daemon::discovery::DirectoryWatch;
 use crate::daemon::managed_vm::ManagedVm;
 use crate::driver::Kind;
@@ -47,20 +47,25 @@ impl Daemon {
             }
         };
         self.read_log.end();
-        self.managed_vms.retain(|&id, managed| {
-            let stays = found.iter().any(|found| managed.is(found));
-            if !stays && managed.vm.is_some() {
-                info!(vm = managed.name, "{} has gone", managed.name);
+        let now = self.now();
+        for managed in self.managed_vms.values_mut() {
+            if found.iter().any(|found| managed.is(found)) {
+                managed.has_socket();
+            } else {
+                let name = managed.name.clone();
+                managed.has_no_socket(found.iter().any(|found| found.name == name));
+                if managed.name != name {
+                    self.shared.history().forget(&name);
+                }
             }
-            if !stays {
-                self.shared.history().forget(&managed.name);
-                self.waiting.remove(&id);
+            if revive {
+                managed.remind_of_socket(now);
             }
-            stays
-        });
+        }
+        self.drop_those_over();
         self.subscriptions.retain(|id| self.managed_vms.contains_key(&id));
         for found in found {
-            match self.managed_vms.values_mut().find(|managed| managed.name == found.name) {
+            match self.managed_vms.values_mut().find(|managed| managed.is(&found)) {
                 Some(managed) => {
                     managed.gone &= !revive;
                     managed.configure(found.memory);
@@ -74,7 +79,42 @@ impl Daemon {
                 }
             }
         }
+        // Whether they have ended is not left to the next round: others may need their memory.
+        self.ask(PATIENCE, |_, managed| managed.lost_socket());
         self.share_descriptors();
+    }
+
+    /// Forgets VMs that have ended and have no socket.
+    pub(super) fn drop_those_over(&mut self) {
+        self.managed_vms.retain(|&id, managed| {
+            let stays = !managed.is_over();
+            if !stays {
+                if managed.vm.is_some() {
+                    info!(vm = managed.name, "{} has gone", managed.name);
+                }
+                self.shared.history().forget(&managed.name);
+                self.waiting.remove(&id);
+            }
+            stays
+        });
+    }
+
+    /// Forgets VMs without a socket whose process has answered as the VM `id`: it has made another socket.
+    pub(super) fn find_moved(&mut self, id: u64) {
+        let Some(managed) = self.managed_vms.get(&id).filter(|managed| managed.vm.is_some()) else { return };
+        let process = managed.process();
+        if matches!(process, PeerProcess::Writer(_)) {
+            let others = self.managed_vms.iter_mut().filter(|(other, _)| **other != id);
+            others.for_each(|(_, other)| other.has_moved_to(process));
+            self.drop_those_over();
+        }
+    }
+
+    /// Whether the process of the VM `id` answers for another one too.
+    pub(super) fn shares_process(&self, id: u64) -> bool {
+        let Some(process) = self.managed_vms.get(&id).map(ManagedVm::process) else { return false };
+        let mut others = self.managed_vms.iter().filter(|(other, _)| **other != id);
+        others.any(|(_, other)| other.vm.is_some() && other.process() == process)
     }
 
     /// Leaves a VM alone whose process answers for another one already: then both sockets are one VM's. Only

@@ -6,7 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use api::client::{Acquaintance, Error, LARGEST_ANSWER, Peer, PeerStream, clean};
+use api::client::{Acquaintance, Error, LARGEST_ANSWER, Peer, PeerStream};
+use api::text::clean;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -18,6 +19,7 @@ const MOST_EVENTS: usize = 64;
 
 /// QEMU's sentences have fields of their own.
 static PEER: Peer = Peer {
+    version: None,
     sentence: |_| None,
     where_to_look: "",
     should_be: "is it QEMU's machine protocol (-qmp), and not its human monitor?",
