@@ -43,6 +43,10 @@ const COUNTED_SPEED: u32 = 1_000_000_000;
 /// RDRAND gives the same numbers each time, and a kernel that takes them needs no other: it finds none in a clock
 /// that counts instructions, and whoever asks it for randomness would wait.
 const MORE_WORDS: &str = " mitigations=off random.trust_cpu=on";
+/// MiB of a host's memory that the emulator holds at most; it keeps the rest in a file.
+const MOST_HELD: u64 = 2048;
+/// How many times memory references can be written down in one host.
+pub const RECORDS: usize = 256;
 /// 2026-01-01T00:00:00Z.
 const BEGIN: u32 = 1_767_225_600;
 
@@ -62,8 +66,7 @@ pub fn machine(boot: &Boot, directory: &Path) -> Result<Machine, Error> {
     disc(boot, directory)?;
     let (ours, theirs, name) = terminal().map_err(files("a pseudo terminal"))?;
     write("bochsrc", &configuration(boot, directory, &name))?;
-    // The debugger's only command: go on.
-    write("debugger", "c\n")?;
+    write("debugger", &debugger(boot))?;
     let file = |name: &str| File::create(at(name)).map_err(files(at(name).display()));
     let mut command = Command::new(PROGRAM);
     command.arg("-q").arg("-f").arg(at("bochsrc")).arg("-rc").arg(at("debugger"));
@@ -73,6 +76,12 @@ pub fn machine(boot: &Boot, directory: &Path) -> Result<Machine, Error> {
         keyboard::follow(ours.try_clone().map_err(files("a pseudo terminal"))?)?;
     }
     Ok(Machine { command, output: Some(ours), held: vec![theirs] })
+}
+
+/// What the debugger is told: to go on; and at each second `xchg bx, bx` to write references down no more.
+fn debugger(boot: &Boot) -> String {
+    let records = if boot.references.is_some() { RECORDS } else { 0 };
+    format!("c\n{}", "trace-mem on\nc\ntrace-mem off\nc\n".repeat(records))
 }
 
 /// A pseudo terminal that changes no byte: this end, the other, and the other's path.
@@ -136,7 +145,7 @@ fn configuration(boot: &Boot, directory: &Path, console: &str) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
     let mut text = String::new();
     for line in [
-        format!("memory: guest={megabytes}, host={megabytes}"),
+        format!("memory: guest={megabytes}, host={}", megabytes.min(MOST_HELD)),
         format!("romimage: file={BIOS}, options=fastboot"),
         format!("vgaromimage: file={VGA_BIOS}"),
         format!("cpu: model={PROCESSOR}, count=1, ips={speed}, reset_on_triple_fault=0, ignore_bad_msrs=1"),
@@ -155,6 +164,9 @@ fn configuration(boot: &Boot, directory: &Path, console: &str) -> String {
     ] {
         let _ = writeln!(text, "{line}");
     }
+    if let Some(references) = boot.references {
+        let _ = writeln!(text, "magic_break: enabled=1\ndebugger_log: {}", references.display());
+    }
     text
 }
 
@@ -168,7 +180,20 @@ mod tests {
     fn host(execution: Execution, cpus: usize) -> Boot<'static> {
         let (vendor, memory, terminal) = (Vendor::Intel, Bytes::gib(2), Terminal::Kept);
         let [kernel, initrd, log, results] = ["kernel", "initrd", "log", "results"].map(Path::new);
-        Boot { cpus, memory, vendor, execution, kernel, initrd, arguments: "more", log, results, terminal }
+        let (arguments, references) = ("more", None);
+        Boot {
+            cpus,
+            memory,
+            vendor,
+            execution,
+            kernel,
+            initrd,
+            arguments,
+            log,
+            results,
+            terminal,
+            references,
+        }
     }
 
     #[test]
@@ -176,12 +201,35 @@ mod tests {
         let text = |execution| configuration(&host(execution, 1), Path::new("/d"), "/dev/pts/7");
         assert!(text(Execution::Counted).contains("ips=1000000000,"));
         let usual = text(Execution::Emulated);
-        for word in ["guest=2048", "com2: enabled=1, mode=term, dev=/dev/pts/7", "path=/d/disc", "sync=none"]
-        {
+        for word in [
+            "guest=2048, host=2048",
+            "com2: enabled=1, mode=term, dev=/dev/pts/7",
+            "path=/d/disc",
+            "sync=none",
+        ] {
             assert!(usual.contains(word), "{word}: {usual}");
         }
         let line = kernel_line(&host(Execution::Emulated, 1));
         assert!(line.contains("rdinit=/lab/init -- more nokaslr") && line.contains("norandmaps"), "{line}");
+    }
+
+    #[test]
+    fn more_memory_than_the_emulator_holds_is_no_more_to_hold() {
+        let large = Boot { memory: Bytes::gib(5), ..host(Execution::Emulated, 1) };
+        let text = configuration(&large, Path::new("/d"), "/dev/pts/7");
+        assert!(text.contains("guest=5120, host=2048"), "{text}");
+    }
+
+    #[test]
+    fn references_are_written_down_between_two_marks() {
+        let quiet = host(Execution::Counted, 1);
+        let record = Boot { references: Some(Path::new("/d/references")), ..host(Execution::Counted, 1) };
+        let text = |boot: &Boot| configuration(boot, Path::new("/d"), "/dev/pts/7");
+        assert!(!text(&quiet).contains("magic_break") && debugger(&quiet) == "c\n");
+        assert!(text(&record).contains("debugger_log: /d/references"), "{}", text(&record));
+        let commands = debugger(&record);
+        assert_eq!(commands.lines().filter(|line| *line == "trace-mem on").count(), RECORDS);
+        assert!(commands.starts_with("c\ntrace-mem on\nc\ntrace-mem off\nc\n"), "{commands}");
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub struct Emulator {
     pub environment: Vec<(String, String)>,
     /// Where the program's output and input go.
     pub terminal: Terminal,
+    /// Whether each memory reference between two instructions `xchg bx, bx` is written down, in order: by Bochs
+    /// alone, in as many such pairs as [`RECORDS`](crate::RECORDS).
+    pub references: bool,
     /// When to give up.
     pub limit: Duration,
     /// When to give up on a program that says nothing for as long.
@@ -133,6 +136,8 @@ pub struct Attempt {
     pub results: Results,
     /// What the program said; nothing where it had a terminal.
     pub said: String,
+    /// The emulator's own record of memory references, where it was to make one.
+    pub references: String,
 }
 
 /// Files that were brought back.
@@ -185,6 +190,7 @@ impl Default for Emulator {
             bring: Vec::new(),
             environment: Vec::new(),
             terminal: Terminal::Printed,
+            references: false,
             limit: Duration::from_secs(300),
             silence: Duration::MAX,
             attempts: 1,
@@ -236,6 +242,7 @@ impl Emulator {
         fs::write(at("initrd"), self.initrd(&kernel, program, arguments)?)
             .map_err(files("the host's initramfs"))?;
         drop(packing);
+        let references = at("references");
         let boot = Boot {
             cpus: self.cpus,
             memory: self.memory,
@@ -247,6 +254,7 @@ impl Emulator {
             log: &at("kernel.log"),
             results: &at("results"),
             terminal: self.terminal,
+            references: self.references.then_some(references.as_path()),
         };
         let mut machine = boot.machine(directory.path())?;
         if self.terminal == Terminal::Kept {
@@ -287,7 +295,7 @@ impl Emulator {
         if self.terminal == Terminal::Printed && code.is_ok() {
             print!("{log}");
         }
-        Ok(Attempt { code, results, said })
+        Ok(Attempt { code, results, said, references: read("references") })
     }
 
     /// What the host boots into: its first process, the modules, the job, and all that was asked for.

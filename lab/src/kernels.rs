@@ -25,8 +25,8 @@ const GUEST_MODULES: &[&str] = &[
 /// What the agent's port (built into 6.12) and disks need beside.
 const AGENT_MODULES: &[&str] = &["virtio_console", "virtio_blk"];
 
-/// What networks need beside.
-const NET_MODULES: &[&str] = &["virtio_net"];
+/// What networks, sockets and shared directories need beside.
+const NET_MODULES: &[&str] = &["virtio_net", "vmw_vsock_virtio_transport", "virtiofs"];
 
 /// Where the agent lies in a guest.
 const AGENT_INSIDE: &str = "/bin/ballast-agent";
@@ -56,8 +56,6 @@ pub struct GuestImages {
     pub initrd: PathBuf,
     /// The same with `ballast-agent`, the module of its port, and that of disks.
     pub agent_initrd: PathBuf,
-    /// The same with the module of networks, and busybox with its commands.
-    pub net_initrd: PathBuf,
 }
 
 impl GuestImages {
@@ -68,7 +66,6 @@ impl GuestImages {
             (self.bzimage, inside.bzimage.clone()),
             (self.initrd, inside.initrd.clone()),
             (self.agent_initrd, inside.agent_initrd.clone()),
-            (self.net_initrd, inside.net_initrd.clone()),
         ];
         pairs.into_iter().chain(elf).map(|(here, path)| (here, path.to_string_lossy().into_owned()))
     }
@@ -107,7 +104,6 @@ impl Kernel {
             elf: (self == Self::V6_1).then(|| directory.join("vmlinux")),
             initrd: directory.join("initrd"),
             agent_initrd: directory.join("initrd-agent"),
-            net_initrd: directory.join("initrd-net"),
         }
     }
 
@@ -136,13 +132,29 @@ impl Kernel {
                 &[(AGENT_INSIDE, artifacts::agent()?)],
                 false,
             )?,
-            net_initrd: self.initrd(
-                &format!("{}-net", self.name()),
-                &[GUEST_MODULES, AGENT_MODULES, NET_MODULES].concat(),
-                &[(AGENT_INSIDE, artifacts::agent()?)],
-                true,
-            )?,
         })
+    }
+
+    /// Where [`Kernel::net_initrd`] lies in an emulated host.
+    pub fn net_initrd_inside(self) -> PathBuf {
+        self.images_inside().initrd.with_file_name("initrd-net")
+    }
+
+    /// The initramfs of a guest with networks, on the host where this runs: as [`GuestImages::agent_initrd`],
+    /// with the module of networks, and busybox with its commands. Only few want it.
+    ///
+    /// # Errors
+    /// As [`Kernel::guest_images`].
+    pub fn net_initrd(self) -> Result<PathBuf, Error> {
+        if inside() {
+            return Ok(self.net_initrd_inside());
+        }
+        self.initrd(
+            &format!("{}-net", self.name()),
+            &[GUEST_MODULES, AGENT_MODULES, NET_MODULES].concat(),
+            &[(AGENT_INSIDE, artifacts::agent()?)],
+            true,
+        )
     }
 
     fn root(self) -> Result<PathBuf, Error> {

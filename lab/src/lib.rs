@@ -40,6 +40,7 @@ mod qemu;
 pub mod schemathesis;
 
 pub use artifacts::{agent, ballast, unit_tests};
+pub use bochs::RECORDS;
 pub use debian::DebianImage;
 pub use emulator::{Attempt, Emulator, Init, Outcome, Terminal, inside, time_is_emulated};
 pub use error::Error;

@@ -96,6 +96,8 @@ pub struct Boot<'a> {
     pub results: &'a Path,
     /// How the program's input and output are wired to this process's.
     pub terminal: Terminal,
+    /// Where memory references are written down, if they are.
+    pub references: Option<&'a Path>,
 }
 
 /// How a host reaches its program's console and what takes files.
@@ -170,6 +172,11 @@ impl Boot<'_> {
     /// Where there is no such machine, or something in it can't be made.
     pub fn machine(&self, directory: &Path) -> Result<Machine, Error> {
         let mut machine = match Program::of(self.vendor, self.execution) {
+            Program::Qemu if self.references.is_some() => {
+                return Err(Error::Failed(
+                    "QEMU tells no memory reference of a page walk: only an emulated Intel host does".into(),
+                ));
+            }
             Program::Qemu => Machine { command: qemu::command(self), output: None, held: Vec::new() },
             Program::Bochs => bochs::machine(self, directory)?,
         };

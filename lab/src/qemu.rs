@@ -92,6 +92,7 @@ mod tests {
             log,
             results,
             terminal,
+            references: None,
         };
         let counted = words(&machine(1, Execution::Counted, Vendor::Amd));
         for word in ["-icount", "clock=vm", "-rdrand", "norandmaps", "-m 2048M", "-- more nokaslr"] {

@@ -71,7 +71,7 @@ pub fn check(document: &Path, socket: &Path, left_out: &[&str]) -> Result<String
         .arg("--config-file")
         .arg(environment.join(FILES[0].0))
         .args(["--no-color", "run", "--checks", "all", "--url"])
-        .arg(format!("http://127.0.0.1:{port}"));
+        .arg(format!("http://127.0.0.1:{port}/v1"));
     for operation in left_out {
         command.args(["--exclude-operation-id", operation]);
     }

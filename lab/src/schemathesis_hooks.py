@@ -13,7 +13,7 @@ def map_case(context, case):
         limits = case.body.get("limits", case.body)
         if isinstance(limits, dict) and all(name in limits for name in SIZES):
             limits.update(zip(SIZES, sorted(limits[name] for name in SIZES)))
-        if case.path == "/reservations":
+        if case.path.endswith("/reservations"):
             wait = case.body.get("wait_ms")
             case.body["wait_ms"] = LONGEST_WAIT_MS if wait is None else min(wait, LONGEST_WAIT_MS)
     return case

@@ -1,6 +1,7 @@
 //! What the texts claim about SLAT, each against what was measured.
 
 mod material;
+mod misses;
 mod tags;
 
 use serde::Serialize;
@@ -12,9 +13,9 @@ use crate::payload::memory::Backing;
 use crate::payload::{Payload, Place, Setup};
 use crate::probe::Verdict;
 use crate::run::{Measurement, Run, spaces, untouched};
-use crate::walk::Walk;
 use api::units::Bytes;
 pub use material::{Material, slat_of};
+use misses::walks;
 use tags::tags;
 
 /// What came of a claim.
@@ -142,7 +143,7 @@ pub fn claims(material: Material<'_>) -> Vec<Claim> {
                 "C2" => material.of_lab(|l| instructions(&l.counted)),
                 "C3" => material.of_lab(memory),
                 "C4" => material.of_lab(|l| density(l.density.as_ref()?)),
-                "C6" => Some(model()),
+                "C6" => Some(walks(material)),
                 "C7" => material.here.and_then(chase),
                 "C8" => material.of_lab(|l| scaling(l.scaling.as_ref()?)),
                 "C9" => tags(material),
@@ -292,21 +293,6 @@ fn memory(lab: &Findings) -> Option<Found> {
     }
     let outcome = if on < off { Outcome::Partly } else { Outcome::Fails };
     Some((outcome, text))
-}
-
-fn model() -> Found {
-    let walk = Walk::USUAL;
-    (
-        Outcome::Model,
-        format!(
-            "{} at most: {}. {} counts only the walks for the guest's tables, {} leaves out the guest's own \
-             entries.",
-            walk.references(),
-            walk.formula(),
-            walk.for_tables_only(),
-            walk.host_references()
-        ),
-    )
 }
 
 /// A pointer chase of the timing series.

@@ -12,7 +12,6 @@ pub mod claims;
 pub mod counters;
 pub mod figure;
 pub mod host;
-pub mod interrupt;
 pub mod lab;
 pub mod linux;
 pub mod payload;

@@ -16,6 +16,7 @@ use crate::counters::pmu::{Pmu, Whose};
 use crate::counters::reasons;
 use crate::figure::{Figure, Quality, Spread, short};
 use crate::host::{self, Fingerprint, KernelMemory};
+use crate::lab::walks::Miss;
 use crate::linux::Workload;
 use crate::linux::density::Density;
 use crate::payload::machine::{Failure, Machine, Round};
@@ -142,6 +143,9 @@ pub struct Run {
     /// How many sessions the host bore, in the lab.
     #[serde(default)]
     pub density: Option<Density>,
+    /// What was read in loads that missed the TLB, where the lab's emulator wrote it down.
+    #[serde(default)]
+    pub misses: Vec<Miss>,
 }
 
 fn measure(
@@ -227,6 +231,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(usize, &Setu
         linux: Vec::new(),
         linux_failure: None,
         density: None,
+        misses: Vec::new(),
     }
 }
 

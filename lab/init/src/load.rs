@@ -21,6 +21,9 @@
 //! read-disk:DISK:SIZE:SEED  looks whether it is there, past the guest's cache
 //! discard-disk:DISK:SIZE    tells the disk that the first SIZE of it are not needed
 //! install:PARTITION:OLD:NEW  has a kernel's files in the ext4 of /dev/PARTITION a second time, with another version
+//! vsock-echo:PORT           says back what is said to this port of the guest, from now on
+//! vsock-send:PORT:SIZE      sends SIZE to a port of the host, which says it back
+//! capture:KERNEL:INITRD     has the kernel on /dev/KERNEL take over when this one crashes
 //! hog                       has another process take memory until the kernel kills it
 //! unbind:DRIVER             takes its device from a virtio driver, such as virtio_balloon
 //! bind:DRIVER               gives it back
@@ -40,10 +43,12 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::capture;
 use crate::disk;
 use crate::guest::oom_kills;
 use crate::memory::Block;
 use crate::show;
+use crate::vsock;
 
 /// In what pieces memory is taken and given back; small against every guest.
 const PIECE: usize = 1 << 20;
@@ -58,8 +63,12 @@ const BETWEEN_PASSES: Duration = Duration::from_millis(200);
 
 /// Virtio drivers of which a guest has one device each, with the device's number (virtio 1.2,
 /// section 5) as sysfs writes it.
-const DRIVERS: [(&str, &str); 3] =
-    [("virtio_balloon", "0x0005"), ("virtio_mem", "0x0018"), ("virtio_net", "0x0001")];
+const DRIVERS: [(&str, &str); 4] = [
+    ("virtio_balloon", "0x0005"),
+    ("virtio_mem", "0x0018"),
+    ("virtio_net", "0x0001"),
+    ("virtiofs", "0x001a"),
+];
 
 fn size(text: &str) -> Result<usize, String> {
     let wrong = || format!("`{text}` is no size: use a number with K, M or G");
@@ -182,14 +191,17 @@ impl Load {
             ["read-disk", name, bytes, seed] => disk::read(name, size(bytes)?, number(seed)?)?,
             ["discard-disk", name, bytes] => disk::discard(name, size(bytes)?)?,
             ["install", partition, old, new] => disk::install(partition, old, new)?,
+            ["capture", kernel, initrd] => capture::load(kernel, initrd)?,
             ["hog"] => hog()?,
+            ["vsock-echo", port] => vsock::echo(number(port)?)?,
+            ["vsock-send", port, bytes] => vsock::send(number(port)?, size(bytes)?)?,
             ["unbind" | "bind", driver] => hand_over(driver, parts[0])?,
             _ => {
                 return Err(format!(
                     "`{step}` is no step: use rest:TIME, grow:SIZE[:TIME], spike:SIZE[:TIME], clock, \
                      hold:TIME[:sequential|random], release[:TIME], file:SIZE, remove, keep:SIZE:SEED, check, \
                      forget, write-disk:DISK:SIZE:SEED, read-disk:DISK:SIZE:SEED, discard-disk:DISK:SIZE, \
-                     install:PARTITION:OLD:NEW, hog, \
+                     install:PARTITION:OLD:NEW, capture:KERNEL:INITRD, hog, vsock-echo:PORT, vsock-send:PORT:SIZE, \
                      unbind:DRIVER, bind:DRIVER, random:COUNT, kernel or show"
                 ));
             }
@@ -309,8 +321,9 @@ fn hog() -> Result<(), String> {
 fn hand_over(driver: &str, verb: &str) -> Result<(), String> {
     let sysfs = |error: io::Error| format!("/sys/bus/virtio: {error}");
     let known = DRIVERS.iter().find(|(name, _)| *name == driver);
-    let (_, id) =
-        known.ok_or_else(|| format!("`{driver}` is no driver: use virtio_balloon or virtio_mem"))?;
+    let (_, id) = known.ok_or_else(|| {
+        format!("`{driver}` is no driver: use virtio_balloon, virtio_mem, virtio_net or virtiofs")
+    })?;
     for device in fs::read_dir("/sys/bus/virtio/devices").map_err(sysfs)? {
         let device = device.map_err(sysfs)?;
         if fs::read_to_string(device.path().join("device")).map_err(sysfs)?.trim() == *id {

@@ -3,6 +3,7 @@
 //! Where a job lies in [`JOB`] this is an emulated host. Everywhere else it is a guest,
 //! which does what its kernel's command line says (see [`guest`]).
 
+mod capture;
 mod devmem;
 mod disk;
 mod guest;
@@ -13,6 +14,7 @@ mod ports;
 mod random;
 mod show;
 mod transfer;
+mod vsock;
 
 use std::path::Path;
 

@@ -3,11 +3,14 @@
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use super::misses::counted;
 use super::tags::{flushes, switches};
 use super::*;
 use crate::figure::Quality;
+use crate::lab::walks::{Entry, Miss, Root};
 use crate::payload::Between;
 use crate::run::{Clock, Plan, run};
+use crate::walk::PageSize;
 
 /// A run of these setups on a host of this kind, in which nothing was measured yet.
 fn host(setups: Vec<Setup>, clock: Clock, verdict: Verdict) -> Run {
@@ -187,4 +190,24 @@ fn a_flush_at_another_vms_turn_contradicts_tags() {
     assert_eq!(outcome(of(1)), Some(Outcome::Fails));
     let run = host(laps, Clock::Instructions, Verdict::Slat);
     assert_eq!(flushes(&Findings::of(Pair { on: run.clone(), off: run })), None, "none was counted");
+}
+
+#[test]
+fn a_miss_that_costs_no_more_with_slat_contradicts_the_claim() {
+    let of = |on: usize, off: usize| {
+        let run = |references| {
+            let mut run = host(Vec::new(), Clock::Instructions, Verdict::Slat);
+            let (guest_page, host_page) = (PageSize::Size4K, PageSize::Size4K);
+            let entries = vec![Entry { root: Root::Cr3, level: 1 }; references];
+            run.misses = vec![Miss { guest_page, host_page, entries }];
+            run
+        };
+        counted(&Pair { on: run(on), off: run(off) }).expect("both were counted")
+    };
+    assert_eq!(of(20, 4).0, Outcome::Holds);
+    assert_eq!(of(24, 4).0, Outcome::Partly);
+    assert_eq!(of(4, 4).0, Outcome::Fails);
+    assert!(of(24, 4).1.contains("not all the model's"), "the entries are none of a walk's");
+    let none = host(Vec::new(), Clock::Instructions, Verdict::Slat);
+    assert_eq!(counted(&Pair { on: none.clone(), off: none }), None);
 }

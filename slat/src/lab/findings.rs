@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::counters::reasons;
 use crate::figure::short;
+use crate::lab::walks::Miss;
 use crate::linux;
 use crate::run::{Measurement, Run, cell};
 
@@ -39,6 +40,9 @@ pub struct Findings {
     /// The same with `vpid=0`.
     #[serde(default)]
     pub untagged: Option<Run>,
+    /// What a load reads that misses the TLB.
+    #[serde(default)]
+    pub walks: Option<Pair>,
     /// How many sessions fit.
     #[serde(default)]
     pub density: Option<Pair>,
@@ -110,6 +114,7 @@ impl Findings {
             old_mmu: None,
             switches: None,
             untagged: None,
+            walks: None,
             density: None,
             twice: false,
             difference: None,
@@ -172,6 +177,21 @@ impl Findings {
             .filter(traced)
             .map(|(on, off)| [on.name.clone(), reasons::list(&on.reasons), reasons::list(&off.reasons)])
             .collect()
+    }
+
+    /// Rows for what a miss of the TLB costs: the guest's page size, the host's, memory references with SLAT on, by
+    /// the model, and with SLAT off.
+    pub fn miss_rows(&self) -> Vec<[String; 5]> {
+        let Some(pair) = &self.walks else { return Vec::new() };
+        let row = |on: &Miss| {
+            let same = |off: &&Miss| (off.guest_page, off.host_page) == (on.guest_page, on.host_page);
+            let off =
+                pair.off.misses.iter().find(same).map_or("-".into(), |off| off.references().to_string());
+            let sizes = [on.guest_page, on.host_page].map(|page| page.to_string());
+            let [guest, host] = sizes;
+            [guest, host, on.references().to_string(), on.model().references().to_string(), off]
+        };
+        pair.on.misses.iter().map(row).collect()
     }
 
     /// Rows for a table: setup, exits on and off, instructions on and off, note.

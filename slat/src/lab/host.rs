@@ -10,7 +10,7 @@ use api::units::Bytes;
 use lab::archive::Archive;
 use lab::{Attempt, Emulator, Execution, INIT, Init, InstalledKernel, Terminal, Vendor};
 
-use super::{Error, RESULT};
+use super::{Error, RESULT, walks};
 use crate::linux;
 use crate::run::Run;
 
@@ -61,6 +61,8 @@ pub enum Errand {
     Scale,
     /// What KVM flushes where VMs take turns, counted.
     Switches,
+    /// Every memory reference of loads that miss the TLB, as the emulator writes them down.
+    Walks,
     /// A Linux guest's exits by reason, on the clock of instructions.
     Reasons,
     /// Every payload and a Linux guest's workloads in real time, in a nested host.
@@ -76,6 +78,7 @@ impl Errand {
             Self::Density => "density",
             Self::Scale => "vCPUs",
             Self::Switches => "switches",
+            Self::Walks => "walks",
             Self::Reasons => "reasons",
             Self::Time => "time",
         }
@@ -89,6 +92,7 @@ impl Errand {
             Self::Density => ["guests", "density"],
             Self::Scale => ["scaling", "none"],
             Self::Switches => ["switches", "none"],
+            Self::Walks => ["walks", "none"],
             Self::Reasons => ["guests", "reasons"],
             Self::Time => ["full", "workloads"],
         }
@@ -96,7 +100,9 @@ impl Errand {
 
     const fn execution(self) -> Execution {
         match self {
-            Self::Count | Self::Memory | Self::Density | Self::Switches | Self::Reasons => Execution::Counted,
+            Self::Count | Self::Memory | Self::Density | Self::Switches | Self::Walks | Self::Reasons => {
+                Execution::Counted
+            }
             Self::Scale => Execution::Emulated,
             Self::Time => Execution::Nested,
         }
@@ -107,7 +113,7 @@ impl Errand {
         match self {
             // An emulated Intel host has no more.
             Self::Scale if matches!(vendor, Vendor::Intel) => (1, Bytes::gib(2)),
-            Self::Count | Self::Memory | Self::Switches | Self::Reasons => (1, Bytes::gib(2)),
+            Self::Count | Self::Memory | Self::Switches | Self::Walks | Self::Reasons => (1, Bytes::gib(2)),
             // Room for as many guests as are to be started: this is about the processor.
             Self::Density => (1, Bytes::gib(3)),
             Self::Scale => (SCALING_CPUS, Bytes::gib(2)),
@@ -148,7 +154,7 @@ impl Host {
         let this = env::current_exe().map_err(files("this program's own file"))?;
         let directory = tempfile::tempdir().map_err(files("a temporary directory"))?;
         let mut placed = Vec::new();
-        if !matches!(self.errand, Errand::Memory | Errand::Scale | Errand::Switches) {
+        if !matches!(self.errand, Errand::Memory | Errand::Scale | Errand::Switches | Errand::Walks) {
             let initrd = directory.path().join("initrd");
             guest_image(&this)
                 .and_then(|image| fs::write(&initrd, image))
@@ -174,6 +180,7 @@ impl Host {
             ballast: false,
             files: placed,
             terminal: Terminal::Kept,
+            references: self.errand == Errand::Walks,
             limit: self.limit,
             silence: SILENCE,
             ..Emulator::default()
@@ -184,7 +191,13 @@ impl Host {
             arguments.push("--instructions");
         }
         match emulator.attempt(Path::new(INIT), &arguments, stopped) {
-            Ok(attempt) => result(&attempt),
+            Ok(attempt) => {
+                let mut run = result(&attempt)?;
+                if self.errand == Errand::Walks {
+                    run.misses = walks::misses(&run, &attempt.references).map_err(Error::Record)?;
+                }
+                Ok(run)
+            }
             Err(lab::Error::Stopped) => Err(Error::Interrupted),
             Err(error) => Err(Error::Host(error)),
         }

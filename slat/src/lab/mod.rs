@@ -4,6 +4,7 @@ pub mod findings;
 pub mod host;
 pub mod inside;
 pub mod nested;
+pub mod walks;
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,6 +39,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What the emulator wrote down is not what was to be.
+    #[error("the emulator's record of memory references: {0}")]
+    Record(String),
     /// The host did not answer.
     #[error("the host gave no result: {0}; its last words:\n{1}")]
     NoResult(String, String),
@@ -163,6 +167,10 @@ impl Visit {
         if self.vendor == Vendor::Intel {
             places.push_back((Paging::Untagged, Errand::Switches, Round::First));
         }
+        // QEMU tells nothing of a walk.
+        if self.vendor == Vendor::Intel {
+            places.extend(pair(Errand::Walks, Round::First));
+        }
         places.extend(pair(Errand::Scale, Round::First));
         places.extend(pair(Errand::Reasons, Round::First));
         if self.density {
@@ -250,6 +258,7 @@ impl Visit {
         replace(&mut findings.scaling, Errand::Scale);
         replace(&mut findings.reasons, Errand::Reasons);
         replace(&mut findings.density, Errand::Density);
+        replace(&mut findings.walks, Errand::Walks);
         findings.old_mmu =
             find(Paging::NestedOldMmu, Errand::Memory, Round::First).or(findings.old_mmu.take());
         for (paging, kept) in

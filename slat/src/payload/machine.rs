@@ -58,12 +58,14 @@ impl Machine {
         let map = |size, backing| {
             Mapping::new(size, backing).map_err(|source| Failure::Memory { backing, size, source })
         };
-        let mappings = vec![map(low, Backing::Small)?, map(data, setup.backing)?];
+        // A walk reads the guest's tables too, which lie there.
+        let below = if setup.payload == Payload::Miss { setup.backing } else { Backing::Small };
+        let mappings = vec![map(low, below)?, map(data, setup.backing)?];
         let populate = |mapping: &Mapping, backing| {
             let size = Bytes(mapping.size() as u64);
             mapping.populate().map_err(|source| Failure::Memory { backing, size, source })
         };
-        populate(&mappings[0], Backing::Small)?;
+        populate(&mappings[0], below)?;
         if setup.present {
             populate(&mappings[1], setup.backing)?;
         }

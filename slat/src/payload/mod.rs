@@ -55,6 +55,9 @@ pub enum Payload {
     Spaces,
     /// Laps of a chase, timed without what comes between them.
     Laps,
+    /// A load that misses the TLB, between marks: tells something only where each memory reference is written
+    /// down, in the lab's Intel hosts.
+    Miss,
     /// Never ends. Only to test the watchdog.
     Hang,
 }
@@ -91,6 +94,7 @@ impl Payload {
             Self::Chase => "chase",
             Self::Spaces => "spaces",
             Self::Laps => "laps",
+            Self::Miss => "miss",
             Self::Hang => "hang",
         }
     }
@@ -109,6 +113,7 @@ impl Payload {
             Self::Chase => Label::Chase,
             Self::Spaces => Label::Spaces,
             Self::Laps => Label::Laps,
+            Self::Miss => Label::Miss,
             Self::Hang => Label::Hang,
         }
     }
@@ -128,7 +133,7 @@ impl Payload {
 
     /// Whether its first time is the one that counts: no warm-up, and a new machine each round.
     pub const fn once(self) -> bool {
-        matches!(self, Self::ColdTouch | Self::Spaces)
+        matches!(self, Self::ColdTouch | Self::Spaces | Self::Miss)
     }
 }
 
@@ -231,7 +236,7 @@ impl Setup {
             Payload::Chase => (16, 1, 16384),
             Payload::Spaces => (32, 16, 16 * 8192),
             Payload::Laps => (4, 1, 64),
-            Payload::Hang => (2, 1, 1),
+            Payload::Miss | Payload::Hang => (2, 1, 1),
         };
         Self {
             payload,
@@ -336,6 +341,9 @@ impl Setup {
     /// In words, for tables.
     pub fn describe(&self) -> String {
         let mut text = format!("{}, {}", self.payload, self.place.name());
+        if self.payload == Payload::Miss {
+            text += &format!(", guest {}, host {}", self.guest_page, self.backing.name());
+        }
         if matches!(self.payload, Payload::ColdTouch | Payload::WarmTouch | Payload::Chase) {
             text += &format!(", {}", self.data);
             if self.place != Place::Native {

@@ -370,6 +370,12 @@ fn lab_section(vendor: Vendor, lab: &Findings) -> String {
         text += "<p>Why that guest left, by reason (traced in a host of its own; exits an operation):</p>\n";
         text += &table(["Linux guest", "SLAT on", "SLAT off"], &rows);
     }
+    let rows = lab.miss_rows();
+    if !rows.is_empty() {
+        text += "<p>Memory references of a load that misses the TLB (exact; by the emulator's own record of each):</p>\n";
+        let head = ["guest's page", "host's page", "SLAT on", "by the model", "SLAT off"];
+        text += &table(head, &rows);
+    }
     for why in lab.failures() {
         let _ = writeln!(text, "<p>Missing: {}</p>", escape(why));
     }

@@ -19,6 +19,8 @@ pub enum Extent {
     Memory,
     /// Laps with each thing between them, for what is counted of switches, alone.
     Switches,
+    /// A load that misses the TLB, for each page size in both dimensions, alone.
+    Walks,
     /// Nothing but Linux guests.
     Guests,
     /// All of it.
@@ -35,6 +37,7 @@ pub fn setups(extent: Extent, memory: Bytes, cpus: u64) -> Vec<Setup> {
             return memory_series().filter(|s| touched(s) <= memory.0 / 4).collect();
         }
         Extent::Switches => return laps().collect(),
+        Extent::Walks => return misses().collect(),
         Extent::Guests => return Vec::new(),
         Extent::Quick | Extent::Lab | Extent::Full => {}
     }
@@ -129,6 +132,13 @@ fn timing() -> Vec<Setup> {
 /// Laps, with each thing between them.
 fn laps() -> impl Iterator<Item = Setup> {
     Between::ALL.into_iter().map(|between| Setup { between, ..Setup::usual(Payload::Laps) })
+}
+
+/// A miss for each page size of the guest over those that a host of the lab gives: it has no huge page of 1 GiB.
+fn misses() -> impl Iterator<Item = Setup> {
+    [Backing::Small, Backing::Hugetlb2M].into_iter().flat_map(|backing| {
+        PageSize::ALL.map(|guest_page| Setup { guest_page, backing, ..Setup::usual(Payload::Miss) })
+    })
 }
 
 /// Working sets of the pointer chase in the timing series.
