@@ -8,6 +8,7 @@ use api::runtime;
 use api::units::Bytes;
 use balancer::host::HostMemory;
 use balancer::host::zfs::{ARCSTATS, Arc};
+use devices::virtio::block::ring::{self, NoRing};
 use image::BootFile;
 use image::disk::search::Plan;
 use image::kernel::prepared::PreparedKernel;
@@ -109,8 +110,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let host_memory = HostMemory::read(Path::new("/proc/meminfo"));
     findings.extend(host_memory.ok().map(|host| largest_guest(host.total)));
     findings.push(sandbox());
+    findings.push(disks(ring::look()));
     findings.push(directory());
-    let mut files = args.kernel.as_ref().map(|kernel| (BootFile::at(kernel), None));
+    let mut files = args.kernel.as_ref().map(|kernel| (BootFile::at(kernel), None, None));
     if let Some(disk) = &args.disk {
         match search(disk, &finder()) {
             Ok(found) => {
@@ -118,7 +120,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 let name = |path: &str| format!("{}:{path}", disk.path.display());
                 let kernel = BootFile::taken(name(&found.plan.kernel), found.kernel);
                 let initrd = name(&found.plan.initrd.join("+"));
-                files = Some((kernel, found.initrd.map(|file| BootFile::taken(initrd, file))));
+                let memory_driver = found.plan.memory_driver.as_deref().map(|path| PathBuf::from(name(path)));
+                files = Some((kernel, found.initrd.map(|file| BootFile::taken(initrd, file)), memory_driver));
             }
             // The sentence says what to do, too.
             Err(why) => findings.push(Finding {
@@ -129,14 +132,14 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             }),
         }
     }
-    if let Some((file, found)) = files {
+    if let Some((file, found, memory_driver)) = files {
         // What is kept says nothing of the process that unpacks.
         let unpacking = unpacking(Some(&KernelCache::Off));
         let initrd = args.initrd.as_ref().map(BootFile::at).or(found);
         let prepared = file.open().map_err(image::Error::Read).and_then(|file| unpacking.prepare(&file));
         let prepared = prepared.map(|(kernel, _)| kernel);
         findings.push(kernel(&file, &prepared));
-        findings.push(grows(&file, initrd.as_ref(), &prepared));
+        findings.push(grows(&file, initrd.as_ref(), memory_driver.as_deref(), &prepared));
     }
     let can_run = host.can_run();
     let report = Report { can_run: can_run.is_ok(), findings };
@@ -288,6 +291,26 @@ fn zfs(arc: Arc) -> Finding {
     )
 }
 
+/// Who does the requests of disks.
+fn disks(ring: Result<(), NoRing>) -> Finding {
+    let Err(why) = ring else {
+        let found =
+            "io_uring: the host's kernel reads and writes raw disks by itself; threads of the VM do the rest";
+        return Finding::good("disks", found);
+    };
+    let found = format!("threads of the VM do all that its disks are asked for: {why}");
+    let advice = match why {
+        NoRing::Disabled(_) => "sysctl kernel.io_uring_disabled=0, where disks are to be faster",
+        NoRing::Missing | NoRing::Forbidden => {
+            "use a kernel with CONFIG_IO_URING and, in a container, a profile that allows it, where disks are to be \
+             faster"
+        }
+        NoRing::TooOld => "use a newer kernel on this host, where disks are to be faster",
+        NoRing::Host(_) => "nothing, where disks are fast enough",
+    };
+    Finding::hint("disks", found, advice)
+}
+
 fn sandbox() -> Finding {
     match vmm::sandbox::check() {
         Ok(()) => Finding::good("sandbox", "Landlock keeps a VM's process from files"),
@@ -314,7 +337,7 @@ fn directory() -> Finding {
 }
 
 fn boots(disk: &DiskOptions, plan: &Plan) -> Finding {
-    let Plan { place, by, kernel, initrd, cmdline } = plan;
+    let Plan { place, by, kernel, initrd, cmdline, .. } = plan;
     let initrd = if initrd.is_empty() { "no initramfs".to_owned() } else { initrd.join(" and ") };
     Finding::good(
         "disk",
@@ -348,14 +371,15 @@ fn kernel(file: &BootFile, prepared: &Result<PreparedKernel, image::Error>) -> F
 fn grows(
     kernel: &BootFile,
     initrd: Option<&BootFile>,
+    memory_driver: Option<&Path>,
     prepared: &Result<PreparedKernel, image::Error>,
 ) -> Finding {
-    let growth = growth::of_guest(kernel, initrd, |_| match prepared {
+    let growth = growth::of_guest(kernel, initrd, memory_driver, |_| match prepared {
         Ok(kernel) => Ok(Some(kernel)),
         Err(why) => Err(image::Error::Refused(why.to_string())),
     });
     match growth {
-        Growth::Plug(_) => Finding::good("growth", growth.to_string()),
+        Growth::Plug(_) | Growth::PlugLate(_) => Finding::good("growth", growth.to_string()),
         Growth::Balloon(_) => Finding::hint(
             "growth",
             growth.to_string(),

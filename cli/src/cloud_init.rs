@@ -32,11 +32,11 @@ pub struct SeedArgs {
 }
 
 impl SeedArgs {
-    /// The seed that the flags ask for, of a VM that the user calls `name`.
-    pub fn seed(&self, name: Option<&str>) -> Result<Option<Seed>, Failure> {
+    /// The seed that the flags ask for, of a VM that the user calls `name`. `by_vsock`: it has a socket device.
+    pub fn seed(&self, name: Option<&str>, by_vsock: bool) -> Result<Option<Seed>, Failure> {
         let user_data = match (&self.cloud_init, &self.user) {
             (Some(path), _) => read(path)?,
-            (None, Some(user)) => Seed::user_data_of(user, &self.keys()?),
+            (None, Some(user)) => Seed::user_data_of(user, &self.keys()?, by_vsock),
             (None, None) if self.hostname.is_some() => Seed::no_user_data(),
             (None, None) => return Ok(None),
         };

@@ -1,14 +1,17 @@
 //! `ballast disk`.
 
+pub mod running;
+
 use std::path::{Path, PathBuf};
 
+use api::signals;
 use api::units::Bytes;
 use devices::virtio::block::disk::DiskError;
 use disks::ToolError;
 use disks::file::{self, Create, FileError, Format, Info, NewSize};
 
 use crate::failure::Failure;
-use crate::{output, stopping};
+use crate::output;
 
 /// Make disks, look at them, make them larger
 #[derive(clap::Args)]
@@ -20,6 +23,8 @@ Examples:
   ballast disk create data.img --size 20G
   ballast disk create web.qcow2 --backing debian.qcow2
   ballast disk resize web.qcow2 +10G
+  ballast disk resize --vm web disk0 +10G
+  ballast disk list
   ballast disk info web.qcow2")]
 pub struct Args {
     #[command(subcommand)]
@@ -31,6 +36,7 @@ enum Command {
     Create(CreateArgs),
     Info(InfoArgs),
     Resize(ResizeArgs),
+    List(ListArgs),
     Check(CheckArgs),
 }
 
@@ -74,21 +80,38 @@ struct InfoArgs {
     json: bool,
 }
 
-/// Make a disk larger that is not in use
+/// Make a disk larger: one that is not in use, or with --vm one of a VM that runs
 ///
-/// What is added reads as zeros. The guest finds it at its next start; partitions and file systems grow by what
-/// the guest does then (Debian's images do it by themselves). Disks are never made smaller.
+/// What is added reads as zeros. A guest that runs is told at once, another finds it at its next start; partitions and
+/// file systems grow by what the guest does then (Debian's images do it by themselves when they start). Disks are
+/// never made smaller.
 #[derive(clap::Args)]
 struct ResizeArgs {
-    /// The disk's file
-    #[arg(value_name = "PATH")]
+    /// The disk's file; with --vm what the VM calls the disk, as `ballast disk list` says
+    #[arg(value_name = "DISK")]
     path: PathBuf,
+    /// The VM whose disk it is, as `ballast ps` names it
+    #[arg(long, value_name = "NAME", conflicts_with = "format")]
+    vm: Option<String>,
     /// The new size, or how much is added: 20G, +10G
     #[arg(value_name = "SIZE")]
     size: NewSize,
     /// The format: raw or qcow2 [default: by the name]
     #[arg(long)]
     format: Option<Format>,
+}
+
+/// List the disks of this user's VMs with what they have done since their VM started
+///
+/// LIMITED is how long requests waited for the disk's limits (iops=, bytes-per-second=); ERRORS how often the host could not
+/// do what the guest asked for.
+#[derive(clap::Args)]
+struct ListArgs {
+    /// The VM, as `ballast ps` names it [default: all]
+    name: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Look whether a disk's file is whole; what is found in an image, `qemu-img check -r` mends
@@ -123,11 +146,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
             let info = Info::of(&path, format(stated, &path))?;
             if json { output::json(&info) } else { output::text(&describe(&info)) }
         }
-        Command::Resize(ResizeArgs { path, size, format: stated }) => {
+        Command::Resize(ResizeArgs { path, size, vm: Some(vm), .. }) => {
+            output::text(&running::resize(&vm, &path.to_string_lossy(), size)?)
+        }
+        Command::List(ListArgs { name, json }) => running::list(name.as_deref(), json),
+        Command::Resize(ResizeArgs { path, size, format: stated, vm: None }) => {
             output::text(&describe(&file::resize(&path, format(stated, &path), size)?))
         }
         Command::Check(CheckArgs { path, format: stated, json }) => {
-            let check = file::check(&path, format(stated, &path), stopping::by_signals())?;
+            let check = file::check(&path, format(stated, &path), signals::stop_flag())?;
             let (path, file::Check { corruptions, leaks, errors, .. }) = (path.display(), &check);
             if json {
                 output::json(&check)?;

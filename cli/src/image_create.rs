@@ -4,6 +4,7 @@ use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use api::signals;
 use api::units::Bytes;
 use disks::ToolError;
 use disks::debian::{Build, BuildError, Release};
@@ -11,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tracing::info;
 
 use crate::failure::Failure;
-use crate::{sentence, stopping};
+use crate::sentence;
 
 /// Make disk images that boot
 #[derive(clap::Args)]
@@ -72,9 +73,10 @@ struct DebianArgs {
 pub fn run(args: Args) -> Result<(), Failure> {
     let Command::Create(CreateArgs { distribution: Distribution::Debian(args) }) = args.command;
     let DebianArgs { path, release, size, mirror, force } = args;
+    let size = disks::file::whole(size).map_err(Failure::usage)?;
     let build = Build { release, size, mirror, path, force };
     build.check()?;
-    let (stop, begun) = (stopping::by_signals(), Instant::now());
+    let (stop, begun) = (signals::stop_flag(), Instant::now());
     let progress = progress();
     let built = build.run(stop, |step| {
         let said = step.to_string();

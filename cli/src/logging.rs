@@ -1,15 +1,17 @@
-//! The log on standard error.
+//! The log, on standard error or in systemd's journal.
 
 use std::env;
-use std::fmt::{self, Write};
 use std::io;
 
-use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::entry::Entry;
+use crate::journal;
 use crate::sentence;
 use crate::standard_error::{self, LogWriter};
 
@@ -24,15 +26,24 @@ pub struct Options {
 }
 
 impl Options {
-    /// Starts the log: `BALLAST_LOG` where it is set, else by `-v`, else from `info` on.
+    /// Starts the log: `BALLAST_LOG` where it is set, else by `-v`, else from `info` on. It goes to systemd's journal
+    /// where that reads standard error.
     pub fn start(&self) {
+        self.start_of(None);
+    }
+
+    fn start_of(&self, vm: Option<&str>) {
         let level = match self.verbose {
             0 => "info",
             1 => "debug",
             _ => "trace",
         };
-        let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
         standard_error::open();
+        journal::open(vm);
+        let filter = filter_from_environment().unwrap_or_else(|| EnvFilter::new(level));
+        if let Some(journal) = journal::opened() {
+            return tracing_subscriber::registry().with(filter).with(journal).init();
+        }
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(LogWriter).with_target(false);
         // Its own errors would go where it could not write.
         let log = log.log_internal_errors(false);
@@ -42,14 +53,32 @@ impl Options {
     /// Starts the log of a process that is one VM. Where nobody asked for more than
     /// the usual, it is one that holds no memory: filters and spans would cost each
     /// VM some tens of KiB.
-    pub fn start_small(&self) {
+    pub fn start_small(&self, vm: Option<&str>) {
         if self.verbose > 0 || env::var_os(VARIABLE).is_some() {
-            return self.start();
+            return self.start_of(vm);
         }
         standard_error::open();
+        journal::open(vm);
         // Only a second call could fail.
         let _ = tracing::subscriber::set_global_default(Sentences);
     }
+}
+
+/// What [`VARIABLE`] says. What can't be read of it is told: whoever has set it waits for something.
+fn filter_from_environment() -> Option<EnvFilter> {
+    let told = env::var_os(VARIABLE)?;
+    let filter = told.to_str().map(EnvFilter::try_new);
+    let why = match filter {
+        Some(Ok(filter)) => return Some(filter),
+        Some(Err(error)) => error.to_string(),
+        None => "it is no text".to_owned(),
+    };
+    sentence::say(format_args!(
+        "{VARIABLE}={} is left aside: {why}; write a level (error, warn, info, debug, trace) or pairs such as \
+         balancer=debug,vmm=info",
+        told.display()
+    ));
+    None
 }
 
 /// Events from `info` on as sentences; nothing else.
@@ -65,9 +94,7 @@ impl Subscriber for Sentences {
     }
 
     fn event(&self, event: &Event<'_>) {
-        let mut sentence = Sentence(String::new());
-        event.record(&mut sentence);
-        sentence::log(sentence.0);
+        sentence::log(*event.metadata().level(), &Entry::of(event));
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {
@@ -82,21 +109,6 @@ impl Subscriber for Sentences {
     fn enter(&self, _: &Id) {}
 
     fn exit(&self, _: &Id) {}
-}
-
-/// An event's message, then its other fields.
-struct Sentence(String);
-
-impl Visit for Sentence {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a String does not fail.
-        let _ = if field.name() == "message" {
-            let fields = std::mem::take(&mut self.0);
-            write!(self.0, "{value:?}{fields}")
-        } else {
-            write!(self.0, " {}={value:?}", field.name())
-        };
-    }
 }
 
 #[cfg(test)]
@@ -115,9 +127,7 @@ mod tests {
                 Sentences.enabled(metadata)
             }
             fn event(&self, event: &Event<'_>) {
-                let mut sentence = Sentence(String::new());
-                event.record(&mut sentence);
-                SAID.lock().unwrap().push(sentence.0);
+                SAID.lock().unwrap().push(Entry::of(event).sentence());
             }
             fn new_span(&self, span: &Attributes<'_>) -> Id {
                 Sentences.new_span(span)
@@ -130,7 +140,7 @@ mod tests {
         tracing::subscriber::with_default(Heard, || {
             tracing::debug!("not this");
             tracing::warn!(count = 3, "the disk is full");
-            tracing::info!("hello {}", "you");
+            tracing::info!(event = "greeted", vm = "web", "hello {}", "you");
         });
         assert_eq!(*SAID.lock().unwrap(), ["the disk is full count=3", "hello you"]);
     }

@@ -9,35 +9,43 @@ mod check;
 mod client;
 mod cloud_init;
 mod completions;
+mod console;
 mod discovery;
 mod disk;
 mod duration;
+mod entry;
 mod failure;
 mod growth;
 mod image_create;
+mod journal;
 mod logging;
 mod manual_pages;
 mod memory;
+mod net;
 mod output;
 mod pause;
 mod ps;
 mod read_disk;
 mod record;
+mod relay;
 mod reservation;
 mod resume;
 mod run;
 mod sentence;
+mod service;
 mod sim;
 mod slat;
+mod ssh;
 mod standard_error;
+mod statuses;
 mod stop;
-mod stopping;
 mod supervisor;
 mod table;
 mod top;
 mod unpack_kernel;
 mod unpacking;
 mod vm_file;
+mod vsock;
 mod why;
 
 use std::env;
@@ -75,6 +83,7 @@ Examples:
   ballast run --name web --kernel vmlinuz --initrd web.cpio.gz --memory 256M,min=128M,max=1G
   ballast ps
   ballast top
+  ballast console web
   ballast memory web --target 300M
   ballast balancer --host-reserve 512M
 
@@ -95,9 +104,17 @@ enum Command {
     Top(top::Args),
     Memory(memory::Args),
     Why(why::Args),
+    Logs(service::LogsArgs),
+    Enable(service::EnableArgs),
+    Disable(service::DisableArgs),
+    Start(service::StartArgs),
     Stop(stop::Args),
     Pause(pause::Args),
     Resume(resume::Args),
+    Console(console::Args),
+    Net(net::Args),
+    Vsock(vsock::Args),
+    Ssh(ssh::Args),
     Slat(slat::Args),
     Balancer(balancer::Args),
     Sim(sim::Args),
@@ -117,6 +134,9 @@ fn main() -> ExitCode {
     // A limit on the size of files makes a write fail; it ends nobody.
     // SAFETY: no handler is set, and no other thread runs yet.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    // A parent that ignores it would have this process never learn how its own children end.
+    // SAFETY: as above.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     abort_on_panic();
     let words = match vm_file::expanded(env::args_os().collect()) {
         Ok(words) => words,
@@ -126,12 +146,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
-    match cli.command {
+    match &cli.command {
         // They open nothing, and say one sentence.
         Command::UnpackKernel(_) | Command::ReadDisk(_) => {}
-        Command::Run(_) => {
+        Command::Run(args) => {
             run::share_one_heap();
-            cli.logging.start_small();
+            cli.logging.start_small(args.name());
         }
         // A line in the log would tear its picture.
         Command::Top(_) if io::stderr().is_terminal() => {}
@@ -144,9 +164,17 @@ fn main() -> ExitCode {
         Command::Top(args) => done(top::run(&args)),
         Command::Memory(args) => done(memory::run(&args)),
         Command::Why(args) => done(why::run(&args)),
+        Command::Logs(args) => done(service::logs(&args)),
+        Command::Enable(args) => done(service::enable(&args)),
+        Command::Disable(args) => done(service::disable(&args)),
+        Command::Start(args) => done(service::start(&args)),
         Command::Stop(args) => done(stop::run(&args)),
         Command::Pause(args) => done(pause::run(&args)),
         Command::Resume(args) => done(resume::run(&args)),
+        Command::Console(args) => done(console::run(&args)),
+        Command::Net(args) => done(net::run(&args)),
+        Command::Vsock(args) => done(vsock::run(&args)),
+        Command::Ssh(args) => done(ssh::run(&args)),
         Command::Slat(args) => done(slat::run(&args)),
         Command::Balancer(args) => done(balancer::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),

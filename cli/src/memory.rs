@@ -149,7 +149,7 @@ fn plugged(memory: &MemoryStatus, plug: &PlugStatus) -> Vec<(&'static str, Strin
     lines.extend(
         memory
             .cushion
-            .map(|cushion| ("cushion", format!("{} in the balloon, of {}", cushion.held, cushion.size))),
+            .map(|cushion| ("cushion", format!("{}, with {} in the balloon", cushion.size, cushion.held))),
     );
     if plug.driver != DriverState::Active && memory.ceiling() < memory.limits.max() {
         let has = memory.ceiling();

@@ -16,6 +16,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::client;
+use crate::disk::running::failed;
 use crate::failure::Failure;
 use crate::{memory, output, sentence, table};
 
@@ -111,6 +112,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             && memory.plug.is_some_and(|plug| plug.lacks_driver())
         {
             sentence::say(format_args!("{}: {}", row.name, memory::lacks_plug(memory)));
+        }
+        if let Answer::Full { vm, .. } = &row.answer {
+            for disk in &vm.disks {
+                if let Some(failure) = &disk.failure {
+                    sentence::say(failed(&row.name, &disk.id, failure));
+                }
+            }
         }
         let (unmanaged, given) = match &row.answer {
             Answer::Full { memory, .. } => (memory.unmanaged(), memory.given.unwrap_or(memory.actual)),
@@ -231,6 +239,7 @@ const fn state(state: VmState) -> &'static str {
         VmState::Sleeping => "sleeping",
         VmState::Paused { by: Pauser::Operator } => "paused",
         VmState::Paused { by: Pauser::Balancer } => "paused by balancer",
+        VmState::Paused { by: Pauser::Disk } => "paused by disk",
         VmState::Stopped => "stopped",
     }
 }

@@ -7,24 +7,25 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use api::guest_memory;
 use api::limits::Limits;
 use api::runtime;
 use api::service_manager;
-use api::units::Bytes;
 use tracing::{info, warn};
 use vmm::boot::files::BootFiles;
 use vmm::config::{
     Backing, BalloonOptions, ConfigError, Console, Cpus, DEFAULT_CMDLINE, Device, DeviceConfig, DiskOptions,
-    MemoryOptions, Name, NetOptions, SerialOptions, Transport, VmConfig, with_words,
+    MemoryOptions, Name, NetOptions, SerialOptions, ServedPort, ShareOptions, Transport, VmConfig,
+    VsockOptions, with_words,
 };
 use vmm::machine::Machine;
 
 use crate::cgroup;
 use crate::cloud_init::SeedArgs;
 use crate::duration;
+use crate::entry::Entry;
 use crate::failure::Failure;
-use crate::growth::{self, Growth};
+use crate::growth;
+use crate::journal;
 use crate::reservation;
 use crate::sentence;
 use crate::supervisor;
@@ -115,13 +116,16 @@ pub struct Args {
     /// How the guest reaches its devices
     #[arg(long, value_name = "HOW", default_value = "pci")]
     transport: Carrier,
-    /// A disk: PATH, then with commas readonly, format=, cache= and backing=; once for each disk
+    /// A disk: PATH, then with commas readonly, format=, cache=, backing=, on-error= and limits; once for each disk
     ///
     /// A file of the disk's bytes, a block device, or a qcow2 image (its name ends in .qcow2, or format=qcow2). A
     /// qcow2 image may name another file behind it only with backing=allow. The guest finds the first as /dev/vda, the second as
     /// /dev/vdb and so on; it needs the module virtio_blk. A disk is locked while the VM runs, as QEMU
     /// locks it. One that the guest may write is not cached by the host (cache=direct), so that the guest's
     /// cache is the only one; one that it may only read is, and guests that read the same file share that.
+    /// Where the host fails a request, on-error=report tells the guest (an I/O error), on-error=pause pauses the VM until
+    /// `ballast resume`; usually it pauses where the host has no room, and reports the rest (on-error=pause-when-full).
+    /// Limits are iops=N and bytes-per-second=SIZE, and what passes at once is iops-burst=N and bytes-burst=SIZE.
     #[arg(long = "disk", value_name = "SPEC")]
     disks: Vec<DiskOptions>,
     #[command(flatten)]
@@ -134,7 +138,7 @@ pub struct Args {
     /// The process that starts this VM again
     #[arg(long, value_name = "PID", hide = true)]
     supervisor: Option<i32>,
-    /// A network: user, tap=NAME or fd=N, then with commas mac=, mtu= and more; once for each card
+    /// A network: user, tap=NAME, bridge=NAME or fd=N, then with commas mac=, mtu= and more; once for each card
     ///
     /// `user` needs no privileges: the program passt makes the guest's connections, as any program of yours
     /// could make them. The guest has 10.0.2.15 (by DHCP), and reaches what this host reaches, but not its
@@ -143,12 +147,39 @@ pub struct Args {
     /// name server; loopback makes 10.0.2.2 this host's loopback.
     ///
     /// `tap=NAME` is a tap that is there: `ip tuntap add dev NAME mode tap user $USER` as root makes one.
+    /// `bridge=NAME` makes a tap in that bridge of the host, which goes with the VM. It takes root (CAP_NET_ADMIN).
     /// `fd=N` is a tap that is open as descriptor N, with IFF_VNET_HDR.
     ///
-    /// mac=52:54:00:12:34:56 is the card's address (by the VM's name, if not given), mtu=BYTES its largest packet.
+    /// packets-per-second=N and bytes-per-second=SIZE hold the card to so much each way, with packets-burst=N and
+    /// bytes-burst=SIZE at once. mac=52:54:00:12:34:56 is the card's address (by the VM's name, if not given), mtu=BYTES its largest packet.
     /// The guest needs the module virtio_net.
     #[arg(long = "net", value_name = "SPEC")]
     nets: Vec<NetOptions>,
+    /// A directory that the guest shares: DIR, then with commas tag=TAG, readonly; once for each directory
+    ///
+    /// The guest mounts it by `mount -t virtiofs TAG /mnt`: tags are share0, share1 and so on, if not given. It needs
+    /// the module virtiofs. The program virtiofsd does the work, in a sandbox of its own; the one of QEMU 7 (Debian
+    /// 12) does it for root alone. Guest memory is then a memfd, which that program maps, so that --grow plug does
+    /// not go with it. A comma of the path is written twice.
+    #[arg(long = "share", value_name = "SPEC")]
+    shares: Vec<ShareOptions>,
+    /// Let programs on this host and in the guest speak to each other without a network (virtio-vsock)
+    ///
+    /// `ballast vsock NAME PORT` speaks to a program that listens in the guest. The guest needs the module
+    /// vmw_vsock_virtio_transport.
+    #[arg(long)]
+    vsock: bool,
+    /// A socket at which programs ask for ports of the guest as with Firecracker: `CONNECT PORT`, `OK PORT`
+    ///
+    /// For `ssh vsock-mux/PATH` of systemd, socat and others that know it. It gives the guest the device of --vsock.
+    #[arg(long, value_name = "PATH")]
+    vsock_socket: Option<PathBuf>,
+    /// A port of this host that the guest may connect to, and the Unix socket that serves it; once for each port
+    ///
+    /// The guest's programs connect to CID 2. All other ports refuse them. PORT alone is served by PATH_PORT beside
+    /// the socket of --vsock-socket PATH.
+    #[arg(long, value_name = "PORT:PATH")]
+    vsock_serve: Vec<ServedPort>,
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: Cpus,
@@ -159,8 +190,10 @@ pub struct Args {
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     console: Console,
     /// What guest memory is made of: private memory, or a memfd that others could map too
-    #[arg(long, value_name = "KIND", default_value = "anonymous")]
-    memory_backing: MemoryBacking,
+    ///
+    /// [default: anonymous, or memfd where a directory is shared]
+    #[arg(long, value_name = "KIND")]
+    memory_backing: Option<MemoryBacking>,
     /// Ask the host for transparent huge pages
     #[arg(long)]
     thp: bool,
@@ -198,8 +231,8 @@ pub struct Args {
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum GrowBy {
-    /// By plugging where the guest has virtio_mem: in its initramfs, or built into its kernel; else by its
-    /// balloon. `ballast check --kernel FILE --initrd FILE` says which
+    /// By plugging where the guest has virtio_mem: in its initramfs, built into its kernel, or among the modules of
+    /// the disk that it boots from; else by its balloon. `ballast check --kernel FILE --initrd FILE` says which
     Auto,
     /// It boots with max in its memory map, and the balloon holds back what is above SIZE
     Balloon,
@@ -231,9 +264,18 @@ enum MemoryBacking {
 }
 
 impl Args {
+    /// The VM's name, where the command line gives one.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_ref().map(Name::as_str)
+    }
+
     /// What is booted, where that says which devices there are.
     fn boot_files(&self) -> Result<Option<BootFiles>, Failure> {
         if self.grow != GrowBy::Auto || !growth::has_more(&self.memory) {
+            return Ok(None);
+        }
+        if !self.shares.is_empty() {
+            info!("it grows by its balloon: who shares a directory must not see memory that is not plugged");
             return Ok(None);
         }
         let (kernel, initrd) = (self.kernel.as_deref(), self.initrd.as_deref());
@@ -243,14 +285,15 @@ impl Args {
 
     fn config(self, files: Option<&BootFiles>) -> Result<VmConfig, Failure> {
         let mut devices = self.devices(files).map_err(Failure::usage)?;
-        if let Some(seed) = self.seed.seed(self.name.as_ref().map(Name::as_str))? {
+        if let Some(seed) = self.seed.seed(self.name.as_ref().map(Name::as_str), self.has_vsock())? {
             // Behind all disks, so that those have the names that they would have without it.
             let id = "cloud-init".parse().map_err(|error: ConfigError| Failure::usage(error))?;
             devices.push(DeviceConfig::new(id, Device::CloudInit(seed)));
         }
         let backing = self.hugepages.unwrap_or(match self.memory_backing {
-            MemoryBacking::Anonymous => Backing::Anonymous,
-            MemoryBacking::Memfd => Backing::Memfd,
+            Some(MemoryBacking::Anonymous) => Backing::Anonymous,
+            None if self.shares.is_empty() => Backing::Anonymous,
+            Some(MemoryBacking::Memfd) | None => Backing::Memfd,
         });
         let name = self.name.map_or_else(|| format!("vm-{}", std::process::id()).parse(), Ok);
         let name = name.map_err(|error: ConfigError| Failure::usage(error))?;
@@ -293,15 +336,20 @@ impl Args {
             (GrowBy::Auto, Some(files)) => {
                 growth::has_more(&self.memory) && {
                     let unpacking = (!self.no_unpack).then(|| unpacking(self.kernel_cache.as_ref()));
-                    let growth = growth::of_guest(&files.kernel, files.initrd.as_ref(), |file| {
+                    let (initrd, on_disk) = (files.initrd.as_ref(), files.memory_driver.as_deref());
+                    let growth = growth::of_guest(&files.kernel, initrd, on_disk, |file| {
                         let prepared = unpacking.map(|unpacking| unpacking.prepare(file)).transpose()?;
                         Ok(prepared.map(|(kernel, _)| kernel))
                     });
                     info!("{growth}");
-                    matches!(growth, Growth::Plug(_))
+                    growth.is_plug()
                 }
             }
         }
+    }
+
+    fn has_vsock(&self) -> bool {
+        self.vsock || self.vsock_socket.is_some() || !self.vsock_serve.is_empty()
     }
 
     /// The devices that the flags ask for, in the order in which the guest finds them.
@@ -322,13 +370,25 @@ impl Args {
         if self.plugs(files) {
             devices.push(("memory", Device::Memory));
         }
+        if self.has_vsock() {
+            devices.push((
+                "vsock",
+                Device::Vsock(VsockOptions {
+                    serve: self.vsock_serve.clone(),
+                    socket: self.vsock_socket.clone(),
+                }),
+            ));
+        }
         let disks = (0..)
             .zip(&self.disks)
             .map(|(number, disk)| (format!("disk{number}"), Device::Disk(disk.clone())));
         let nets =
             (0..).zip(&self.nets).map(|(number, net)| (format!("net{number}"), Device::Net(net.clone())));
-        let devices =
-            devices.into_iter().map(|(id, device)| (id.to_owned(), device)).chain(disks).chain(nets);
+        let shares = (0..)
+            .zip(&self.shares)
+            .map(|(number, share)| (format!("share{number}"), Device::Share(share.clone())));
+        let devices = devices.into_iter().map(|(id, device)| (id.to_owned(), device));
+        let devices = devices.chain(disks).chain(nets).chain(shares);
         devices.map(|(id, device)| Ok(DeviceConfig::new(id.parse()?, device))).collect()
     }
 }
@@ -348,7 +408,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if let Some(warning) = cgroup::warning(config.limits, config.memory.backing, cgroup::limit()) {
         warn!("{warning}");
     }
-    if let Some(warning) = starts_with_too_little(config.limits, config.plugs_memory()) {
+    if let Some(warning) = growth::starts_with_too_little(config.limits, config.plugs_memory()) {
         warn!("{warning}");
     }
     let reserved = if asks {
@@ -371,29 +431,16 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         None
     });
     let exit = machine.run_telling(|| {
+        if let Some(journal) = journal::opened() {
+            journal.send(tracing::Level::INFO, &Entry::new("its guest runs").of_kind("started"));
+        }
         if let Some(manager) = manager {
             // Who does not read it waits in vain, and ends this process then. The sandbox lets files be written.
             let _ = File::from(OwnedFd::from(manager)).write_all(b"READY=1\nSTATUS=its guest runs");
         }
     })?;
-    sentence::say(&exit);
+    sentence::befell("ended", &exit);
     Ok(ExitCode::from(exit.code()))
-}
-
-/// What is to be said of a guest whose kernel spends a large part of its startup memory on its max before it
-/// runs; `None` where that is little.
-fn starts_with_too_little(limits: Limits, plugs: bool) -> Option<String> {
-    // One that plugs has structures for what is plugged, when it is.
-    let map = if plugs { limits.startup() } else { limits.max() };
-    let (cost, least) = (guest_memory::fixed_cost(map), guest_memory::least_start(map));
-    let startup = limits.startup();
-    if startup >= least || cost <= Bytes(startup.0 / 8) {
-        return None;
-    }
-    Some(format!(
-        "with max={map} this guest spends {cost} before it runs, and it starts with {startup}: start it with at \
-         least {least}, or let it plug (--grow plug)"
-    ))
 }
 
 /// What it holds at its start: a balloon takes back what was touched before its driver runs, and not sooner.
@@ -417,23 +464,4 @@ pub fn share_one_heap() {
 fn give_back_heap() {
     // SAFETY: releases memory that the allocator itself holds free; it may be called at any time.
     unsafe { libc::malloc_trim(0) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_guest_that_its_max_leaves_little_of_its_start_is_warned_of() {
-        let said = |limits: &str, plugs| starts_with_too_little(limits.parse().expect("limits"), plugs);
-        for fits in ["128M", "256M,max=1G", "512M,max=16G"] {
-            assert_eq!(said(fits, false), None, "{fits}");
-        }
-        for short in ["256M,max=4G", "256M,max=16G", "1G,max=64G"] {
-            let told = said(short, false).expect("it is short");
-            assert!(told.contains("--grow plug"), "{told}");
-            assert_eq!(said(short, true), None);
-        }
-        assert!(said("256M,max=16G", false).expect("short").contains("at least 512 MiB"));
-    }
 }

@@ -4,9 +4,9 @@ use std::io::{IsTerminal, stderr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use api::signals::is_ignored;
+use api::signals;
 use api::units::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use sim::faults::Fault;
@@ -37,14 +37,16 @@ const MOST_SAMPLES: u64 = 200_000_000;
 Policies: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
-Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying, mem,
+crashkernel, off-line, limited, hidden; the first VMs get one each.
 
 The policy was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.",
     after_long_help = "\
 Policies: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
 (.csv, .json), Bitbrains GWA-T-12 (a directory, or .csv), Google 2019 InstanceUsage (.jsonl).
-Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying; the first VMs get one each.
+Faults: stuck, intermittent, lying, silent, driverless, unresponsive, dying, mem,
+crashkernel, off-line, limited, hidden; the first VMs get one each.
 
 The policy was made on seeds 1 to 99, 401 to 424 and 501 to 524: judge it on others.
 
@@ -133,7 +135,7 @@ fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
 
 pub fn run(args: &Args) -> Result<(), Failure> {
     let sweep = sweep(args)?;
-    let stop = stopped_by_user();
+    let stop = signals::stop_flag();
     let bar = progress(sweep.runs());
     let outcome = sweep.run(stop, &|done| bar.set_position(done as u64));
     bar.finish_and_clear();
@@ -147,7 +149,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::stopped("stopped: what was done until then is above"));
     }
     if let Some(directory) = &args.plot {
-        draw(directory, &sweep, &report, &outcome)?;
+        draw(directory, &sweep, &report, &outcome, stop)?;
     }
     Ok(())
 }
@@ -257,23 +259,6 @@ fn speeds(path: &Path) -> Result<Speeds, Failure> {
     serde_json::from_str(&text).map_err(|error| wrong(&error))
 }
 
-/// A flag that Ctrl-C sets. A second Ctrl-C ends the process at once.
-fn stopped_by_user() -> &'static AtomicBool {
-    static STOP: AtomicBool = AtomicBool::new(false);
-    extern "C" fn interrupted(_: libc::c_int) {
-        if STOP.swap(true, Ordering::Relaxed) {
-            // SAFETY: it may be called in a signal's handler.
-            unsafe { libc::_exit(130) };
-        }
-    }
-    if !is_ignored(libc::SIGINT) {
-        let handler = interrupted as extern "C" fn(libc::c_int);
-        // SAFETY: the handler does only what a handler may.
-        unsafe { libc::signal(libc::SIGINT, handler as libc::sighandler_t) };
-    }
-    &STOP
-}
-
 fn progress(runs: usize) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -290,6 +275,7 @@ fn draw(
     sweep: &Sweep,
     report: &Report,
     outcome: &sim::sweep::Outcome,
+    stop: &AtomicBool,
 ) -> Result<(), Failure> {
     std::fs::create_dir_all(directory)
         .map_err(|error| Failure::new(format!("can't create {}: {error}", directory.display())))?;
@@ -305,7 +291,9 @@ fn draw(
     let vms = outcome.most_vms(first).or(sweep.vms.first().copied()).unwrap_or(1);
     for &policy in &sweep.policies {
         let path = directory.join(format!("memory-{policy}.svg"));
-        let (trace, snapshots) = watch(sweep, policy, vms, *sweep.seeds.start());
+        let run = watch(sweep, policy, vms, *sweep.seeds.start(), stop);
+        let (trace, snapshots) =
+            run.ok_or_else(|| Failure::stopped("stopped: not all pictures were drawn"))?;
         let picture = plot::memory(policy, &trace, &snapshots, &sweep.setup.host);
         output::file(&path, &picture.map_err(Failure::new)?)?;
         drawn.push(path);

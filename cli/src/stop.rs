@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep};
 use crate::client::{self, Error};
 use crate::duration;
 use crate::failure::Failure;
+use crate::service;
 
 /// How often to look whether the VM has gone.
 const LOOK: Duration = Duration::from_millis(50);
@@ -33,7 +34,11 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let mut vm = client::named(&args.name)?;
+    let mut vm = match client::named(&args.name) {
+        Ok(vm) => vm,
+        Err(_) if service::stop_between_starts(&args.name)? => return Ok(()),
+        Err(error) => return Err(error),
+    };
     client::block_on(async {
         let asked = if args.force { vm.shutdown().await } else { vm.power_button().await };
         match asked {

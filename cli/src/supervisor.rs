@@ -42,14 +42,15 @@ pub fn run(named: bool) -> Result<ExitCode, Failure> {
             return Ok(ExitCode::from(code(status)));
         }
         if !reboots.may_go_on(Instant::now()) {
-            sentence::say(format_args!(
+            let why = format!(
                 "The guest has rebooted more than {MOST_REBOOTS} times within {} seconds, and is not started again: \
                  look at its console.",
                 PERIOD.as_secs()
-            ));
+            );
+            sentence::befell("left-off", why);
             return Ok(ExitCode::from(Exit::Reboot.code()));
         }
-        sentence::say("The VM starts again.");
+        sentence::befell("starts-again", "The VM starts again.");
     }
 }
 
@@ -102,9 +103,6 @@ struct Signals(libc::sigset_t);
 impl Signals {
     /// Takes the signals away from their default effect, but for those that this process was started to ignore.
     fn take() -> io::Result<Self> {
-        // A parent that ignores it would have ends of children go unheard.
-        // SAFETY: no handler is set.
-        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
         Self::mask(libc::SIG_BLOCK).map(Self)
     }
 

@@ -283,6 +283,21 @@ fn a_vm_is_shown_and_steered() {
 }
 
 #[test]
+fn ps_lists_a_vm_once_whatever_leads_to_its_socket() {
+    let place = Place::new();
+    with_vm(&place, "web", || {
+        let path = |name: &str| place.path().join(name);
+        std::os::unix::fs::symlink("web.sock", path("latest.sock")).unwrap();
+        fs::hard_link(path("web.sock"), path("web-too.sock")).unwrap();
+        let json: Value = serde_json::from_str(&place.ballast(&["ps", "--json"]).out).unwrap();
+        let names: Vec<_> = json.as_array().unwrap().iter().map(|vm| &vm["name"]).collect();
+        assert_eq!(names, ["web"]);
+        // By its other name it is still found.
+        assert_eq!(place.ballast(&["memory", "latest"]).code, Some(0));
+    });
+}
+
+#[test]
 fn ps_names_the_dead_the_deaf_and_the_mad_and_waits_for_none() {
     let place = Place::new();
     drop(UnixListener::bind(place.path().join("dead.sock")).unwrap());
@@ -364,6 +379,16 @@ fn ps_lists_vms_of_other_vmms_as_the_balancer_knows_them() {
         let json: Value = serde_json::from_str(&place.ballast(&["ps", "--json"]).out).unwrap();
         assert_eq!((&json[0]["answer"], &json[0]["view"]["name"]), (&"of-balancer".into(), &"mail".into()));
     });
+}
+
+#[test]
+fn a_filter_of_the_log_that_cannot_be_read_is_told() {
+    let place = Place::new();
+    for (filter, told) in [("ballast=loud", true), ("a=b=c", true), ("debug", false), ("", false)] {
+        let answer = Answer::from(place.command(&["ps"]).env("BALLAST_LOG", filter).output().unwrap());
+        assert_eq!(answer.code, Some(0), "{filter}: {answer:?}");
+        assert_eq!(answer.err.contains("is left aside"), told, "{filter}: {answer:?}");
+    }
 }
 
 #[test]

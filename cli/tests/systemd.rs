@@ -1,7 +1,8 @@
 //! The units in `resources/`, and what a service manager hears of the daemon.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -142,5 +143,39 @@ fn units_of_root_are_shut_in_as_systemd_counts_it() {
             }
             Err(error) => panic!("systemd-analyze: {error}"),
         }
+    }
+}
+
+/// What a cluster takes for stopped it starts on another host, with the same disks.
+#[test]
+fn a_cluster_is_told_of_a_stopped_vm_only_where_systemd_says_so() {
+    const FUNCTIONS: &str =
+        "OCF_SUCCESS=0 OCF_ERR_GENERIC=1 OCF_ERR_ARGS=2 OCF_ERR_CONFIGURED=6 OCF_NOT_RUNNING=7
+        ocf_exit_reason() { echo \"$1\"; }
+        check_binary() { :; }";
+    let directory = tempfile::tempdir().unwrap();
+    let program = |name: &str, does: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{does}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    };
+    program("ballast", "exit 0");
+    fs::write(directory.path().join("ocf-shellfuncs"), FUNCTIONS).unwrap();
+    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH").unwrap());
+    for (systemctl, code) in [
+        ("echo active", 0),
+        ("echo activating", 0),
+        ("echo inactive", 7),
+        ("echo failed", 7),
+        ("echo deactivating", 1),
+        ("echo 'Failed to connect to bus' >&2; exit 1", 1),
+        ("echo", 1),
+    ] {
+        program("systemctl", systemctl);
+        let mut agent = Command::new("sh");
+        agent.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pacemaker/vm")).arg("monitor");
+        agent.env("PATH", &path).env("OCF_FUNCTIONS_DIR", directory.path()).env("OCF_RESKEY_name", "web");
+        let output = agent.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{systemctl}: {output:?}");
     }
 }

@@ -6,8 +6,10 @@ use devices::testing::hostile::{any_act, from_bytes};
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../devices/tests/net/attack.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod attack;
 #[path = "../../devices/tests/net/room.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod room;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -10,8 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::signals;
 use api::units::Bytes;
 use clap::{Subcommand, ValueEnum};
+use slat::host;
 use slat::linux::{self, doorbell};
 use slat::payload::memory::Backing;
 use slat::payload::{Payload, Place, Setup};
@@ -19,7 +21,6 @@ use slat::probe::{self, Verdict};
 use slat::report::{self, Input, html};
 use slat::run::{self, Clock, Extent, Plan, Run};
 use slat::walk::PageSize;
-use slat::{host, interrupt};
 
 use crate::failure::Failure;
 use crate::{output, sentence, table};
@@ -146,6 +147,9 @@ enum Set {
     Switches,
     /// Everything
     Full,
+    /// Loads that miss the TLB, in the lab
+    #[value(hide = true)]
+    Walks,
     /// Nothing but Linux guests, in the lab
     #[value(hide = true)]
     Guests,
@@ -159,6 +163,7 @@ impl Set {
             Self::Scaling => Extent::Scaling,
             Self::Memory => Extent::Memory,
             Self::Switches => Extent::Switches,
+            Self::Walks => Extent::Walks,
             Self::Guests => Extent::Guests,
             Self::Full => Extent::Full,
         }
@@ -356,7 +361,7 @@ fn measure(args: &RunArgs) -> Result<(), Failure> {
         clock: if host::is_emulated() { Clock::Emulated } else { Clock::Time },
         reasons: args.reasons,
     };
-    let run = run::run(&plan, interrupt::flag(), |pass, setup| {
+    let run = run::run(&plan, signals::stop_flag(), |pass, setup| {
         sentence::progress(format_args!("pass {} of {}: {}", pass + 1, plan.passes, setup.describe()));
     });
     // A file that can't be written is no reason not to show what was measured.

@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{fs, io};
 
+use api::signals;
 use slat::reload::Switch;
 use slat::report::{Input, side_by_side};
-use slat::{interrupt, run::Run};
+use slat::run::Run;
 
 use super::{RunArgs, writable};
 use crate::failure::Failure;
@@ -26,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(100);
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let switch = Switch::find(args.even_if_emulated).map_err(Failure::new)?;
     // From here on Ctrl-C ends the measuring, not this process.
-    let stop = interrupt::flag();
+    let stop = signals::stop_flag();
     let directory = tempfile::tempdir().map_err(Failure::new)?;
     let names = if switch.is_on() { ["slat-on", "slat-off"] } else { ["slat-off", "slat-on"] };
     let [first_file, second_file] =

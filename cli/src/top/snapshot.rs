@@ -111,6 +111,8 @@ pub enum Condition {
     WaitsForRoom,
     /// It is paused; nobody balances it.
     Paused,
+    /// It paused itself, as the host failed one of its disks.
+    PausedByDisk,
     /// It answers; nobody balances it.
     Alone(DriverState),
     /// It answers something else.
@@ -130,7 +132,12 @@ impl Condition {
                 !matches!(standing, Following | Static | Booting | Leaving)
             }
             Self::Alone(driver) => !matches!(driver, DriverState::Active),
-            Self::WaitsForRoom | Self::Paused | Self::Unreadable | Self::NotAnswering | Self::Dead => true,
+            Self::WaitsForRoom
+            | Self::Paused
+            | Self::PausedByDisk
+            | Self::Unreadable
+            | Self::NotAnswering
+            | Self::Dead => true,
         }
     }
 }
@@ -141,6 +148,7 @@ impl fmt::Display for Condition {
             Self::Balanced(standing) => return standing.fmt(f),
             Self::WaitsForRoom => "paused, waits",
             Self::Paused => "paused",
+            Self::PausedByDisk => "paused by disk",
             Self::Alone(DriverState::Active) => "not balanced",
             Self::Alone(DriverState::Absent) => "no driver",
             Self::Alone(DriverState::Silent) => "no reports",
@@ -197,6 +205,7 @@ impl Vm {
         });
         let condition = match (vm.standing, vm.paused_by) {
             (Standing::Paused, Some(Pauser::Balancer)) => Condition::WaitsForRoom,
+            (Standing::Paused, Some(Pauser::Disk)) => Condition::PausedByDisk,
             (standing, _) => Condition::Balanced(standing),
         };
         Self { name: vm.name, condition, memory, reason: vm.last_reason }
@@ -217,6 +226,7 @@ impl Vm {
         };
         let condition = match status.paused_by {
             Some(Pauser::Balancer) => Condition::WaitsForRoom,
+            Some(Pauser::Disk) => Condition::PausedByDisk,
             Some(Pauser::Operator) => Condition::Paused,
             None => Condition::Alone(status.driver),
         };
@@ -238,6 +248,7 @@ mod tests {
         for (standing, paused_by, word) in [
             (Standing::Paused, Some(Pauser::Balancer), "paused, waits"),
             (Standing::Paused, Some(Pauser::Operator), "paused"),
+            (Standing::Paused, Some(Pauser::Disk), "paused by disk"),
             (Standing::NotAnswering, Some(Pauser::Balancer), "not answering"),
         ] {
             let view = VmView {

@@ -54,9 +54,27 @@ pub const SAMPLES: &[Sample] = &[
     // It has not started.
     client("memory", "web --target 128M", &[1]),
     client("why", "web", &[0]),
+    // Nobody has a file of that name.
+    alone("enable", "no-such-vm-here", &[2]),
+    alone("start", "no-such-vm-here", &[2]),
+    // 0 where systemd runs, and there is nothing to disable.
+    alone("disable", "no-such-vm-here", &[0, 1]),
+    // 1 where there is no journalctl.
+    alone("logs", "no-such-vm-here --lines 1 --events", &[0, 1]),
     client("stop", "web --timeout 100ms", &[1]),
     client("pause", "web", &[0, 1]),
     client("resume", "web", &[0, 1]),
+    // It has not started.
+    client("console", "web", &[1]),
+    client("console", "web --watch", &[1]),
+    client("vsock", "web 22", &[1]),
+    // Where there is such a VM it becomes ssh, which goes by its own rules.
+    client("ssh", "me@other", &[1]),
+    client("disk list", "", &[0]),
+    client("disk list", "web --json", &[0]),
+    alone("net", "", &[2]),
+    client("net list", "", &[0]),
+    client("net list", "web --json", &[0]),
     alone("slat", "", &[2]),
     alone("slat probe", "", &[0, 3]),
     alone("slat walk", "--steps", &[0]),
