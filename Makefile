@@ -46,8 +46,9 @@ test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow pa
 
 ignored: setup intel
 	@$(call need,mmdebstrap)
-	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test hostile_guest --test images --test intel --test plug -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --package tests --test boots --test conditions --test kernels --test console_transfer --test cushion --test hostile_guest --test images --test intel --test plug -- --ignored --nocapture --test-threads=1
 	$(CARGO) test --package balloon --test discard -- --ignored --nocapture
+	$(CARGO) test --package devices --test block -- --ignored --nocapture --test-threads=1
 
 fuzz: ## Fuzz targets of the devices; FUZZ_SECONDS=60 for each (300)
 	if $(CARGO) +nightly fuzz --version >/dev/null 2>&1; \
@@ -64,7 +65,8 @@ soak: setup ## Moves a guest's memory at random for an hour of the lab's time; S
 bench: setup ## Start, memory, exits and instructions, counted in the lab beside QEMU microvm; then this host (an hour)
 	$(CARGO) run --package tests --bin bench
 	$(CARGO) run --package tests --bin latency
-	$(CARGO) bench --package balloon --package balancer --package vmm --benches
+	@$(call need,fio)
+	$(CARGO) bench --package balloon --package balancer --package vmm --package devices --benches
 
 prove: ## What holds of ranges and descriptors, for all input: by Kani, or exhaustively within small bounds
 	if $(CARGO) kani --version >/dev/null 2>&1; \

@@ -283,6 +283,51 @@ fn reads_its_input_from_a_file() {
     assert_eq!(run.console.text().matches("DONE rest:1ms").count(), 100, "{}", run.console.text());
 }
 
+/// `ballast console` on a VM that has no console of its own.
+fn attaches_from_elsewhere(terminal: &Terminal) {
+    let mut run = Run::start("far", Stdio::null(), &["--console", "none"]);
+    wait_for("its API", BOOT, || answers("far").then_some(()));
+    let attach = |stdin: Stdio, arguments: &[&str]| {
+        let mut command = Command::new(ballast());
+        command.args(["console", "far"]).args(arguments);
+        let mut child = command
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ballast can be run");
+        let console = Said::by(child.stdout.take().expect("it is piped"));
+        let errors = Said::by(child.stderr.take().expect("it is piped"));
+        Run { child, console, errors }
+    };
+    let watcher = attach(Stdio::null(), &["--watch"]);
+    let mut writer = attach(terminal.stdio(), &[]);
+    terminal.wait_until_raw();
+    writer.console.wait_for("READY", BOOT);
+    terminal.type_in("rest:1ms\n");
+    writer.console.wait_for("DONE rest:1ms", BOOT);
+    watcher.console.wait_for("DONE rest:1ms", SOON);
+    let mut second = attach(Stdio::null(), &[]);
+    assert_eq!(second.wait_for_end().code(), Some(1));
+    second.errors.wait_for("--take-over", SOON);
+    terminal.type_in("\x01x");
+    assert_eq!(writer.wait_for_end().code(), Some(0), "{}", writer.errors.text());
+    terminal.assert_restored("detaching");
+    assert!(run.is_running(), "the VM runs on");
+
+    let mut last = attach(Stdio::piped(), &["--take-over"]);
+    last.console.wait_for("DONE rest:1ms", SOON);
+    let mut keys = last.child.stdin.take().expect("it is piped");
+    keys.write_all(b"end\n").expect("it listens");
+    drop(keys);
+    let ended = wait_for("the end of the VM", BOOT, || run.child.try_wait().expect("ours"));
+    assert_eq!(ended.code(), Some(0), "{}", run.errors.text());
+    for mut client in [last, watcher] {
+        assert_eq!(client.wait_for_end().code(), Some(0), "{}", client.errors.text());
+        client.errors.wait_for("`far` has ended", SOON);
+    }
+}
+
 fn one_name_for_two(terminal: &Terminal) {
     let mut first = Run::start("twin", Stdio::piped(), &[]);
     // The end of its input.
@@ -329,5 +374,6 @@ fn the_terminal_is_given_back_and_names_are_one_vms_own() {
         reads_its_input_from_a_file();
         one_name_for_two(&terminal);
         a_guest_powers_off(&terminal);
+        attaches_from_elsewhere(&terminal);
     });
 }

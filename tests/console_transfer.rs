@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guests::{BOOT, Host, ballast, images, wait_for};
 use lab::Kernel;
@@ -16,11 +16,16 @@ const TRANSFER: Duration = Duration::from_secs(20);
 /// 4096 bytes (drivers/tty/n_tty.c, N_TTY_BUF_SIZE), whatever the port does.
 const MOST_ECHOED: usize = 2048;
 
+/// How many bytes of a long transfer are told of at a time.
+const TOLD: usize = 500_000;
+
 /// A VM whose console is a socket, and its client.
 struct Vm {
     child: Child,
     console: UnixStream,
     patience: Duration,
+    /// When the transfer under way began.
+    begun: Instant,
 }
 
 impl Drop for Vm {
@@ -40,7 +45,7 @@ impl Vm {
         command.args(["--cmdline", "console=ttyS0 panic=-1 quiet ballast.console"]);
         command.arg("--console").arg(format!("socket:{}", socket.display()));
         let child = command.stdin(Stdio::null()).spawn().expect("ballast can be run");
-        let mut vm = Self { child, console: connect(&socket), patience };
+        let mut vm = Self { child, console: connect(&socket), patience, begun: Instant::now() };
         vm.read_until("READY", BOOT);
         vm.read_until("\n", BOOT);
         vm
@@ -67,6 +72,7 @@ impl Vm {
         self.console.write_all(format!("{order}\n").as_bytes()).expect("it listens");
         // Behind the order's own echo.
         self.read_until("GO\n", TRANSFER);
+        self.begun = Instant::now();
     }
 
     /// Reads the next `count` of the bytes that are `expected`.
@@ -80,6 +86,9 @@ impl Vm {
             for (place, byte) in (place..).zip(&buffer[..read]) {
                 assert_eq!(Some(*byte), expected.next(), "byte {place} of {what}");
             }
+            if (place + read) / TOLD > place / TOLD {
+                println!("{what}: {} bytes in {:?}", place + read, self.begun.elapsed());
+            }
             place += read;
         }
     }
@@ -87,7 +96,7 @@ impl Vm {
     fn assert_done(&mut self, order: &str) {
         let answer = self.read_until("\n", self.patience);
         assert_eq!(answer.trim(), format!("DONE {order}"));
-        println!("{order}: done");
+        println!("{order}: done in {:?}", self.begun.elapsed());
     }
 
     /// Bytes into the guest.

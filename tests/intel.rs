@@ -11,8 +11,11 @@ use guests::checks::boot::boot;
 use guests::checks::plug::plugs_uses_and_unplugs;
 use guests::checks::slat::{addresses_are_followed, the_module_is_reloaded_and_put_back};
 use guests::{Host, ballast, images, unit_tests};
-use lab::{INSIDE, Kernel};
+use lab::{Emulator, Execution, INIT, INSIDE, Init, Kernel, Terminal, Vendor};
 use serde_json::Value;
+use slat::lab::walks::{Miss, misses};
+use slat::run::Run;
+use slat::walk::PageSize;
 
 fn host(usually: u64) -> Host {
     Host::new().intel().guest(Kernel::V6_1).without_halt_polling().usually(Duration::from_secs(usually))
@@ -121,6 +124,60 @@ fn a_guest_works_without_accessed_and_dirty_bits_of_ept() {
         boots(Kernel::V6_1);
         inflates_and_deflates("plain", Kernel::V6_1, &[]);
     });
+}
+
+/// What an emulated host's processor read in loads that missed its TLB, by its emulator's record.
+fn misses_of(nested_paging: bool) -> Vec<Miss> {
+    let init = Init { program: ballast(), arguments: "slat inside".into() };
+    let host = Emulator {
+        vendor: Vendor::Intel,
+        execution: Execution::Counted,
+        nested_paging,
+        init: Some(init),
+        shell: false,
+        ballast: false,
+        references: true,
+        terminal: Terminal::Kept,
+        limit: Duration::from_secs(1200),
+        ..Emulator::default()
+    };
+    let arguments = ["slat", "inside", "--set", "walks", "--instructions"];
+    let attempt = host.attempt(INIT.as_ref(), &arguments, || false).expect("a host");
+    let result = attempt.results.get("result.json").unwrap_or_else(|| panic!("{attempt:?}"));
+    let run: Run = serde_json::from_slice(result).expect("a run");
+    assert_eq!(run.failed(), None);
+    misses(&run, &attempt.references).unwrap_or_else(|why| panic!("{why}"))
+}
+
+#[test]
+#[ignore = "takes minutes in the lab: make test-long"]
+fn a_miss_of_the_tlb_costs_what_the_model_says() {
+    let found = misses_of(true);
+    assert_eq!(found.len(), 6, "each page size of the guest over each of the host: {found:?}");
+    for miss in &found {
+        assert!(miss.is_as_modelled(), "the model has {:?}, and there was {miss:?}", miss.model().steps());
+    }
+    use PageSize::{Size1G, Size2M, Size4K};
+    for (guest, host, references) in [
+        (Size4K, Size4K, 24),
+        (Size4K, Size2M, 19),
+        (Size2M, Size4K, 19),
+        (Size2M, Size2M, 15),
+        (Size1G, Size4K, 14),
+        (Size1G, Size2M, 11),
+    ] {
+        let miss = found.iter().find(|miss| (miss.guest_page, miss.host_page) == (guest, host));
+        assert_eq!(miss.map(Miss::references), Some(references), "{guest} over {host}");
+    }
+}
+
+#[test]
+#[ignore = "takes minutes in the lab: make test-long"]
+fn a_miss_of_the_tlb_costs_one_walk_without_ept() {
+    let found = misses_of(false);
+    let usual = |miss: &&Miss| (miss.guest_page, miss.host_page) == (PageSize::Size4K, PageSize::Size4K);
+    assert_eq!(found.iter().find(usual).map(Miss::references), Some(4), "{found:?}");
+    assert!(found.iter().all(|miss| miss.references() <= 4), "{found:?}");
 }
 
 #[test]

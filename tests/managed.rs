@@ -1,5 +1,7 @@
 //! Guests whose kernels do not manage all the memory that they were given.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use api::status::{AgedReport, MemoryStatus};
@@ -92,6 +94,44 @@ fn with_plugged_memory_that_is_not_on_line() {
     assert_eq!((memory.actual, memory.unmanaged()), (Bytes::mib(160), Bytes::ZERO));
     assert!(available(&report) > Bytes::mib(20), "{memory:#?}");
     end(vm);
+}
+
+/// A file as a disk, which ends with a whole block.
+fn as_disk(directory: &Path, file: &Path) -> String {
+    const BLOCK: usize = 4096;
+    let mut content = fs::read(file).expect("it is here");
+    content.resize(content.len().next_multiple_of(BLOCK), 0);
+    let path = directory.join(file.file_name().expect("a name"));
+    fs::write(&path, content).expect("room");
+    format!("{},format=raw,readonly", path.display())
+}
+
+/// A kernel crashes, and the one that takes over has 160 of the 512 MiB, and a balloon's driver.
+#[test]
+fn a_kernel_that_looks_at_a_crash_is_not_squeezed() {
+    Host::new().guest(Kernel::V6_1).memory(Bytes::gib(3)).usually(Duration::from_secs(120)).run(|| {
+        let images = images(Kernel::V6_1);
+        let directory = tempfile::tempdir().expect("a directory");
+        let (kernel, initrd) =
+            (as_disk(directory.path(), &images.bzimage), as_disk(directory.path(), &images.agent_initrd));
+        let cmdline = "ballast.console crashkernel=160M";
+        let mut settings = VmSettings::new("crashes", &images, "512M,min=96M", cmdline).with(BALLOON);
+        settings.initrd = images.agent_initrd.clone();
+        let mut vm = settings.with(&["--disk", &kernel, "--disk", &initrd]).start();
+        vm.wait_until_ready();
+        vm.step("capture:vda:vdb", MOVING);
+        vm.set_target(Bytes::mib(128));
+        vm.type_in("set:/proc/sysrq-trigger:c\n");
+        vm.wait_for_line("sysrq triggered crash", MOVING);
+        let ready = vm.wait_until_ready();
+        assert!(ready.contains("cpus=1"), "{ready}");
+
+        let (memory, report) = reached(&vm);
+        assert!(report.managed.unwrap() < Bytes::mib(160), "{memory:#?}");
+        assert!(memory.unmanaged() > Bytes::mib(330), "{memory:#?}");
+        assert!(available(&report) > Bytes::mib(60), "{memory:#?}");
+        end(vm);
+    });
 }
 
 #[test]

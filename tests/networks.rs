@@ -1,11 +1,15 @@
 //! Guests with networks: at a tap of the host, and behind passt.
 
 use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::process::Command;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
-use guests::{Host, Vm, VmSettings, images, leave_the_first_root, wait_for};
+use guests::{Host, Vm, VmSettings, ballast, images, leave_the_first_root, wait_for};
 use lab::Kernel;
 
 /// How long a step with a network takes.
@@ -14,10 +18,14 @@ const WORKING: Duration = Duration::from_secs(30);
 const BYTES: usize = 3 << 20;
 
 fn guest(kernel: Kernel, transport: &str, net: &str) -> Vm {
+    guest_with(kernel, &["--transport", transport, "--net", net])
+}
+
+fn guest_with(kernel: Kernel, arguments: &[&str]) -> Vm {
     let images = images(kernel);
     let mut settings = VmSettings::new("networks", &images, "256M", "ballast.console");
-    settings.initrd = images.net_initrd;
-    let mut vm = settings.with(&["--transport", transport, "--net", net]).start();
+    settings.initrd = kernel.net_initrd().expect("it was made");
+    let mut vm = settings.with(arguments).start();
     vm.wait_until_ready();
     vm
 }
@@ -68,19 +76,91 @@ fn fetch(vm: &mut Vm, from: &str, hash: &str) {
     vm.step(&format!("run:echo '{hash}  /tmp/file' | sha256sum -c"), WORKING);
 }
 
+/// Where the VM listens for programs that ask for ports of the guest.
+const VSOCK_SOCKET: &str = "/tmp/vm.vsock";
+/// Where a program of the host serves the guest.
+const SERVED: &str = "/tmp/vm.vsock_1024";
+
+/// Says back what each says who connects to the socket at `path`.
+fn echo_at(path: &str) {
+    let listener = UnixListener::bind(path).expect("a socket");
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut to = client.try_clone().expect("a descriptor");
+                let _ = io::copy(&mut &client, &mut to);
+                let _ = client.shutdown(Shutdown::Write);
+            });
+        }
+    });
+}
+
+/// Programs of the guest and the host speak to each other without a network, whoever calls.
+fn speaks_by_sockets(vm: &mut Vm) {
+    vm.step("vsock-send:1024:3M", WORKING);
+    vm.type_in("vsock-send:1025:1K\n");
+    vm.wait_for_line("ERROR connect: Connection reset by peer", WORKING);
+    vm.step("vsock-echo:5000", WORKING);
+    let call = |port: &str, said: &[u8]| {
+        let mut command = Command::new(ballast());
+        command.args(["vsock", "networks", port]);
+        let mut call = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ballast");
+        let mut stdin = call.stdin.take().expect("it is piped");
+        let said = said.to_vec();
+        thread::spawn(move || drop(stdin.write_all(&said)));
+        call.wait_with_output().expect("it ends")
+    };
+    let said: Vec<u8> = (0..BYTES).map(|place| (place * 7 % 253) as u8).collect();
+    let answer = call("5000", &said);
+    assert!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
+    assert!(answer.stdout == said, "{} of {BYTES} bytes came back", answer.stdout.len());
+    speaks_as_with_firecracker();
+    let refused = call("5001", b"");
+    let sentence = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{sentence}");
+    assert!(sentence.contains("the guest refused port 5001"), "{sentence}");
+}
+
+/// The guest echoes at port 5000, and nobody listens at port 5001.
+fn speaks_as_with_firecracker() {
+    let ask = |line: &str| {
+        let stream = UnixStream::connect(VSOCK_SOCKET).expect("the VM listens");
+        stream.set_read_timeout(Some(WORKING * 10)).expect("a time");
+        (&stream).write_all(line.as_bytes()).expect("it is taken");
+        stream
+    };
+    let stream = ask("CONNECT 5000\nhello\n");
+    let mut lines = BufReader::new(&stream).lines();
+    let answer = lines.next().expect("an answer").expect("text");
+    assert!(answer.strip_prefix("OK ").is_some_and(|port| port.parse::<u32>().is_ok()), "{answer}");
+    assert_eq!(lines.next().expect("the echo").expect("text"), "hello");
+    let refused = ask("CONNECT 5001\n");
+    assert_eq!((&refused).read(&mut [0]).expect("it ends"), 0);
+}
+
 #[test]
 fn a_guest_at_a_tap_talks_with_its_host_both_ways() {
     Host::new()
-        .guest(Kernel::V6_1)
-        .guest(Kernel::V6_12)
+        .net_guest(Kernel::V6_1)
+        .net_guest(Kernel::V6_12)
         .modules(&["tun"])
         .usually(Duration::from_secs(120))
         .run(|| {
             make_tap("tap0");
             host("ip addr add 192.0.2.1/24 dev tap0 && ip link set tap0 up");
             let hash_of_file = serve("192.0.2.1:8000");
+            echo_at(SERVED);
             for (kernel, transport) in [(Kernel::V6_1, "pci"), (Kernel::V6_12, "mmio")] {
-                let mut vm = guest(kernel, transport, "tap=tap0,mac=52:54:00:00:00:07");
+                let net = "tap=tap0,mac=52:54:00:00:00:07";
+                let vsock = ["--vsock-socket", VSOCK_SOCKET, "--vsock-serve", "1024"];
+                let arguments = [&["--transport", transport, "--net", net], &vsock[..]].concat();
+                let mut vm = guest_with(kernel, &arguments);
+                speaks_by_sockets(&mut vm);
                 vm.step("run:grep 52:54:00:00:00:07 /sys/class/net/eth0/address", WORKING);
                 vm.step("run:ip addr add 192.0.2.2/24 dev eth0 && ip link set eth0 up", WORKING);
                 fetch(&mut vm, "192.0.2.1:8000", &hash_of_file);
@@ -100,7 +180,7 @@ fn a_guest_at_a_tap_talks_with_its_host_both_ways() {
 
 #[test]
 fn a_pause_in_the_middle_of_a_transfer_loses_nothing() {
-    Host::new().guest(Kernel::V6_1).modules(&["tun"]).usually(Duration::from_secs(90)).run(|| {
+    Host::new().net_guest(Kernel::V6_1).modules(&["tun"]).usually(Duration::from_secs(90)).run(|| {
         make_tap("tap0");
         host("ip addr add 192.0.2.1/24 dev tap0 && ip link set tap0 up");
         let hash_of_file = serve("192.0.2.1:8000");
@@ -131,7 +211,7 @@ const ON_LEASE: &str = "#!/bin/sh\\n[ \"$1\" = bound ] || exit 0\\nip addr add $
 
 #[test]
 fn a_guest_has_a_network_without_privileges() {
-    let host_with_passt = Host::new().guest(Kernel::V6_1).modules(&["dummy"]).passt();
+    let host_with_passt = Host::new().net_guest(Kernel::V6_1).modules(&["dummy"]).passt();
     host_with_passt.usually(Duration::from_secs(120)).run(|| {
         leave_the_first_root();
         // The host's own network.
@@ -153,7 +233,8 @@ fn a_guest_has_a_network_without_privileges() {
         vm.step("run:! wget -q -T 5 -O /dev/null http://10.0.2.2:9000/file", WORKING);
 
         // passt dies: the guest sees its cable out, and nothing else happens to it.
-        host("kill -9 $(pidof passt.avx2 passt)");
+        // `pidof` names a process once for each of the two names, and the second kill may find it gone.
+        host("kill -9 $(pidof passt.avx2 passt | tr ' ' '\\n' | sort -u)");
         vm.wait_for_line("passt has ended", WORKING);
         vm.step("run:grep 0 /sys/class/net/eth0/carrier", WORKING);
         assert_eq!(passts(), 0);
@@ -173,4 +254,106 @@ fn a_guest_has_a_network_without_privileges() {
             wait_for("the end of passt", WORKING, || (passts() == 0).then_some(()));
         }
     });
+}
+
+/// A VM beside others, of this name.
+fn neighbour(name: &str, arguments: &[&str]) -> Vm {
+    let mut settings = VmSettings::new(name, &images(Kernel::V6_1), "256M", "ballast.console");
+    settings.initrd = Kernel::V6_1.net_initrd().expect("it was made");
+    let mut vm = settings.with(arguments).start();
+    vm.wait_until_ready();
+    vm
+}
+
+/// Taps that ballast has made.
+fn taps() -> usize {
+    let interfaces = fs::read_dir("/sys/class/net").expect("it is mounted").flatten();
+    interfaces.filter(|interface| interface.file_name().to_string_lossy().starts_with("ballast")).count()
+}
+
+#[test]
+fn guests_in_a_bridge_reach_each_other() {
+    Host::new().net_guest(Kernel::V6_1).modules(&["tun", "bridge"]).usually(Duration::from_secs(120)).run(
+        || {
+            host("ip link add br0 type bridge && ip addr add 192.0.2.1/24 dev br0 && ip link set br0 up");
+            let mut vms: Vec<_> = ["one", "two"].map(|name| neighbour(name, &["--net", "bridge=br0"])).into();
+            assert_eq!(taps(), 2);
+            for (vm, address) in vms.iter_mut().zip(["192.0.2.2/24", "192.0.2.3/24"]) {
+                vm.step(&format!("run:ip addr add {address} dev eth0 && ip link set eth0 up"), WORKING);
+            }
+            let mut two = vms.pop().expect("two");
+            let mut one = vms.pop().expect("one");
+            one.step("run:ping -c 3 -s 20000 192.0.2.3", WORKING);
+            two.step("run:ping -c 3 192.0.2.1", WORKING);
+            assert_eq!(one.status().nets[0].backend, "bridge=br0");
+            // Each tap goes with its VM, whichever way that ends.
+            one.kill();
+            wait_for("the end of a tap", WORKING, || (taps() == 1).then_some(()));
+            two.type_in("end\n");
+            assert_eq!(two.wait_for_end(WORKING), 0);
+            assert_eq!(taps(), 0);
+        },
+    );
+}
+
+/// Open descriptors of a VM's process.
+fn descriptors(vm: &Vm) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", vm.status().pid)).expect("it runs").count()
+}
+
+/// A guest whose network and sockets are busy is paused and resumed, its drivers go and come back, and then it is
+/// stopped: so many times, and nothing is left.
+fn rounds(count: usize) {
+    make_tap("tap0");
+    host("ip addr add 192.0.2.1/24 dev tap0 && ip link set tap0 up");
+    echo_at(SERVED);
+    let arguments = ["--net", "tap=tap0", "--vsock-socket", VSOCK_SOCKET, "--vsock-serve", "1024"];
+    let mut vm = neighbour("rounds", &arguments);
+    vm.step("vsock-echo:5000", WORKING);
+    let mut traffic = Command::new("sh")
+        .args(["-c", "while :; do ping -A -q -w 5 -W 1 -s 1400 192.0.2.2; sleep 0.1; done >/dev/null 2>&1"])
+        .spawn()
+        .expect("the host has a shell");
+    let mut before = None;
+    for _ in 0..count {
+        vm.step("run:ip addr add 192.0.2.2/24 dev eth0 && ip link set eth0 up", WORKING);
+        vm.step("run:ping -c 1 -W 10 192.0.2.1", WORKING);
+        vm.type_in("vsock-send:1024:256K\n");
+        for _ in 0..3 {
+            vm.ask(async |client| client.pause().await).expect("it is paused");
+            vm.ask(async |client| client.resume().await).expect("it goes on");
+        }
+        vm.wait_for_line("DONE vsock-send", WORKING);
+        vm.step("unbind:virtio_net", WORKING);
+        vm.step("bind:virtio_net", WORKING);
+        // Connections of the last round may not be closed yet.
+        let most = *before.get_or_insert_with(|| descriptors(&vm));
+        wait_for("descriptors to be closed", WORKING, || (descriptors(&vm) <= most).then_some(()));
+    }
+    vm.step("run:ip addr add 192.0.2.2/24 dev eth0 && ip link set eth0 up", WORKING);
+    vm.step("run:ping -c 1 -W 10 192.0.2.1", WORKING);
+    vm.type_in("end\n");
+    assert_eq!(vm.wait_for_end(WORKING), 0);
+    assert!(!fs::exists(VSOCK_SOCKET).expect("it can be looked for"), "its socket has gone");
+    let _ = traffic.kill();
+    let _ = traffic.wait();
+}
+
+#[test]
+fn a_busy_guest_loses_and_leaves_nothing() {
+    Host::new()
+        .net_guest(Kernel::V6_1)
+        .modules(&["tun"])
+        .usually(Duration::from_secs(120))
+        .run(|| rounds(20));
+}
+
+#[test]
+#[ignore = "takes an hour"]
+fn a_busy_guest_loses_and_leaves_nothing_200_times() {
+    Host::new()
+        .net_guest(Kernel::V6_1)
+        .modules(&["tun"])
+        .usually(Duration::from_secs(1200))
+        .run(|| rounds(200));
 }

@@ -117,10 +117,13 @@ fn guests_grow_to_their_most_and_shrink_back_under_the_balancer() {
         grow_to_the_most(&mut a, &b);
         a.step("release", MOVING);
         grow_to_the_most(&mut b, &a);
-        // It gave up what the other got, most of it by unplugging.
+        // It gave up what the other got. What of that is not its cushion it unplugs when it is left alone.
         let shrunk = a.memory();
         assert!(shrunk.actual <= REST, "{shrunk:#?}");
-        assert!(plug(&shrunk).counters.unplugged >= Bytes::mib(512), "{shrunk:#?}");
+        a.wait_for_memory("its unplugging", MOVING, |memory| {
+            let plug = plug(memory);
+            plug.plugged == plug.requested && plug.counters.unplugged >= Bytes::mib(128)
+        });
         b.step("release", MOVING);
         grow_to_the_most(&mut a, &b);
         assert!(b.memory().actual <= REST, "{:#?}", b.memory());
@@ -159,7 +162,7 @@ const SMALL: &str = "112M,min=88M,max=384M";
 fn cushioned(vm: &Vm) -> MemoryStatus {
     vm.wait_for_memory("the cushion", MOVING, |memory| {
         let cushion = memory.cushion.expect("it plugs");
-        cushion.size > Bytes::ZERO && cushion.held == cushion.size && memory.actual == memory.target
+        cushion.size > Bytes::ZERO && cushion.held >= cushion.size && memory.actual == memory.target
     })
 }
 
@@ -170,7 +173,7 @@ fn a_guest_that_runs_out_of_memory_takes_its_cushion_and_gives_it_back() {
             let name = kernel.series().replace('.', "-");
             let mut vm = guest(&name, kernel, SMALL);
             let before = cushioned(&vm);
-            assert_eq!((plug(&before).plugged, before.oom_deflate), (Bytes::mib(32), None), "{before:#?}");
+            assert_eq!((plug(&before).plugged, before.oom_deflate), (Bytes::mib(112), None), "{before:#?}");
             vm.step("grow:64M", MOVING);
             let memory = vm.memory();
             let taken = memory.oom_deflate.expect("it took some").taken;
@@ -181,8 +184,8 @@ fn a_guest_that_runs_out_of_memory_takes_its_cushion_and_gives_it_back() {
             assert!(vm.memory().oom_deflate.unwrap().taken >= taken, "{:#?}", vm.memory());
             vm.step("release", MOVING);
             let after = cushioned(&vm);
-            assert_eq!(plug(&after).plugged, Bytes::mib(32), "{after:#?}");
-            // It moves with the target, and is unplugged from around pages that the balloon holds.
+            assert_eq!(plug(&after).plugged, Bytes::mib(112), "{after:#?}");
+            // It moves with the target.
             for target in [200, 112, 88] {
                 vm.set_target(Bytes::mib(target));
                 let memory = cushioned(&vm);

@@ -3,6 +3,8 @@
 //! It runs in the deterministic lab, where a nanosecond is an instruction, so noise can't touch it.
 
 mod balloon;
+mod idle;
+mod start;
 mod trace;
 mod transport;
 mod vm;
@@ -34,6 +36,10 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// word of its name, or by all of it; without a name all are run.
 const RUNS: &[(&str, Run)] = &[
     ("boot", boot),
+    ("start-6.1", || start::of(Kernel::V6_1)),
+    ("start-6.12", || start::of(Kernel::V6_12)),
+    ("start-generic", || start::of(Kernel::V6_1Generic)),
+    ("idle", idle::idle),
     ("transport", transport::compare),
     ("balloon", balloon::zeroing),
     ("balloon-plain", balloon::plain),
@@ -81,7 +87,8 @@ fn emulated(names: &[String]) -> Result<()> {
         if !names.is_empty() && !names.iter().any(|wanted| is_meant(wanted, name)) {
             continue;
         }
-        if !["boot", "transport"].contains(name) && !std::mem::replace(&mut explained, true) {
+        let is_of_balloons = ["balloon", "plug", "reporting"].iter().any(|known| is_meant(known, name));
+        if is_of_balloons && !std::mem::replace(&mut explained, true) {
             println!("{}", balloon::HEADING);
         }
         if let Err(error) = emulate(name) {
@@ -97,7 +104,11 @@ fn emulate(name: &str) -> Result<()> {
     let emulator = Emulator {
         execution: Execution::Counted,
         memory: Bytes::gib(3),
-        guests: vec![Kernel::V6_1],
+        guests: vec![match name {
+            "start-6.12" => Kernel::V6_12,
+            "start-generic" => Kernel::V6_1Generic,
+            _ => Kernel::V6_1,
+        }],
         files: qemu_with_libraries()?,
         bring: if ["balloon", "plug"].contains(&name) {
             vec![PathBuf::from(balloon::SPEEDS)]
@@ -135,9 +146,7 @@ fn boot() -> Result<()> {
     // Once without looking: the first VMM pays for caches and entropy that the others find ready, and unpacks.
     measure(|| Box::new(guest(&images, "256M", CMDLINE, Transport::Mmio, &[]).start()))?;
     println!("256 MiB, 1 vCPU, Debian 6.1; V s: virtual seconds, 1e9 instructions each");
-    println!(
-        "                     exec to guest      to init   to modules loaded, exits, of it ports   private beside guest RAM   of it not backed by a file"
-    );
+    print_heading();
     for transport in Transport::ALL {
         for (kernel, form) in [(&images.bzimage, "bzImage"), (&elf, "ELF")] {
             let settings = guest(&images, "256M", CMDLINE, transport, &[]).kernel(kernel);
@@ -185,6 +194,12 @@ fn measure<V: DerefMut<Target = Vm>>(start: impl Fn() -> V) -> Result<Start> {
     let smaps = vm.smaps();
     let beside = [Of::Rest, Of::Anonymous].map(|of| sum(&smaps, of, &["Private_Clean", "Private_Dirty"]));
     Ok(Start { entry, init: init?, ready: ready?, counts, beside })
+}
+
+fn print_heading() {
+    println!(
+        "                     exec to guest      to init   to modules loaded, exits, of it ports   private beside guest RAM   of it not backed by a file"
+    );
 }
 
 fn print(name: &str, Start { entry, init, ready, counts, beside: [private, anonymous] }: &Start) {

@@ -84,6 +84,19 @@ impl Host {
         self
     }
 
+    /// As [`Host::guest`], with what guests with networks boot into.
+    ///
+    /// # Panics
+    /// Where that can't be made.
+    pub fn net_guest(mut self, kernel: Kernel) -> Self {
+        if !inside() {
+            let initrd = kernel.net_initrd().unwrap_or_else(|error| panic!("{error}"));
+            let path_inside = kernel.net_initrd_inside().to_string_lossy().into_owned();
+            self.emulator.files.push((initrd, path_inside));
+        }
+        self.guest(kernel)
+    }
+
     /// Puts this machine's QEMU into the emulated host, for VMs beside ballast's.
     ///
     /// # Panics
@@ -111,11 +124,17 @@ impl Host {
     ///
     /// # Panics
     /// Where it is not installed.
-    pub fn passt(mut self) -> Self {
+    pub fn passt(self) -> Self {
+        self.program("/usr/bin/passt", "passt").program("/usr/bin/passt.avx2", "passt")
+    }
+
+    /// Puts a program of this machine's, of the package `package`, into the emulated host.
+    ///
+    /// # Panics
+    /// Where it is not installed.
+    pub fn program(mut self, path: &str, package: &str) -> Self {
         if !inside() {
-            for program in ["/usr/bin/passt", "/usr/bin/passt.avx2"] {
-                self.emulator.files.extend(with_libraries(program, "passt").expect("passt is installed"));
-            }
+            self.emulator.files.extend(with_libraries(path, package).expect("it is installed"));
         }
         self
     }

@@ -18,6 +18,9 @@ const QEMU_FILES: &[&str] = &[
     "/usr/share/qemu/qboot.rom",
     "/usr/share/qemu/pvh.bin",
     "/usr/share/qemu/linuxboot_dma.bin",
+    // And its PC.
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/kvmvapic.bin",
 ];
 
 /// QEMU as it is installed here, each file at its own path.
@@ -58,6 +61,8 @@ pub struct QemuSettings {
     pub cmdline: String,
     /// Where its sockets go: `NAME.qmp` for the balancer.
     pub directory: PathBuf,
+    /// Whether it is a PC with PCI, not a microvm.
+    pub is_pc: bool,
     /// Further arguments of QEMU.
     pub arguments: Vec<String>,
     /// Whether what it says is printed.
@@ -73,9 +78,16 @@ impl QemuSettings {
             memory,
             cmdline: cmdline.to_owned(),
             directory: directory.to_owned(),
+            is_pc: false,
             arguments: Vec::new(),
             printed: Printed::Yes,
         }
+    }
+
+    /// As a PC (q35), with its devices on PCI.
+    pub fn q35(mut self) -> Self {
+        self.is_pc = true;
+        self
     }
 
     /// Adds arguments of QEMU.
@@ -101,7 +113,10 @@ impl QemuSettings {
             "stdio",
             "-no-reboot",
         ]);
-        if inside() {
+        if inside() && self.is_pc {
+            command.args(["-M", "q35,accel=kvm", "-cpu", "host"]);
+            command.args(["-device", "virtio-balloon-pci,id=balloon,deflate-on-oom=on"]);
+        } else if inside() {
             // Without a clock Linux would look for one by some 40 thousand accesses.
             command.args(["-M", "microvm,accel=kvm,rtc=on", "-cpu", "host"]);
             command.args(["-global", "virtio-mmio.force-legacy=off"]);

@@ -58,9 +58,11 @@ pub fn plugs_uses_and_unplugs(kernel: Kernel) {
     let memory =
         vm.wait_for_memory("the host's memory", MOVING, |memory| memory.host_rss.unwrap() <= Bytes::mib(208));
     let plug = plug(&memory);
-    assert_eq!((plug.requested, plug.counters.discard_failures), (Bytes::ZERO, 0), "{memory:#?}");
-    // What a kernel has put where it can't be moved stays, and the balloon makes up for it.
-    assert!(plug.plugged <= Bytes::mib(128), "{memory:#?}");
+    assert_eq!(plug.counters.discard_failures, 0, "{memory:#?}");
+    // Its cushion of another 200 MiB stays. So does what a kernel has put where it can't be moved; the balloon makes
+    // up for it.
+    let cushion = Bytes::mib(200 + 200) - STARTUP;
+    assert!(plug.plugged <= cushion + Bytes::mib(128), "{memory:#?}");
     vm.type_in("end\n");
     vm.wait_for_line("SUMMARY oom_kills=0", MOVING);
 }
