@@ -129,7 +129,8 @@ fn a_kernel_that_looks_at_a_crash_is_not_squeezed() {
         let (memory, report) = reached(&vm);
         assert!(report.managed.unwrap() < Bytes::mib(160), "{memory:#?}");
         assert!(memory.unmanaged() > Bytes::mib(330), "{memory:#?}");
-        assert!(available(&report) > Bytes::mib(60), "{memory:#?}");
+        // The balloon takes what is beyond the target of the memory that is kept for it, not of all.
+        assert!(available(&report) > Bytes::mib(45), "{memory:#?}");
         end(vm);
     });
 }
