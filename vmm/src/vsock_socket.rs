@@ -18,7 +18,7 @@ use event_manager::{EventOps, EventSet, Events, Result as EventResult};
 use rustix::net::RecvFlags;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::api_server::{BindError, Listening};
+use crate::api_server::{BindError, CLIENT_COMES, LOOK_EVERY, Listening};
 
 /// Those who have connected and not asked yet, at most. Who comes then takes the place of who waits longest.
 const MOST_ASKING: usize = 16;
@@ -27,7 +27,7 @@ const MOST_ASKING: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often to look whether somebody's time is over.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_FOR_LATE_EVERY: Duration = Duration::from_secs(1);
 
 /// Bytes of the longest line: the word, the longest port, and some room for spaces.
 const MOST_LINE: usize = 32;
@@ -70,6 +70,7 @@ pub struct VsockSocket {
     listening: Listening,
     incoming: Arc<Incoming>,
     timer: TimerFd,
+    rings_every: Duration,
     asking: Vec<Asking>,
 }
 
@@ -112,13 +113,23 @@ impl VsockSocket {
     /// [`VsockSocketError`].
     pub fn at(path: &Path, incoming: Arc<Incoming>) -> Result<Self, VsockSocketError> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
-        Ok(Self { listening: Listening::at(path)?, incoming, timer, asking: Vec::new() })
+        let listening = Listening::at(path)?;
+        let mut socket = Self { listening, incoming, timer, rings_every: Duration::ZERO, asking: Vec::new() };
+        socket.set_timer();
+        Ok(socket)
     }
 
     fn accept(&mut self, ops: &mut EventOps) -> EventResult<()> {
         for _ in 0..AT_ONCE {
-            // With none left, or no descriptor for one, those who wait stay in the line.
-            let Ok((stream, _)) = self.listening.listener().accept() else { break };
+            let stream = match self.listening.next_client() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => break,
+                // Until the next look.
+                Err(error) => {
+                    tracing::warn!("a program can't be heard that wants a port of the guest: {error}");
+                    break;
+                }
+            };
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
@@ -166,7 +177,7 @@ impl VsockSocket {
         Ok(())
     }
 
-    /// Lets those go who have taken too long.
+    /// Lets those go who have taken too long, and hears those who could not be heard before.
     fn look(&mut self, ops: &mut EventOps) -> EventResult<()> {
         // The timer has rung, so this does not wait.
         let _ = self.timer.wait();
@@ -177,18 +188,21 @@ impl VsockSocket {
         for Asking { stream, .. } in late {
             ops.remove(Events::empty(&stream))?;
         }
-        self.set_timer();
-        Ok(())
+        if let Some(before) = self.listening.look() {
+            ops.remove(Events::empty(&before))?;
+            ops.add(Events::with_data(self.listening.listener(), LISTENER, CLIENT_COMES))?;
+        }
+        self.accept(ops)
     }
 
-    /// It rings while somebody is about to ask.
+    /// It rings more often while somebody is about to ask.
     fn set_timer(&mut self) {
-        let set = match (self.asking.is_empty(), self.timer.is_armed()) {
-            (true, _) => self.timer.clear(),
-            (false, Ok(true)) => Ok(()),
-            (false, _) => self.timer.reset(LOOK_EVERY, Some(LOOK_EVERY)),
-        };
-        if let Err(error) = set {
+        let every = if self.asking.is_empty() { LOOK_EVERY } else { LOOK_FOR_LATE_EVERY };
+        if every == self.rings_every {
+            return;
+        }
+        self.rings_every = every;
+        if let Err(error) = self.timer.reset(every, Some(every)) {
             tracing::debug!("nobody looks whether programs take too long to ask for a port: {error}");
         }
     }
@@ -202,7 +216,7 @@ fn peek(stream: &UnixStream, text: &mut [u8]) -> io::Result<usize> {
 
 impl Subscriber for VsockSocket {
     fn init(&mut self, ops: &mut EventOps) -> EventResult<()> {
-        ops.add(Events::with_data(self.listening.listener(), LISTENER, EventSet::IN))?;
+        ops.add(Events::with_data(self.listening.listener(), LISTENER, CLIENT_COMES))?;
         ops.add(Events::with_data(&self.timer, TIMER, EventSet::IN))
     }
 
@@ -225,6 +239,7 @@ mod tests {
 
     use devices::events::EventLoop;
     use devices::virtio::vsock::Vsock;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
     use super::*;
 
@@ -355,7 +370,43 @@ mod tests {
             assert!(begun.elapsed() < PATIENCE);
         }
         assert!(clients.iter().all(has_been_let_go));
-        assert!(!served.socket.lock().unwrap().timer.is_armed().unwrap(), "nothing wakes it");
+        assert_eq!(served.socket.lock().unwrap().rings_every, LOOK_EVERY, "seldom, with nobody to look at");
+    }
+
+    /// Names the process whose descriptors are few.
+    const FEW_DESCRIPTORS: &str = "BALLAST_TEST_FEW_DESCRIPTORS";
+
+    #[test]
+    fn who_can_not_be_taken_on_yet_is_heard_later() {
+        // A process of its own, as its limit is all its threads'.
+        if std::env::var_os(FEW_DESCRIPTORS).is_none() {
+            let name = "vsock_socket::tests::who_can_not_be_taken_on_yet_is_heard_later";
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            let child = child.args(["--exact", name, "--nocapture"]).env(FEW_DESCRIPTORS, "1");
+            return assert!(child.status().unwrap().success());
+        }
+        let mut served = served();
+        let _client = served.client();
+        let limits = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..limits }).unwrap();
+        served.run();
+        assert_eq!(served.asking(), 0);
+        setrlimit(Resource::Nofile, limits).unwrap();
+        let second = Duration::from_secs(1);
+        served.socket.lock().unwrap().timer.reset(second, None).unwrap();
+        assert!(served.events.run(30_000).unwrap() > 0);
+        assert_eq!(served.asking(), 1);
+    }
+
+    #[test]
+    fn a_socket_that_somebody_removes_is_made_again() {
+        let mut served = served();
+        std::fs::remove_file(&served.path).unwrap();
+        served.socket.lock().unwrap().timer.reset(Duration::from_millis(1), None).unwrap();
+        assert!(served.events.run(30_000).unwrap() > 0);
+        let _client = served.client();
+        served.run();
+        assert_eq!(served.asking(), 1);
     }
 
     #[test]

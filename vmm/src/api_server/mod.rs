@@ -25,4 +25,4 @@ mod unversioned;
 
 pub use server::{MOST_CONNECTIONS, Server};
 pub use socket::BindError;
-pub(crate) use socket::{BACKLOG, LOOK_EVERY, Listening};
+pub(crate) use socket::{BACKLOG, CLIENT_COMES, LOOK_EVERY, Listening};

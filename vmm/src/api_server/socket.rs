@@ -6,10 +6,11 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use event_manager::EventSet;
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -41,6 +42,9 @@ pub enum BindError {
 /// How often to look whether a socket's file is still there. The kernel would tell, but an inotify instance for
 /// each VM is more than a user has of them.
 pub const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// What to watch a listener for whose clients are taken by [`Listening::next_client`] until none waits.
+pub const CLIENT_COMES: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 /// Why a socket that was removed is not there again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,25 @@ impl Listening {
     /// Where clients come.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    /// The next client that waits, if one does.
+    ///
+    /// # Errors
+    /// The host has no descriptor or no memory for it. It waits on, and a watch that is level-triggered would call
+    /// again at once: watch the listener with [`CLIENT_COMES`], and ask again some time later.
+    pub fn next_client(&self) -> io::Result<Option<UnixStream>> {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => return Ok(Some(stream)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(None),
+                    // It left before it was let in.
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => return Err(error),
+                },
+            }
+        }
     }
 
     /// Looks whether its file is still there, and makes it again if somebody has removed it. Works within the

@@ -14,12 +14,15 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::attached::{Attached, Attachments};
 use super::client::{self, Client};
 use super::escape::Escape;
-use crate::api_server::Listening;
+use crate::api_server::{CLIENT_COMES, Listening};
 use crate::exit::Exit;
 use crate::vcpu_set::VcpuSet;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1024;
+
+/// Clients that are taken or turned away at a time.
+const AT_ONCE: usize = 64;
 
 /// What may be typed ahead of a guest that does not read, in bytes. Keys are read even then: the next
 /// ones may be those that end its VM.
@@ -178,19 +181,27 @@ impl Input {
         let _ = timer.wait();
         if let Some(before) = socket.look() {
             ops.remove(Events::empty(&before))?;
-            ops.add(Events::new(socket.listener(), EventSet::IN))?;
+            ops.add(Events::new(socket.listener(), CLIENT_COMES))?;
         }
+        self.accept(ops);
         Ok(())
     }
 
-    /// Takes a client, or turns it away while there is one. One that has gone, and whose input the guest does
+    /// Takes clients, or turns them away while there is one. One that has gone, and whose input the guest does
     /// not read, keeps nobody away.
     fn accept(&mut self, ops: &mut EventOps) {
-        let Source::Socket { socket, client, .. } = &self.source else { return };
-        let Ok((stream, _)) = socket.listener().accept() else { return };
-        if client.replace(stream, &self.port) {
-            self.ended = false;
-            self.unwatch(ops);
+        for _ in 0..AT_ONCE {
+            let Source::Socket { socket, client, .. } = &self.source else { return };
+            let stream = match socket.next_client() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                // Until the next look.
+                Err(error) => return tracing::warn!("the console can't take on a client yet: {error}"),
+            };
+            if client.replace(stream, &self.port) {
+                self.ended = false;
+                self.unwatch(ops);
+            }
         }
     }
 }
@@ -200,7 +211,7 @@ impl Subscriber for Input {
         ops.add(Events::new(self.port.room_event(), EventSet::IN))?;
         ops.add(Events::new_raw(self.port.timer(), EventSet::IN))?;
         if let Source::Socket { socket, timer, .. } = &self.source {
-            ops.add(Events::new(socket.listener(), EventSet::IN))?;
+            ops.add(Events::new(socket.listener(), CLIENT_COMES))?;
             ops.add(Events::new_raw(timer.as_raw_fd(), EventSet::IN))?;
         }
         self.attached.init(ops)?;
