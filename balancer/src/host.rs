@@ -71,7 +71,8 @@ impl HostReader {
         // The kernel takes it for used.
         let cache = Arc::read(&self.sources.arcstats).map_or(Bytes::ZERO, Arc::to_be_had);
         let available = memory.available.saturating_add(cache).min(memory.total);
-        Ok(HostMemory { available, group: self.groups.memory(), ..memory })
+        let group = self.groups.memory().map_err(HostError::Group)?;
+        Ok(HostMemory { available, group, ..memory })
     }
 
     /// What the host holds for a process; `None` if the kernel does not tell.
@@ -116,6 +117,9 @@ pub enum HostError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A control group's file is there and can't be read.
+    #[error("nobody knows whether VMs are limited together: cannot read {0}")]
+    Group(io::Error),
     /// A line is missing or is no number.
     #[error("{} has no line `{field}: NUMBER kB`", .path.display())]
     Field {

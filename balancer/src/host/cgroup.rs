@@ -94,10 +94,17 @@ impl Groups {
     }
 
     /// What the tightest of them leaves; `None` where none has a limit.
-    pub fn memory(&self) -> Option<GroupMemory> {
-        let limited = self.0.iter().filter_map(|(version, group)| version.memory(group));
+    ///
+    /// # Errors
+    /// A file is there and can't be read now: whether there is a limit is not known.
+    pub fn memory(&self) -> io::Result<Option<GroupMemory>> {
+        let limited = self.0.iter().filter_map(|(version, group)| version.memory(group).transpose());
         // The limit and what is free may be tightest in different groups.
-        limited.reduce(|a, b| GroupMemory { limit: a.limit.min(b.limit), free: a.free.min(b.free) })
+        let both = |a: GroupMemory, b: GroupMemory| GroupMemory {
+            limit: a.limit.min(b.limit),
+            free: a.free.min(b.free),
+        };
+        limited.reduce(|a, b| Ok(both(a?, b?))).transpose()
     }
 }
 
@@ -127,12 +134,17 @@ impl Version {
         Ok(limit.map(|limit| Bytes(limit).saturating_sub(Bytes(limit).percent(MARGIN_PERCENT))))
     }
 
-    fn memory(self, group: &Path) -> Option<GroupMemory> {
-        let limit = self.limit(group)?;
+    /// What a group leaves, if it has a limit.
+    ///
+    /// # Errors
+    /// A file is there and can't be read.
+    fn memory(self, group: &Path) -> io::Result<Option<GroupMemory>> {
+        let Some(limit) = self.read_limit(group)? else { return Ok(None) };
         let used = match self {
-            Self::Two => number(&group.join("memory.current")),
-            Self::One => number(&group.join("memory.usage_in_bytes")),
+            Self::Two => read_number(&group.join("memory.current")),
+            Self::One => read_number(&group.join("memory.usage_in_bytes")),
         };
+        let Some(used) = used? else { return Ok(None) };
         let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
         let sum = |fields: &[&str]| -> Bytes {
             fields.iter().map(|field| Bytes(value(&stat, field).unwrap_or(0))).sum()
@@ -142,16 +154,12 @@ impl Version {
             // It does not tell of slabs.
             Self::One => (sum(&["total_active_file", "total_inactive_file"]), Bytes::ZERO),
         };
-        let used = Bytes(used?);
+        let used = Bytes(used);
         let parts = Parts { free: limit.saturating_sub(used), page_cache, slabs };
         // A group that is beyond its limit, less the margin, gives that back first.
         let beyond = used.saturating_sub(limit);
-        Some(GroupMemory { limit, free: parts.to_be_had(limit).saturating_sub(beyond).min(limit) })
+        Ok(Some(GroupMemory { limit, free: parts.to_be_had(limit).saturating_sub(beyond).min(limit) }))
     }
-}
-
-fn number(file: &Path) -> Option<u64> {
-    read_number(file).unwrap_or(None)
 }
 
 /// The number in a file; `None` where there is no such file, or no number in it.
@@ -159,7 +167,7 @@ fn read_number(file: &Path) -> io::Result<Option<u64>> {
     match fs::read_to_string(file) {
         Ok(text) => Ok(text.trim().parse().ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+        Err(error) => Err(io::Error::new(error.kind(), format!("{}: {error}", file.display()))),
     }
 }
 
@@ -187,7 +195,7 @@ mod tests {
 
         fn memory(&self, own: &str) -> Option<GroupMemory> {
             self.write("own", own);
-            Groups::beside(&self.0.path().join("own"), self.0.path()).memory()
+            Groups::beside(&self.0.path().join("own"), self.0.path()).memory().expect("all can be read")
         }
     }
 
@@ -246,6 +254,24 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_can_not_be_read_is_not_taken_for_none() {
+        for unreadable in ["memory.max", "memory.high", "memory.current"] {
+            let tree = Tree::new();
+            for file in ["memory.max", "memory.high", "memory.current"] {
+                tree.write(&format!("box.scope/{file}"), "1000\n");
+            }
+            assert!(tree.memory("0::/box.scope").is_some());
+            let file = tree.0.path().join("box.scope").join(unreadable);
+            fs::remove_file(&file).unwrap();
+            // Also root can't read it.
+            fs::create_dir(&file).unwrap();
+            let groups = Groups::beside(&tree.0.path().join("own"), tree.0.path());
+            let error = groups.memory().unwrap_err().to_string();
+            assert!(error.contains(unreadable), "{error}");
+        }
+    }
+
+    #[test]
     fn version_1_is_read_too() {
         let tree = Tree::new();
         let own = "5:devices:/\n4:cpu,memory:/a/b\n0::/\n";
@@ -267,6 +293,6 @@ mod tests {
         tree.write("x/memory.max", "many\n");
         tree.write("x/memory.current", "-1\n");
         assert_eq!(tree.memory("0::/x"), None);
-        assert_eq!(Groups::of(Path::new("/nowhere"), Path::new("/nowhere")).memory(), None);
+        assert_eq!(Groups::of(Path::new("/nowhere"), Path::new("/nowhere")).memory().unwrap(), None);
     }
 }
