@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use api::agent::Version;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::setpriority_process;
 
@@ -122,9 +123,16 @@ fn run() -> u8 {
     }
 }
 
-/// Says something to whoever looks after the agent. Where nobody does any more it works on.
+/// Says something to whoever looks after the agent. Where nobody does any more, or its log takes nothing now, it
+/// works on.
 fn complain(sentence: std::fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "ballast-agent: {sentence}");
+    let stderr = io::stderr();
+    let mut watched = [PollFd::new(&stderr, PollFlags::OUT)];
+    if poll(&mut watched, Some(&Timespec::default())) == Ok(1)
+        && watched[0].revents().contains(PollFlags::OUT)
+    {
+        let _ = writeln!(&stderr, "ballast-agent: {sentence}");
+    }
 }
 
 /// Makes sure that the agent can act when nothing else in the guest can. Each
