@@ -7,7 +7,7 @@ use api::agent::AgentStatus;
 use api::client::{Client, Error};
 use api::limits::Limits;
 use api::runtime;
-use api::status::{MemoryStatus, Pauser, VmState, VmStatus};
+use api::status::{ConsoleStatus, MemoryStatus, Pauser, VmState, VmStatus};
 use api::units::Bytes;
 use balancer::daemon::client::{Client as Balancer, Error as BalancerError};
 use balancer::daemon::{State, VmView};
@@ -118,6 +118,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
                 if let Some(failure) = &disk.failure {
                     sentence::say(failed(&row.name, &disk.id, failure));
                 }
+            }
+            if let Some(ConsoleStatus { lost: lost @ Bytes(1..), .. }) = vm.console {
+                sentence::say(format_args!(
+                    "{}: {lost} of its console are lost: nobody read them in time",
+                    row.name
+                ));
             }
         }
         let (unmanaged, given) = match &row.answer {

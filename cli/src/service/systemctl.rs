@@ -62,15 +62,15 @@ impl Unit {
         self.state != State::Off
     }
 
-    /// From what `systemctl show` says of LoadState and ActiveState.
-    fn parse(text: &str) -> Self {
+    /// From what `systemctl show` says of LoadState and ActiveState; `None` where it says neither.
+    fn parse(text: &str) -> Option<Self> {
         let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-        let state = match value("ActiveState") {
-            Some("active" | "reloading") => State::Active,
-            Some("activating" | "deactivating") => State::Moving,
+        let state = match value("ActiveState")? {
+            "active" | "reloading" => State::Active,
+            "activating" | "deactivating" => State::Moving,
             _ => State::Off,
         };
-        Self { is_there: value("LoadState") == Some("loaded"), state }
+        Some(Self { is_there: value("LoadState")? == "loaded", state })
     }
 }
 
@@ -121,7 +121,12 @@ impl Systemctl {
     pub fn unit(&self, name: &str) -> Result<Unit, Failure> {
         let output = self.output(&["show", "--property=LoadState,ActiveState", &unit(name)])?;
         if output.status.success() {
-            return Ok(Unit::parse(&String::from_utf8_lossy(&output.stdout)));
+            return Unit::parse(&String::from_utf8_lossy(&output.stdout)).ok_or_else(|| {
+                Failure::new(format!(
+                    "systemd does not say how {} is: look by `systemctl status`",
+                    unit(name)
+                ))
+            });
         }
         let hint = match self.scope {
             Scope::System => "",
@@ -146,12 +151,14 @@ mod tests {
 
     #[test]
     fn a_unit_is_known_by_its_states() {
-        let parse = |load, active| Unit::parse(&format!("LoadState={load}\nActiveState={active}\n"));
+        let parse = |load, active| {
+            Unit::parse(&format!("LoadState={load}\nActiveState={active}\n")).expect("both are there")
+        };
         assert_eq!(parse("loaded", "active"), Unit { is_there: true, state: State::Active });
         assert_eq!(parse("not-found", "inactive"), Unit { is_there: false, state: State::Off });
         // A guest that reboots.
         assert!(parse("loaded", "activating").runs() && !parse("loaded", "activating").is_active());
         assert!(!parse("loaded", "failed").runs());
-        assert_eq!(Unit::parse(""), Unit { is_there: false, state: State::Off });
+        assert_eq!(Unit::parse(""), None, "nothing said is not that it is off");
     }
 }
