@@ -21,13 +21,17 @@ KERNEL_ROOT = --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballas
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long ignored soak fuzz bench prove slat slat-host lint lab setup intel deb deb-test
+.PHONY: help demo demo-disks test test-long ignored soak fuzz bench prove slat slat-host lint lab setup intel deb deb-test
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: setup ## Three guests share a host that is too small for all their peaks; plot in out/demo.svg
 	$(CARGO) run --package tests --bin demo
+
+demo-disks: setup ## Two stock Debian guests on a budget too small for both page caches; plot in out/demo-disks.svg
+	@$(call need,mmdebstrap)
+	$(CARGO) run --package tests --bin demo -- disks
 
 test: setup intel lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) build --release --package cli

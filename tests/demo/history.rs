@@ -18,6 +18,8 @@ pub struct GuestSample {
     pub target: Bytes,
     /// What the host holds for it.
     pub rss: Bytes,
+    /// What files it keeps in its page cache, as it says.
+    pub cache: Option<Bytes>,
 }
 
 impl From<&MemoryStatus> for GuestSample {
@@ -34,6 +36,7 @@ impl From<&MemoryStatus> for GuestSample {
             given,
             target: memory.target,
             rss: memory.host_rss.unwrap_or_default(),
+            cache: memory.report.as_ref().and_then(|report| report.statistics.disk_caches),
         }
     }
 }
@@ -63,6 +66,8 @@ pub struct Guest {
     pub min: Bytes,
     /// Never grown above.
     pub max: Bytes,
+    /// So much more than at its least it has once.
+    pub gain: Bytes,
     /// Its process's exit code.
     pub exit: Option<i32>,
     /// Processes in it that were killed for lack of memory; nothing where it did not say.

@@ -13,6 +13,7 @@ const SIZE: (u32, u32) = (1000, 1000);
 const USED: RGBColor = RGBColor(0x2f, 0x6d, 0xb5);
 const HAS: RGBColor = RGBColor(0x10, 0x10, 0x10);
 const TARGET: RGBColor = RGBColor(0xe0, 0x7b, 0x00);
+const CACHE: RGBColor = RGBColor(0x2f, 0x9e, 0x44);
 const LIMIT: RGBColor = RGBColor(0xc0, 0x20, 0x20);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -75,6 +76,7 @@ fn draw_guest(history: &History, number: usize, guest: &Guest, area: &Area<'_>) 
         lines: vec![
             curve(|now| Some(now.actual), HAS, "has"),
             curve(|now| Some(now.target), TARGET, "target"),
+            curve(|now| now.cache, CACHE, "page cache"),
         ],
         limits: vec![(guest.max, "max"), (guest.min, "min")],
     };

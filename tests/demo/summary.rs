@@ -79,7 +79,7 @@ fn faults(history: &History) -> Vec<String> {
         most.saturating_sub(least)
     };
     for (number, guest) in history.guests.iter().enumerate() {
-        if grown(number) < Bytes::mib(100) {
+        if grown(number) < guest.gain {
             faults.push(format!(
                 "no memory moved to guest {}: it had {} more at most",
                 guest.name,
