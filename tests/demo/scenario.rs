@@ -68,7 +68,7 @@ fn start_guest(out: &Path, name: &str, options: impl FnOnce(&mut Command)) -> Re
 /// Takes samples until all guests have ended, or something has failed.
 ///
 /// # Errors
-/// They have not ended after `limit`.
+/// One has failed, or they have not ended after `limit`.
 fn watch(
     history: &mut History,
     vms: &mut Children,
@@ -100,7 +100,8 @@ fn watch(
             history.samples.push(sample);
             for (guest, vm) in history.guests.iter_mut().zip(vms.0.iter_mut()) {
                 if let Some(status) = vm.try_wait()? {
-                    guest.exit = Some(status.code().unwrap_or(-1));
+                    ensure!(status.success(), "guest {} ended with {status}: see out/{0}.log", guest.name);
+                    guest.exit = status.code();
                 }
             }
             view.show(history);

@@ -19,11 +19,11 @@ use crate::history::{Guest, History};
 use crate::view::View;
 
 /// Each guest starts with this, and keeps at least [`MIN`].
-const STARTUP: Bytes = Bytes::mib(448);
+const STARTUP: Bytes = Bytes::mib(416);
 const MIN: Bytes = Bytes::mib(256);
 const MAX: Bytes = Bytes::mib(832);
 /// What they may hold together.
-const BUDGET: Bytes = Bytes::mib(896);
+const BUDGET: Bytes = Bytes::mib(900);
 
 /// What reads files.
 const FILES: &str = "files";
@@ -32,7 +32,7 @@ const BUSY: &str = "busy";
 
 /// What is read, and what is filled later.
 const READ: Bytes = Bytes::mib(300);
-const FILL: Bytes = Bytes::mib(360);
+const FILL: Bytes = Bytes::mib(380);
 /// So much memory moves at least.
 const MOVED: Bytes = Bytes::mib(100);
 
@@ -113,6 +113,10 @@ pub fn run(out: &Path, terminal: bool) -> Result<History> {
         });
         let watched = watch(&mut history, &mut vms, &mut View::new(terminal), LIMIT, &has_failed);
         is_over.store(true, Ordering::Relaxed);
+        if watched.is_err() {
+            // Whoever waits for a guest's answer hears that there will be none.
+            drop(Children(std::mem::take(&mut vms.0)));
+        }
         let told = story.join().map_err(|_| anyhow!("the demo itself has failed"))?;
         watched.and(told)
     })?;
