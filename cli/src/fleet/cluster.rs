@@ -314,6 +314,13 @@ impl Vm {
     }
 }
 
+/// What a program of Pacemaker complained of in its answer, where that is XML: its last word on it.
+pub fn complaint(xml: &str) -> Option<String> {
+    let document = parse(xml).ok()?;
+    let error = document.descendants().filter(|node| node.has_tag_name("error")).last()?;
+    error.text().map(clean)
+}
+
 fn host(node: Node) -> Option<Host> {
     let state = if is(node, "unclean") {
         HostState::Unclean

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::io::{self, Read};
-use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use api::text::clean;
 
-use super::cluster::{Cluster, NotUnderstood};
+use super::cluster::{self, Cluster, NotUnderstood};
 use crate::failure::Failure;
 
 /// How long one of its programs may take. A cluster that elects its controller answers none for a while.
@@ -23,9 +22,8 @@ const LARGEST_ANSWER: u64 = 64 << 20;
 const LARGEST_COMPLAINT: u64 = 4096;
 
 /// The exit codes of Pacemaker's programs that have a next step (`crm_error --exit --list`).
-const INSUFFICIENT_PRIVILEGES: i32 = 4;
+const INSUFFICIENT_PRIVILEGES: [i32; 2] = [4, 77];
 const DISCONNECTED: i32 = 102;
-const NOT_CONNECTED: i32 = 107;
 
 /// Why Pacemaker told nothing that could be used.
 #[derive(Debug, thiserror::Error)]
@@ -72,12 +70,10 @@ impl From<Error> for Failure {
 /// Pacemaker is not there, does not answer, or says what is not understood.
 pub fn cluster() -> Result<Cluster, Error> {
     let status = ask("crm_mon", &["--one-shot", "--inactive", "--output-as=xml"])?;
+    let not_understood = |program| move |source| Error::NotUnderstood { program, source };
+    let mut cluster = Cluster::of_status(&status).map_err(not_understood("crm_mon"))?;
     let configuration = ask("cibadmin", &["--query", "--scope=configuration"])?;
-    let mut cluster =
-        Cluster::of_status(&status).map_err(|source| Error::NotUnderstood { program: "crm_mon", source })?;
-    cluster
-        .add_configuration(&configuration)
-        .map_err(|source| Error::NotUnderstood { program: "cibadmin", source })?;
+    cluster.add_configuration(&configuration).map_err(not_understood("cibadmin"))?;
     Ok(cluster)
 }
 
@@ -96,7 +92,7 @@ pub fn ask(
         io::ErrorKind::NotFound => Error::NotInstalled { program },
         _ => Error::Unable { program, source },
     })?;
-    Running { child, ended: false }.answer(program)
+    Running { child, ended: false }.answer(program, PATIENCE)
 }
 
 /// A program that is ended where nobody waits for it any more.
@@ -115,9 +111,9 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn answer(mut self, program: &'static str) -> Result<String, Error> {
+    fn answer(mut self, program: &'static str, patience: Duration) -> Result<String, Error> {
         let unable = |source| Error::Unable { program, source };
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + patience;
         let output = reader(self.child.stdout.take(), LARGEST_ANSWER + 1).map_err(unable)?;
         let complaint = reader(self.child.stderr.take(), LARGEST_COMPLAINT).map_err(unable)?;
         let heard = |from: &Receiver<io::Result<Vec<u8>>>| match from
@@ -139,12 +135,11 @@ impl Running {
         if status.success() {
             return Ok(answer);
         }
-        let said = first_line(&String::from_utf8_lossy(&said)).or_else(|| first_line(&answer));
+        let said = first_line(&String::from_utf8_lossy(&said)).or_else(|| cluster::complaint(&answer));
         let said = said.unwrap_or_else(|| "it said nothing".to_owned());
         Err(match status.code() {
-            Some(DISCONNECTED | NOT_CONNECTED) => Error::NotRunning { said },
-            Some(INSUFFICIENT_PRIVILEGES) => Error::NotAllowed { program, said },
-            None if status.signal().is_some() => Error::Failed { program, status, said },
+            Some(DISCONNECTED) => Error::NotRunning { said },
+            Some(code) if INSUFFICIENT_PRIVILEGES.contains(&code) => Error::NotAllowed { program, said },
             _ => Error::Failed { program, status, said },
         })
     }
@@ -162,5 +157,31 @@ fn reader(from: Option<impl Read + Send + 'static>, most: u64) -> io::Result<Rec
 }
 
 fn first_line(text: &str) -> Option<String> {
-    text.lines().map(clean).find(|line| !line.is_empty() && !line.starts_with('<'))
+    text.lines().map(clean).find(|line| !line.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(script: &str) -> Running {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running { child: command.spawn().unwrap(), ended: false }
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended() {
+        let hangs = running("exec sleep 1000");
+        let pid = hangs.child.id();
+        let error = hangs.answer("crm_mon", Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error, Error::NotAnswering { .. }), "{error}");
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn what_a_program_says_is_read_from_both_streams() {
+        let both = running("head -c 1000000 /dev/zero >&2; head -c 1000000 /dev/zero | tr '\\0' x");
+        assert_eq!(both.answer("crm_mon", PATIENCE).unwrap().len(), 1_000_000);
+    }
 }
