@@ -192,8 +192,9 @@ impl Cluster {
             resource.agent = text(node, "resource_agent").unwrap_or_default();
             resource.is_failed |= is(node, "failed") && !is(node, "failure_ignored");
             resource.is_blocked |= is(node, "blocked") || node.attribute("managed") == Some("false");
-            // The first look at one that has started is no more than a look.
-            resource.is_pending |= node.attribute("pending").is_some_and(|pending| pending != "Monitoring");
+            // An operation that is under way shows as a role of its own, and counts as if it were done.
+            resource.is_pending |=
+                matches!(node.attribute("role"), Some("Starting" | "Stopping" | "Migrating"));
             resource.is_stopped |= node.attribute("target_role") == Some("Stopped");
             let hosts = node.children().filter(|host| host.has_tag_name("node"));
             resource.hosts.extend(hosts.filter_map(|host| text(host, "name")));
@@ -317,7 +318,7 @@ impl Vm {
 /// What a program of Pacemaker complained of in its answer, where that is XML: its last word on it.
 pub fn complaint(xml: &str) -> Option<String> {
     let document = parse(xml).ok()?;
-    let error = document.descendants().filter(|node| node.has_tag_name("error")).last()?;
+    let error = document.descendants().filter(|node| node.has_tag_name("error")).next_back()?;
     error.text().map(clean)
 }
 

@@ -132,8 +132,13 @@ fn the_state_of_a_vm_is_pacemakers() {
     assert_eq!(of(rest, &rest.replace("blocked=\"false\"", "blocked=\"true\"")), VmState::Blocked);
     assert_eq!(of(rest, &rest.replace("managed=\"true\"", "managed=\"false\"")), VmState::Blocked);
     assert_eq!(of(rest, &rest.replace("failed=\"false\"", "failed=\"true\"")), VmState::Failed);
-    assert_eq!(of(rest, &format!("{rest} pending=\"Stopping\"")), VmState::Moving);
+    // The first look at one that has started is no more than a look.
     assert_eq!(of(rest, &format!("{rest} pending=\"Monitoring\"")), VmState::Running);
+    for role in ["Starting", "Stopping"] {
+        let started = "<resource id=\"vm8\" resource_agent=\"ocf:ballast:vm\" role=\"Started\"";
+        let cluster = altered(&[(started, &started.replace("Started", role))]);
+        assert_eq!(vm(&cluster, "vm8").state, VmState::Moving, "{role}");
+    }
     let twice = "<node name=\"host2\" id=\"2\" cached=\"true\"/>";
     let cluster = altered(&[(twice, &format!("{twice}{}", twice.replace('2', "1")))]);
     assert_eq!(vm(&cluster, "vm8").state, VmState::Twice);
