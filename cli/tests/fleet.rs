@@ -2,9 +2,12 @@
 //! ones: packaging/test-fleet.
 
 use std::fs::{self, Permissions};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::thread;
 
 const RECORDED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/fleet/recorded");
 
@@ -162,4 +165,36 @@ fn a_host_that_can_not_be_asked_fails_and_is_started_anew() {
         let output = agent(&programs, Some(hold), "validate-all");
         assert_eq!(output.status.code(), Some(code), "{hold:?}: {output:?}");
     }
+}
+
+/// Its figures are zero then, and a capacity of zero would drive all VMs away.
+#[test]
+fn a_balancer_that_has_not_looked_yet_is_asked_again() {
+    let programs = Programs::new(&[]);
+    fs::create_dir(programs.path().join("balancer")).unwrap();
+    let listener = UnixListener::bind(programs.path().join("balancer/balancer.sock")).unwrap();
+    let balancer = thread::spawn(move || {
+        for rounds in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = BufReader::new(stream.try_clone().unwrap());
+            let mut line = String::new();
+            while line != "\r\n" {
+                line.clear();
+                asked.read_line(&mut line).unwrap();
+            }
+            let budget = rounds * (1u64 << 30);
+            let body = format!(
+                "{{\"rounds\":{rounds},\"host\":{{\"total\":0,\"available\":0,\"budget\":{budget},\"charged\":0,\
+                 \"free\":0,\"over\":0,\"unserved\":0,\"state\":\"normal\",\"rounds_over_budget\":0}},\"vms\":[]}}"
+            );
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            stream.write_all((head + &body).as_bytes()).unwrap();
+        }
+    });
+    let output = programs.fleet(&["publish", "--dry-run"]);
+    assert!(output.status.success(), "{output:?}");
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["told_now"]["capacity"], 1024);
+    balancer.join().unwrap();
 }

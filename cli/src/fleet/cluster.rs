@@ -318,7 +318,7 @@ impl Vm {
 /// What a program of Pacemaker complained of in its answer, where that is XML: its last word on it.
 pub fn complaint(xml: &str) -> Option<String> {
     let document = parse(xml).ok()?;
-    let error = document.descendants().filter(|node| node.has_tag_name("error")).next_back()?;
+    let error = document.descendants().rfind(|node| node.has_tag_name("error"))?;
     error.text().map(clean)
 }
 

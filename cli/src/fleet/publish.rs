@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::runtime;
-use balancer::daemon::client::Client;
+use balancer::daemon::State;
+use balancer::daemon::client::{Client, Error};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
 
 use super::cluster::{FLOORS, MEMORY, PRESSURE};
 use super::figures::{Memory, Sample, Told, above_placed};
@@ -18,6 +20,9 @@ use crate::{client, duration, output};
 
 /// How long the balancer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often it is asked again that has not looked at its host yet.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The largest file of what was seen before that is read, in bytes: 300 samples have a tenth of it.
 const LARGEST_MEMORY: u64 = 1 << 20;
@@ -65,8 +70,7 @@ struct Plan {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let mut balancer = Client::new(&runtime::directory()?, PATIENCE);
-    let state = client::block_on(async { Ok(balancer.state().await) })?;
+    let state = look()?;
     let mut memory = args.state.as_deref().map_or_else(Memory::default, read);
     let sample = match state {
         Ok(state) => Sample::of(&state),
@@ -92,6 +96,24 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         return output::json(&Plan { seen: sample, told_before: before, told_now: told });
     }
     tell(args, &mut memory, told)
+}
+
+/// What the balancer says once it has looked at its host: before that, all its figures are zero.
+///
+/// # Errors
+/// This process gets no event loop, or there is no runtime directory. Else what the balancer answered.
+fn look() -> Result<Result<State, Error>, Failure> {
+    let mut balancer = Client::new(&runtime::directory()?, PATIENCE);
+    client::block_on(async {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match balancer.state().await {
+                Ok(state) if state.rounds == 0 && Instant::now() < until => sleep(ASK_AGAIN).await,
+                Ok(state) if state.rounds == 0 => return Ok(Err(Error::NotAnswering)),
+                answer => return Ok(answer),
+            }
+        }
+    })
 }
 
 /// Tells it, and notes that it was told.
