@@ -105,10 +105,11 @@ deb-test: ## Builds the packages twice to the same bytes, then installs, runs, u
 	packaging/test-in-root target/deb-first target/deb-second
 	packaging/test-under-systemd target/deb-first target/deb-second
 
-fleet-test: ## Three hosts with the real Pacemaker, in namespaces, lose one after the other; ROUNDS=20 times (3)
-	@$(call need,mmdebstrap)
+fleet-test: ## Three hosts with the real Pacemaker, in namespaces, lose one after the other, ROUNDS=20 times (3); the model of its placement
+	@$(call need,mmdebstrap pacemaker-cli-utils)
 	$(CARGO) build --release --package cli
 	packaging/test-fleet $(BALLAST) $(ROUNDS)
+	$(CARGO) test --package sim --test pacemaker -- --ignored
 
 lint: ## Formatting and clippy; licences and sources of all crates where cargo-deny is installed
 	$(CARGO) fmt --all --check

@@ -1,7 +1,6 @@
 //! `ballast fleet`: the hosts and VMs of a Pacemaker cluster, by Pacemaker's own word. Nothing is kept here.
 
 mod cluster;
-mod figures;
 mod pacemaker;
 mod publish;
 mod view;

@@ -8,12 +8,13 @@ use std::time::Duration;
 use api::runtime;
 use balancer::daemon::State;
 use balancer::daemon::client::{Client, Error};
+use balancer::fleet::{Memory, Sample, Told, above_placed};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use super::cluster::{FLOORS, MEMORY, PRESSURE};
-use super::figures::{Memory, Sample, Told, above_placed};
+
 use super::pacemaker::{self, ask};
 use crate::failure::Failure;
 use crate::{client, duration, output};

@@ -8,9 +8,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::daemon::State;
+use crate::policy::host_state::HostState;
 use api::units::Bytes;
-use balancer::daemon::State;
-use balancer::policy::host_state::HostState;
 use serde::{Deserialize, Serialize};
 
 /// How long samples count.
@@ -69,7 +69,8 @@ impl Sample {
 
 /// A balancer that is not normal takes memory back without hurry (SOFT); from HARD on it takes what guests would
 /// rather keep, which is no time for a newcomer. The limit of 80 that the manual names lies between them.
-const fn pressure(state: HostState) -> u64 {
+#[must_use]
+pub const fn pressure(state: HostState) -> u64 {
     match state {
         HostState::Normal => 0,
         HostState::Soft => 40,
