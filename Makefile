@@ -21,7 +21,7 @@ KERNEL_ROOT = --kernel-root "$$(ls -d "$${XDG_CACHE_HOME:-$$HOME/.cache}"/ballas
 BALLAST := target/x86_64-unknown-linux-gnu/release/ballast
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-disks test test-long ignored soak fuzz bench prove slat slat-host lint lab setup intel deb deb-test
+.PHONY: help demo demo-disks test test-long ignored soak fuzz bench prove slat slat-host lint lab setup intel deb deb-test fleet-test
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,8 +43,8 @@ test: setup intel lint ## Everything, from unit tests to real guests in the lab
 	$(CARGO) test --workspace --doc
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow paging, soaks, fuzzers, proofs, packages (some hours)
-	@failed=; for part in ignored soak fuzz prove deb-test; do \
+test-long: setup ## What `make test` leaves out: two CPUs that attack, shadow paging, soaks, fuzzers, proofs, packages, a cluster (some hours)
+	@failed=; for part in ignored soak fuzz prove deb-test fleet-test; do \
 	  echo "== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
@@ -108,6 +108,12 @@ deb-test: ## Builds the packages twice to the same bytes, then installs, runs, u
 	OUT=target/deb-second DEB_REVISION=2 packaging/build-deb
 	packaging/test-in-root target/deb-first target/deb-second
 	packaging/test-under-systemd target/deb-first target/deb-second
+
+fleet-test: ## Three hosts with the real Pacemaker, in namespaces, lose one after the other, ROUNDS=20 times (3); the model of its placement
+	@$(call need,mmdebstrap pacemaker-cli-utils)
+	$(CARGO) build --release --package cli
+	packaging/test-fleet $(BALLAST) $(ROUNDS)
+	$(CARGO) test --package sim --test pacemaker -- --ignored
 
 lint: ## Formatting and clippy; licences and sources of all crates where cargo-deny is installed
 	$(CARGO) fmt --all --check

@@ -15,6 +15,7 @@ mod disk;
 mod duration;
 mod entry;
 mod failure;
+mod fleet;
 mod growth;
 mod image_create;
 mod journal;
@@ -117,6 +118,7 @@ enum Command {
     Ssh(ssh::Args),
     Slat(slat::Args),
     Balancer(balancer::Args),
+    Fleet(fleet::Args),
     Sim(sim::Args),
     Record(record::Args),
     Disk(disk::Args),
@@ -177,6 +179,7 @@ fn main() -> ExitCode {
         Command::Ssh(args) => done(ssh::run(&args)),
         Command::Slat(args) => done(slat::run(&args)),
         Command::Balancer(args) => done(balancer::run(&args)),
+        Command::Fleet(args) => done(fleet::run(&args)),
         Command::Sim(args) => done(sim::run(&args)),
         Command::Record(args) => done(record::run(&args)),
         Command::Disk(args) => done(disk::run(args)),

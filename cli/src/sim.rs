@@ -1,5 +1,7 @@
 //! `ballast sim`.
 
+mod fleet;
+
 use std::io::{IsTerminal, stderr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -33,6 +35,7 @@ const MOST_SAMPLES: u64 = 200_000_000;
 /// Simulate memory policies on one host: ours and others', under equal demand
 #[derive(clap::Args)]
 #[command(
+    args_conflicts_with_subcommands = true,
     after_help = "\
 Policies: ballast (the one that `ballast balancer` runs), hyper-v, esxi, selfballoon, mom, proxmox,
 squeezed, static. Traces: mixed, steady, diurnal, burst, peaks, leak, storm, or a file: a recording
@@ -56,6 +59,8 @@ Examples:
   ballast sim --compare --policy ballast,static --vms 8..24 --seeds 201..216 --hours 4 --json"
 )]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// All policies over a range of VMs: who serves how many
     #[arg(long)]
     compare: bool,
@@ -101,6 +106,11 @@ pub struct Args {
     plot: Option<PathBuf>,
 }
 
+#[derive(clap::Subcommand)]
+enum Command {
+    Fleet(fleet::Args),
+}
+
 /// As `ballast run --grow`.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum GrowBy {
@@ -134,6 +144,9 @@ fn range(text: &str) -> Result<RangeInclusive<u64>, String> {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
+    if let Some(Command::Fleet(args)) = &args.command {
+        return fleet::run(args);
+    }
     let sweep = sweep(args)?;
     let stop = signals::stop_flag();
     let bar = progress(sweep.runs());

@@ -9,9 +9,12 @@
 //! tells the best possible score, [`sweep`] makes many runs, and [`plot`] draws them.
 //!
 //! Ours is [`balancer::policy`] itself, the code that the daemon runs.
+//!
+//! [`fleet`] is about many hosts: a cluster's placement of VMs over a day.
 
 mod bound;
 pub mod faults;
+pub mod fleet;
 mod guest;
 pub mod plot;
 pub mod policies;

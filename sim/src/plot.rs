@@ -1,5 +1,9 @@
 //! Pictures: the service that VMs get under each policy by their number, and memory over time.
 
+mod fleet;
+
+pub use fleet::fleet;
+
 use api::units::Bytes;
 use plotters::coord::Shift;
 use plotters::prelude::*;

@@ -125,6 +125,13 @@ impl Trace {
     }
 }
 
+/// One VM of a trace of this kind and seed, which is long otherwise.
+pub(crate) fn one(kind: Kind, seed: u64, index: usize, seconds: u64) -> Series {
+    let mut common = Random::new(seed, u64::MAX);
+    let peaks = bursts(&mut common, seconds, BURST_EVERY);
+    generate(kind, seed, index, seconds, &peaks)
+}
+
 /// One burst: when it begins, in seconds, and its length.
 #[derive(Clone, Copy, Debug)]
 struct Burst {

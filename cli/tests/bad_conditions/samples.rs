@@ -91,7 +91,14 @@ pub const SAMPLES: &[Sample] = &[
     alone("slat vm", "--kernel vmlinuz --initrd initrd --memory 64M", &[1]),
     Sample { serves: true, ..alone("balancer", "--interval 50ms --budget 64M --beside-others", &[0]) },
     alone("balancer", "--check balancer.toml", &[0]),
+    // 1 where no cluster runs.
+    alone("fleet", "", &[0, 1]),
+    alone("fleet", "--json", &[0, 1]),
+    client("fleet publish", "--dry-run", &[0]),
+    // There is no cluster to tell it to.
+    client("fleet publish", "--node host1 --state publish.json", &[1]),
     alone("sim", "--vms 2 --seeds 1..4 --hours 0.1 --plot plots", &[0]),
+    alone("sim fleet", "--hosts 3 --vms 20 --hours 1 --plot plots", &[0]),
     // Its guest has told nothing.
     client("record", "-o recording.csv --interval 100ms --for 200ms", &[1]),
     Sample { serves: true, ..client("record", "-o recording.csv --interval 100ms", &[1]) },
