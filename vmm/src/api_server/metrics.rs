@@ -108,7 +108,8 @@ fn net_figures(nets: &[NetStatus], page: &mut Page) {
     of_each(Kind::Counter, "net_received_dropped", help, |net| net.received.dropped.into());
     of_each(Kind::Counter, "net_sent_frames", "Frames that the guest sent.", |net| net.sent.frames.into());
     of_each(Kind::Counter, "net_sent_bytes", "Bytes in them.", |net| net.sent.bytes.into());
-    let help = "Frames of the guest that were lost: they were none, or the host refused them.";
+    let help =
+        "Frames of the guest that were lost: they were none, the host refused them, or the link was down.";
     of_each(Kind::Counter, "net_sent_dropped", help, |net| net.sent.dropped.into());
     let help = "Times that frames to the guest were held back by the card's limits.";
     of_each(Kind::Counter, "net_received_limited", help, |net| net.received.limited.into());
@@ -129,6 +130,9 @@ fn share_figures(shares: &[ShareStatus], page: &mut Page) {
     let help = "1 while the process that shares the directory is there.";
     page.family(Kind::Gauge, "share_serves", help, "share", values);
 }
+    let values = shares.iter().map(|share| (share.id.as_str(), Value::from(u64::from(share.restarts))));
+    let help = "Times that another process has taken its place, as it had failed.";
+    page.family(Kind::Counter, "share_restarts", help, "share", values);
 
 fn memory_figures(memory: &MemoryStatus, page: &mut Page) {
     let limits = &memory.limits;
