@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::devices::{
-    CONSOLE_PROTOCOL, ConsoleStatus, DiskCount, DiskStatus, NetCount, NetStatus, ResizeRequest,
+    CONSOLE_PROTOCOL, ConsoleStatus, DiskCount, DiskStatus, LinkRequest, NetCount, NetStatus, ResizeRequest,
     VSOCK_PROTOCOL,
 };
 use crate::agent::AgentStatus;

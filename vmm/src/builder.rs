@@ -219,6 +219,7 @@ impl<'a> Builder<'a> {
                     mac: options.mac(self.control.name(), &config.id).to_string(),
                     options: options.clone(),
                     counters: net.counters(),
+                    cable: net.cable(),
                 });
                 self.virtio(config, ThreadName::own(&config.id), net)
             }
