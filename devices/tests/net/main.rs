@@ -3,6 +3,7 @@
 mod attack;
 mod hostile;
 mod limits;
+mod link;
 mod room;
 mod tap;
 

@@ -149,6 +149,40 @@ impl Receiver {
         left
     }
 
+    /// Drops frames of `backend`, as many as one event may.
+    pub fn discard(&mut self, backend: &mut Backend, counters: &Counters) -> Left {
+        if self.waiting.take().is_some() {
+            counters.dropped(Direction::Received);
+        }
+        match backend {
+            Backend::Tap(tap) => {
+                for _ in 0..FRAMES {
+                    match tap.discard(&mut self.own) {
+                        Ok(()) => counters.dropped(Direction::Received),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                        Err(error) => return lost_tap(tap, &error),
+                    }
+                }
+            }
+            Backend::Stream(stream) => {
+                for fills in [true, false] {
+                    loop {
+                        match stream.frame().map(|frame| frame.map(<[u8]>::len)) {
+                            Ok(Some(len)) => stream.taken(len),
+                            Ok(None) => break,
+                            Err(error) => return lost_stream(error),
+                        }
+                        counters.dropped(Direction::Received);
+                    }
+                    if fills && let Err(error) = stream.fill() {
+                        return lost_stream(error);
+                    }
+                }
+            }
+        }
+        Left::Nothing
+    }
+
     fn take_from_tap(
         &mut self,
         active: &mut Active,
@@ -205,10 +239,7 @@ impl Receiver {
                 {
                     counters.dropped(Direction::Received);
                 }
-                Err(error) => {
-                    tracing::warn!("the tap {} gives no more frames: {error}", tap.name());
-                    return Left::Lost;
-                }
+                Err(error) => return lost_tap(tap, &error),
             }
         }
         // Readiness tells of the rest, even of one that waits in memory of our own: there is room for it.
@@ -226,17 +257,13 @@ impl Receiver {
         counters: &Counters,
         gate: &mut Gate,
     ) -> Left {
-        let lost = |error: Lost| {
-            tracing::warn!("the other end of a guest's network is of no more use: {error}");
-            Left::Lost
-        };
         // What has come before, then what has come since: no more than there is room for.
         for fills in [true, false] {
             loop {
                 let frame = match stream.frame() {
                     Ok(Some(frame)) => frame,
                     Ok(None) => break,
-                    Err(error) => return lost(error),
+                    Err(error) => return lost_stream(error),
                 };
                 let len = frame.len();
                 if !gate.is_open(counters) {
@@ -255,7 +282,7 @@ impl Receiver {
                 match stream.fill() {
                     Ok(true) => {}
                     Ok(false) => break,
-                    Err(error) => return lost(error),
+                    Err(error) => return lost_stream(error),
                 }
             }
         }
@@ -368,4 +395,14 @@ impl Receiver {
             chain.writer(&active.memory).write(&header);
         }
     }
+}
+
+fn lost_tap(tap: &Tap, error: &io::Error) -> Left {
+    tracing::warn!("the tap {} gives no more frames: {error}", tap.name());
+    Left::Lost
+}
+
+fn lost_stream(error: Lost) -> Left {
+    tracing::warn!("the other end of a guest's network is of no more use: {error}");
+    Left::Lost
 }

@@ -79,7 +79,8 @@ impl Watchdog {
         self.changed.notify_one();
     }
 
-    fn cut(&self) {
+    /// Ends the connection.
+    pub(super) fn cut(&self) {
         // One that is cut already is as good.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
