@@ -71,7 +71,7 @@ fn a_stock_guest_boots_without_ept() {
 fn vcpus_have_the_registers_that_the_tables_name() {
     host(200).unit_tests("vmm").unit_tests("slat").run(|| {
         unit_tests("vmm", &["arch::", "vcpu::", "builder::", "kvm::"]);
-        // A guest that does nothing but loop is never left for the host's clock under Bochs 2.7, whatever its flags say.
+        // A guest that does nothing but loop is never left for the host's clock under Bochs 2.7.
         unit_tests("slat", &["payload::", "counters::", "--skip", "the_watchdog_ends_a_payload_that_hangs"]);
     });
 }
