@@ -1,4 +1,4 @@
-//! A thread that brings the port's output to its reader, and waits for him.
+//! A thread that brings the port's output to its reader, and waits for that.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};

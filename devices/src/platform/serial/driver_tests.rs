@@ -98,7 +98,7 @@ fn a_flood_of_output_leaves_a_third_of_the_time() {
     assert!(whole < busy * 2, "idle for most of {whole:?}");
 }
 
-/// A reader who is slow gets everything, and the kernel never waits for him.
+/// A reader that is slow gets everything, and the kernel never waits for it.
 #[test]
 fn a_slow_reader_loses_nothing() {
     let mut world = World::new(&[], Vec::new());

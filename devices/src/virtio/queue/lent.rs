@@ -1,8 +1,8 @@
-//! Queues that somebody else works on, another process or the kernel, and that come back from him.
+//! Queues that a backend outside of the device works on (another process, or the kernel), and that come back.
 //!
-//! Whoever has one may end in the middle of it. Which chains he had then, the rings do not say: a driver's entries
-//! are overwritten as it goes on, and chains may be used in any order. So they are counted while he has the queue,
-//! at each signal of either side.
+//! A backend may end in the middle of its work. The rings do not say which chains it had then: a driver's entries
+//! are overwritten as it goes on, and chains may be used in any order. So they are counted while the backend has the
+//! queue, at each signal of either side.
 
 use std::sync::atomic::Ordering;
 
@@ -11,8 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{ActiveQueue, Chain, Verdict};
 
-/// What somebody else has of a queue, as far as its rings tell. Nothing in them is to be trusted: its driver writes
-/// one of them, and whoever has the queue the other.
+/// What a backend has of a queue, as far as its rings tell. Nothing in them is to be trusted: its driver writes
+/// one of them, and the backend the other.
 #[derive(Debug)]
 pub(in crate::virtio) struct Lent {
     /// Up to which index the driver's entries were counted, and those of used chains.
@@ -25,7 +25,7 @@ pub(in crate::virtio) struct Lent {
 }
 
 impl Lent {
-    /// `queue` goes to somebody from where it stands, with nothing in flight.
+    /// `queue` goes to a backend from where it stands, with nothing in flight.
     pub(in crate::virtio) fn new(queue: &ActiveQueue) -> Self {
         Self {
             offered: queue.queue.next_avail(),
@@ -83,9 +83,9 @@ impl ActiveQueue {
         self.queue.next_avail()
     }
 
-    /// Takes the queue back from somebody who works on it no more. Each chain that he left goes to `work`, and back to
+    /// Takes the queue back from a backend that works on it no more. Each chain that it left goes to `work`, and back to
     /// the driver; the device goes on with what the driver offers next. Returns how many there were; `None` where
-    /// that is not known, and what he left stays with nobody.
+    /// that is not known: then what it left stays with nobody.
     pub(in crate::virtio) fn take_back(
         &mut self,
         mut lent: Lent,
@@ -114,7 +114,7 @@ impl ActiveQueue {
             self.take_in_room(chain);
         }
         self.queue.set_next_avail(lent.offered);
-        // He may have used some and not have told.
+        // The backend may have used some and not have told.
         self.interrupt.raise();
         found.map(|found| found.len()).filter(|count| *count == done)
     }
