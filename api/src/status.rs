@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use self::devices::{
-    CONSOLE_PROTOCOL, ConsoleStatus, DiskCount, DiskStatus, LinkRequest, NetCount, NetStatus, ResizeRequest,
+    CONSOLE_PROTOCOL, ConsoleStatus, DiskCount, DiskStatus, NetCount, NetStatus, ResizeRequest,
     VSOCK_PROTOCOL,
 };
 use crate::agent::AgentStatus;
@@ -369,11 +369,8 @@ pub struct ShareStatus {
     pub tag: String,
     /// Whether the guest may not write.
     pub readonly: bool,
-    /// Whether the process that does the work is there; without it the guest's requests fail.
+    /// Whether the process that does the work is there; without it the guest waits in vain.
     pub serves: bool,
-    /// How many times another one has taken its place, as it had failed; none for a VM of an older version.
-    #[serde(default)]
-    pub restarts: u32,
 }
 
 /// `GET /vm`: what this VM is.

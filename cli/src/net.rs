@@ -1,45 +1,16 @@
 //! `ballast net`.
 
-use api::status::{LinkRequest, NetStatus, VmStatus};
+use api::status::{NetStatus, VmStatus};
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::{client, output, sentence, statuses, table};
+use crate::{output, sentence, statuses, table};
 
-/// Look at the networks of VMs that run, take links down and up
-///
-/// With the name of a VM, down takes the link of its card down, as if the cable was out: the guest is told, and frames
-/// are dropped both ways and counted. It stays so over a reset of the guest, until up, or until the VM's process ends.
+/// Look at the networks of VMs that run
 #[derive(clap::Args)]
-#[command(
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true,
-    after_help = "\
-Examples:
-  ballast net list
-  ballast net web down
-  ballast net web up net1"
-)]
 pub struct Args {
     #[command(subcommand)]
-    command: Option<Command>,
-    /// The VM, as `ballast ps` names it
-    #[arg(required = true)]
-    name: Option<String>,
-    /// What becomes of the link
-    #[arg(required = true)]
-    link: Option<Link>,
-    /// Which card, as `ballast net list` says [default: the only one]
-    #[arg(value_name = "CARD")]
-    card: Option<String>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Link {
-    /// Frames pass
-    Up,
-    /// Frames are dropped
-    Down,
+    command: Command,
 }
 
 #[derive(clap::Subcommand)]
@@ -50,7 +21,7 @@ enum Command {
 /// List the network cards of this user's VMs: where they lead, and what passed them since their VM started
 ///
 /// ADDRESS is the guest's where ballast's side gives it one (user). LINK is down where nobody is at the cable's other
-/// end any more, and taken down where `ballast net NAME down` did that. DROPPED counts frames that were lost in the VM's process, either way, and LIMITED is the time in which
+/// end any more. DROPPED counts frames that were lost in the VM's process, either way, and LIMITED is the time in which
 /// the card's limits held frames back.
 #[derive(clap::Args)]
 struct ListArgs {
@@ -70,45 +41,7 @@ struct Row {
 }
 
 pub fn run(args: &Args) -> Result<(), Failure> {
-    match args {
-        Args { command: Some(Command::List(args)), .. } => list(args),
-        Args { name: Some(name), link: Some(link), card, .. } => set_link(name, *link, card.as_deref()),
-        // The parser asks for both.
-        Args { .. } => Err(Failure::usage("name a VM, and say up or down")),
-    }
-}
-
-fn set_link(vm: &str, link: Link, card: Option<&str>) -> Result<(), Failure> {
-    let mut client = client::named(vm)?;
-    let net = client::block_on(async {
-        let net = match card {
-            Some(card) => card.to_owned(),
-            None => only_card(&client.status().await?)?,
-        };
-        client.set_link(&LinkRequest { net: net.clone(), up: link == Link::Up }).await?;
-        Ok::<_, Failure>(net)
-    })?;
-    let is = if link == Link::Up { "up" } else { "down" };
-    output::text(&format!("{net} of {vm}: {is}, and its guest is told\n"))
-}
-
-/// The card of a VM that has one.
-fn only_card(vm: &VmStatus) -> Result<String, Failure> {
-    match vm.nets.as_slice() {
-        [net] => Ok(net.id.clone()),
-        [] => Err(Failure::new(format_args!("the VM {} has no network card", vm.name))),
-        nets => {
-            let known: Vec<_> = nets.iter().map(|net| net.id.as_str()).collect();
-            let known = known.join(", ");
-            Err(Failure::usage(format_args!(
-                "the VM {} has several network cards, name one: {known}",
-                vm.name
-            )))
-        }
-    }
-}
-
-fn list(ListArgs { name, json }: &ListArgs) -> Result<(), Failure> {
+    let Command::List(ListArgs { name, json }) = &args.command;
     let (directory, vms) = statuses::of(name.as_deref())?;
     let of_vm = |vm: VmStatus| vm.nets.into_iter().map(move |net| Row { vm: vm.name.clone(), net });
     let rows: Vec<Row> = vms.into_iter().flat_map(of_vm).collect();
@@ -136,12 +69,7 @@ fn cells(Row { vm, net }: &Row) -> [String; 11] {
         net.mac.clone(),
         or_none(net.address.clone().unwrap_or_default()),
         or_none(net.forwards.join(" ")),
-        match net {
-            NetStatus { taken_down: true, .. } => "taken down",
-            NetStatus { up: true, .. } => "up",
-            NetStatus { up: false, .. } => "down",
-        }
-        .to_owned(),
+        if net.up { "up" } else { "down" }.to_owned(),
         net.received.bytes.to_string(),
         net.sent.bytes.to_string(),
         net.received.dropped.saturating_add(net.sent.dropped).to_string(),

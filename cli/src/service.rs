@@ -63,7 +63,7 @@ pub struct StartArgs {
 #[derive(clap::Args)]
 #[command(after_help = "\
 It is read from systemd's journal. What ballast says of a VM has the fields BALLAST_VM and, where something befell it,
-BALLAST_EVENT: started, ended, starts-again, left-off, disk-failed, network-lost, share-lost, share-back.
+BALLAST_EVENT: started, ended, starts-again, left-off, disk-failed, network-lost.
 
 Examples:
   ballast logs web

@@ -219,7 +219,6 @@ impl<'a> Builder<'a> {
                     mac: options.mac(self.control.name(), &config.id).to_string(),
                     options: options.clone(),
                     counters: net.counters(),
-                    cable: net.cable(),
                 });
                 self.virtio(config, ThreadName::own(&config.id), net)
             }
@@ -233,12 +232,12 @@ impl<'a> Builder<'a> {
                 self.virtio(config, ThreadName::own(&config.id), vsock)
             }
             Device::Share(options) => {
-                let (fs, helpers) = share::open(&config.id, options, self.ram)?;
-                helpers.into_iter().for_each(|helper| self.help(Some(helper)));
+                let (fs, helper) = share::open(&config.id, options, self.ram)?;
+                self.help(Some(helper));
                 self.shares.push(Share {
                     id: config.id.clone(),
                     options: options.clone(),
-                    service: fs.service(),
+                    serves: fs.serves(),
                 });
                 self.virtio(config, ThreadName::own(&config.id), fs)
             }

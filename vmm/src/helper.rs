@@ -4,8 +4,6 @@ use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use devices::sandbox::{Argument, Call, SandboxNeeds};
 use parking_lot::Mutex;
@@ -101,9 +99,6 @@ impl Drop for Helper {
     }
 }
 
-/// From one look at whether all of them have ended to the next.
-const LOOKS: Duration = Duration::from_millis(1);
-
 /// Bytes of what one says that are looked at.
 const MOST_WORDS: usize = 2048;
 
@@ -134,20 +129,6 @@ impl Words {
         let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with("Failed to send "));
         let line = lines.collect::<Vec<_>>().join("; ").replace(char::is_control, " ");
         if line.is_empty() { "it said nothing".to_owned() } else { line }
-    }
-
-    /// Whether nobody can say anything here any more, at the latest after that time: the helper has ended, and so
-    /// have the processes that it started itself. What was not taken before is lost.
-    pub fn end_within(&mut self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
-        loop {
-            match self.0.read(&mut [0; 512]) {
-                Ok(0) => return true,
-                Ok(_) => {}
-                Err(_) if Instant::now() >= until => return false,
-                Err(_) => thread::sleep(LOOKS),
-            }
-        }
     }
 }
 

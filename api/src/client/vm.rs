@@ -13,8 +13,8 @@ use super::peer::PeerProcess;
 use super::{BALLAST, DEFAULT_TIMEOUT};
 use crate::limits::Limits;
 use crate::status::{
-    CONSOLE_PROTOCOL, LinkRequest, MemoryStatus, PauseRequest, Pauser, ResizeRequest, TargetRequest,
-    VSOCK_PROTOCOL, VmStatus,
+    CONSOLE_PROTOCOL, MemoryStatus, PauseRequest, Pauser, ResizeRequest, TargetRequest, VSOCK_PROTOCOL,
+    VmStatus,
 };
 use crate::units::Bytes;
 
@@ -133,14 +133,6 @@ impl Client {
     /// [`Error::Refused`] where there is no such disk, or it can't grow so.
     pub async fn resize_disk(&mut self, request: &ResizeRequest) -> Result<(), Error> {
         self.http.send(Method::POST, "/disks/resize", request).await
-    }
-
-    /// `PUT /nets/link`: takes the link of a network card down, or up again.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] where there is no such card.
-    pub async fn set_link(&mut self, request: &LinkRequest) -> Result<(), Error> {
-        self.http.send(Method::PUT, "/nets/link", request).await
     }
 
     /// `POST /vm/power-button`: asks the guest to shut down.

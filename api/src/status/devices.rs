@@ -19,11 +19,8 @@ pub struct NetStatus {
     /// Ports of the host that lead into the guest, as the user said.
     #[serde(default)]
     pub forwards: Vec<String>,
-    /// Whether frames pass: there is somebody at the other end, and nobody has taken the link down.
+    /// Whether there is somebody at the other end.
     pub up: bool,
-    /// Whether the link was taken down (`PUT /nets/link`); false for a VM of an older version.
-    #[serde(default)]
-    pub taken_down: bool,
     /// Frames to the guest since the VM started.
     pub received: NetCount,
     /// Frames from it.
@@ -92,16 +89,6 @@ pub struct ResizeRequest {
     pub disk: String,
     /// How large it is to be.
     pub size: Bytes,
-}
-
-/// `PUT /nets/link`: the link of a network card, to be taken down or up again while its guest runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LinkRequest {
-    /// Which card, by its id.
-    pub net: String,
-    /// Whether it is to be up.
-    pub up: bool,
 }
 
 /// The protocol in which `GET /vm/console` goes on: the guest's output one way, the client's input the other.

@@ -75,9 +75,6 @@ pub const SAMPLES: &[Sample] = &[
     alone("net", "", &[2]),
     client("net list", "", &[0]),
     client("net list", "web --json", &[0]),
-    // It has not started.
-    client("net", "web down", &[1]),
-    client("net", "web up net0", &[1]),
     alone("slat", "", &[2]),
     alone("slat probe", "", &[0, 3]),
     alone("slat walk", "--steps", &[0]),

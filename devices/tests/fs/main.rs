@@ -4,105 +4,68 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use devices::testing::{CARRIERS, Carrier, Guest, HIGH, LOW, REGION, RUNNING};
-use devices::virtio::fs::{Fs, MOST_TAG, Owner, QUEUES, Service, Spare};
+use devices::testing::{CARRIERS, Carrier, Guest, HIGH, LOW, NEEDS_RESET, REGION, RUNNING};
+use devices::virtio::fs::{Fs, MOST_TAG, QUEUES};
 use devices::virtio::vhost_user::{BackendError, FrontEnd, SharedMemory, SharedRegion};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::GuestAddress;
 
 mod backend;
-mod successors;
 use backend::{
     Backend, GET_FEATURES, GET_PROTOCOL_FEATURES, GET_VRING_BASE, Lie, SET_MEM_TABLE, SET_VRING_ADDR,
     SET_VRING_BASE, SET_VRING_ENABLE, SET_VRING_KICK, STOPPED_AT,
 };
 
-/// What an answer of a backend that lies may take; a test gives all of them together ten times as long. It is long
-/// enough for the honest part of what such a one says, however busy this machine is.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// That of an honest one: none is waited for so long.
-const LONG: Duration = Duration::from_secs(60);
+/// What an answer may take; a test gives all of them together ten times as long.
+const PATIENCE: Duration = Duration::from_millis(400);
 
-fn memory() -> Arc<SharedMemory> {
+fn memory() -> SharedMemory {
     // SAFETY: the name is a C string, and the descriptor is new.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
     file.set_len(2 * REGION as u64).unwrap();
     let region = |guest, offset| SharedRegion { guest: GuestAddress(guest), size: REGION as u64, offset };
-    Arc::new(SharedMemory { file, regions: vec![region(LOW, 0), region(HIGH, REGION as u64)] })
+    SharedMemory { file, regions: vec![region(LOW, 0), region(HIGH, REGION as u64)] }
 }
 
-fn front_end(socket: UnixStream, patience: Duration) -> Result<FrontEnd, BackendError> {
-    FrontEnd::new(socket, &memory(), QUEUES, patience)
-}
-
-/// What an owner hears.
-#[derive(Debug, Default)]
-struct Heard {
-    lost: AtomicU32,
-    again: AtomicU32,
-}
-
-struct Hears {
-    heard: Arc<Heard>,
-    /// Whether those that it ends are at the guest's memory no more.
-    ends: bool,
-}
-
-impl Owner for Hears {
-    fn lost(&mut self, reason: &str, _: Option<Duration>) -> bool {
-        assert!(!reason.is_empty());
-        self.heard.lost.fetch_add(1, Ordering::Relaxed);
-        self.ends
-    }
-
-    fn serves_again(&mut self) {
-        self.heard.again.fetch_add(1, Ordering::Relaxed);
-    }
+fn front_end(socket: UnixStream) -> Result<FrontEnd, BackendError> {
+    FrontEnd::new(socket, &memory(), QUEUES, PATIENCE)
 }
 
 /// A guest with a shared directory.
 struct Shared {
     guest: Guest,
-    service: Arc<Service>,
-    heard: Arc<Heard>,
+    serves: Arc<AtomicBool>,
+    lost: Arc<AtomicU32>,
 }
 
 fn shared(carrier: Carrier, socket: UnixStream) -> Shared {
-    behind(carrier, front_end(socket, LONG).unwrap(), Vec::new(), true)
-}
-
-fn with_spares(carrier: Carrier, socket: UnixStream, spares: Vec<Spare>, ends: bool) -> Shared {
-    behind(carrier, front_end(socket, LONG).unwrap(), spares, ends)
-}
-
-/// With a backend that is not to be waited for.
-fn with_a_liar(carrier: Carrier, socket: UnixStream) -> Shared {
-    behind(carrier, front_end(socket, PATIENCE).unwrap(), Vec::new(), true)
-}
-
-fn behind(carrier: Carrier, front_end: FrontEnd, spares: Vec<Spare>, ends: bool) -> Shared {
-    let heard = Arc::<Heard>::default();
-    let owner = Hears { heard: Arc::clone(&heard), ends };
-    let fs = Fs::new("home", front_end, spares, Box::new(owner)).unwrap();
-    let service = fs.service();
-    Shared { guest: Guest::on(carrier, |_| Box::new(fs)), service, heard }
+    let front_end = front_end(socket).unwrap();
+    let lost = Arc::<AtomicU32>::default();
+    let loses = Arc::clone(&lost);
+    let on_lost = Box::new(move |reason: &str| {
+        assert!(!reason.is_empty());
+        loses.fetch_add(1, Ordering::Relaxed);
+    });
+    let fs = Fs::new("home", front_end, on_lost).unwrap();
+    let serves = fs.serves();
+    Shared { guest: Guest::on(carrier, |_| Box::new(fs)), serves, lost }
 }
 
 impl Shared {
     fn assert_lost(&self) {
-        assert!(!self.service.serves());
-        assert_eq!(self.heard.lost.load(Ordering::Relaxed), 1);
+        assert!(!self.serves.load(Ordering::Relaxed));
+        assert_eq!(self.lost.load(Ordering::Relaxed), 1);
     }
 
     /// Waits for events until the backend counts as lost.
     fn wait_until_lost(&mut self) {
         let begun = Instant::now();
-        while self.service.serves() {
+        while self.serves.load(Ordering::Relaxed) {
             self.guest.wait(10);
-            assert!(begun.elapsed() < LONG);
+            assert!(begun.elapsed() < 10 * PATIENCE);
         }
         self.assert_lost();
     }
@@ -191,7 +154,7 @@ fn a_queue_goes_on_where_it_stopped() {
         let seen = backend.seen.lock().unwrap();
         assert_eq!(seen.all(GET_VRING_BASE).len(), 2 * QUEUES);
         assert_eq!(seen.all(SET_VRING_BASE)[4][4..8], [0; 4]);
-        assert!(shared.service.serves());
+        assert!(shared.serves.load(Ordering::Relaxed));
     }
 }
 
@@ -212,7 +175,7 @@ fn a_backend_that_dies_or_speaks_unasked_is_told_of_once() {
             assert_eq!(shared.guest.run(), 0, "it is watched no more");
             assert_eq!(shared.guest.status(), RUNNING);
             shared.guest.notify(1);
-            assert_eq!(shared.guest.status(), RUNNING, "requests fail, and nothing else");
+            assert_eq!(shared.guest.status(), RUNNING | NEEDS_RESET);
             // All else goes on, however often.
             for _ in 0..3 {
                 shared.guest.transport().lock().unwrap().drain();
@@ -246,7 +209,7 @@ fn a_backend_that_lies_at_the_start_is_refused_in_time() {
         for lie in LIES {
             let begun = Instant::now();
             let (_backend, socket) = Backend::start(at, lie);
-            let made = front_end(socket, PATIENCE);
+            let made = front_end(socket);
             assert!(begun.elapsed() < 10 * PATIENCE, "{at} {lie:?}: {:?}", begun.elapsed());
             if lie.is_no_answer() {
                 assert!(made.is_err(), "{at} {lie:?}");
@@ -254,13 +217,13 @@ fn a_backend_that_lies_at_the_start_is_refused_in_time() {
         }
     }
     let (_backend, socket) = Backend::start(GET_FEATURES, Lie::Value(0));
-    assert!(matches!(front_end(socket, LONG), Err(BackendError::Lacks(_))));
+    assert!(matches!(front_end(socket), Err(BackendError::Lacks(_))));
     let (_backend, socket) = Backend::start(GET_FEATURES, Lie::Value(1 << 30 | 1 << 32));
-    let error = front_end(socket, LONG).err().unwrap().to_string();
+    let error = front_end(socket).err().unwrap().to_string();
     assert!(error.contains("indirect descriptors"), "{error}");
     // All features that there may be: those that are not known are not used.
     let (_backend, socket) = Backend::start(GET_PROTOCOL_FEATURES, Lie::Value(u64::MAX));
-    assert!(front_end(socket, LONG).is_ok());
+    assert!(front_end(socket).is_ok());
 }
 
 #[test]
@@ -269,7 +232,7 @@ fn a_backend_that_lies_later_is_lost_in_time_and_the_guest_goes_on() {
         for lie in LIES {
             let begun = Instant::now();
             let (_backend, socket) = Backend::start(at, lie);
-            let mut shared = with_a_liar(Carrier::Pci, socket);
+            let mut shared = shared(Carrier::Pci, socket);
             shared.guest.start(0);
             shared.guest.transport().lock().unwrap().drain();
             shared.guest.transport().lock().unwrap().resume();
@@ -295,8 +258,8 @@ fn a_backend_that_lies_later_is_lost_in_time_and_the_guest_goes_on() {
 #[test]
 fn a_backend_is_let_go_with_its_device() {
     let (mut backend, socket) = Backend::start(0, Lie::Nothing);
-    let front_end = front_end(socket, LONG).unwrap();
-    let fs = Fs::new("home", front_end, [], Box::new(Hears { heard: Arc::default(), ends: true })).unwrap();
+    let front_end = front_end(socket).unwrap();
+    let fs = Fs::new("home", front_end, Box::new(|_| ())).unwrap();
     drop(fs);
     backend.wait_for_its_end();
 }

@@ -3,7 +3,6 @@
 mod attack;
 mod hostile;
 mod limits;
-mod link;
 mod room;
 mod tap;
 

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use devices::bucket::RateLimits;
 use devices::testing::{BUFFERS, Carrier, Guest, HIGH};
 use devices::virtio::net::backend::Backend;
-use devices::virtio::net::cable::Cable;
 use devices::virtio::net::counters::{Counters, Direction, Traffic};
 use devices::virtio::net::mac::Mac;
 use devices::virtio::net::stream::Stream;
@@ -28,7 +27,6 @@ pub struct Room {
     pub guest: Guest,
     pub counters: Arc<Counters>,
     pub lost: Arc<AtomicU32>,
-    pub cable: Arc<Cable>,
     /// Lengths of the buffers that the driver left, by their descriptor.
     lens: [u32; 256],
     /// Descriptors for [`leave_any`](Self::leave_any).
@@ -65,11 +63,11 @@ impl Room {
     pub fn limited(carrier: Carrier, backend: Backend, refused: u64, limits: RateLimits) -> Self {
         let lost = Arc::new(AtomicU32::new(0));
         let net = nic(backend, &lost).limited(limits);
-        let (counters, cable) = (net.counters(), net.cable());
+        let counters = net.counters();
         let mut guest = Guest::on(carrier, |_| Box::new(net));
         guest.start(refused);
         guest.run();
-        Self { guest, counters, lost, cable, lens: [0; 256], free: (0..256).rev().collect() }
+        Self { guest, counters, lost, lens: [0; 256], free: (0..256).rev().collect() }
     }
 
     /// One at a stream.

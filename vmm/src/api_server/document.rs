@@ -106,16 +106,13 @@ fn what_is_described_is_served_and_the_other_way_round() {
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
 }
 
-/// A VM that has not started has no card.
-const LINK: &str = r#"{"net":"net0","up":false}"#;
-
 #[test]
 fn every_answer_is_as_described() {
     let document = document();
     let control = control();
     let mut statuses = BTreeSet::new();
     for served in &ROUTES {
-        for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#, r#"{"address":4096}"#, LINK] {
+        for body in ["", "{}", r#"{"target":268435456}"#, r#"{"target":1}"#, r#"{"address":4096}"#] {
             statuses.insert(ask(&document, &control, served.method, served.path, body).status.as_u16());
         }
     }
@@ -229,7 +226,6 @@ pub fn full_net() -> NetStatus {
         address: Some("10.0.2.15".to_owned()),
         forwards: vec!["tcp:127.0.0.1:2222:22".to_owned()],
         up: false,
-        taken_down: true,
         received: count,
         sent: count,
     }

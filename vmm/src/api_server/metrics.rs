@@ -98,19 +98,17 @@ fn net_figures(nets: &[NetStatus], page: &mut Page) {
     let mut of_each = |kind, name: &str, help: &str, value: fn(&NetStatus) -> Value| {
         page.family(kind, name, help, "net", nets.iter().map(|net| (net.id.as_str(), value(net))));
     };
-    let help = "1 while there is somebody at the cable's other end, and nobody has taken the link down.";
-    of_each(Kind::Gauge, "net_up", help, |net| net.up.into());
-    let help = "1 while the link was taken down: frames are dropped, both ways.";
-    of_each(Kind::Gauge, "net_taken_down", help, |net| net.taken_down.into());
+    of_each(Kind::Gauge, "net_up", "1 while there is somebody at the cable's other end.", |net| {
+        net.up.into()
+    });
     let help = "Frames that came to the guest.";
     of_each(Kind::Counter, "net_received_frames", help, |net| net.received.frames.into());
     of_each(Kind::Counter, "net_received_bytes", "Bytes in them.", |net| net.received.bytes.into());
-    let help = "Frames to the guest that were lost: it had no room for them, or the link was taken down.";
+    let help = "Frames to the guest that were lost: it had no room for them.";
     of_each(Kind::Counter, "net_received_dropped", help, |net| net.received.dropped.into());
     of_each(Kind::Counter, "net_sent_frames", "Frames that the guest sent.", |net| net.sent.frames.into());
     of_each(Kind::Counter, "net_sent_bytes", "Bytes in them.", |net| net.sent.bytes.into());
-    let help =
-        "Frames of the guest that were lost: they were none, the host refused them, or the link was down.";
+    let help = "Frames of the guest that were lost: they were none, or the host refused them.";
     of_each(Kind::Counter, "net_sent_dropped", help, |net| net.sent.dropped.into());
     let help = "Times that frames to the guest were held back by the card's limits.";
     of_each(Kind::Counter, "net_received_limited", help, |net| net.received.limited.into());
@@ -130,9 +128,6 @@ fn share_figures(shares: &[ShareStatus], page: &mut Page) {
     let values = shares.iter().map(|share| (share.id.as_str(), Value::from(share.serves)));
     let help = "1 while the process that shares the directory is there.";
     page.family(Kind::Gauge, "share_serves", help, "share", values);
-    let values = shares.iter().map(|share| (share.id.as_str(), Value::from(u64::from(share.restarts))));
-    let help = "Times that another process has taken its place, as it had failed.";
-    page.family(Kind::Counter, "share_restarts", help, "share", values);
 }
 
 fn memory_figures(memory: &MemoryStatus, page: &mut Page) {

@@ -36,7 +36,7 @@ enum Act {
 use Act::{Await, Do};
 
 /// Everything the API does; `resources/openapi.yaml` says the same to the world.
-pub const ROUTES: [Route; 18] = [
+pub const ROUTES: [Route; 17] = [
     Route { method: "GET", path: "/vm", act: Do(|control, _| Response::json(&control.status())) },
     Route { method: "POST", path: "/vm/pause", act: Await(pause) },
     Route {
@@ -52,13 +52,6 @@ pub const ROUTES: [Route; 18] = [
     Route { method: "GET", path: "/vm/console", act: Await(attach) },
     Route { method: "GET", path: "/vm/vsock", act: Await(call_guest) },
     Route { method: "POST", path: "/disks/resize", act: Await(resize_disk) },
-    Route {
-        method: "PUT",
-        path: "/nets/link",
-        act: Do(|control, request| {
-            parse(request.body).map_or_else(|refused| refused, |wanted| answer(control.set_link(&wanted)))
-        }),
-    },
     Route { method: "GET", path: "/memory", act: Await(memory) },
     Route { method: "POST", path: "/vm/translate", act: Await(translate) },
     Route { method: "GET", path: "/memory/map", act: Do(|control, _| Response::json(&control.memory_map())) },

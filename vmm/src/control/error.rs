@@ -62,14 +62,6 @@ pub enum ControlError {
         /// Those that there are.
         known: String,
     },
-    /// There is no such network card.
-    #[error("the VM has no network card `{asked}`: it has {}", if known.is_empty() { "none" } else { known })]
-    NoSuchNet {
-        /// As asked.
-        asked: String,
-        /// Those that there are.
-        known: String,
-    },
     /// A disk can't become as large.
     #[error("{0}")]
     DiskSize(String),

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use api::status::{LinkRequest, NetCount, NetStatus};
+use api::status::{NetCount, NetStatus};
 use api::units::Bytes;
-use devices::virtio::net::cable::Cable;
 use devices::virtio::net::counters::{Counters, Direction};
 
-use super::{Control, ControlError};
+use super::Control;
 use crate::config::{DeviceId, NetBackend, NetOptions};
 
 /// A network card that was made.
@@ -20,31 +19,12 @@ pub struct Nic {
     pub options: NetOptions,
     /// What passes it.
     pub counters: Arc<Counters>,
-    /// Its cable.
-    pub cable: Arc<Cable>,
 }
 
 impl Control {
     /// Its network cards.
     pub(super) fn nets(&self) -> Vec<NetStatus> {
         self.parts.get().map_or_else(Vec::new, |parts| parts.nets.iter().map(status).collect())
-    }
-
-    /// Takes the link of a card down, or up again. The guest is told where it runs, and once it runs.
-    ///
-    /// # Errors
-    /// [`ControlError::NoSuchNet`]; [`ControlError::State`] before there are any.
-    pub fn set_link(&self, request: &LinkRequest) -> Result<(), ControlError> {
-        let parts = self.parts("have its link changed")?;
-        let nic = parts.nets.iter().find(|nic| nic.id.as_str() == request.net).ok_or_else(|| {
-            let known: Vec<_> = parts.nets.iter().map(|nic| nic.id.as_str()).collect();
-            ControlError::NoSuchNet { asked: request.net.clone(), known: known.join(", ") }
-        })?;
-        if nic.cable.is_in() != request.up {
-            nic.cable.put(request.up);
-            tracing::info!("the link of {} was taken {}", nic.id, if request.up { "up" } else { "down" });
-        }
-        Ok(())
     }
 }
 
@@ -74,8 +54,7 @@ fn status(nic: &Nic) -> NetStatus {
         backend,
         address,
         forwards,
-        up: nic.counters.is_up() && nic.cable.is_in(),
-        taken_down: !nic.cable.is_in(),
+        up: nic.counters.is_up(),
         received: count(Direction::Received),
         sent: count(Direction::Sent),
     }

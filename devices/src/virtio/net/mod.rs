@@ -5,7 +5,6 @@
 
 pub mod backend;
 mod bridge;
-pub mod cable;
 pub mod counters;
 mod error;
 mod gate;
@@ -28,7 +27,6 @@ use virtio_bindings::virtio_net::{
 use vmm_sys_util::epoll::EventSet;
 
 use self::backend::{Backend, Readiness};
-use self::cable::Cable;
 use self::counters::{Counters, Direction};
 pub use self::error::NetError;
 use self::gate::{Alarm, Gate};
@@ -59,9 +57,6 @@ const QUEUE_SIZES: [u16; 2] = [256; 2];
 
 /// The place of what wakes it for its limits among its own events.
 const ALARM: usize = 1;
-
-/// The place of what tells that its owner has taken its cable out, or put it in, among its own events.
-const CABLE: usize = 2;
 
 /// Events' worth of frames that are dropped at once where the backend has gone: more than a queue holds.
 const DISCARDED: usize = 8;
@@ -101,7 +96,6 @@ pub struct Net {
     alarm: Alarm,
     faults: Faults,
     link: Link,
-    cable: Arc<Cable>,
     awaited: Awaited,
     on_lost: OnLost,
 }
@@ -110,8 +104,6 @@ pub struct Net {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
     Up,
-    /// Its owner has taken it out: frames are dropped, both ways.
-    Out,
     /// The backend has gone for good.
     Down,
 }
@@ -151,7 +143,6 @@ impl Net {
             alarm: Alarm::new()?,
             faults: Faults::default(),
             link: Link::Up,
-            cable: Arc::new(Cable::new()?),
             awaited: Awaited::Driver,
             on_lost,
         })
@@ -168,14 +159,21 @@ impl Net {
         Arc::clone(&self.counters)
     }
 
-    /// Its cable, for its owner.
-    pub fn cable(&self) -> Arc<Cable> {
-        Arc::clone(&self.cable)
-    }
-
     /// Malformed chains handed back since the device was made.
     pub fn malformed(&self) -> u64 {
         self.faults.total()
+    }
+
+    fn config(&self) -> [u8; CONFIG] {
+        let mut config = [0; CONFIG];
+        let (mac, rest) = config.split_at_mut(6);
+        mac.copy_from_slice(&self.mac.bytes());
+        let status = if self.link == Link::Down { 0 } else { VIRTIO_NET_S_LINK_UP as u16 };
+        let mtu = self.mtu.unwrap_or(0);
+        // Status, queue pairs, MTU.
+        let words = [status.to_le_bytes(), 1u16.to_le_bytes(), mtu.to_le_bytes()];
+        rest.copy_from_slice(words.as_flattened());
+        config
     }
 
     fn receive(&mut self, active: &mut Active) {
@@ -217,45 +215,10 @@ impl Net {
         self.counters.cut();
         (self.on_lost)();
         if let Some(active) = active {
-            self.drop_sent(active);
+            // The driver need not notify of what waits to be sent, and the backend never wakes for it again.
+            let mut rounds = 0..DISCARDED;
+            while self.transmit(active) && rounds.next().is_some() {}
             active.config_interrupt.raise();
-        }
-    }
-
-    /// Drops what the driver has to send: it need not notify of that, and the backend does not wake for it.
-    fn drop_sent(&mut self, active: &mut Active) {
-        let mut rounds = 0..DISCARDED;
-        while self.transmit(active) && rounds.next().is_some() {}
-    }
-
-    /// The owner has taken the cable out, or put it in.
-    fn cable_event(&mut self, active: Option<&mut Active>) {
-        self.cable.take();
-        self.link = match (self.link, self.cable.is_in()) {
-            (Link::Up, false) => Link::Out,
-            (Link::Out, true) => Link::Up,
-            _ => return,
-        };
-        let mut active = active.filter(|_| self.awaited != Awaited::Reset);
-        if self.link == Link::Out {
-            // Some may lie here already, of which nobody wakes.
-            self.drop_received(active.as_deref_mut());
-        }
-        if let Some(active) = active {
-            match self.link {
-                // The driver has left buffers meanwhile, and what it did to tell so was not looked at.
-                Link::Up => self.receive(active),
-                Link::Out | Link::Down => self.drop_sent(active),
-            }
-            active.config_interrupt.raise();
-        }
-        self.watch();
-    }
-
-    /// Drops frames to the guest while the cable is out.
-    fn drop_received(&mut self, active: Option<&mut Active>) {
-        if self.receiver.discard(&mut self.backend, &self.counters) == Left::Lost {
-            self.lose(active);
         }
     }
 
@@ -287,17 +250,17 @@ impl Net {
     /// Has what the device waits for watched.
     fn watch(&mut self) {
         let mut wanted = EventSet::empty();
-        let (is_up, is_out) = (self.link == Link::Up, self.link == Link::Out);
-        if is_out || is_up && self.awaited == Awaited::Frame {
-            wanted |= EventSet::IN;
-        }
-        let behind = matches!(&self.backend, Backend::Stream(stream) if stream.is_behind());
-        let waits = is_up && self.transmitter.waits() && self.awaited != Awaited::Reset;
-        if self.link != Link::Down && behind || waits {
-            wanted |= EventSet::OUT;
+        if self.link == Link::Up {
+            if self.awaited == Awaited::Frame {
+                wanted |= EventSet::IN;
+            }
+            let behind = matches!(&self.backend, Backend::Stream(stream) if stream.is_behind());
+            if behind || self.transmitter.waits() && self.awaited != Awaited::Reset {
+                wanted |= EventSet::OUT;
+            }
         }
         let (to_guest, from_guest) = &self.gates;
-        let is_up = is_up && self.awaited != Awaited::Reset;
+        let is_up = self.link == Link::Up && self.awaited != Awaited::Reset;
         self.alarm.set([
             to_guest.opens_at().filter(|_| is_up && self.awaited == Awaited::Time),
             from_guest.opens_at().filter(|_| is_up && self.awaited != Awaited::Driver),
@@ -306,18 +269,6 @@ impl Net {
             tracing::warn!("a guest's network can't be waited for: {error}");
         }
     }
-}
-
-/// What a driver reads.
-fn config(mac: Mac, mtu: Option<u16>, link: Link) -> [u8; CONFIG] {
-    let mut config = [0; CONFIG];
-    let (address, rest) = config.split_at_mut(6);
-    address.copy_from_slice(&mac.bytes());
-    let status = if link == Link::Up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
-    // Status, queue pairs, MTU.
-    let words = [status, 1, mtu.unwrap_or(0)].map(u16::to_le_bytes);
-    rest.copy_from_slice(words.as_flattened());
-    config
 }
 
 /// To the guest, and from it.
@@ -341,7 +292,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let bytes = config(self.mac, self.mtu, self.link);
+        let bytes = self.config();
         read_part(&bytes, offset, data);
     }
 
@@ -376,7 +327,7 @@ impl VirtioDevice for Net {
         let mut more = false;
         match index {
             _ if self.awaited == Awaited::Reset => {}
-            RX if self.link != Link::Up => {}
+            RX if self.link == Link::Down => {}
             RX => self.receive(active),
             _ => more = self.transmit(active),
         }
@@ -389,21 +340,18 @@ impl VirtioDevice for Net {
     }
 
     fn own_events(&self) -> Vec<RawFd> {
-        vec![self.readiness.as_raw_fd(), self.alarm.as_raw_fd(), self.cable.as_raw_fd()]
+        vec![self.readiness.as_raw_fd(), self.alarm.as_raw_fd()]
     }
 
     fn own_event(&mut self, index: usize, active: Option<&mut Active>) {
-        match index {
-            ALARM => return self.rings(active),
-            CABLE => return self.cable_event(active),
-            _ => {}
+        if index == ALARM {
+            return self.rings(active);
         }
         let ready = self.readiness.ready();
         let ended = ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
         let flushed = ready.contains(EventSet::OUT) && self.flush();
         match active {
-            active if self.link == Link::Out && ready.contains(EventSet::IN) => self.drop_received(active),
-            Some(active) if self.link == Link::Up && self.awaited != Awaited::Reset => {
+            Some(active) if self.awaited != Awaited::Reset => {
                 if self.awaited == Awaited::Frame && (ended || ready.contains(EventSet::IN)) {
                     self.receive(active);
                 } else if ended {
@@ -413,7 +361,7 @@ impl VirtioDevice for Net {
                     self.transmitter.wait();
                 }
             }
-            active if ended && self.link != Link::Down => self.lose(active),
+            active if ended => self.lose(active),
             _ => {}
         }
         self.watch();

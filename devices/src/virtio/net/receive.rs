@@ -149,40 +149,6 @@ impl Receiver {
         left
     }
 
-    /// Drops frames of `backend`, as many as one event may.
-    pub fn discard(&mut self, backend: &mut Backend, counters: &Counters) -> Left {
-        if self.waiting.take().is_some() {
-            counters.dropped(Direction::Received);
-        }
-        match backend {
-            Backend::Tap(tap) => {
-                for _ in 0..FRAMES {
-                    match tap.discard(&mut self.own) {
-                        Ok(()) => counters.dropped(Direction::Received),
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                        Err(error) => return lost_tap(tap, &error),
-                    }
-                }
-            }
-            Backend::Stream(stream) => {
-                for fills in [true, false] {
-                    loop {
-                        match stream.frame().map(|frame| frame.map(<[u8]>::len)) {
-                            Ok(Some(len)) => stream.taken(len),
-                            Ok(None) => break,
-                            Err(error) => return lost_stream(error),
-                        }
-                        counters.dropped(Direction::Received);
-                    }
-                    if fills && let Err(error) = stream.fill() {
-                        return lost_stream(error);
-                    }
-                }
-            }
-        }
-        Left::Nothing
-    }
-
     fn take_from_tap(
         &mut self,
         active: &mut Active,
@@ -239,7 +205,10 @@ impl Receiver {
                 {
                     counters.dropped(Direction::Received);
                 }
-                Err(error) => return lost_tap(tap, &error),
+                Err(error) => {
+                    tracing::warn!("the tap {} gives no more frames: {error}", tap.name());
+                    return Left::Lost;
+                }
             }
         }
         // Readiness tells of the rest, even of one that waits in memory of our own: there is room for it.
@@ -257,13 +226,17 @@ impl Receiver {
         counters: &Counters,
         gate: &mut Gate,
     ) -> Left {
+        let lost = |error: Lost| {
+            tracing::warn!("the other end of a guest's network is of no more use: {error}");
+            Left::Lost
+        };
         // What has come before, then what has come since: no more than there is room for.
         for fills in [true, false] {
             loop {
                 let frame = match stream.frame() {
                     Ok(Some(frame)) => frame,
                     Ok(None) => break,
-                    Err(error) => return lost_stream(error),
+                    Err(error) => return lost(error),
                 };
                 let len = frame.len();
                 if !gate.is_open(counters) {
@@ -282,7 +255,7 @@ impl Receiver {
                 match stream.fill() {
                     Ok(true) => {}
                     Ok(false) => break,
-                    Err(error) => return lost_stream(error),
+                    Err(error) => return lost(error),
                 }
             }
         }
@@ -395,14 +368,4 @@ impl Receiver {
             chain.writer(&active.memory).write(&header);
         }
     }
-}
-
-fn lost_tap(tap: &Tap, error: &io::Error) -> Left {
-    tracing::warn!("the tap {} gives no more frames: {error}", tap.name());
-    Left::Lost
-}
-
-fn lost_stream(error: Lost) -> Left {
-    tracing::warn!("the other end of a guest's network is of no more use: {error}");
-    Left::Lost
 }

@@ -163,16 +163,6 @@ impl Tap {
         read.checked_sub(HEADER).ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 
-    /// Reads one frame that nobody wants into `room`, as far as it fits.
-    ///
-    /// # Errors
-    /// As `read(2)`; [`io::ErrorKind::WouldBlock`] where there is none.
-    pub fn discard(&self, room: &mut [u8]) -> io::Result<()> {
-        // SAFETY: the kernel writes into a slice of ours.
-        let read = unsafe { libc::read(self.file.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
-        if read < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
     /// Writes one frame.
     ///
     /// # Errors

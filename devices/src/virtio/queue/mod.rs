@@ -8,7 +8,6 @@
 //! keeps is in flight, and a driver that offers such a chain once more has it back as malformed.
 
 mod chain;
-mod lent;
 mod together;
 mod vectors;
 
@@ -22,7 +21,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::device::{Active, Progress};
 use super::interrupt::Interrupt;
 pub use chain::{Buffer, Chain, Head, Reader, Writer};
-pub(super) use lent::Lent;
 pub use together::{complete_together, put_back};
 pub use vectors::IoVectors;
 

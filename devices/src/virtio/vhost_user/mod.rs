@@ -21,12 +21,11 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use self::signal::{Call, Kick};
 use self::watchdog::Watchdog;
 use super::device::Active;
-use super::queue::{Chain, Lent, Verdict};
 use crate::sandbox::{self, Argument, SandboxNeeds};
 
 /// How long a backend may take over what it is asked: it finishes what is in flight then, maybe on a slow disk.
@@ -83,38 +82,20 @@ pub struct SharedRegion {
     pub offset: u64,
 }
 
-/// A queue's state at the backend.
+/// A queue, as the backend has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// It has not had it yet.
-    New,
+enum Ring {
     /// It does not work on it, and goes on there once it does.
     Stopped { next: u16 },
     /// It works on it.
     Running,
 }
 
-/// A queue, as the backend has it.
-struct Ring {
-    state: State,
-    kick: Kick,
-    call: Call,
-    /// What it has of it, once it has had it.
-    lent: Option<Lent>,
-}
-
-impl Ring {
-    fn new() -> io::Result<Self> {
-        Ok(Self { state: State::New, kick: Kick::new()?, call: Call::new()?, lent: None })
-    }
-}
-
 /// This process's side of the connection to a backend.
 pub struct FrontEnd {
     frontend: Frontend,
     watchdog: Arc<Watchdog>,
-    rings: Vec<Ring>,
-    memory: Arc<SharedMemory>,
+    rings: Vec<(Ring, Kick, Call)>,
 }
 
 impl FrontEnd {
@@ -125,45 +106,21 @@ impl FrontEnd {
     /// [`BackendError`].
     pub fn new(
         socket: UnixStream,
-        memory: &Arc<SharedMemory>,
+        memory: &SharedMemory,
         queues: usize,
         patience: Duration,
     ) -> Result<Self, BackendError> {
-        let mut front_end = Self::silent(socket, memory, queues, patience)?;
-        let watchdog = Arc::clone(&front_end.watchdog);
+        let watchdog = Arc::new(Watchdog::new(socket.try_clone()?, patience));
+        let mut frontend = Frontend::from_stream(socket, u64::try_from(queues).unwrap_or(u64::MAX));
         thread::scope(|scope| {
             thread::Builder::new().spawn_scoped(scope, || watchdog.serve())?;
-            let met = front_end.meet();
+            let agreed = watchdog.within(|| agree(&mut frontend, memory));
             watchdog.end();
-            met
+            agreed
         })?;
-        Ok(front_end)
-    }
-
-    /// The same, but that it says nothing yet: the backend is told of the guest's memory once they [`meet`](Self::meet).
-    ///
-    /// # Errors
-    /// The host has no descriptors left.
-    pub fn silent(
-        socket: UnixStream,
-        memory: &Arc<SharedMemory>,
-        queues: usize,
-        patience: Duration,
-    ) -> io::Result<Self> {
-        let watchdog = Arc::new(Watchdog::new(socket.try_clone()?, patience));
-        let frontend = Frontend::from_stream(socket, u64::try_from(queues).unwrap_or(u64::MAX));
-        let rings = (0..queues).map(|_| Ring::new()).collect::<Result<_, _>>()?;
-        Ok(Self { frontend, watchdog, rings, memory: Arc::clone(memory) })
-    }
-
-    /// Agrees with a backend that has not been spoken to yet, and tells it of the guest's memory. Its answers have a
-    /// time limit once the connection was [started](Self::start).
-    ///
-    /// # Errors
-    /// [`BackendError`].
-    pub fn meet(&mut self) -> Result<(), BackendError> {
-        let Self { frontend, watchdog, memory, .. } = self;
-        watchdog.within(|| agree(frontend, memory))
+        let ring = |_| Ok::<_, io::Error>((Ring::Stopped { next: 0 }, Kick::new()?, Call::new()?));
+        let rings = (0..queues).map(ring).collect::<Result<_, _>>()?;
+        Ok(Self { frontend, watchdog, rings })
     }
 
     /// Has a thread look after the time that answers take, to the end of the connection.
@@ -176,7 +133,7 @@ impl FrontEnd {
 
     /// Descriptors to be watched for reading: one of each queue, and the connection itself.
     pub fn descriptors(&self) -> (Vec<RawFd>, RawFd) {
-        (self.rings.iter().map(|ring| ring.call.as_raw_fd()).collect(), self.frontend.as_raw_fd())
+        (self.rings.iter().map(|(_, _, call)| call.as_raw_fd()).collect(), self.frontend.as_raw_fd())
     }
 
     /// Whether the backend is still there, and says nothing unasked.
@@ -184,7 +141,7 @@ impl FrontEnd {
         self.watchdog.is_quiet()
     }
 
-    /// Has the backend begin with the queues that are ready, from where they stand.
+    /// Has the backend begin with the queues that are ready.
     ///
     /// # Errors
     /// [`BackendError`]: nothing more is to be expected of it.
@@ -194,8 +151,8 @@ impl FrontEnd {
         watchdog
             .within(|| frontend.set_features(features))
             .map_err(asked("to take the driver's features"))?;
-        for ring in &mut self.rings {
-            (ring.state, ring.lent) = (State::New, None);
+        for (ring, ..) in &mut self.rings {
+            *ring = Ring::Stopped { next: 0 };
         }
         (0..self.rings.len()).try_for_each(|queue| self.run(queue, active))
     }
@@ -206,66 +163,23 @@ impl FrontEnd {
     /// [`BackendError`]: nothing more is to be expected of the backend.
     pub fn kick(&mut self, queue: usize, active: &Active) -> Result<(), BackendError> {
         self.run(queue, active)?;
-        self.look(queue, active);
-        if let Some(ring) = self.rings.get(queue) {
-            ring.kick.signal();
+        if let Some((_, kick, _)) = self.rings.get(queue) {
+            kick.signal();
         }
         Ok(())
     }
 
     /// Whether the backend has used buffers of a queue since the last call.
-    pub fn has_used(&mut self, queue: usize, active: Option<&Active>) -> bool {
-        let has = self.rings.get(queue).is_some_and(|ring| ring.call.take());
-        if let Some(active) = active.filter(|_| has) {
-            self.look(queue, active);
-        }
-        has
-    }
-
-    /// Counts what is in flight.
-    fn look(&mut self, queue: usize, active: &Active) {
-        if let (Some(Ring { lent: Some(lent), .. }), Some(ready)) =
-            (self.rings.get_mut(queue), active.queues.get(queue).filter(|ready| ready.is_ready()))
-        {
-            lent.look(ready, &active.memory);
-        }
-    }
-
-    /// Cuts the connection, on which an honest backend ends.
-    pub fn cut(&self) {
-        self.watchdog.cut();
-    }
-
-    /// Takes the queues back from a backend that has ended, so that the device works on them itself. Each chain that
-    /// it left goes to `work`, and back to the driver. Returns how many those were; `None` where that is not known of
-    /// a queue, whose driver waits for them in vain.
-    pub(super) fn take_back(
-        &mut self,
-        active: &mut Active,
-        mut work: impl FnMut(&GuestMemoryMmap, &mut Chain) -> Verdict,
-    ) -> Option<usize> {
-        let Active { queues, memory, .. } = active;
-        let mut all = Some(0);
-        for (ring, queue) in self.rings.iter_mut().zip(queues).filter(|(_, queue)| queue.is_ready()) {
-            if let Some(lent) = ring.lent.take() {
-                let count = queue.take_back(lent, memory, &mut work);
-                all = all.zip(count).map(|(all, count)| all + count);
-            }
-        }
-        all
+    pub fn has_used(&self, queue: usize) -> bool {
+        self.rings.get(queue).is_some_and(|(_, _, call)| call.take())
     }
 
     /// Has the backend work on a queue that is ready, if it does not.
     fn run(&mut self, queue: usize, active: &Active) -> Result<(), BackendError> {
-        let Self { frontend, watchdog, rings, .. } = self;
+        let Self { frontend, watchdog, rings } = self;
         let Some(ready) = active.queues.get(queue).filter(|ready| ready.is_ready()) else { return Ok(()) };
-        let Some(Ring { state, kick, call, lent }) = rings.get_mut(queue) else { return Ok(()) };
-        let next = match *state {
-            State::New => ready.next_available(),
-            State::Stopped { next } => next,
-            State::Running => return Ok(()),
-        };
-        lent.get_or_insert_with(|| Lent::new(ready));
+        let Some((ring, kick, call)) = rings.get_mut(queue) else { return Ok(()) };
+        let Ring::Stopped { next } = *ring else { return Ok(()) };
         let data = VringConfigData {
             queue_max_size: ready.size(),
             queue_size: ready.size(),
@@ -284,7 +198,7 @@ impl FrontEnd {
             frontend.set_vring_enable(queue, true)
         });
         started.map_err(asked("to begin with a queue"))?;
-        *state = State::Running;
+        *ring = Ring::Running;
         Ok(())
     }
 
@@ -293,11 +207,13 @@ impl FrontEnd {
     /// # Errors
     /// [`BackendError`]: it may still be at it, and has to be ended.
     pub fn stop(&mut self) -> Result<(), BackendError> {
-        let Self { frontend, watchdog, rings, .. } = self;
-        for (queue, ring) in rings.iter_mut().enumerate().filter(|(_, ring)| ring.state == State::Running) {
+        let Self { frontend, watchdog, rings } = self;
+        for (queue, (ring, ..)) in
+            rings.iter_mut().enumerate().filter(|(_, (ring, ..))| *ring == Ring::Running)
+        {
             let next = watchdog.within(|| frontend.get_vring_base(queue)).map_err(asked("to stop"))?;
             // An index of 16 bits. What else it may say comes back to itself alone.
-            ring.state = State::Stopped { next: next as u16 };
+            *ring = Ring::Stopped { next: next as u16 };
         }
         Ok(())
     }

@@ -79,8 +79,7 @@ impl Watchdog {
         self.changed.notify_one();
     }
 
-    /// Ends the connection.
-    pub(super) fn cut(&self) {
+    fn cut(&self) {
         // One that is cut already is as good.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
